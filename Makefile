@@ -1,0 +1,29 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+python := .venv/bin/python
+
+# Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" changes settings
+	@launch/setup_env.sh auto
+	@$(python) -m othink_ray.main $(ARGS)
+
+test:  ## set up, then all tests; ARGS="tests/core -k kl" chooses some
+	@launch/setup_env.sh auto dev
+	@$(python) -m pytest $(ARGS)
+
+lint:  ## set up, then style, types, import contracts, shell and Docker files
+	@launch/setup_env.sh auto dev
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	@.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
+
+clean:  ## removes the environment and the caches of the tools; runs stay
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Makes .venv when it is missing or stale:  launch/setup_env.sh [auto|cpu|gpu] [dev]
+#   auto (default) takes gpu when nvidia-smi lists one; dev adds the linters and the test runner.
+#   PYTHON=/path/to/python chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+venv=$root/.venv
+python=$venv/bin/python
+
+say() { printf '[set-up %3ss] %s\n' "$SECONDS" "$*"; }
+die() {
+    printf 'set-up stopped: %s\n' "$1" >&2
+    printf '  remedy: %s\n' "${@:2}" >&2
+    exit 1
+}
+
+kind=${1:-auto}
+extras=${2:-}
+[[ $kind =~ ^(auto|cpu|gpu)$ && $extras =~ ^(dev)?$ ]] || die "unknown arguments: $*" "launch/setup_env.sh [auto|cpu|gpu] [dev]"
+if [[ $kind == auto ]]; then
+    kind=cpu
+    if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then kind=gpu; fi
+fi
+
+# A stamp says what the environment was made from, and where: a virtual environment cannot be moved.
+key=$({ printf '%s\n' "$root"; cat pyproject.toml launch/setup_env.sh launch/*.py; } | sha256sum | cut -d' ' -f1)
+holds() { [[ -x $python && $(cat "$venv/.othink_ray-$1" 2>/dev/null) == "$key" ]]; }
+if holds "$kind-dev" || { [[ -z $extras ]] && holds "$kind"; }; then exit 0; fi
+
+# --- what must be there before anything is downloaded ---
+[[ $(uname -s) == Linux && $(uname -m) =~ ^(x86_64|aarch64)$ ]] ||
+    die "vLLM has wheels for Linux on x86_64 and aarch64, and this is $(uname -s) on $(uname -m)" \
+        "use a container: docker build -f docker/Dockerfile.$kind ."
+command -v g++ >/dev/null ||
+    die "no C++ compiler (g++): DeepSpeed and vLLM compile parts of themselves" "apt-get install g++"
+
+choose_python() {
+    local name seen=""
+    for name in ${PYTHON:+"$PYTHON"} python3 python3.11 python3.12 python3.13; do
+        local version
+        version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+        case $version in
+            3.11 | 3.12 | 3.13)
+                "$name" -c 'import ensurepip, venv' 2>/dev/null ||
+                    die "$name ($version) has no venv module" "apt-get install python$version-venv"
+                printf '%s\n' "$name"
+                return
+                ;;
+        esac
+        seen+=" $name is $version;"
+    done
+    die "needs Python 3.11, 3.12 or 3.13 (vLLM and Hydra work on no other);${seen:- none found}" \
+        "install one (apt-get install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python make demo"
+}
+
+# The scripts in bin/ name the folder they were made in; vLLM's two builds cannot live in one environment.
+made_as="$kind in $root"
+usable() {
+    [[ $("$python" -c 'import sys; print(sys.prefix)' 2>/dev/null) == "$venv" ]] &&
+        [[ $(cat "$venv/.othink_ray-made" 2>/dev/null || echo "$made_as") == "$made_as" ]]
+}
+if ! usable; then
+    base=$(choose_python)
+    needed_gb=$([[ $kind == gpu ]] && echo 16 || echo 8)
+    free_gb=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+    ((free_gb >= needed_gb)) ||
+        die "$free_gb GB free on the disk of $root, the $kind environment needs $needed_gb GB" "free some space, or clone to another disk"
+    say "new virtual environment for $kind ($("$base" --version)) in $venv"
+    rm -rf "$venv"
+    "$base" -m venv "$venv"
+fi
+rm -f "$venv"/.othink_ray-{cpu,gpu,cpu-dev,gpu-dev}
+echo "$made_as" >"$venv/.othink_ray-made"
+
+# --- torch first: later steps then keep the build that is here ---
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+log=$venv/setup.log
+: >"$log"
+torch=$(sed -n 's/^ *"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
+torch_index=https://download.pytorch.org/whl/cpu
+if [[ $kind == gpu ]]; then
+    say "torch $torch (CUDA build)"
+    pip install -q --no-compile "torch==$torch,!=$torch+cpu" 2>>"$log" ||
+        { tail -n 20 "$log" >&2; die "pip found no CUDA build of torch $torch for $("$python" --version)" \
+            "check pip's index settings (pip config list) and the network; the whole log is $log"; }
+else
+    say "torch $torch (CPU build)"
+    # Where pip's own configuration knows a CPU wheel, that one; PyPI has only the CUDA build, PyTorch's index has both for CPU.
+    pip install -q --no-compile "torch==$torch+cpu" 2>>"$log" ||
+        { say "no CPU build where pip looks: taking it from $torch_index"
+          pip install -q --no-compile --timeout 30 --retries 2 --index-url "$torch_index" "torch==$torch+cpu" torchvision 2>>"$log"; } ||
+        { tail -n 20 "$log" >&2; die "no CPU wheel of torch $torch for $("$python" --version) on $(uname -m)" \
+            "check that $torch_index can be reached, or give pip a folder with the wheel: PIP_FIND_LINKS=/path/to/wheels" \
+            "another Python may have one: PYTHON=python3.12 make demo"; }
+fi
+
+# --- the rest: uv is several times faster; pip honours every setting of pip, so it is what is left when uv cannot ---
+wanted=".[$kind${extras:+,$extras}]"
+pip_config=$(pip config list 2>/dev/null || true)
+pip_setting() { sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<<"$pip_config" | head -n 1; }
+install_with_uv() {
+    [[ -z $(pip_setting no-index) ]] || return 1
+    pip install -q "uv>=0.9,<1" 2>>"$log" || return 1
+    local index cert
+    index=$(pip_setting index-url)
+    cert=$(pip_setting cert)
+    [[ -z $index ]] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+    [[ -z $cert ]] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}
+    "$venv/bin/uv" pip install -q --python "$python" -e "$wanted" 2>>"$log"
+}
+say "Ray, vLLM, DeepSpeed, transformers${extras:+, linters, tests} (with uv)"
+if ! install_with_uv; then
+    say "uv could not (see $log): the same with pip, which takes a minute or two"
+    pip install -q --no-compile -e "$wanted" 2>>"$log" ||
+        { tail -n 20 "$log" >&2; die "pip could not install $wanted" \
+            "the lines above name the package: a wheel may be missing for $("$python" --version) on $(uname -m), or the index out of reach" \
+            "the whole log is $log"; }
+fi
+
+# --- PyPI's torchvision, torchaudio and torchcodec are CUDA builds: make them harmless beside a CPU torch ---
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+rm -f "$packages"/othink_ray_torchvision{.pth,_hook.py}
+# The first import of each package compiles it, here once instead of in every worker at once.
+unset PYTHONDONTWRITEBYTECODE
+unfit=$("$python" launch/unfit_packages.py)
+for name in $unfit; do
+    if [[ $name == torchvision ]]; then
+        say "torchvision does not fit this torch: its missing operators are declared when it is imported"
+        cp launch/torchvision_hook.py "$packages/othink_ray_torchvision_hook.py"
+        echo "import othink_ray_torchvision_hook" >"$packages/othink_ray_torchvision.pth"
+    else
+        say "$name cannot load beside this torch and nothing here needs it: removed"
+        pip uninstall -q -y "$name" 2>>"$log"
+    fi
+done
+say "first import of everything"
+"$python" launch/first_import.py "$kind" >>"$log" 2>&1 ||
+    { tail -n 20 "$log" >&2; die "the environment was installed but does not import" "the lines above say why; to start afresh: rm -rf .venv"; }
+echo "$key" >"$venv/.othink_ray-$kind${extras:+-$extras}"
+say "ready"

@@ -1,0 +1,141 @@
+"""Rules on single settings, as two tables: the known names, and the numbers that make sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MODES = ("train", "sft", "eval", "check")
+SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
+HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
+OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": MODES,
+    "algo.kl.schedule": SCHEDULES,
+    "model.family": ("qwen2_vl",),
+    "model.dtype": ("float32", "bfloat16"),
+    "data.source": ("scenes",),
+    "data.on_bad_row": ("drop", "stop"),
+    "rollout.engine": ("vllm", "hf"),
+    "weights.transport": ("auto", "shared_memory", "nccl", "ipc"),
+    "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "wandb.mode": ("off", "offline", "online"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A rule on single numbers; `{key}` in the remedy is filled in."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+    remedy: str
+    keys: tuple[str, ...]
+
+
+BOUNDS = (
+    Bound(
+        "must be at least 2: the advantage compares an answer with the rest of its group (Eq. 2), "
+        "and a group of one has no rest",
+        lambda value: value >= 2,
+        "Set {key}=8, the paper's value.",
+        ("algo.group_size",),
+    ),
+    Bound(
+        "must be at least 1",
+        lambda value: value >= 1,
+        "Set {key}=1 or more.",
+        (
+            *("train.steps", "train.prompts_per_step", "algo.updates_per_step", "algo.reward.actors"),
+            *("model.min_pixels", "model.max_pixels", "model.tiny.text_width", "model.tiny.text_layers"),
+            *("model.tiny.kv_heads", "model.tiny.vision_width", "model.tiny.vision_layers", "model.tiny.warm_batch"),
+            *("data.train_size", "data.test_size", "data.max_items", "data.image_cells"),
+            *(
+                "rollout.num_actors",
+                "rollout.threads",
+                "rollout.max_tokens",
+                "rollout.max_num_seqs",
+                "rollout.max_images",
+            ),
+            *("learner.world_size", "learner.threads", "learner.micro_tokens"),
+            *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
+            *("eval.questions",),
+        ),
+    ),
+    Bound(
+        "must be at least 0",
+        lambda value: value >= 0,
+        "Set {key}=0 or more.",
+        (
+            *("train.seed", "train.checkpoint_every", "eval.every", "model.tiny.seed", "model.tiny.warm_steps"),
+            *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
+            *("rollout.cpus_per_actor", "learner.cpus_per_rank"),
+        ),
+    ),
+    Bound(
+        "must be more than 0",
+        lambda value: value > 0,
+        "Set {key} to a positive number.",
+        (
+            *("algo.reward.timeout_s", "model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
+            *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
+            *("learner.lr", "learner.max_grad_norm", "weights.audit_tolerance"),
+        ),
+    ),
+    Bound(
+        "must be between 0 and 1, as a share of all steps (w / t)",
+        lambda value: 0 <= value <= 1,
+        "Set {key}=0.3, the paper's value.",
+        ("algo.kl.explore_frac",),
+    ),
+    Bound(
+        "must be more than 0 and less than 1: the ratio is clipped to 1 - eps .. 1 + eps (Eq. 4)",
+        lambda value: 0 < value < 1,
+        "Set {key}=0.2.",
+        ("algo.clip_eps",),
+    ),
+    Bound(
+        "must be at least 0 and less than 1",
+        lambda value: 0 <= value < 1,
+        "Set {key}=0.9.",
+        ("learner.adam_beta1", "learner.adam_beta2"),
+    ),
+    Bound(
+        "must be more than 0 and at most 1, as a share of the GPU's memory",
+        lambda value: 0 < value <= 1,
+        "Set {key}=0.85, or 0.3 where the learner shares the GPU.",
+        ("rollout.gpu_memory_utilization",),
+    ),
+    Bound(
+        "must be 1, 2 or 3: what the ranks share out",
+        lambda value: value in (1, 2, 3),
+        "Set {key}=2; 3 where the weights do not fit on one device.",
+        ("learner.zero_stage",),
+    ),
+    Bound(
+        "must be between 0 and 1: one process works on one device",
+        lambda value: 0 <= value <= 1,
+        "Set {key}=1 and take more of them: rollout.num_actors, learner.world_size.",
+        ("rollout.gpus_per_actor", "learner.gpus_per_rank"),
+    ),
+    Bound(
+        f"must be one of {', '.join(map(str, HEAD_DIMS))}: the engines have no other head sizes",
+        lambda value: value in HEAD_DIMS,
+        "Set {key}=32.",
+        ("model.tiny.head_dim",),
+    ),
+    Bound(
+        f"must be at least {OBJECT_STORE_MIN_MB} (MiB): Ray refuses a smaller store",
+        lambda value: value >= OBJECT_STORE_MIN_MB,
+        "Set {key}=256.",
+        ("cluster.object_store_mb",),
+    ),
+    Bound(
+        "must not be empty",
+        lambda value: value != "",
+        "Give {key} a value, or leave it out.",
+        ("run.dir", "run.cache_dir", "run.resume", "wandb.project"),
+    ),
+)

@@ -1,0 +1,246 @@
+"""Rules between settings: everything that would only fail after minutes is said at once, before Ray starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from operator import attrgetter
+from pathlib import Path
+
+from othink_ray.config.bounds import BOUNDS, CHOICES
+from othink_ray.config.problem import Problem
+from othink_ray.config.schema import Config
+
+VISION_HEAD = 32  # head size of the tiny model's vision tower
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a Ray started here can hand out."""
+
+    cpus: float
+    gpus: float
+
+
+def detect_machine() -> Machine:
+    """This machine's CPUs and its visible GPUs, without loading torch or Ray."""
+    present = 0
+    if shutil.which("nvidia-smi"):
+        try:
+            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+            present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        except subprocess.TimeoutExpired:
+            present = 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        present = min(present, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    return Machine(cpus=os.cpu_count() or 1, gpus=present)
+
+
+def machine_for(config: Config) -> Machine | None:
+    """The machine that must hold the run; None when Ray runs elsewhere and knows better."""
+    return detect_machine() if config.cluster.address is None else None
+
+
+def problems(config: Config, machine: Machine | None) -> list[Problem]:
+    """Every broken rule of a configuration, on this machine."""
+    found = [*_choices(config), *_bounds(config)]
+    for rule in CROSS_RULES:
+        found += rule(config)
+    if machine is not None and config.cluster.address is None:
+        found += _capacity(config, machine)
+    return found
+
+
+# ---- one key
+
+
+def _choices(config: Config) -> Iterator[Problem]:
+    for key, known in CHOICES.items():
+        value = attrgetter(key)(config)
+        if value not in known:
+            near = get_close_matches(value, known, n=1)
+            hint = f"Did you mean {key}={near[0]}?" if near else f"Set {key}={known[0]}, for example."
+            yield _broken(config, key, f"must be one of {', '.join(known)}", hint)
+
+
+def _bounds(config: Config) -> Iterator[Problem]:
+    for bound in BOUNDS:
+        for key in bound.keys:
+            if key.startswith("model.tiny.") and config.model.tiny is None:
+                continue
+            if not bound.holds(attrgetter(key)(config)):
+                yield _broken(config, key, bound.rule, bound.remedy.format(key=key))
+
+
+# ---- several keys together
+
+
+def _kl(config: Config) -> Iterator[Problem]:
+    kl = config.algo.kl
+    if kl.beta_max < kl.beta_min:
+        remedy = "Swap them, or use another schedule."
+        yield _broken(config, "algo.kl.beta_max", f"must be at least algo.kl.beta_min = {kl.beta_min}", remedy)
+    elif kl.schedule == "constant" and kl.beta_max != kl.beta_min:
+        rule = f"must equal algo.kl.beta_min = {kl.beta_min}: the schedule constant has one value"
+        remedy = f"Set algo.kl.beta_max={kl.beta_min}, or use algo=grpo, where algo.kl.beta_min sets both."
+        yield _broken(config, "algo.kl.beta_max", rule, remedy)
+    if kl.schedule == "exponential" and kl.beta_min == 0:
+        rule = "must be more than 0: the schedule exponential multiplies, and never leaves 0"
+        yield _broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001, or use the schedule linear.")
+
+
+def _batches(config: Config) -> Iterator[Problem]:
+    prompts, updates, ranks = config.train.prompts_per_step, config.algo.updates_per_step, config.learner.world_size
+    if min(prompts, updates, ranks) < 1 or prompts % (updates * ranks) == 0:
+        return
+    if prompts % updates:
+        rule = f"must be a multiple of algo.updates_per_step = {updates}: each update gets as many prompts"
+    else:
+        rule = (
+            f"gives {prompts // updates} prompts to an update, which must be a multiple of "
+            f"learner.world_size = {ranks}: each rank gets as many prompts"
+        )
+    above = -(-prompts // (updates * ranks)) * updates * ranks
+    yield _broken(config, "train.prompts_per_step", rule, f"Set train.prompts_per_step={above}.")
+
+
+def _lengths(config: Config) -> Iterator[Problem]:
+    if config.rollout.max_tokens >= config.rollout.max_model_len:
+        rule = f"must be less than rollout.max_model_len = {config.rollout.max_model_len}, which holds the prompt too"
+        yield _broken(config, "rollout.max_tokens", rule, "Raise rollout.max_model_len or lower rollout.max_tokens.")
+    if config.model.min_pixels > config.model.max_pixels:
+        rule = f"must be at most model.max_pixels = {config.model.max_pixels}"
+        yield _broken(config, "model.min_pixels", rule, "Swap them.")
+    if config.eval.questions > config.data.test_size:
+        rule = f"must be at most data.test_size = {config.data.test_size}: there are no more held-out questions"
+        yield _broken(config, "eval.questions", rule, "Lower eval.questions or raise data.test_size.")
+    cells = config.data.image_cells**2
+    if config.data.max_items > cells:
+        rule = f"must be at most {cells}: an image of {config.data.image_cells} x {config.data.image_cells} cells "
+        yield _broken(
+            config, "data.max_items", rule + "holds one item a cell", "Raise data.image_cells or lower data.max_items."
+        )
+
+
+def _tiny(config: Config) -> Iterator[Problem]:
+    tiny, path = config.model.tiny, config.model.path
+    if tiny is None:
+        if path is None:
+            rule = "is null, so the embedded model must be made, but model.tiny is null too"
+            yield _broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
+        return
+    if path is not None:
+        rule = "must be null where model.tiny is set: there is one model to train"
+        yield _broken(config, "model.path", rule, "Use model=qwen2_vl_2b as the start, or set model.tiny=null.")
+    heads, left = divmod(tiny.text_width, max(tiny.head_dim, 1))
+    if left:
+        rule = f"must be a multiple of model.tiny.head_dim = {tiny.head_dim}"
+        yield _broken(
+            config, "model.tiny.text_width", rule, f"Set model.tiny.text_width={(heads + 1) * tiny.head_dim}."
+        )
+    elif tiny.kv_heads >= 1 and heads % tiny.kv_heads:
+        rule = f"must divide the {heads} heads (model.tiny.text_width / model.tiny.head_dim)"
+        yield _broken(config, "model.tiny.kv_heads", rule, f"Set model.tiny.kv_heads={heads} or a divisor of it.")
+    if tiny.vision_width % VISION_HEAD:
+        rule = f"must be a multiple of {VISION_HEAD}, the head size of the vision tower"
+        yield _broken(config, "model.tiny.vision_width", rule, "Set model.tiny.vision_width=96.")
+
+
+def _transport(config: Config) -> Iterator[Problem]:
+    transport = config.weights.transport
+    shares = (config.rollout.gpus_per_actor, config.learner.gpus_per_rank)
+    if transport not in ("nccl", "ipc"):
+        return
+    if min(shares) <= 0:
+        rule = "needs GPUs on both sides: rollout.gpus_per_actor and learner.gpus_per_rank are {:g} and {:g}"
+        remedy = "Set weights.transport=auto, or use rollout=vllm_gpu learner=deepspeed_gpu."
+        yield _broken(config, "weights.transport", rule.format(*shares), remedy)
+    elif transport == "nccl" and max(shares) < 1 and sum(shares) <= 1:
+        rule = "needs a GPU of its own for each process, but rollout and learner share one"
+        yield _broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
+    elif transport == "ipc" and sum(shares) > 1:
+        rule = "needs rollout and learner on the same GPU, but their shares are {:g} and {:g}, more than one GPU"
+        remedy = "Set weights.transport=nccl, or use cluster=one_gpu."
+        yield _broken(config, "weights.transport", rule.format(*shares), remedy)
+
+
+def _places(config: Config) -> Iterator[Problem]:
+    resume = config.run.resume
+    if resume not in ("", "auto", "never") and not Path(resume).is_dir():
+        rule = "must be auto, never or a folder that exists"
+        yield _broken(config, "run.resume", rule, "Give a run's checkpoints/step_N folder, or set run.resume=auto.")
+    for key in ("cluster.num_cpus", "cluster.num_gpus"):
+        value = attrgetter(key)(config)
+        if value is not None and value < 0:
+            yield _broken(config, key, "must be at least 0", f"Set {key}=null to use what the machine has.")
+        elif value is not None and config.cluster.address is not None:
+            rule = f"must be null where cluster.address = {config.cluster.address}: that cluster has its own count"
+            yield _broken(config, key, rule, f"Set {key}=null.")
+
+
+CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_kl, _batches, _lengths, _tiny, _transport, _places)
+
+
+# ---- the machine
+
+
+def _available(config: Config, machine: Machine) -> Machine:
+    """What Ray is told to hand out: the machine, unless the cluster section says otherwise."""
+    cpus, gpus = config.cluster.num_cpus, config.cluster.num_gpus
+    return Machine(cpus=machine.cpus if cpus is None else cpus, gpus=machine.gpus if gpus is None else gpus)
+
+
+def _capacity(config: Config, machine: Machine) -> Iterator[Problem]:
+    rollout, learner, present = config.rollout, config.learner, _available(config, machine)
+    lower = "Lower these numbers, or take a machine with more"
+    for unit, each_actor, each_rank, there, remedy in (
+        ("cpu", rollout.cpus_per_actor, learner.cpus_per_rank, present.cpus, f"{lower}."),
+        (
+            *("gpu", rollout.gpus_per_actor, learner.gpus_per_rank, present.gpus),
+            f"{lower}; rollout=vllm learner=deepspeed need no GPU.",
+        ),
+    ):
+        needed = rollout.num_actors * each_actor + learner.world_size * each_rank
+        if needed > there:
+            subject = (
+                f"rollout.num_actors = {rollout.num_actors}, rollout.{unit}s_per_actor = {each_actor:g}, "
+                f"learner.world_size = {learner.world_size}, learner.{unit}s_per_rank = {each_rank:g}"
+            )
+            rule = f"need {needed:g} {unit.upper()}s together, but there are {there:g}"
+            yield Problem(subject=subject, rule=rule, remedy=remedy)
+
+
+def plan(config: Config, machine: Machine | None) -> str:
+    """Who gets what, in a few lines."""
+    rollout, learner, train, kl = config.rollout, config.learner, config.train, config.algo.kl
+    if machine is None:
+        where = f"the Ray cluster at {config.cluster.address}"
+    else:
+        present = _available(config, machine)
+        where = f"Ray started here with {present.cpus:g} CPUs and {present.gpus:g} GPUs"
+    answers = train.prompts_per_step * config.algo.group_size
+    rows = {
+        "mode": config.mode,
+        "model": f"{config.model.path or 'made here'} ({config.model.name}, {config.model.dtype})",
+        "cluster": f"{where}, {config.cluster.placement}",
+        "rollout": f"{rollout.num_actors} x {rollout.engine}: {rollout.cpus_per_actor:g} CPUs and "
+        f"{rollout.gpus_per_actor:g} GPUs each",
+        "learner": f"{learner.world_size} x DeepSpeed ZeRO-{learner.zero_stage}: {learner.cpus_per_rank:g} CPUs and "
+        f"{learner.gpus_per_rank:g} GPUs each",
+        "step": f"{train.prompts_per_step} prompts x {config.algo.group_size} answers = {answers}, "
+        f"{config.algo.updates_per_step} update(s); {train.steps} steps",
+        "beta": f"{kl.schedule}, {kl.beta_min:g} to {kl.beta_max:g}",
+        "run.dir": config.run.dir,
+    }
+    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def _broken(config: Config, key: str, rule: str, remedy: str) -> Problem:
+    value = attrgetter(key)(config)
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else value
+    return Problem(subject=f"{key} = {shown}", rule=rule, remedy=remedy)

@@ -1,0 +1,232 @@
+"""Overrides to Config: Hydra composes conf/, and every problem is collected instead of stopping at the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from othink_ray.config.problem import ConfigError as ConfigError
+from othink_ray.config.problem import Problem as Problem
+from othink_ray.config.schema import Config
+from othink_ray.config.strict import Origin, convert, problems_of_value
+
+if TYPE_CHECKING:  # Hydra is imported where it is used: `--help` and `import othink_ray.main` stay quick
+    from omegaconf import DictConfig
+
+COMMAND_LINE = "command line"
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped conf files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "conf", package.parent / "conf")
+    for place in places:
+        if (place / "config.yaml").is_file():
+            return place
+    raise FileNotFoundError(f"no conf/config.yaml in {' or '.join(str(place.parent) for place in places)}: reinstall")
+
+
+def groups(folder: Path) -> dict[str, list[str]]:
+    """Each conf group with its options, by name."""
+    found = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in found}
+
+
+def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
+    """The configuration that these overrides give; raises ConfigError with every problem found."""
+    config, problems = read(overrides, folder)
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config | None, list[Problem]]:
+    """As `load`, but bad overrides are named and dropped, so that what is left can still be checked."""
+    from omegaconf import open_dict, read_write
+
+    folder = folder or conf_dir()
+    options = groups(folder)
+    problems: list[Problem] = []
+    kept: list[str] = []
+    for text in overrides:
+        found = _vet(text, options)
+        problems += found
+        if not found:
+            kept.append(text)
+    composed, found = _compose(folder, kept)
+    problems += found
+    if composed is None:
+        return None, problems
+    choices = composed.hydra.runtime.choices
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    config, found = convert(composed, origins(folder, choices, kept))
+    return config, problems + found
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as text for a run's config.yaml."""
+    from omegaconf import OmegaConf
+
+    text: str = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return text
+
+
+def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
+    """Where a dotted key was set: the command line, else the last conf file that has it or its section."""
+    files: list[tuple[str, dict[str, Any]]] = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
+    for group, option in choices.items():
+        file = folder / group / f"{option}.yaml"
+        if file.is_file():
+            files += _group_files(folder, group, file)
+    files.sort(key=lambda named: len(named[1]) > 1)  # files of several sections are composed last
+    typed = {text.lstrip("+").partition("=")[0] for text in overrides}
+
+    def origin(key: str) -> str:
+        parts = key.split(".")
+        for size in range(len(parts), 0, -1):
+            if ".".join(parts[:size]) in typed - set(choices):
+                return COMMAND_LINE
+            for name, content in files[::-1]:
+                if _has(content, parts[:size]):
+                    return name
+        return files[0][0]
+
+    return origin
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep (`a.b=1,2`): all combinations, as Hydra's own sweeper makes them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ValueType
+    from hydra.errors import HydraException
+
+    def alternatives(text: str) -> list[str]:
+        try:
+            parsed = OverridesParser.create().parse_override(text)
+        except HydraException:
+            return [text]  # `read` says what is wrong with it
+        if not parsed.is_sweep_override():
+            return [text]
+        if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP or not parsed.is_discrete_sweep():
+            return []  # only Hydra can tell its values; each run is still checked when it starts
+        return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+
+    return [list(job) for job in itertools.product(*filter(None, map(alternatives, overrides)))]
+
+
+# ---- one override
+
+
+def _vet(text: str, options: Mapping[str, list[str]]) -> list[Problem]:
+    """What is wrong with one override, before anything is composed."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    subject = f"{text} ({COMMAND_LINE})"
+    if text.startswith("-"):
+        remedy = f"Settings are written without dashes: {text.lstrip('-')}; --help lists what can be set."
+        return [Problem(subject=subject, rule="there is no such flag", remedy=remedy)]
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        override = None
+    key = "" if override is None else override.key_or_group
+    if override is None or not key:
+        name, equals, given = text.partition("=")
+        quoted = f"'{name}=\"{given}\"'" if equals and name else "'run.dir=\"~/runs/first\"'"
+        remedy = f"Write group=name or a.b=value; quote a value with any of = , ~ < > ( ) [ ] {{ }} in it: {quoted}"
+        return [Problem(subject=subject, rule="is not of the form group=name or a.b=value", remedy=remedy)]
+    if key.partition(".")[0].partition("/")[0] == "hydra":
+        return []
+    if override.is_delete():
+        remedy = "Leave it out; where nothing is a choice, write null."
+        return [Problem(subject=subject, rule="takes a key away, but every key needs its value", remedy=remedy)]
+    if override.is_sweep_override():
+        remedy = "Add -m to run them one after the other, or give one value (a text with a comma in quotes)."
+        return [Problem(subject=subject, rule="gives several values to one run", remedy=remedy)]
+    value: Any = override.value()
+    if key in options and not isinstance(value, dict):
+        return _vet_option(subject, key, str(value), options[key])
+    problems = list(problems_of_value(key, value, COMMAND_LINE))
+    if override.is_add() and not problems:
+        remedy = f"Write it without the plus: {text.lstrip('+')}"
+        problems.append(Problem(subject=subject, rule="adds a key that is there already", remedy=remedy))
+    return problems
+
+
+def _vet_option(subject: str, group: str, option: str, options: list[str]) -> list[Problem]:
+    if option in options:
+        return []
+    near = get_close_matches(option, options, n=1)
+    hint = f"Did you mean {group}={near[0]}? " if near else ""
+    rule = f"there is no {option} in the group {group}"
+    return [Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")]
+
+
+# ---- composing
+
+
+def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
+    """Hydra's tree; overrides that Hydra refuses are named and left out."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    def attempt(chosen: Sequence[str]) -> DictConfig | str:
+        try:
+            with initialize_config_dir(version_base="1.3", config_dir=str(folder.resolve())):
+                return compose("config", overrides=list(chosen), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            return str(error).strip() or type(error).__name__
+
+    tree = attempt(overrides)
+    if not isinstance(tree, str):
+        return tree, []
+    base = attempt([])
+    if isinstance(base, str):
+        remedy = "Mend the file that is named."
+        return None, [Problem(subject=f"{folder.name}/config.yaml", rule=f"cannot be composed: {base}", remedy=remedy)]
+    problems: list[Problem] = []
+    kept: list[str] = []
+    remedy = "Leave it out, or choose a group option that has this key."
+    for text in overrides:
+        # Group choices come first in any order, so an override is tried together with those that were found sound.
+        tree = attempt([*kept, text])
+        if isinstance(tree, str):
+            problems.append(
+                Problem(subject=f"{text} ({COMMAND_LINE})", rule=f"Hydra says: {tree.splitlines()[0]}", remedy=remedy)
+            )
+        else:
+            kept.append(text)
+            base = tree
+    return base, problems
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def _group_files(folder: Path, group: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """A group option's file, after those it builds on."""
+    content = _yaml(file)
+    bases = [entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    before = [named for base in bases for named in _group_files(folder, group, file.with_name(f"{base}.yaml"))]
+    shared = "@package _global_" in file.read_text(encoding="utf-8")
+    return [*before, (f"{folder.name}/{group}/{file.name}", content if shared else {group: content})]
+
+
+def _has(content: Any, parts: Sequence[str]) -> bool:
+    for part in parts:
+        if not isinstance(content, Mapping) or part not in content:
+            return False
+        content = content[part]
+    return True

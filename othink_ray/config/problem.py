@@ -1,0 +1,32 @@
+"""What is wrong with a configuration, as one short report."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing wrong with a configuration: what was set, the rule it breaks, and what to do."""
+
+    subject: str
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        lines = [self.subject]
+        for text in (self.rule, self.remedy):
+            lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        return "\n".join(lines)
+
+
+class ConfigError(ValueError):
+    """All problems of one configuration; prints as one short report."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        count = len(self.problems)
+        headline = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
+        super().__init__("\n\n".join([headline, *map(str, self.problems)]))

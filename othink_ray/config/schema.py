@@ -1,0 +1,197 @@
+"""Every setting there is. Types live here, values in `conf/`: a field has no default, so nothing is set in two places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where a run lives on disk."""
+
+    dir: str  # the run's folder
+    cache_dir: str  # warm-started base models, shared by runs
+    resume: str  # auto | never | path of a checkpoints/step_N folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long, how wide, how random."""
+
+    steps: int
+    prompts_per_step: int  # P; every prompt gets algo.group_size answers
+    seed: int
+    checkpoint_every: int  # steps; 0 saves only at the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLConfig:
+    """The KL weight beta(s) of GRPO-D (Eq. 3) and how the KL is estimated (Eq. 5)."""
+
+    schedule: str  # a key of othink_ray.core.kl.SCHEDULES
+    beta_min: float
+    beta_max: float
+    explore_frac: float  # w / t
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """R = accuracy + format_weight * format (Eq. 1)."""
+
+    format_weight: float  # alpha
+    actors: int
+    timeout_s: float  # per group; a grader that takes longer is killed and its answers are masked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgoConfig:
+    """GRPO-D and its relatives."""
+
+    name: str
+    group_size: int  # G
+    clip_eps: float
+    updates_per_step: int  # optimiser steps (mini-batches) per sampled batch
+    kl: KLConfig
+    reward: RewardConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyConfig:
+    """The embedded model: sizes of a Qwen2-VL made here, and the SFT that gives it a middling skill."""
+
+    text_width: int
+    text_layers: int
+    head_dim: int
+    kv_heads: int
+    vision_width: int
+    vision_layers: int
+    seed: int
+    warm_steps: int
+    warm_batch: int
+    warm_lr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which network is trained."""
+
+    name: str
+    family: str  # a key of othink_ray.families.FAMILIES
+    path: str | None  # a Hugging Face folder or hub name; null makes the embedded tiny model
+    dtype: str  # float32 | bfloat16
+    min_pixels: int
+    max_pixels: int
+    tiny: TinyConfig | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which questions are asked."""
+
+    name: str
+    source: str  # a key of othink_ray.data.SOURCES
+    train_size: int
+    test_size: int
+    max_items: int  # scenes: at most this many shapes in one image
+    image_cells: int  # scenes: images are image_cells x image_cells cells of 28 pixels
+    prompt_suffix: str
+    on_bad_row: str  # drop (named and counted) | stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """The sampling engines."""
+
+    engine: str  # vllm | hf
+    num_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    threads: int  # OpenMP threads of one actor on CPU
+    temperature: float
+    max_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+    max_images: int  # per prompt
+    kv_cache_gb: float  # on CPU; on GPU see gpu_memory_utilization
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    load_timeout_s: float
+    step_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """The DeepSpeed ranks."""
+
+    world_size: int
+    zero_stage: int
+    cpus_per_rank: float
+    gpus_per_rank: float
+    threads: int  # OpenMP threads of one rank on CPU
+    lr: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    max_grad_norm: float
+    micro_tokens: int  # at most this many tokens (padding included) in one forward pass of one rank
+    gradient_checkpointing: bool
+    load_timeout_s: float
+    step_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """How the policy travels to the engines, and how far the two may differ."""
+
+    transport: str  # auto | shared_memory | nccl | ipc
+    bucket_mb: int
+    audit_prompts: int
+    audit_tokens: int
+    audit_candidates: int  # likeliest tokens compared at each place of the probe
+    audit_tolerance: float  # nats, mean over the probe's tokens; above it the run stops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What Ray is asked for."""
+
+    name: str
+    address: str | None  # null starts Ray here; auto joins the cluster of this node
+    num_cpus: int | None  # null: what the machine has (only when Ray is started here)
+    num_gpus: int | None
+    object_store_mb: int
+    placement: str  # PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Greedy decoding on held-out questions."""
+
+    every: int  # steps; 0: only before and after
+    questions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; off unless asked."""
+
+    mode: str  # off | offline | online
+    project: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run, complete."""
+
+    mode: str  # train | sft | eval | check
+    run: RunConfig
+    train: TrainConfig
+    algo: AlgoConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    learner: LearnerConfig
+    weights: WeightsConfig
+    cluster: ClusterConfig
+    eval: EvalConfig
+    wandb: WandbConfig

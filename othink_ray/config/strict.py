@@ -1,0 +1,190 @@
+"""Strict typing: a composed tree to the frozen dataclasses of schema.py; nothing is guessed, dropped or filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from othink_ray.config.problem import Problem
+from othink_ray.config.schema import Config
+
+if TYPE_CHECKING:  # omegaconf is imported where it is used, so that importing this stays quick
+    from omegaconf import DictConfig
+
+Origin = Callable[[str], str]  # dotted key -> where it was set
+
+
+def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Problem]]:
+    """The configuration, or every reason why the tree is not one."""
+    problems = list(_problems_of_section(node, Config, "", origin))
+    if problems:
+        return None, problems
+    config: Config = _build(node, Config)
+    run = dataclasses.replace(
+        config.run,
+        dir=_expand(config.run.dir),
+        cache_dir=_expand(config.run.cache_dir),
+        resume=_expand(config.run.resume),
+    )
+    path = config.model.path
+    model = dataclasses.replace(config.model, path=None if path is None else _expand(path))
+    return dataclasses.replace(config, run=run, model=model), []
+
+
+def problems_of_value(key: str, value: Any, origin: str) -> Iterable[Problem]:
+    """What is wrong with setting this dotted key to this value, before anything is composed."""
+    kind: Any = Config
+    done: list[str] = []
+    for part in key.split("."):
+        section, _ = _unwrap(kind)
+        if not dataclasses.is_dataclass(section):
+            above = ".".join(done)
+            rule = f"{above} holds one value and has no keys below it"
+            yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=f"Set {above} itself.")
+            return
+        kinds = get_type_hints(section)
+        if part not in kinds:
+            yield _unknown(key, value, origin, ".".join(done), list(kinds))
+            return
+        done.append(part)
+        kind = kinds[part]
+    if isinstance(value, str) and "${" in value:
+        return  # its value is known after composing; `convert` looks at it
+    if dataclasses.is_dataclass(_unwrap(kind)[0]) and isinstance(value, dict):
+        for name, below in value.items():
+            yield from problems_of_value(f"{key}.{name}", below, origin)
+    else:
+        yield from _mismatch(key, value, kind, origin)
+
+
+def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Origin) -> Iterable[Problem]:
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    kinds = get_type_hints(section)
+    strangers = [str(name) for name in node if name not in kinds]
+    for name in strangers:
+        key = f"{path}{name}"
+        yield _unknown(key, None, origin(key), path.rstrip("."), list(kinds))
+    # A misspelt key is one mistake, not two: its right spelling is not reported as missing as well.
+    meant = {match for name in strangers for match in get_close_matches(name, kinds, n=1)}
+    for name, kind in kinds.items():
+        key = f"{path}{name}"
+        if name not in node:
+            if name not in meant:
+                subject = f"{key} ({origin(key)})"
+                yield Problem(subject=subject, rule="is missing", remedy="Add it to that file, or to the command line.")
+            continue
+        try:
+            value: Any = node[name]
+        except OmegaConfBaseException as error:
+            rule = f"cannot be worked out: {str(error).splitlines()[0]}"
+            yield Problem(subject=f"{key} ({origin(key)})", rule=rule, remedy="Write the value itself.")
+            continue
+        inner, _ = _unwrap(kind)
+        if dataclasses.is_dataclass(inner) and isinstance(value, DictConfig):
+            yield from _problems_of_section(value, inner, f"{key}.", origin)
+        else:
+            plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+            yield from _mismatch(key, plain, kind, origin(key))
+
+
+def _build(node: DictConfig, section: Any) -> Any:
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        inner, _ = _unwrap(kind)
+        value = node[name]
+        if value is not None and dataclasses.is_dataclass(inner):
+            value = _build(value, inner)
+        elif inner is float:
+            value = float(value)
+        values[name] = value
+    return section(**values)
+
+
+def _unwrap(kind: Any) -> tuple[Any, bool]:
+    """`T | None` to (T, True), `T` to (T, False)."""
+    if isinstance(kind, UnionType):
+        (inner,) = (part for part in get_args(kind) if part is not type(None))
+        return inner, True
+    return kind, False
+
+
+_EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_REMEDY = {int: "Write it in digits, such as 8.", float: "Write it as 0.04 or 1e-6.", bool: "Write true or false."}
+
+
+def _fits(value: Any, inner: Any) -> bool:
+    if inner is not bool and isinstance(value, bool):
+        return False
+    if inner is not float:
+        return isinstance(value, inner)
+    try:
+        return isinstance(value, int | float | str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _mismatch(key: str, value: Any, kind: Any, origin: str) -> Iterable[Problem]:
+    inner, optional = _unwrap(kind)
+    if value is None and optional:
+        return
+    if dataclasses.is_dataclass(inner):
+        names = [field.name for field in dataclasses.fields(inner)]
+        rule, remedy = "is a section, not one value", f"Set a key of it, such as {key}.{names[0]}: {', '.join(names)}."
+    elif value is not None and _fits(value, inner):
+        return
+    else:
+        rule = f"must be {_EXPECTED[inner]}{' or null' if optional else ''}"
+        if inner is str:
+            remedy = f'Quote it: \'{key}="{_show(value)}"\' on the command line, "{_show(value)}" in a file.'
+        elif inner is int and isinstance(value, float) and value.is_integer():
+            remedy = f"Write {int(value)}."
+        else:
+            remedy = _REMEDY[inner]
+    yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=remedy)
+
+
+def _unknown(key: str, value: Any, origin: str, level: str, names: list[str]) -> Problem:
+    near = _closest(key)
+    hint = f"Did you mean {near}? " if near else ""
+    subject = f"{key} ({origin})" if value is None else _subject(key, value, origin)
+    where = f"Keys of {level}" if level else "Top level keys"
+    return Problem(subject=subject, rule="there is no such key", remedy=f"{hint}{where}: {', '.join(names)}.")
+
+
+def _closest(key: str) -> str | None:
+    """The known dotted key most like this one, as a whole or by its last part (`lr` is `learner.lr`)."""
+
+    def likeness(known: str) -> float:
+        last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
+        return max(SequenceMatcher(None, key, known).ratio(), 0.9 * last)
+
+    best = max(_all_keys(Config, ""), key=likeness)
+    return best if likeness(best) >= 0.7 else None
+
+
+def _all_keys(section: Any, path: str) -> Iterable[str]:
+    for name, kind in get_type_hints(section).items():
+        yield f"{path}{name}"
+        if dataclasses.is_dataclass(_unwrap(kind)[0]):
+            yield from _all_keys(_unwrap(kind)[0], f"{path}{name}.")
+
+
+def _subject(key: str, value: Any, origin: str) -> str:
+    return f"{key} = {_show(value)} ({origin})"
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "''"
+
+
+def _expand(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -1,0 +1,89 @@
+"""The KL weight beta(s) of GRPO-D and its relatives (Eq. 3), and the KL estimator (Eq. 5); loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_LOG_RATIO = 80.0  # e^80 still fits in float32 and bfloat16; an infinity would turn into NaN under a zero weight
+
+# (step, total, beta_min, beta_max, explore_frac) -> beta
+Schedule = Callable[[float, float, float, float, float], float]
+
+
+def schedule(name: str, step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """The KL weight at `step` of `total` under the named schedule; past `total` it keeps its end value."""
+    if name not in SCHEDULES:
+        raise ValueError(f"algo.kl.schedule = {name!r} is not a schedule: use one of {', '.join(SCHEDULES)}")
+    if not (math.isfinite(total) and total >= 1):
+        raise ValueError(f"train.steps = {total}: a schedule needs at least one step; set it to 1 or more")
+    if not (math.isfinite(step) and step >= 0):
+        raise ValueError(f"step = {step}: steps count from 0; pass a step of 0 or more")
+    if not 0 <= explore_frac <= 1:
+        raise ValueError(f"algo.kl.explore_frac = {explore_frac} is not a share of all steps (w / t): use 0 to 1")
+    for key, beta in (("beta_min", beta_min), ("beta_max", beta_max)):
+        if not (math.isfinite(beta) and beta >= 0):
+            raise ValueError(f"algo.kl.{key} = {beta} must be a finite number of 0 or more: it is a KL weight")
+    return SCHEDULES[name](step, total, beta_min, beta_max, explore_frac)
+
+
+def paper(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """Eq. 3: falls from the middle to beta_min while exploring (s <= w), then rises to beta_max.
+
+    With w = 0 there is no falling phase and the curve starts at beta_min; with w = t there is no rising phase.
+    """
+    explore_steps = explore_frac * total
+    if step > total:
+        return beta_max
+    if step <= explore_steps and explore_steps > 0:
+        middle = (beta_min + beta_max) / 2
+        return middle - (middle - beta_min) * step / explore_steps
+    return beta_min + (beta_max - beta_min) * (step - explore_steps) / (total - explore_steps)
+
+
+def linear(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """A straight ramp from beta_min to beta_max: what the paper's text, not its formula, describes."""
+    return beta_min + (beta_max - beta_min) * min(step / total, 1.0)
+
+
+def cosine(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """Half a cosine wave from beta_min to beta_max: flat at both ends."""
+    return beta_min + (beta_max - beta_min) * (1 - math.cos(math.pi * min(step / total, 1.0))) / 2
+
+
+def exponential(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """A geometric ramp from beta_min to beta_max: the same factor at every step."""
+    for key, beta in (("beta_min", beta_min), ("beta_max", beta_max)):
+        if beta <= 0:
+            raise ValueError(
+                f"algo.kl.{key} = {beta} must be above 0 with algo.kl.schedule = 'exponential': "
+                "a geometric ramp cannot touch 0; raise it, or use 'linear'"
+            )
+    return math.exp(math.log(beta_min) + (math.log(beta_max) - math.log(beta_min)) * min(step / total, 1.0))
+
+
+def constant(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
+    """beta_min at every step: plain GRPO."""
+    return beta_min
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "paper": paper,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "constant": constant,
+}
+
+
+def kl_k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Eq. 5 per token, any shape: ref/pi - log(ref/pi) - 1, never negative beyond rounding.
+
+    A log ratio above MAX_LOG_RATIO counts as MAX_LOG_RATIO (and has no gradient), so finite logprobs give a finite KL.
+    """
+    log_ratio = (ref_logprobs - policy_logprobs).clamp(max=MAX_LOG_RATIO)
+    return log_ratio.expm1() - log_ratio

@@ -1,0 +1,109 @@
+"""Token logprobs from hidden states without ever holding [N, V] logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float,
+    logit_bias: torch.Tensor | None,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs of `targets` (N,) and detached entropies (N,) in nats, for hidden (N, H), weight (V, H), bias (V,).
+
+    The distribution is the sampler's: softmax((hidden @ weight.T + bias) / temperature); a bias of -inf bans a token.
+    Logits are float32 (float64 for float64 inputs); at most `chunk` rows of them exist at a time, backward included.
+    """
+    if not temperature > 0:
+        raise ValueError(f"rollout.temperature = {temperature} must be above 0: greedy answers cannot train")
+    assert chunk > 0, chunk
+    inputs = (hidden, lm_head_weight, targets, logit_bias, temperature, chunk)
+    logprobs, entropy = _TokenLogprobs.apply(*inputs)  # type: ignore[no-untyped-call]
+    return logprobs, entropy
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Recomputes each chunk's logits in the backward pass instead of keeping them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        logit_bias: torch.Tensor | None,
+        temperature: float,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(hidden, weight, targets, logit_bias)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden, weight))
+        entropy = torch.empty_like(logprobs)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            log_p = _log_softmax(hidden[rows], weight, logit_bias, temperature)
+            logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
+            probabilities = log_p.exp()
+            log_p.clamp_(min=torch.finfo(log_p.dtype).min)  # a banned token is 0 * log 0 = 0, not NaN
+            entropy[rows] = -probabilities.mul_(log_p).sum(dim=1)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor, _grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+        hidden, weight, targets, logit_bias = ctx.saved_tensors
+        wide = _wide(hidden, weight)
+        grad_hidden = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        # Rows without gradient (masked, or of a group of equal rewards) cost nothing, and a NaN in them stays there.
+        for rows in grad_logprobs.nonzero().squeeze(1).split(ctx.chunk):
+            hidden_rows, grad_rows = hidden[rows], grad_logprobs[rows] / ctx.temperature
+            grad_logits = _log_softmax(hidden_rows, weight, logit_bias, ctx.temperature).exp_()
+            grad_logits.mul_(-grad_rows[:, None])
+            grad_logits.scatter_add_(1, targets[rows, None], grad_rows[:, None])
+            if grad_hidden is not None:
+                grad_hidden[rows] = _wide_product(grad_logits, weight)
+            if grad_weight is not None:
+                grad_weight += _wide_product(grad_logits.T, hidden_rows)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _log_softmax(
+    hidden: torch.Tensor, weight: torch.Tensor, logit_bias: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Log probabilities (n, V) in wide precision: bias first, then temperature, as the sampler does."""
+    logits = _wide_product(hidden, weight.T)
+    if logit_bias is not None:
+        logits += logit_bias
+    return torch.log_softmax(logits.div_(temperature), dim=1)
+
+
+def _wide(left: torch.Tensor, right: torch.Tensor) -> torch.dtype:
+    """float32, or float64 where an input is."""
+    return torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in wide precision; on GPUs half-precision factors stay half, only the sums are wide."""
+    if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    wide = _wide(left, right)
+    return left.to(wide) @ right.to(wide)

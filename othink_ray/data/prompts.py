@@ -1,0 +1,82 @@
+"""What a row must be before it is asked, and the worked answer that SFT imitates."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal, Protocol
+
+from PIL import Image
+
+from othink_ray.types import Prompt
+
+Split = Literal["train", "test"]
+
+MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's own alarm, far above what any model here looks at
+IMAGE_FORMATS = ("PNG", "JPEG")
+WORKINGS = {"counting": "I count {answer} items."}
+
+
+class BadRow(ValueError):
+    """A row that cannot be asked: which one, why, and what to do about it."""
+
+    def __init__(self, row_id: str, reason: str, remedy: str) -> None:
+        # All three go to ValueError, so that the error survives pickling between processes.
+        super().__init__(row_id, reason, remedy)
+        self.row_id = row_id
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"row {self.row_id}: {self.reason}; {self.remedy}"
+
+
+class Source(Protocol):
+    """One split of a data set, by row number; `prompt` returns a validated row, or raises BadRow naming it."""
+
+    def __len__(self) -> int: ...
+
+    def prompt(self, index: int) -> Prompt: ...
+
+
+def validate(prompt: Prompt) -> Prompt:
+    """The prompt itself when it can be asked and graded; else BadRow."""
+    if not any(message.role == "user" and message.text.strip() for message in prompt.messages):
+        raise BadRow(prompt.id, "the question is empty", "fill it in or remove the row")
+    if not _plain_answer(prompt.answer):
+        raise BadRow(prompt.id, "the answer is missing", "fill it in or remove the row")
+    placed = sum(message.images for message in prompt.messages)
+    if placed != len(prompt.images):
+        reason = f"its messages place {placed} image(s) but the row holds {len(prompt.images)}"
+        raise BadRow(prompt.id, reason, "give every image exactly one place")
+    for position, data in enumerate(prompt.images, start=1):
+        _check_image(prompt.id, position, data)
+    return prompt
+
+
+def worked_answer(prompt: Prompt) -> str:
+    """The SFT target: a short thought, then the solution, in the format that the reward asks for."""
+    working = WORKINGS.get(prompt.task)
+    if working is None:
+        reason = f"task {prompt.task!r} has no worked answers"
+        raise BadRow(prompt.id, reason, f"use a task that has them: {', '.join(WORKINGS)}")
+    answer = _plain_answer(prompt.answer)
+    return f"<think> {working.format(answer=answer)} </think><answer> {answer} </answer>"
+
+
+def _plain_answer(answer: str) -> str:
+    return answer.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+
+
+def _check_image(row_id: str, position: int, data: bytes) -> None:
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height <= MAX_IMAGE_PIXELS:
+                image.load()
+    # Pillow's decoders raise almost anything on hostile bytes: OSError, SyntaxError, struct.error, its bomb error.
+    except Exception as error:
+        reason = f"image {position} ({len(data)} bytes) cannot be decoded: {type(error).__name__}: {error}"
+        raise BadRow(row_id, reason, "replace it by a sound PNG or JPEG, or remove the row") from error
+    if width * height > MAX_IMAGE_PIXELS:
+        reason = f"image {position} is {width}x{height}, more than {MAX_IMAGE_PIXELS} pixels"
+        raise BadRow(row_id, reason, "scale it down or remove the row")

@@ -1,0 +1,202 @@
+"""What a person sees while a run goes on: a live view in a terminal, one plain line a step everywhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console as Terminal
+from rich.console import Group as Stack
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from othink_ray.driver.views import (
+    Evaluation,
+    Sample,
+    closing_table,
+    duration,
+    evaluation_text,
+    latest_values,
+    plain_line,
+    printable,
+    sample_panel,
+)
+from othink_ray.types import ScoredGroup
+
+PLAIN_PROGRESS_LINES = 10
+LINES_FOR_EVERY_STEP = 20
+LINE_SPACING = 10
+
+
+class Console:
+    """One object for the whole run: phases before training, the training view, evaluations, the closing table.
+
+    Steps are counted from 1: `step(s, ...)` is called when s of the total steps are done.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        stream = sys.stdout if stream is None else stream
+        self.interactive = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        self._terminal = Terminal(
+            file=stream,
+            force_terminal=self.interactive,
+            color_system="auto" if self.interactive else None,
+            highlight=False,
+        )
+        self._live: Live | None = None
+        self._progress: Progress
+        self._task: TaskID
+        self._progress_lines = 0
+        self._total_steps = 0
+        self._history: list[Mapping[str, float]] = []
+        self._evaluation: Evaluation | None = None
+        self._sample: Sample | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_live()
+
+    def say(self, text: str) -> None:
+        """One line, above the live view when there is one."""
+        self._terminal.print(Text(printable(text)), soft_wrap=True)
+
+    @contextmanager
+    def phase(self, title: str) -> Iterator[None]:
+        """Name what goes on now, and how long it took once it is over; inside training it is a bar of its own."""
+        if self._live is not None:
+            outer, self._task = self._task, self._progress.add_task(title, total=None, text="")
+            try:
+                yield
+            finally:
+                self._progress.remove_task(self._task)
+                self._task = outer
+            return
+        started = time.monotonic()
+        self._progress_lines = 0
+        if self.interactive:
+            self._start_live(title, total=None)
+        else:
+            self.say(f"{title} ...")
+        try:
+            yield
+        except BaseException:
+            self._stop_live()
+            self.say(f"{title}: stopped after {duration(time.monotonic() - started)}")
+            raise
+        self._stop_live()
+        self.say(f"{title}: {duration(time.monotonic() - started)}")
+
+    def progress(self, done: int, total: int, text: str = "") -> None:
+        """How far the present phase is."""
+        if self._live is not None:
+            self._progress.update(self._task, completed=done, total=total, text=printable(text))
+            return
+        lines_due = PLAIN_PROGRESS_LINES * done // max(total, 1)
+        if not self.interactive and lines_due > self._progress_lines:
+            self._progress_lines = lines_due
+            self.say(f"  {done}/{total} {text}".rstrip())
+
+    @contextmanager
+    def training(self, total_steps: int, *, done: int = 0) -> Iterator[None]:
+        """The live view around the training loop; `done` steps of a resumed run count as done."""
+        self._total_steps = total_steps
+        self._history.clear()
+        if self.interactive:
+            self._start_live("training", total=total_steps, done=done)
+            self._refresh()
+        try:
+            yield
+        finally:
+            self._stop_live()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step, by the names they have in metrics.jsonl."""
+        self._history.append(metrics)
+        if self._live is not None:
+            self._progress.update(self._task, completed=step, text=self._time_left(step))
+            self._refresh()
+        elif self._line_is_due(step):
+            self.say(plain_line(step, self._total_steps, metrics))
+
+    def sample(self, step: int, scored: ScoredGroup) -> None:
+        """Show the latest question with one of its answers; in plain output samples are only in samples.jsonl."""
+        self._sample = Sample.first_of(step, scored)
+        if self._live is not None:
+            self._refresh()
+
+    def eval(self, step: int, accuracy: float, lo: float, hi: float, n: int) -> None:
+        """Show accuracy on held-out questions with its 95 % interval, all three as fractions of 1."""
+        self._evaluation = Evaluation(step=step, accuracy=accuracy, lo=lo, hi=hi, n=n)
+        if self._live is not None:
+            self._refresh()
+        else:
+            self.say(f"held-out accuracy after step {step}: {evaluation_text(self._evaluation)}")
+
+    def finish(
+        self,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        paths: Mapping[str, Path],
+        seconds: float,
+    ) -> None:
+        """Print what the run changed (the keys of summary.json's "before" and "after") and where things are."""
+        self._stop_live()
+        self._terminal.print()
+        self._terminal.print(closing_table(before, after, boxed=self.interactive))
+        self._terminal.print()
+        width = max((len(name) for name in paths), default=0)
+        for name, path in paths.items():
+            self.say(f"{name:<{width}}  {path}")
+        self.say(f"done in {duration(seconds)}")
+
+    def _line_is_due(self, step: int) -> bool:
+        first = len(self._history) == 1
+        return (
+            first or self._total_steps <= LINES_FOR_EVERY_STEP or step % LINE_SPACING == 0 or step == self._total_steps
+        )
+
+    def _time_left(self, step: int) -> str:
+        """Steps left times the mean of the last steps, so that a resumed run is right from its second step on."""
+        recent = [row["time/step_s"] for row in self._history[-LINE_SPACING:] if "time/step_s" in row]
+        if not recent:
+            return ""
+        return f"{duration((self._total_steps - step) * sum(recent) / len(recent))} left"
+
+    def _start_live(self, title: str, *, total: int | None, done: int = 0) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=self._terminal,
+            expand=True,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, text="")
+        self._live = Live(self._progress, console=self._terminal, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def _refresh(self) -> None:
+        assert self._live is not None
+        parts: list[RenderableType] = [self._progress, latest_values(self._history, self._evaluation)]
+        if self._sample is not None:
+            parts.append(sample_panel(self._sample))
+        self._live.update(Stack(*parts))
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

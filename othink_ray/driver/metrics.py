@@ -1,0 +1,194 @@
+"""The run's folder: what is written while a run goes on, so that nothing is lost when it stops."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO, TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from othink_ray.config.schema import WandbConfig
+from othink_ray.driver.tracking import Tracker, open_tracker
+from othink_ray.types import Group, ScoredGroup
+
+THUMBNAIL_PX = 256
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class RunRecords:
+    """Writes config.yaml, metrics.jsonl, samples.jsonl and summary.json of one run, and mirrors the metrics to wandb.
+
+    A step's line is written when the step is done, so the line of step s says "after s steps"; on resume the lines
+    above `resume_step` (all of them for a fresh start) move to `*.discarded.jsonl`.
+    """
+
+    def __init__(self, run_dir: Path, *, wandb: WandbConfig, config_yaml: str, resume_step: int | None = None) -> None:
+        self._run_dir = run_dir
+        self._wandb = wandb
+        self._config_yaml = config_yaml
+        self._keep_up_to = -1 if resume_step is None else resume_step
+        self._last_step = self._keep_up_to
+        self._metrics: TextIO
+        self._samples: TextIO
+        self._tracker: Tracker
+
+    def __enter__(self) -> Self:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        _write_whole(self._run_dir / "config.yaml", self._config_yaml)
+        self._metrics = _open_after(self._run_dir / "metrics.jsonl", self._keep_up_to)
+        self._samples = _open_after(self._run_dir / "samples.jsonl", self._keep_up_to)
+        self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._samples.close()
+        self._tracker.close(self._run_dir / "samples.jsonl", failed=kind is not None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the one line of `step`; NaN and infinity become null."""
+        assert step > self._last_step, f"step {step} is already in metrics.jsonl (last line: step {self._last_step})"
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        _append(self._metrics, {"step": step, "time/unix_s": round(time.time(), 3), **numbers})
+        self._last_step = step
+        self._tracker.log(step, numbers)
+
+    def sample(self, step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> None:
+        """Append one group with its images as thumbnails; `advantages` has one value per answer, length G."""
+        _append(self._samples, _sample_record(step, scored, advantages))
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
+        _write_whole(self._run_dir / "summary.json", json.dumps(_jsonable(values), indent=2) + "\n")
+
+
+def _number(name: str, value: object) -> float:
+    if _is_number(value):
+        return float(value)
+    raise ValueError(
+        f"metric {name!r} is {value!r} ({type(value).__name__}): a metric is one number; "
+        "turn it into a float before logging it"
+    )
+
+
+def _is_number(value: object) -> TypeGuard[Real]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> dict[str, object]:
+    group = scored.group
+    assert len(advantages) == len(group.completions), "one advantage per answer"
+    return {
+        "step": step,
+        "prompt_id": group.prompt.id,
+        "task": group.prompt.task,
+        "question": question_text(group),
+        "answer": group.prompt.answer,
+        "images": [thumbnail_uri(image) for image in group.prompt.images],
+        "version": group.version,
+        "completions": [
+            {
+                "text": completion.text,
+                "finish": completion.finish,
+                "tokens": len(completion.token_ids),
+                "reward": scored.rewards[i],
+                "parts": {name: part[i] for name, part in scored.parts.items()},
+                "advantage": advantages[i],
+                "valid": scored.valid[i],
+            }
+            for i, completion in enumerate(group.completions)
+        ],
+    }
+
+
+def question_text(group: Group) -> str:
+    """What the user asked, all turns."""
+    return "\n".join(message.text for message in group.prompt.messages if message.role == "user")
+
+
+def thumbnail_uri(image: bytes) -> str:
+    """A compressed image as a data URI of at most 256 x 256 px, in whichever of PNG and JPEG is smaller."""
+    with Image.open(io.BytesIO(image)) as opened:
+        picture = opened.convert("RGBA")
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    flat = Image.new("RGB", picture.size, "white")
+    flat.paste(picture, mask=picture.getchannel("A"))
+    encoded: list[tuple[str, bytes]] = []
+    for kind in ("png", "jpeg"):
+        buffer = io.BytesIO()
+        flat.save(buffer, format=kind, optimize=True, quality=85)
+        encoded.append((kind, buffer.getvalue()))
+    kind, data = min(encoded, key=lambda pair: len(pair[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _jsonable(value: object) -> Json:
+    """Plain JSON with null where a number is not finite, so that every JSON reader takes it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(
+        f"{value!r} ({type(value).__name__}) cannot go into a run's records: use numbers, text, lists, mappings"
+    )
+
+
+def _append(file: TextIO, record: Mapping[str, object]) -> None:
+    # ASCII only: a model may write half a surrogate pair, or a character that some readers take for a line end.
+    file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
+    file.flush()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _open_after(path: Path, last_kept_step: int) -> TextIO:
+    """Open a JSONL file for appending after the lines up to `last_kept_step`; later and torn lines are set aside."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in text.split("\n") if line]
+    discarded = [line for line in lines if _step_of(line) > last_kept_step]
+    if discarded:
+        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as aside:
+            aside.writelines(line + "\n" for line in discarded)
+    kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
+    if kept != text:
+        _write_whole(path, kept)
+    return path.open("a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSONL line; infinity for a torn one, which is beyond every step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else math.inf

@@ -1,0 +1,143 @@
+"""Weights & Biases, off unless asked: a mirror of the run's records that may fail without harm to the run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+from othink_ray.config.schema import WandbConfig
+
+if TYPE_CHECKING:
+    import wandb
+
+TABLE_RECORDS = 100
+INIT_TIMEOUT_S = 60.0
+FINISH_TIMEOUT_S = 60.0
+
+
+class Tracker(Protocol):
+    """Takes what the run's folder takes."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self, samples: Path, *, failed: bool) -> None: ...
+
+
+class NoTracker:
+    """Tracking is off, or wandb could not start."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        return None
+
+    def close(self, samples: Path, *, failed: bool) -> None:
+        return None
+
+
+class WandbTracker:
+    """One wandb run; the first failure is a warning, and nothing is sent after it."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        self._run = run
+        self._alive = True
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._try(lambda: self._run.log(dict(metrics), step=step))
+
+    def close(self, samples: Path, *, failed: bool) -> None:
+        """Send the samples, with their images, as one table, and end the wandb run."""
+        self._try(lambda: self._run.log({"samples": _sample_table(samples)}))
+        self._try(lambda: self._run.finish(exit_code=1 if failed else 0))
+        self._try(_wait_for_writer)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if not self._alive:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever breaks in there, training goes on
+            self._alive = False
+            _warn(error)
+
+
+def open_tracker(run_dir: Path, wandb: WandbConfig, config_yaml: str) -> Tracker:
+    """A tracker for `wandb.mode`; one that does nothing when it is off or wandb does not start."""
+    if wandb.mode == "off":
+        return NoTracker()
+    try:
+        return WandbTracker(_start(run_dir, wandb, config_yaml))
+    except Exception as error:  # whatever breaks in there, training goes on
+        _warn(error)
+        return NoTracker()
+
+
+def _start(run_dir: Path, config: WandbConfig, config_yaml: str) -> wandb.Run:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    import wandb
+
+    if config.mode == "online" and not wandb.login(prompt=False):
+        raise ConnectionError(
+            "wandb.mode is online but nobody is logged in: run `wandb login`, or use wandb.mode=offline"
+        )
+    return wandb.init(
+        mode="online" if config.mode == "online" else "offline",
+        dir=str(run_dir),
+        project=config.project,
+        config=cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml))),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            # Machine facts are asked of a cloud metadata address: a needless request, and a slow one without a network.
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+        ),
+    )
+
+
+def _wait_for_writer() -> None:
+    """finish() returns before wandb's own process has the last lines on disk; ending that process waits for them."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _sample_table(samples: Path) -> wandb.Table:
+    import wandb
+
+    columns = ["step", "prompt_id", "image", "question", "truth", "completion", "reward", "advantage"]
+    table = wandb.Table(columns=columns)
+    for line in samples.read_text(encoding="utf-8").splitlines()[-TABLE_RECORDS:]:
+        record = json.loads(line)
+        images = [wandb.Image(_picture(uri)) for uri in record["images"][:1]]
+        for completion in record["completions"]:
+            table.add_data(
+                *(record["step"], record["prompt_id"], images[0] if images else None),
+                *(record["question"], record["answer"]),
+                *(completion["text"], completion["reward"], completion["advantage"]),
+            )
+    return table
+
+
+def _picture(data_uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data_uri.partition(",")[2])))
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"wandb stopped ({type(error).__name__}: {error}); the run goes on, its records are in its own folder",
+        RuntimeWarning,
+        stacklevel=2,
+    )

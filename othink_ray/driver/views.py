@@ -1,0 +1,208 @@
+"""How the console words things: the plain line of a step, the live table, the sample panel, the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+from rich import box
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from othink_ray.types import ScoredGroup
+
+SPARK_LEVELS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 10
+BAR_WIDTH = 20
+ANSWER_CHARACTERS = 600
+PARTS_OF_A_STEP = ("generate", "score", "update", "push")
+PART_STYLES = ("cyan", "yellow", "magenta", "green")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Accuracy on n held-out questions, with its 95 % interval, as fractions of 1."""
+
+    step: int
+    accuracy: float
+    lo: float
+    hi: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One question and the first of its answers."""
+
+    step: int
+    question: str
+    truth: str
+    answer: str
+    reward: float
+
+    @classmethod
+    def first_of(cls, step: int, scored: ScoredGroup) -> Self:
+        prompt = scored.group.prompt
+        return cls(
+            step=step,
+            question=" ".join(message.text for message in prompt.messages if message.role == "user"),
+            truth=prompt.answer,
+            answer=scored.group.completions[0].text,
+            reward=float(scored.rewards[0]),
+        )
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model may write the ones that move the cursor or colour the terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s, 2 h 07 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {whole_seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """66.0 % (95 % interval 59.2 to 72.2, 200 questions)."""
+    return (
+        f"{100 * evaluation.accuracy:.1f} % "
+        f"(95 % interval {100 * evaluation.lo:.1f} to {100 * evaluation.hi:.1f}, {evaluation.n} questions)"
+    )
+
+
+def tokens_per_second(metrics: Mapping[str, float]) -> float | None:
+    """Answer tokens a second over the whole step."""
+    try:
+        return metrics["throughput/samples_per_s"] * metrics["tokens/completion_mean"]
+    except KeyError:
+        return None
+
+
+def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """One aligned line without colours; a value that is not measured in this step is a dash."""
+    fields = [
+        ("reward", _fixed(metrics.get("reward/mean"), "6.3f")),
+        ("acc", _fixed(metrics.get("reward/accuracy"), "5.3f")),
+        ("fmt", _fixed(metrics.get("reward/format"), "5.3f")),
+        ("beta", _fixed(metrics.get("kl/beta"), "6.4f")),
+        ("kl", _fixed(metrics.get("kl/mean"), "9.2e")),
+        ("gap", _fixed(metrics.get("audit/logp_gap_max"), "8.1e")),
+        ("tok/s", _fixed(tokens_per_second(metrics), "7.0f")),
+        ("s", _fixed(metrics.get("time/step_s"), "6.2f")),
+    ]
+    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(f"{name} {value}" for name, value in fields)
+
+
+def _fixed(value: float | None, spec: str) -> str:
+    width = int(spec.partition(".")[0])
+    return f"{'-':>{width}}" if value is None else f"{value:{spec}}"
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """The whole history in `width` characters, from its own lowest to its own highest value."""
+    finite = [value for value in values if abs(value) < float("inf")]
+    if not finite:
+        return ""
+    count = min(width, len(finite))
+    edges = [round(i * len(finite) / count) for i in range(count + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    if span <= 1e-9 * max(map(abs, means)):  # equal but for rounding: no dust blown up to a curve
+        return SPARK_LEVELS[0] * count
+    top = len(SPARK_LEVELS) - 1
+    return "".join(SPARK_LEVELS[round(top * (mean - low) / span)] for mean in means)
+
+
+def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation | None) -> Table:
+    """Two columns of name, latest value and sparkline, then the last evaluation and where the time goes."""
+
+    def cells(label: str, values: Sequence[float | None], spec: str) -> tuple[str, Text, Text]:
+        known = [value for value in values if value is not None]
+        latest = f"{known[-1]:{spec}}" if known else "-"
+        return label, Text(latest, style="bold", justify="right"), Text(sparkline(known), style="cyan")
+
+    def named(name: str) -> list[float | None]:
+        return [row.get(name) for row in history]
+
+    grid = Table.grid(padding=(0, 2))
+    rows = (
+        (cells("reward", named("reward/mean"), ".3f"), cells("beta", named("kl/beta"), ".4f")),
+        (cells("accuracy", named("reward/accuracy"), ".3f"), cells("KL", named("kl/mean"), ".2e")),
+        (cells("format", named("reward/format"), ".3f"), cells("audit gap", named("audit/logp_gap_max"), ".1e")),
+        (
+            cells("s/step", named("time/step_s"), ".2f"),
+            cells("tokens/s", [tokens_per_second(row) for row in history], ",.0f"),
+        ),
+    )
+    for left, right in rows:
+        grid.add_row(*left, *right)
+    table = Table.grid()
+    table.add_row("")
+    table.add_row(grid)
+    table.add_row("")
+    if evaluation is not None:
+        table.add_row(Text(f"held-out  {evaluation_text(evaluation)} after step {evaluation.step}"))
+    if history:
+        table.add_row(time_split(history[-1]))
+    return table
+
+
+def time_split(metrics: Mapping[str, float]) -> Text:
+    """A bar of the last step's seconds, one colour a verb."""
+    seconds = [metrics.get(f"time/{part}_s", 0.0) for part in PARTS_OF_A_STEP]
+    total = sum(seconds)
+    if not total > 0:
+        return Text("")
+    bar, legend = Text(), Text()
+    for part, spent, style in zip(PARTS_OF_A_STEP, seconds, PART_STYLES, strict=True):
+        bar.append("█" * round(BAR_WIDTH * spent / total), style=style)
+        legend.append(f"  {part} {100 * spent / total:.0f} %", style=style)
+    return bar + legend
+
+
+def sample_panel(sample: Sample) -> Panel:
+    """Question, truth and one answer."""
+    answer = printable(sample.answer)
+    if len(answer) > ANSWER_CHARACTERS:
+        answer = answer[:ANSWER_CHARACTERS] + " …"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("question", style="dim"), Text(printable(sample.question)))
+    grid.add_row(Text("truth", style="dim"), Text(printable(sample.truth)))
+    grid.add_row(Text("answer", style="dim"), Text(answer))
+    grid.add_row(Text("reward", style="dim"), Text(f"{sample.reward:.2f}", style="bold"))
+    return Panel(grid, title=f"latest sample, step {sample.step}", title_align="left", border_style="dim")
+
+
+def closing_table(before: Mapping[str, float], after: Mapping[str, float], *, boxed: bool) -> Table:
+    """Before and after on the same held-out questions; fractions of 1 are shown in percent."""
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f} %"
+
+    def points(name: str) -> str:
+        return f"{100 * (after[name] - before[name]):+.1f} points"
+
+    def interval(result: Mapping[str, float]) -> str:
+        return f"{100 * result['lo']:.1f} to {100 * result['hi']:.1f}"
+
+    table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
+    table.add_column("held-out")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    table.add_row("accuracy", percent(before["accuracy"]), percent(after["accuracy"]), points("accuracy"), style="bold")
+    table.add_row("95 % interval", interval(before), interval(after), "")
+    table.add_row("format", percent(before["format"]), percent(after["format"]), points("format"))
+    lengths = before["tokens_mean"], after["tokens_mean"]
+    table.add_row("answer tokens", *(f"{length:.1f}" for length in lengths), f"{lengths[1] - lengths[0]:+.1f}")
+    table.add_row("questions", f"{before['n']:.0f}", f"{after['n']:.0f}", "")
+    return table

@@ -1,0 +1,1 @@
+"""The engines: what samples and what learns, each behind a protocol of `base`."""

@@ -1,0 +1,75 @@
+"""What the runtime asks of an engine. One contract suite runs over every implementation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from othink_ray.types import Group, Pack, Prompt, UpdateStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a batch of prompts is answered. The same seed gives the same answers on any number of engines."""
+
+    answers: int
+    max_tokens: int
+    temperature: float  # 0 is greedy
+    seed: int
+
+    def seed_of(self, prompt: Prompt) -> int:
+        """The seed of one prompt's group: it depends on the prompt's id, never on where or when it runs."""
+        digest = hashlib.sha256(f"{self.seed}/{prompt.id}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
+
+    group: Group
+    candidates: NDArray[np.int64]  # (T, K)
+    logprobs: NDArray[np.float32]  # (T, K)
+
+
+class RolloutEngine(Protocol):
+    """Samples groups with one version of the weights."""
+
+    version: int
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        """Groups in the order in which they finish."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights and forget everything computed with the old ones."""
+        ...
+
+    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]: ...
+
+
+class LearnerEngine(Protocol):
+    """One rank of the learner; every rank is called with its own share, all at the same time."""
+
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, loss: str) -> UpdateStats:
+        """Optimiser steps over [update][micro-batch][row]; an empty micro-batch keeps this rank in step with the others."""
+        ...
+
+    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+        """The policy's logprobs (T, K) of each probe's candidates."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All trained weights, whole, one after the other, under their Hugging Face module names."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the policy as a plain Hugging Face folder."""
+        ...

@@ -1,0 +1,115 @@
+"""Sampling with transformers alone: slow, plain, and the oracle that the fast engine is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from othink_ray.config.schema import ModelConfig, RolloutConfig
+from othink_ray.engines.base import Probe, Sampling
+from othink_ray.engines.policy import DTYPES, logit_bias
+from othink_ray.families import Family
+from othink_ray.types import Completion, Group, Prompt
+
+
+class HFRollout:
+    """One prompt at a time: its image and text are computed once, its answers side by side."""
+
+    def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family) -> None:
+        self.family = family
+        self.version = -1
+        self.max_model_len = rollout.max_model_len
+        self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(rollout.threads)
+        self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
+        self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        own = dict(self.network.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, weight in weights:
+                own[name].copy_(weight)
+        self.version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        for prompt in prompts:
+            yield self._answer(prompt, sampling)[0]
+
+    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
+        probes = []
+        for prompt in prompts:
+            group, log_p = self._answer(prompt, sampling)
+            likeliest = log_p[: len(group.completions[0].token_ids), 0].topk(candidates)
+            probes.append(
+                Probe(group=group, candidates=likeliest.indices.numpy(), logprobs=likeliest.values.float().numpy())
+            )
+        return probes
+
+    @torch.no_grad()
+    def _answer(self, prompt: Prompt, sampling: Sampling) -> tuple[Group, Tensor]:
+        """The group, and the log distributions (T, G, V) it was sampled from."""
+        images = self.family.encode_images(prompt.images)
+        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), self.family.image_token_counts(prompt.images))
+        positions = self.family.prompt_positions(torch.tensor(prompt_ids), images)
+        draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
+        cache = DynamicCache(config=self.network.config.get_text_config())
+        token_ids = torch.tensor([prompt_ids], device=self.device)
+        position_ids = positions[:, None].to(self.device)
+        pixels: dict[str, Tensor] = {}
+        if prompt.images:
+            pixels = {"pixel_values": images.pixels.to(self.device), "image_grid_thw": images.grids.to(self.device)}
+        answers: list[Tensor] = []
+        distributions: list[Tensor] = []
+        room = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
+        ended = torch.zeros(sampling.answers, dtype=torch.bool)
+        for place in range(room):
+            output = self.network(
+                input_ids=token_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, **pixels
+            )
+            logits = output.logits[:, -1].float().cpu()
+            if place == 0:
+                cache.batch_repeat_interleave(sampling.answers)
+                logits = logits.expand(sampling.answers, -1)
+                pixels = {}
+            logits = logits + self.bias
+            log_p = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+            greedy = sampling.temperature == 0
+            chosen = log_p.argmax(-1) if greedy else torch.multinomial(log_p.exp(), 1, generator=draw)[:, 0]
+            distributions.append(log_p)
+            answers.append(chosen)
+            ended |= chosen == self.family.eos_token_id
+            if bool(ended.all()):
+                break
+            token_ids = chosen[:, None].to(self.device)
+            position_ids = (positions.max() + 1 + place).expand(3, sampling.answers, 1).to(self.device)
+        return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
+
+    def _group(self, prompt: Prompt, prompt_ids: list[int], answers: Tensor, log_p: Tensor) -> tuple[Group, Tensor]:
+        """Cut each of the answers (T, G) after its end token."""
+        chosen = log_p.gather(-1, answers[..., None])[..., 0]
+        completions = []
+        for column in range(answers.shape[1]):
+            ids = answers[:, column].numpy()
+            ends = np.flatnonzero(ids == self.family.eos_token_id)
+            length = int(ends[0]) + 1 if len(ends) else len(ids)
+            completions.append(
+                Completion(
+                    token_ids=ids[:length].astype(np.int64),
+                    sampler_logprobs=chosen[:length, column].numpy().astype(np.float32),
+                    text=self.family.decode([ids[:length].tolist()])[0],
+                    finish="stop" if len(ends) else "length",
+                )
+            )
+        group = Group(
+            prompt=prompt,
+            prompt_token_ids=np.array(prompt_ids, dtype=np.int64),
+            completions=tuple(completions),
+            version=self.version,
+        )
+        return group, log_p

@@ -1,0 +1,147 @@
+"""Sampling with vLLM, in process, one engine per actor. Only file of the rollout side that imports vllm."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from othink_ray.config.schema import ModelConfig, RolloutConfig
+from othink_ray.engines.base import Probe, Sampling
+from othink_ray.engines.policy import BANNED_BIAS
+from othink_ray.families import Family
+from othink_ray.types import Completion, Group, Prompt
+
+class VLLMRollout:
+    """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
+
+    def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family, path: str) -> None:
+        self.family = family
+        self.version = -1
+        on_gpu = rollout.gpus_per_actor > 0
+        os.environ.update(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_NO_USAGE_STATS="1",
+            VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        )
+        if not on_gpu:
+            os.environ.update(
+                VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
+                VLLM_CPU_OMP_THREADS_BIND="nobind",
+                OMP_NUM_THREADS=str(rollout.threads),
+            )
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._sampling_params = SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        arguments: dict[str, Any] = {
+            "model": path,
+            "dtype": model.dtype,
+            "seed": 0,  # every request brings its own
+            "max_model_len": rollout.max_model_len,
+            "max_num_seqs": rollout.max_num_seqs,
+            "max_num_batched_tokens": max(8192, rollout.max_model_len),
+            "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
+            "mm_processor_kwargs": {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels},
+            "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
+            "enable_prefix_caching": True,
+            "enforce_eager": rollout.enforce_eager,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+            "trust_remote_code": False,
+        }
+        if on_gpu:
+            arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+        else:
+            # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
+            # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
+            arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        for prompt in prompts:
+            self._ask(prompt, sampling, logprobs=0)
+        waiting = {prompt.id: prompt for prompt in prompts}
+        for output in self._finished():
+            yield self._group(waiting.pop(output.request_id), output)
+        assert not waiting, f"vLLM answered all but {sorted(waiting)}"
+
+    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
+        for prompt in prompts:
+            self._ask(prompt, sampling, logprobs=candidates)
+        outputs = {output.request_id: output for output in self._finished()}
+        return [self._probe(prompt, outputs[prompt.id], candidates) for prompt in prompts]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+        self.forget()
+        self.version = version
+
+    def forget(self) -> None:
+        """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to drop its prefix cache: requests were still running during a push")
+        self.engine.reset_encoder_cache()
+        self.engine.reset_mm_cache()
+
+    def _ask(self, prompt: Prompt, sampling: Sampling, *, logprobs: int) -> None:
+        parameters = self._sampling_params(
+            n=sampling.answers,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed_of(prompt),
+            logprobs=logprobs,
+            logit_bias=dict.fromkeys(self.family.banned_token_ids, BANNED_BIAS),
+            detokenize=False,
+            output_kind=self._final_only,
+        )
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in prompt.images]
+        request: dict[str, Any] = {"prompt_token_ids": self.family.prompt_token_ids(prompt)}
+        if images:
+            request["multi_modal_data"] = {"image": images}
+        self.engine.add_request(prompt.id, request, parameters)
+
+    def _finished(self) -> Iterator[Any]:
+        while self.engine.has_unfinished_requests():
+            yield from self.engine.step()
+
+    def _group(self, prompt: Prompt, output: Any) -> Group:
+        answers = sorted(output.outputs, key=lambda answer: answer.index)
+        texts = self.family.decode([answer.token_ids for answer in answers])
+        completions = tuple(
+            Completion(
+                token_ids=np.array(answer.token_ids, dtype=np.int64),
+                sampler_logprobs=np.array(
+                    [place[token].logprob for place, token in zip(answer.logprobs, answer.token_ids, strict=True)],
+                    dtype=np.float32,
+                ),
+                text=text,
+                finish="length" if answer.finish_reason == "length" else "stop",
+            )
+            for answer, text in zip(answers, texts, strict=True)
+        )
+        return Group(
+            prompt=prompt,
+            prompt_token_ids=np.array(output.prompt_token_ids, dtype=np.int64),
+            completions=completions,
+            version=self.version,
+        )
+
+    def _probe(self, prompt: Prompt, output: Any, candidates: int) -> Probe:
+        [answer] = output.outputs
+        likeliest = [
+            sorted(place.items(), key=lambda item: (item[1].rank, item[0]))[:candidates] for place in answer.logprobs
+        ]
+        return Probe(
+            group=self._group(prompt, output),
+            candidates=np.array([[token for token, _ in place] for place in likeliest], dtype=np.int64),
+            logprobs=np.array([[item.logprob for _, item in place] for place in likeliest], dtype=np.float32),
+        )

@@ -1,0 +1,16 @@
+"""Model families, by the name that `model.family` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from othink_ray.config.schema import ModelConfig
+from othink_ray.families.base import Family
+from othink_ray.families.qwen2_vl import Qwen2VL
+
+FAMILIES: dict[str, Callable[..., Family]] = {"qwen2_vl": Qwen2VL}
+
+
+def open_family(model: ModelConfig, path: str) -> Family:
+    """The family of `model`, bound to the folder or hub name `path`."""
+    return FAMILIES[model.family](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)

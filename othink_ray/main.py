@@ -1,0 +1,128 @@
+"""The entry point: overrides to a checked configuration, then the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from othink_ray.config.check import machine_for, plan, problems
+from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
+from othink_ray.config.problem import ConfigError, Problem
+from othink_ray.config.schema import Config
+from othink_ray.config.strict import convert
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = """\
+othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed.
+
+  python -m othink_ray.main [group=name] [a.b=value] ...
+
+Modes
+  mode=train   GRPO-D from model and data to an exported model (the default)
+  mode=sft     supervised fine-tuning, the paper's other baseline
+  mode=eval    greedy accuracy of the model on the held-out questions
+  mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
+
+Groups
+{groups}
+
+Keys that matter
+  train.steps  train.prompts_per_step  train.seed  train.checkpoint_every
+  algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
+  algo.reward.format_weight (alpha)
+  rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
+  eval.every  run.dir  run.resume (never, auto, a checkpoint folder)  wandb.mode
+  All of them, with their values: --cfg job
+
+Examples
+  python -m othink_ray.main                                               the tiny model learns to count, on a CPU
+  python -m othink_ray.main algo=grpo algo.kl.beta_min=0.04 train.steps=50    constant KL weight, fewer steps
+  python -m othink_ray.main -m algo=grpo_d,grpo train.seed=0,1            four runs, one after the other
+  python -m othink_ray.main model=qwen2_vl_2b cluster=one_node mode=check     is it sound on 8 GPUs?
+
+Hydra's flags: --cfg job, --info, -m (sweep), --hydra-help.
+"""
+
+
+def main() -> int:
+    """Runs what the command line says; 2 for a configuration that is not sound."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
+        print(HELP.format(groups="\n".join(rows)), end="")
+        return 0
+    if any(argument.startswith("-") for argument in arguments):
+        return _through_hydra(arguments)
+    return _launch(*read(arguments))
+
+
+def _launch(config: Config | None, found: list[Problem]) -> int:
+    if config is None:
+        return _report(found)
+    machine = machine_for(config)
+    found = found + problems(config, machine)
+    if found:
+        return _report(found)
+    if config.mode == "check":
+        print(f"configuration is sound\n{plan(config, machine)}")
+        return 0
+    from othink_ray.driver.build import run  # Ray, vLLM and DeepSpeed load only for a sound configuration
+
+    return run(config)
+
+
+def _report(found: Sequence[Problem]) -> int:
+    print(ConfigError(found), file=sys.stderr)
+    return 2
+
+
+def _through_hydra(arguments: Sequence[str]) -> int:
+    """Hydra's flags: Hydra shows or sweeps, after the same checks as without flags."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    flags, strangers = get_args_parser().parse_known_intermixed_args(arguments)
+    overrides = [*flags.overrides, *strangers]
+    words = [argument for argument in arguments if argument not in overrides]
+    own_conf = not (flags.config_path or flags.config_name or flags.config_dir or flags.experimental_rerun)
+    if strangers or (own_conf and (flags.multirun or flags.run or flags.cfg)):
+        found = _foresee(overrides, starts_runs=flags.cfg is None)
+        if found:
+            return _report(found)
+
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def job(node: DictConfig) -> None:
+        settings = HydraConfig.get()
+        config, found = convert(node, origins(conf_dir(), settings.runtime.choices, settings.overrides.task))
+        if config is not None and settings.mode is RunMode.MULTIRUN:
+            folder = Path(config.run.dir) / str(settings.job.num)
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+        codes.append(_launch(config, found))
+
+    sys.argv[1:] = [*overrides, *words]  # Hydra's parser takes overrides only in one piece
+    job()
+    return max(codes, default=0)
+
+
+def _foresee(overrides: Sequence[str], *, starts_runs: bool) -> list[Problem]:
+    """The problems of all runs of a sweep, before the first one starts."""
+    found: list[Problem] = []
+    for run in sweep_jobs(overrides):
+        config, problems_here = read(run)
+        found += problems_here
+        if config is not None and starts_runs:
+            found += problems(config, machine_for(config))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

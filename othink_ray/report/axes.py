@@ -1,0 +1,91 @@
+"""Round tick positions and short tick labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A range of values, its ticks, and whether it is logarithmic."""
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies: 0 at `low`, 1 at `high`; values below a logarithmic axis lie on its foot."""
+        if self.log:
+            low, high = math.log10(self.low), math.log10(self.high)
+            return (math.log10(max(value, self.low)) - low) / (high - low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear_axis(values: Sequence[float], *, from_zero: bool, most_ticks: int = 5) -> Axis:
+    """An axis over all values that begins and ends on a tick, steps of 1, 2, 2.5 or 5 times a power of ten."""
+    low, high = min(values), max(values)
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all equal but for rounding
+        margin = 0.5 * abs(high) or 1.0
+        low, high = (low, high + margin) if from_zero else (low - margin, high + margin)
+    step = _round_step((high - low) / (most_ticks - 1))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [i * step for i in range(first, last + 1)]
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+def log_axis(values: Sequence[float], *, most_ticks: int = 5) -> Axis:
+    """An axis of whole decades over all positive values."""
+    positive = [value for value in values if value > 0] or [1.0]
+    first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    last = max(last, first + 1)
+    stride = math.ceil((last - first) / (most_ticks - 1))
+    first = last - stride * math.ceil((last - first) / stride)
+    return Axis(10.0**first, 10.0**last, [10.0**exponent for exponent in range(first, last + 1, stride)], log=True)
+
+
+def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
+    """The x axis: whole steps only, no margin; one single step gets half a step on either side."""
+    if first == last:
+        return Axis(first - 0.5, last + 0.5, [first])
+    step = max(1, round(_round_step((last - first) / (most_ticks - 1))))
+    ticks = list(range(step * math.ceil(first / step), last + 1, step))
+    return Axis(first, last, ticks)
+
+
+def tick_labels(axis: Axis, *, percent: bool = False) -> list[str]:
+    """Labels with the same number of decimals all along an axis."""
+    if axis.log:
+        return [f"1e{round(math.log10(tick))}" for tick in axis.ticks]
+    scale = 100.0 if percent else 1.0
+    unit = " %" if percent else ""
+    step = scale * (axis.ticks[1] - axis.ticks[0]) if len(axis.ticks) > 1 else 1.0
+    if max(abs(tick) for tick in axis.ticks) * scale < 1e-3:
+        return [f"{scale * tick:.0e}{unit}" if tick else "0" for tick in axis.ticks]
+    decimals = next(d for d in range(12) if abs(round(step, d) - step) < 1e-6 * step)
+    return [f"{scale * tick:,.{decimals}f}{unit}" for tick in axis.ticks]
+
+
+def short(value: float) -> str:
+    """A value in about four digits: 0.621, 23.10, 1,240, 3.1e-06; a dash when it is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size != 0 and (size < 1e-3 or size >= 1e6):
+        return f"{value:.1e}"
+    decimals = 0 if size >= 1000 or value == int(value) else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def signed(value: float) -> str:
+    """A value with its sign, +0.77; a dash when it is not finite."""
+    return f"{value:+.2f}" if math.isfinite(value) else "–"
+
+
+def _round_step(at_least: float) -> float:
+    power = 10.0 ** math.floor(math.log10(at_least))
+    return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= at_least * (1 - 1e-9))

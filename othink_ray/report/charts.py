@@ -1,0 +1,288 @@
+"""Curves and stacked areas as geometry in SVG units; the page template only draws what is here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Literal
+
+from othink_ray.report.axes import Axis, linear_axis, log_axis, short, step_axis, tick_labels
+
+WIDTH, HEIGHT = 400, 220
+LEFT, TOP, BOTTOM = 50, 10, 26
+RIGHT, RIGHT_WITH_AXIS = 14, 46
+DIGIT_WIDTH = 7.5  # of a tick label, at most
+MOST_POINTS = 300
+MOST_AREA_BINS = 120
+MOST_HOVERS = 100
+SMOOTHED_FROM = 40  # points; fewer are few enough to be seen one by one
+
+Point = tuple[int, float]
+Reduce = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One measured quantity over steps; steps without a value are simply absent."""
+
+    label: str
+    colour: int
+    points: Sequence[Point]
+    side: Literal["left", "right"] = "left"
+    smooth: bool = False
+    dots: bool = False
+    reduce: Reduce = fmean  # how several steps become one point of a long run
+    intervals: Sequence[tuple[int, float, float]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """A tick of an axis: where, and what it says."""
+
+    at: float
+    label: str
+    anchor: str = "middle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A drawn curve: the bold path, the faint raw one under it, dots and vertical interval bars."""
+
+    path: str
+    raw_path: str
+    colour: int
+    dots: Sequence[tuple[float, float]]
+    bars: Sequence[tuple[float, float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A legend entry with the latest value."""
+
+    label: str
+    value: str
+    colour: int
+    dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hover:
+    """A strip of the plot that shows its values under the pointer."""
+
+    x: float
+    width: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A finished chart."""
+
+    title: str
+    keys: Sequence[Key]
+    x_ticks: Sequence[Tick]
+    left_ticks: Sequence[Tick]
+    right_ticks: Sequence[Tick] = ()
+    left_colour: int = 0
+    right_colour: int = 0
+    lines: Sequence[Line] = ()
+    areas: Sequence[tuple[int, str]] = ()
+    reference_y: float | None = None
+    hovers: Sequence[Hover] = ()
+    right: float = WIDTH - RIGHT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How an axis wants to be: in percent, logarithmic, from zero."""
+
+    percent: bool = False
+    log: bool = False
+    from_zero: bool = True
+    least_span: float = 0.0  # a smaller range is widened, so that noise does not look like a climb
+
+    def axis(self, values: Sequence[float]) -> Axis:
+        if self.log:
+            return log_axis(values)
+        margin = max(0.0, self.least_span - (max(values) - min(values))) / 2
+        if margin > 0:
+            low, high = min(values) - margin, max(values) + margin
+            values = [max(low, 0.0), min(high, 1.0)] if self.percent else [low, high]
+        return linear_axis(values, from_zero=self.from_zero)
+
+    def text(self, value: float) -> str:
+        return f"{100 * value:.1f} %" if self.percent else short(value)
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    steps: tuple[int, int],
+    left: Scale,
+    right: Scale | None = None,
+    reference: tuple[str, float] | None = None,
+) -> Chart | None:
+    """Curves over at least `steps` (first, last), with a second axis when `right` is given; None without any point."""
+    series = [one for one in series if one.points]
+    if not series:
+        return None
+    right_edge = WIDTH - (RIGHT if right is None else RIGHT_WITH_AXIS)
+    ends = [*steps, *(one.points[i][0] for one in series for i in (0, -1))]
+    x_axis = step_axis(min(ends), max(ends))
+    scales = {"left": left, "right": right or left}
+    axes: dict[str, Axis] = {}
+    for side, scale in scales.items():
+        values = [value for one in series if one.side == side for value in _values(one)]
+        if side == "left" and reference is not None:
+            values.append(reference[1])
+        if values:
+            axes[side] = scale.axis(values)
+    keys = [Key(label=one.label, value=scales[one.side].text(one.points[-1][1]), colour=one.colour) for one in series]
+    if reference is not None:
+        keys.append(Key(label=reference[0], value=left.text(reference[1]), colour=0, dashed=True))
+    return Chart(
+        title=title,
+        keys=keys,
+        x_ticks=_x_ticks(x_axis, right_edge),
+        left_ticks=_y_ticks(axes.get("left"), left),
+        right_ticks=_y_ticks(axes.get("right"), right) if right is not None else (),
+        left_colour=_side_colour(series, "left") if right is not None else 0,
+        right_colour=_side_colour(series, "right"),
+        lines=[_line(one, x_axis, axes[one.side], right_edge) for one in series],
+        reference_y=_y(axes["left"], reference[1]) if reference is not None else None,
+        hovers=_hovers(series, scales, x_axis, right_edge),
+        right=right_edge,
+    )
+
+
+def area_chart(title: str, series: Sequence[Series], *, scale: Scale) -> Chart | None:
+    """Series stacked on one another, one block a step (or a few steps of a long run); all share their steps."""
+    series = [one for one in series if one.points]
+    if not series:
+        return None
+    right_edge = WIDTH - RIGHT
+    blocks = [binned(one, MOST_AREA_BINS) for one in series]
+    steps = [step for step, _ in blocks[0]]
+    totals = [0.0] * len(steps)
+    x_axis = step_axis(series[0].points[0][0], series[0].points[-1][0])
+    edges = [x_axis.low, *((a + b) / 2 for a, b in pairwise(steps)), x_axis.high]
+    corners = [_x(x_axis, edge, right_edge) for edge in edges]
+    tops: list[list[float]] = [totals]
+    for block in blocks:
+        totals = [total + value for total, (_, value) in zip(totals, block, strict=True)]
+        tops.append(totals)
+    axis = scale.axis(totals)
+    areas = []
+    for one, below, above in zip(series, tops, tops[1:], strict=False):
+        up = [f"{x:.1f},{_y(axis, top):.1f}" for i, top in enumerate(above) for x in (corners[i], corners[i + 1])]
+        down = [
+            f"{x:.1f},{_y(axis, bottom):.1f}"
+            for i, bottom in reversed(list(enumerate(below)))
+            for x in (corners[i + 1], corners[i])
+        ]
+        areas.append((one.colour, f"M{' '.join(up + down)}Z"))
+    return Chart(
+        title=title,
+        keys=[Key(label=one.label, value=scale.text(one.points[-1][1]), colour=one.colour) for one in series],
+        x_ticks=_x_ticks(x_axis, right_edge),
+        left_ticks=_y_ticks(axis, scale),
+        areas=areas,
+        hovers=_hovers(series, {"left": scale}, x_axis, right_edge),
+    )
+
+
+def binned(series: Series, most: int) -> list[Point]:
+    """At most `most` points: neighbours are joined by the series' own rule at their middle step."""
+    points = series.points
+    if len(points) <= most:
+        return list(points)
+    edges = [round(i * len(points) / most) for i in range(most + 1)]
+    return [
+        (points[(a + b - 1) // 2][0], series.reduce([value for _, value in points[a:b]])) for a, b in pairwise(edges)
+    ]
+
+
+def moving_average(points: Sequence[Point]) -> list[Point]:
+    """Mean over a centred window of a fifteenth of the points, shorter at both ends."""
+    half = max(2, len(points) // 30)
+    return [
+        (step, fmean(value for _, value in points[max(0, i - half) : i + half + 1]))
+        for i, (step, _) in enumerate(points)
+    ]
+
+
+def _values(series: Series) -> list[float]:
+    return [value for _, value in series.points] + [end for _, low, high in series.intervals for end in (low, high)]
+
+
+def _line(series: Series, x_axis: Axis, y_axis: Axis, right_edge: float) -> Line:
+    def at(step: float, value: float) -> tuple[float, float]:
+        return round(_x(x_axis, step, right_edge), 1), round(_y(y_axis, value), 1)
+
+    def path(points: Sequence[Point]) -> str:
+        return "M" + " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+
+    points = binned(series, MOST_POINTS)
+    smoothed = series.smooth and len(points) >= SMOOTHED_FROM
+    return Line(
+        path=path(moving_average(points) if smoothed else points),
+        raw_path=path(points) if smoothed else "",
+        colour=series.colour,
+        dots=[at(*point) for point in points] if series.dots or len(points) == 1 else [],
+        bars=[(at(step, low)[0], at(step, low)[1], at(step, high)[1]) for step, low, high in series.intervals],
+    )
+
+
+def _hovers(series: Sequence[Series], scales: dict[str, Scale], x_axis: Axis, right_edge: float) -> list[Hover]:
+    """One strip for every shown step, at most MOST_HOVERS; each tells the values of all series there."""
+    steps = sorted({step for one in series for step, _ in one.points})
+    values = [dict(one.points) for one in series]
+    stride = math.ceil(len(steps) / MOST_HOVERS)
+    shown = steps[stride // 2 :: stride]
+    edges = [x_axis.low, *((a + b) / 2 for a, b in pairwise(shown)), x_axis.high]
+    hovers = []
+    for step, (start, end) in zip(shown, pairwise(edges), strict=True):
+        known = [
+            f"{one.label} {scales[one.side].text(by_step[step])}"
+            for one, by_step in zip(series, values, strict=True)
+            if step in by_step
+        ]
+        x = _x(x_axis, start, right_edge)
+        text = "\n".join([f"step {step:,}", *known])
+        hovers.append(Hover(x=round(x, 1), width=round(_x(x_axis, end, right_edge) - x, 1), text=text))
+    return hovers
+
+
+def _side_colour(series: Sequence[Series], side: str) -> int:
+    """An axis takes the colour of its series when it has just one."""
+    colours = [one.colour for one in series if one.side == side]
+    return colours[0] if len(colours) == 1 else 0
+
+
+def _x_ticks(axis: Axis, right_edge: float) -> list[Tick]:
+    """A label that would be cut off at the right border ends there instead of standing centred under its tick."""
+    ticks = []
+    for step, label in zip(axis.ticks, tick_labels(axis), strict=True):
+        at = round(_x(axis, step, right_edge), 1)
+        centred = at + len(label) * DIGIT_WIDTH / 2 < WIDTH
+        ticks.append(Tick(at=at, label=label) if centred else Tick(at=at, label=label, anchor="end"))
+    return ticks
+
+
+def _y_ticks(axis: Axis | None, scale: Scale) -> list[Tick]:
+    if axis is None:
+        return []
+    labels = tick_labels(axis, percent=scale.percent)
+    return [Tick(at=round(_y(axis, tick), 1), label=label) for tick, label in zip(axis.ticks, labels, strict=True)]
+
+
+def _x(axis: Axis, step: float, right_edge: float) -> float:
+    return LEFT + axis.place(step) * (right_edge - LEFT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - BOTTOM - TOP)

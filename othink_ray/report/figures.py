@@ -1,0 +1,121 @@
+"""Which curves a run's page shows, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from othink_ray.report.charts import Chart, Point, Scale, Series, area_chart, line_chart
+from othink_ray.report.records import RunFiles, is_finite
+
+BLUE, ORANGE, GREEN, VIOLET, GREY = 1, 2, 3, 4, 5
+PARTS_OF_A_STEP = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("push", VIOLET))
+FRACTION = Scale(percent=True)
+PLAIN = Scale()
+FREE = Scale(from_zero=False)
+
+
+def figures(run: RunFiles) -> list[Chart]:
+    """All charts that have at least one value."""
+    rows = run.rows
+
+    def curve(label: str, name: str, colour: int, **how: Any) -> Series:
+        return Series(label=label, colour=colour, points=column(rows, name), **how)
+
+    tolerance = run.config.get("weights", {}).get("audit_tolerance")
+    steps = (rows[0]["step"], rows[-1]["step"]) if rows else (0, 0)
+    lines = partial(line_chart, steps=steps)
+    charts = [
+        lines(
+            "Reward in training",
+            [
+                curve("reward", "reward/mean", BLUE, smooth=True),
+                curve("accuracy", "reward/accuracy", ORANGE, smooth=True),
+                curve("format", "reward/format", GREEN, smooth=True),
+            ],
+            left=PLAIN,
+        ),
+        lines("Held-out accuracy", [held_out(run)], left=Scale(percent=True, from_zero=False, least_span=0.2)),
+        lines(
+            "KL weight and KL",
+            [curve("β(s)", "kl/beta", BLUE), curve("KL", "kl/mean", ORANGE, side="right", smooth=True)],
+            left=PLAIN,
+            right=PLAIN,
+        ),
+        lines(
+            "Policy ratio and clipping",
+            [
+                curve("mean ratio", "ratio/raw_mean", BLUE, smooth=True),
+                curve("largest ratio", "ratio/raw_max", VIOLET, reduce=max, smooth=True),
+                curve("clipped", "ratio/clip_frac", ORANGE, side="right", smooth=True),
+            ],
+            left=FREE,
+            right=FRACTION,
+        ),
+        lines(
+            "Entropy and answer length",
+            [
+                curve("entropy, nats", "entropy", BLUE, smooth=True),
+                curve("tokens an answer", "tokens/completion_mean", ORANGE, side="right", smooth=True),
+            ],
+            left=PLAIN,
+            right=FREE,
+        ),
+        lines(
+            "Audit gap: engines against learner, nats",
+            [
+                curve("largest", "audit/logp_gap_max", VIOLET, reduce=max, smooth=True),
+                curve("mean", "audit/logp_gap_mean", BLUE, smooth=True),
+            ],
+            left=Scale(log=True),
+            reference=("tolerance of the mean", float(tolerance)) if tolerance else None,
+        ),
+        area_chart("Seconds a step", time_split(rows), scale=PLAIN),
+        lines("Throughput", [curve("answers/s", "throughput/samples_per_s", BLUE, smooth=True)], left=PLAIN),
+        lines(
+            "Groups whose answers all score the same",
+            [curve("no signal", "groups/constant_frac", BLUE, smooth=True)],
+            left=FRACTION,
+        ),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    """The finite values of one metric with their steps."""
+    return [(row["step"], float(row[name])) for row in rows if is_finite(row.get(name))]
+
+
+def held_out(run: RunFiles) -> Series:
+    """Accuracy at every evaluation; the ones before and after training bring their 95 % intervals."""
+    points = dict(column(run.rows, "eval/accuracy"))
+    last_step = run.rows[-1]["step"] if run.rows else 0
+    intervals = []
+    for step, when in ((0, "before"), (last_step, "after")):
+        result = run.evaluation(when)
+        if result is not None:
+            points[step] = result["accuracy"]
+            intervals.append((step, result["lo"], result["hi"]))
+    return Series(label="accuracy, greedy", colour=BLUE, points=sorted(points.items()), dots=True, intervals=intervals)
+
+
+def time_split(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
+    """The verbs of each step and, where the whole step took longer than their sum, what is left over."""
+    timed = [row for row in rows if any(is_finite(row.get(f"time/{part}_s")) for part, _ in PARTS_OF_A_STEP)]
+
+    def seconds(row: Mapping[str, Any], name: str) -> float:
+        value = row.get(f"time/{name}_s")
+        return float(value) if value is not None and is_finite(value) else 0.0
+
+    series = [
+        Series(label=part, colour=colour, points=[(row["step"], seconds(row, part)) for row in timed])
+        for part, colour in PARTS_OF_A_STEP
+    ]
+    rest = [
+        (row["step"], max(0.0, seconds(row, "step") - sum(seconds(row, part) for part, _ in PARTS_OF_A_STEP)))
+        for row in timed
+    ]
+    if any(value > 0 for _, value in rest):
+        series.append(Series(label="other", colour=GREY, points=rest))
+    return series

@@ -1,0 +1,77 @@
+"""Reading a run's folder, whatever state it is in: running, stopped half-way through a line, or finished."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+EVALUATION = ("accuracy", "lo", "hi", "format", "n", "tokens_mean")
+
+
+def is_finite(value: object) -> bool:
+    """True of a number that can be drawn; the records have null where it was NaN or infinite."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """What a run has written so far; `summary` is empty until the run is finished."""
+
+    config_yaml: str
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    unreadable_lines: int
+
+    def evaluation(self, when: str) -> Mapping[str, float] | None:
+        """The evaluation "before" or "after" training, when there is one and all its numbers are finite."""
+        result = self.summary.get(when) or {}
+        if not all(is_finite(result.get(name)) for name in EVALUATION):
+            return None
+        return {name: float(result[name]) for name in EVALUATION}
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read config.yaml, metrics.jsonl, samples.jsonl and summary.json; only the config has to be there."""
+    config_file = run_dir / "config.yaml"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file} does not exist: a report needs a run's folder (run.dir), and this is none"
+        )
+    config_yaml = config_file.read_text(encoding="utf-8")
+    config = OmegaConf.to_container(OmegaConf.create(config_yaml))
+    rows, bad_rows = _read_lines(run_dir / "metrics.jsonl")
+    samples, bad_samples = _read_lines(run_dir / "samples.jsonl")
+    summary_file = run_dir / "summary.json"
+    return RunFiles(
+        config_yaml=config_yaml,
+        config={str(key): value for key, value in config.items()} if isinstance(config, dict) else {},
+        rows=rows,
+        samples=samples,
+        summary=json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {},
+        unreadable_lines=bad_rows + bad_samples,
+    )
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a JSONL file that have a step, in order of steps, and how many lines could not be read."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    records: list[dict[str, Any]] = []
+    unreadable = 0
+    for line in filter(None, lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            unreadable += 1
+    return sorted(records, key=lambda record: int(record["step"])), unreadable

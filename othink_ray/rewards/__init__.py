@@ -1,0 +1,9 @@
+"""Grading: pure functions from (completion text, true answer) to a number."""
+
+from __future__ import annotations
+
+from othink_ray.rewards.grade import accuracy
+from othink_ray.rewards.layout import format_reward
+from othink_ray.rewards.scorer import REWARDS, score_group
+
+__all__ = ["REWARDS", "accuracy", "format_reward", "score_group"]

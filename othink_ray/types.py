@@ -1,0 +1,123 @@
+"""The records that flow between the rooms: one frozen type per stage, standard library and numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat turn; its images (the next `images` ones of the prompt) stand before its text."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question as the data room makes it; images stay compressed (PNG or JPEG bytes) until an engine needs pixels."""
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes, ...]
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer: exactly the sampled ids (the end token included) and their logprobs under the sampler."""
+
+    token_ids: NDArray[np.int64]
+    sampler_logprobs: NDArray[np.float32]
+    text: str
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All answers to one prompt, with the prompt as the engine expanded it and the weights version that sampled them."""
+
+    prompt: Prompt
+    prompt_token_ids: NDArray[np.int64]
+    completions: tuple[Completion, ...]
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with its rewards. `parts` holds each reward by name, all of length G; `valid` is False where scoring failed."""
+
+    group: Group
+    rewards: NDArray[np.float64]
+    parts: Mapping[str, NDArray[np.float64]]
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """One shared-prefix row `[prompt | answer 1 | ... | answer G]` of L tokens; everything but the pixels' geometry.
+
+    `segments` is 0 on the prompt and k on answer k. `loss_weights` is the share of each token in the whole step's loss
+    (0 on the prompt), so that the loss of a step is a plain sum over tokens, micro-batches and ranks.
+    """
+
+    prompt_id: str
+    images: tuple[bytes, ...]
+    token_ids: NDArray[np.int64]
+    segments: NDArray[np.int32]
+    loss_weights: NDArray[np.float64]
+    sampler_logprobs: NDArray[np.float32]
+    advantages: NDArray[np.float64]
+
+    @property
+    def prompt_len(self) -> int:
+        return int((self.segments == 0).sum())
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats:
+    """What one learner update measured, already reduced over ranks; means are over answer tokens (each token once)."""
+
+    loss: float
+    kl_mean: float
+    ratio_raw_mean: float
+    ratio_raw_max: float
+    ratio_clip_frac: float
+    entropy: float
+    logp_gap_mean: float
+    logp_gap_max: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    vision_encodes: int
+    reference_passes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """The engines' logprobs against the learner's on the probe tokens, right after a push."""
+
+    version: int
+    gap_mean: float
+    gap_max: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Where a run stands, beside the weights and the optimiser: enough to go on as if it had never stopped."""
+
+    step: int
+    data_position: int
+    schedule_state: Mapping[str, float]
+    seed: int

@@ -1,0 +1,48 @@
+"""The shipped conf files: each is reachable and parses, and every key of the schema is set in them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from othink_ray.config.load import conf_dir, groups, load
+from othink_ray.config.schema import Config
+
+FILES = sorted(conf_dir().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(conf_dir())))
+def test_conf_file_is_reachable_and_parses(file: Path) -> None:
+    where = file.relative_to(conf_dir())
+    if where == Path("config.yaml"):
+        assert load([]).mode == "train"
+        return
+    group, name = where.parent.name, file.stem
+    assert where == Path(group, f"{name}.yaml"), "conf files lie one group deep"
+    config = load([f"{group}={name}"])
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        chosen = compose("config", overrides=[f"{group}={name}"], return_hydra_config=True).hydra.runtime.choices
+    assert chosen[group] == name
+    own_name = getattr(getattr(config, group), "name", name)
+    assert own_name == name
+
+
+def test_each_group_is_a_section_of_the_schema() -> None:
+    assert set(groups(conf_dir())) <= {field.name for field in dataclasses.fields(Config)}
+
+
+def test_schema_sets_no_value_itself() -> None:
+    def fields(section: type) -> list[dataclasses.Field[object]]:
+        return list(dataclasses.fields(section))
+
+    from othink_ray.config import schema
+
+    sections = [kind for kind in vars(schema).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    assert len(sections) >= 10
+    for section in sections:
+        for field in fields(section):
+            assert field.default is dataclasses.MISSING, f"{section.__name__}.{field.name}"
+            assert field.default_factory is dataclasses.MISSING, f"{section.__name__}.{field.name}"

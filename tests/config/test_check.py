@@ -1,0 +1,144 @@
+"""Rules between settings."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.bounds import SCHEDULES
+from othink_ray.config.check import Machine, detect_machine, machine_for, plan, problems
+from othink_ray.config.load import conf_dir, groups, load
+from othink_ray.core import kl
+
+LARGE = Machine(cpus=1024, gpus=64)
+SMALL = Machine(cpus=2, gpus=0)
+
+
+def said(overrides: list[str], machine: Machine | None = LARGE) -> list[str]:
+    return [" ".join(str(problem).split()) for problem in problems(load(overrides), machine)]
+
+
+def test_default_run_is_sound_on_two_cores() -> None:
+    assert said([], SMALL) == []
+
+
+@pytest.mark.parametrize(
+    "option", [f"{group}={option}" for group, options in groups(conf_dir()).items() for option in options]
+)
+def test_every_shipped_option_is_sound_on_a_large_machine(option: str) -> None:
+    assert said([option]) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster"),
+    list(itertools.product(["tiny", "qwen2_vl_2b", "qwen2_vl_7b"], ["local", "one_gpu", "one_node", "two_nodes"])),
+)
+def test_models_and_clusters_combine(model: str, cluster: str) -> None:
+    assert said([f"model={model}", f"cluster={cluster}"]) == []
+
+
+def test_one_node_fits_exactly_on_eight_gpus() -> None:
+    assert said(["cluster=one_node"], Machine(cpus=64, gpus=8)) == []
+    assert "need 8 GPUs together, but there are 7" in said(["cluster=one_node"], Machine(cpus=64, gpus=7))[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["mode=trian"], "mode = trian must be one of train, sft, eval, check Did you mean mode=train?"),
+        (["algo.group_size=1"], "algo.group_size = 1 must be at least 2: the advantage compares an answer"),
+        (["train.steps=0"], "train.steps = 0 must be at least 1 Set train.steps=1 or more."),
+        (["algo.kl.beta_min=-1"], "algo.kl.beta_min = -1 must be at least 0"),
+        (["algo.kl.beta_max=0.01"], "algo.kl.beta_max = 0.01 must be at least algo.kl.beta_min = 0.04 Swap them"),
+        (["algo.kl.schedule=constant"], "the schedule constant has one value"),
+        (["algo.kl.schedule=exponential", "algo.kl.beta_min=0"], "the schedule exponential multiplies"),
+        (["algo.kl.explore_frac=1.5"], "algo.kl.explore_frac = 1.5 must be between 0 and 1"),
+        (["algo.clip_eps=1"], "algo.clip_eps = 1 must be more than 0 and less than 1"),
+        (["algo.reward.format_weight=-0.5"], "algo.reward.format_weight = -0.5 must be at least 0"),
+        (["algo.updates_per_step=3"], "must be a multiple of algo.updates_per_step = 3"),
+        (["learner.world_size=3"], "gives 16 prompts to an update, which must be a multiple of learner.world_size = 3"),
+        (["learner.zero_stage=0"], "learner.zero_stage = 0 must be 1, 2 or 3"),
+        (["learner.lr=0"], "learner.lr = 0 must be more than 0"),
+        (["learner.adam_beta2=1"], "learner.adam_beta2 = 1 must be at least 0 and less than 1"),
+        (["rollout.engine=vlm"], "Did you mean rollout.engine=vllm?"),
+        (["rollout.temperature=0"], "rollout.temperature = 0 must be more than 0"),
+        (["rollout.max_tokens=256"], "rollout.max_tokens = 256 must be less than rollout.max_model_len = 256"),
+        (["rollout.gpus_per_actor=2"], "one process works on one device"),
+        (["weights.transport=nccl"], "weights.transport = nccl needs GPUs on both sides"),
+        (["cluster=one_gpu", "weights.transport=nccl"], "but rollout and learner share one Set weights.transport=ipc"),
+        (["cluster=one_node", "weights.transport=ipc"], "needs rollout and learner on the same GPU"),
+        (["weights.audit_tolerance=0"], "weights.audit_tolerance = 0 must be more than 0"),
+        (["eval.questions=257"], "eval.questions = 257 must be at most data.test_size = 256"),
+        (["data.max_items=10"], "data.max_items = 10 must be at most 9"),
+        (["data.on_bad_row=ignore"], "must be one of drop, stop"),
+        (["model.dtype=float16"], "must be one of float32, bfloat16"),
+        (["model.tiny=null"], "model.path = null is null, so the embedded model must be made"),
+        (["model.path=Qwen/Qwen2-VL-2B-Instruct"], "must be null where model.tiny is set"),
+        (
+            ["model.tiny.text_width=100"],
+            "must be a multiple of model.tiny.head_dim = 32 Set model.tiny.text_width=128.",
+        ),
+        (["model.tiny.head_dim=16"], "must be one of 32, 64, 128"),
+        (["model.tiny.kv_heads=3"], "must divide the 4 heads"),
+        (["model.tiny.vision_width=100"], "must be a multiple of 32"),
+        (["model.min_pixels=500000"], "must be at most model.max_pixels = 401408"),
+        (["cluster.placement=NEAR"], "must be one of PACK, SPREAD"),
+        (["cluster.object_store_mb=10"], "must be at least 80"),
+        (["cluster=two_nodes", "cluster.num_gpus=4"], "must be null where cluster.address = auto"),
+        (["wandb.mode=on"], "must be one of off, offline, online"),
+        (["run.resume=nowhere/step_3"], "run.resume = nowhere/step_3 must be auto, never or a folder that exists"),
+    ],
+)
+def test_broken_rule_is_the_only_problem_and_names_key_value_and_remedy(overrides: list[str], words: str) -> None:
+    found = said(overrides)
+    assert len(found) == 1, found
+    assert words in found[0]
+
+
+def test_several_broken_rules_are_all_named() -> None:
+    assert len(said(["algo.group_size=1", "train.prompts_per_step=0", "learner.lr=-1", "wandb.mode=on"])) == 4
+
+
+def test_suggested_batch_is_sound() -> None:
+    overrides = ["algo.updates_per_step=2", "learner.world_size=3"]
+    assert "Set train.prompts_per_step=18." in said(overrides)[0]
+    assert said([*overrides, "train.prompts_per_step=18"]) == []
+
+
+def test_existing_folder_can_be_resumed(tmp_path: Path) -> None:
+    assert said([f"run.resume={tmp_path}"]) == []
+
+
+def test_missing_cpus_are_named_unless_ray_is_told_of_more() -> None:
+    assert "need 3 CPUs together, but there are 2" in said(["rollout.num_actors=5"], SMALL)[0]
+    assert said(["rollout.num_actors=5", "cluster.num_cpus=3"], SMALL) == []
+
+
+def test_a_cluster_elsewhere_is_not_measured_against_this_machine() -> None:
+    config = load(["cluster=two_nodes"])
+    assert machine_for(config) is None
+    assert problems(config, None) == []
+    assert "the Ray cluster at auto" in plan(config, None)
+
+
+def test_no_visible_gpu_means_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert detect_machine().gpus == 0
+
+
+def test_gpus_are_counted_and_the_visible_ones_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\nfor i in 0 1 2; do echo "GPU $i: NVIDIA H200 (UUID: GPU-$i)"; done\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert detect_machine().gpus == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert detect_machine().gpus == 2
+
+
+def test_schedules_known_here_are_those_of_the_core() -> None:
+    assert set(SCHEDULES) == set(kl.SCHEDULES)

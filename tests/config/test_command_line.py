@@ -1,0 +1,173 @@
+"""Broken configurations through the real command line: exit code 2, one report, no traceback, quick."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run(arguments: Sequence[str], folder: Path) -> Outcome:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "othink_ray.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    return Outcome(
+        done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split()), time.monotonic() - start
+    )
+
+
+# overrides -> number of problems, words of the report
+BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
+    "misspelt key": (
+        ["algo.gruop_size=4"],
+        1,
+        [
+            "algo.gruop_size = 4 (command line) there is no such key",
+            "Did you mean algo.group_size?",
+            "Keys of algo: name, group_size, clip_eps",
+        ],
+    ),
+    "key without its section": (["lr=1e-5"], 1, ["lr = 1e-05 (command line)", "Did you mean learner.lr?"]),
+    "unknown option": (["model=qwen2_vl_3b"], 1, ["no qwen2_vl_3b in the group model", "Options: qwen2_vl_2b,"]),
+    "text for a number": (["train.steps=many"], 1, ["train.steps = many (command line) must be a whole number"]),
+    "true for a number": (["learner.lr=true"], 1, ["learner.lr = true (command line) must be a finite number"]),
+    "null for a number": (["train.seed=null"], 1, ["train.seed = null (command line) must be a whole number"]),
+    "no equals sign": (["train.steps"], 1, ["train.steps (command line) is not of the form group=name or a.b=value"]),
+    "unquoted tilde": (["run.dir=~/runs"], 1, ["run.dir=~/runs (command line)", "'run.dir=\"~/runs\"'"]),
+    "value for a section": (
+        ["algo.kl=linear"],
+        1,
+        ["algo.kl = linear (command line) is a section", "algo.kl.schedule"],
+    ),
+    "sweep without -m": (["train.seed=0,1"], 1, ["train.seed=0,1 (command line) gives several values", "Add -m"]),
+    "key of a model that is not chosen": (
+        ["model=qwen2_vl_2b", "model.tiny.text_width=64"],
+        1,
+        ["model.tiny.text_width=64 (command line)", "Leave it out, or choose a group option that has this key"],
+    ),
+    "group of one": (
+        ["algo.group_size=1"],
+        1,
+        ["algo.group_size = 1 must be at least 2", "a group of one has no rest"],
+    ),
+    "swapped betas": (["algo.kl.beta_min=0.2"], 1, ["algo.kl.beta_max = 0.1", "beta_min = 0.2", "Swap them"]),
+    "unknown schedule": (["algo.kl.schedule=cosin"], 1, ["must be one of paper, linear, cosine", "schedule=cosine?"]),
+    "indivisible batch": (
+        ["learner.world_size=3", "learner.cpus_per_rank=0"],
+        1,
+        ["train.prompts_per_step = 16", "learner.world_size = 3", "Set train.prompts_per_step=18"],
+    ),
+    "GPUs that are not there": (
+        ["rollout=vllm_gpu", "rollout.cpus_per_actor=0"],
+        1,
+        ["need 4 GPUs together, but there are 0", "rollout=vllm learner=deepspeed need no GPU"],
+    ),
+    "three mistakes at once": (
+        ["algo.gruop_size=4", "train.steps=many", "algo.kl.beta_min=-0.1"],
+        3,
+        ["Did you mean algo.group_size?", "train.steps = many", "algo.kl.beta_min = -0.1 must be at least 0"],
+    ),
+    "dashes": (["--learner.lr=1e-5"], 1, ["there is no such flag", "without dashes: learner.lr=1e-5"]),
+    "misspelling in a sweep": (["-m", "algo=grpo,grpo_d", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
+    "last value of a sweep": (["train.seed=0", "-m", "learner.lr=1e-5,0"], 1, ["learner.lr = 0 must be more than 0"]),
+    "misspelling beside --cfg": (["--cfg", "job", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
+}
+
+SOUND: dict[str, list[str]] = {
+    "help": ["--help"],
+    "check": ["mode=check", "train.steps=3"],
+    "cfg": ["--cfg", "job", "algo=grpo"],
+    "sweep": ["mode=check", "-m", "algo.kl.beta_min=0.01,0.02", "run.dir=swept"],
+    "hydra help": ["--hydra-help"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("anywhere")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Outcome]:
+    jobs = {**{name: case[0] for name, case in BROKEN.items()}, **SOUND}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(jobs, pool.map(lambda arguments: run(arguments, folder), jobs.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_configuration_ends_in_one_short_report(outcomes: dict[str, Outcome], name: str) -> None:
+    _, count, words = BROKEN[name]
+    outcome = outcomes[name]
+    assert outcome.code == 2, outcome
+    assert outcome.err.startswith(f"{count} problem{'s' if count > 1 else ''} in the configuration:"), outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+    assert outcome.out == ""
+    assert outcome.seconds < 5
+    for word in words:
+        assert word in outcome.err
+
+
+def test_help_names_modes_groups_and_examples_within_a_second(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["help"]
+    assert outcome.code == 0
+    for word in ("mode=train", "mode=check", "algo grpo, grpo_d", "one_node", "algo.kl.beta_min", "--cfg job"):
+        assert word in outcome.out
+    assert outcome.out.count("python -m othink_ray.main") == 5  # the form and four examples
+    assert outcome.seconds < 1
+
+
+def test_check_mode_says_sound_and_who_gets_what(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["check"]
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("configuration is sound")
+    for word in ("1 x vllm: 0.5 CPUs", "1 x DeepSpeed ZeRO-2", "16 prompts x 8 answers = 128", "3 steps"):
+        assert word in outcome.out
+
+
+def test_cfg_flag_prints_the_whole_job(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["cfg"]
+    assert outcome.code == 0, outcome.err
+    assert "schedule: constant" in outcome.out
+    assert "prompts_per_step: 16" in outcome.out
+    assert "hydra" not in outcome.out
+
+
+def test_sweep_runs_each_job_in_its_own_folder(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["sweep"]
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("configuration is sound") == 2
+    assert "swept/0" in outcome.out
+    assert "swept/1" in outcome.out
+
+
+def test_hydra_help_is_hydras_own(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["hydra help"].code == 0
+    assert "hydra.cc" in outcomes["hydra help"].out
+
+
+def test_checking_leaves_nothing_behind_but_the_sweeps_own_file(outcomes: dict[str, Outcome], folder: Path) -> None:
+    assert outcomes
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == ["swept/multirun.yaml"]

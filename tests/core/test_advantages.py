@@ -1,0 +1,120 @@
+"""Group-relative advantages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from othink_ray.core.advantages import EPS, group_advantages
+from tests.reference import grpo_d
+
+REPEATABLE = settings(deadline=None, derandomize=True)
+
+
+def test_one_right_answer_of_four_gets_the_advantage_computed_by_hand() -> None:
+    # mean 1/4, sample std sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2
+    assert group_advantages(np.array([1.0, 0, 0, 0])) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-6)
+
+
+@REPEATABLE
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 2.0]), st.booleans()), min_size=2, max_size=12))
+def test_advantages_equal_the_slow_reference(answers: list[tuple[float, bool]]) -> None:
+    rewards, valid = zip(*answers, strict=True)
+    expected = grpo_d.advantages(rewards, valid, EPS)
+    assert group_advantages(np.array(rewards), np.array(valid)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 64])
+@pytest.mark.parametrize("constant", [0.9, 0.1 + 0.2, 1 / 3, -0.7, 2.0, 0.0, 30000.0])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64]
+)
+def test_equal_rewards_give_exactly_zero_advantage(size: int, constant: float, dtype: torch.dtype) -> None:
+    rewards = torch.full((size,), constant, dtype=torch.float64).to(dtype)
+    assert torch.equal(group_advantages(rewards), torch.zeros(size, dtype=torch.float64))
+
+
+@REPEATABLE
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(2, 40), st.sampled_from([np.float32, np.float64]))
+def test_any_constant_in_any_group_size_gives_exactly_zero(
+    constant: float, size: int, dtype: type[np.floating]
+) -> None:
+    rewards = np.full(size, np.clip(constant, -3e38, 3e38), dtype=dtype)
+    assert not group_advantages(rewards).any()
+
+
+def test_an_equal_group_beside_an_unequal_one_gets_exactly_zero() -> None:
+    advantages = group_advantages(np.array([[0.9] * 8, [0.9] * 7 + [0.1]], dtype=np.float32))
+    assert not advantages[0].any()
+    assert advantages[1].all()
+
+
+def test_groups_do_not_see_each_other() -> None:
+    rewards = np.random.default_rng(0).random((5, 4))
+    each = np.stack([group_advantages(group) for group in rewards])
+    np.testing.assert_array_equal(group_advantages(rewards), each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_tensors_and_arrays_give_the_same_float64_numbers(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([[0, 1, 2, 1], [1, 1, 0, 0]]).to(dtype)
+    from_tensor = group_advantages(rewards)
+    assert from_tensor.dtype == torch.float64
+    np.testing.assert_array_equal(from_tensor.numpy(), group_advantages(rewards.to(torch.float64).numpy()))
+
+
+def test_an_invalid_answer_changes_nothing_for_the_others_and_gets_zero() -> None:
+    rewards = torch.tensor([1.0, float("nan"), 0.0, 0.0])
+    advantages = group_advantages(rewards, torch.tensor([True, False, True, True]))
+    assert advantages[1] == 0
+    assert torch.equal(advantages[[0, 2, 3]], group_advantages(torch.tensor([1.0, 0.0, 0.0])))
+
+
+@pytest.mark.parametrize("valid", [[False, False, False], [True, False, False]])
+def test_fewer_than_two_valid_answers_give_zero(valid: list[bool]) -> None:
+    assert not group_advantages(np.array([1.0, 0.0, 0.5]), np.array(valid)).any()
+
+
+def test_nearly_equal_rewards_are_different_but_bounded() -> None:
+    real_difference = group_advantages(np.array([0.5, 0.5 + 1e-5]))
+    assert real_difference == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-2)
+    rounding = group_advantages(np.array([0.3, 0.1 + 0.2, 0.3, 0.3]))
+    assert 0 < np.abs(rounding).max() < 1e-6
+
+
+@REPEATABLE
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_an_advantage_never_exceeds_what_its_group_size_allows(rewards: list[float]) -> None:
+    size = len(rewards)
+    assert np.abs(group_advantages(np.array(rewards))).max() <= (size - 1) / size**0.5 + 1e-9
+
+
+@REPEATABLE
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=8), st.randoms())
+def test_the_order_of_answers_does_not_matter(rewards: list[int], random: Any) -> None:
+    order = list(range(len(rewards)))
+    random.shuffle(order)
+    ordered, shuffled = np.array(rewards), np.array(rewards)[order]
+    np.testing.assert_allclose(group_advantages(shuffled), group_advantages(ordered)[order], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rewards": np.array([1.0])}, ["algo.group_size", "1", "group of one", "at least 2"]),
+        ({"rewards": torch.ones(3, 1)}, ["group of one"]),
+        ({"rewards": np.ones((2, 2, 2))}, ["(2, 2, 2)", "(G,)", "(N, G)"]),
+        ({"rewards": np.ones(3), "valid": np.ones(2, dtype=bool)}, ["valid", "(2,)", "(3,)"]),
+        ({"rewards": np.array([1.0, np.nan])}, ["nan", "not valid"]),
+        ({"rewards": np.ones(3), "eps": 0.0}, ["eps", "0.0", "above 0"]),
+    ],
+)
+def test_rewards_without_meaning_are_refused(arguments: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        group_advantages(**arguments)
+    assert all(word in str(error.value) for word in words)

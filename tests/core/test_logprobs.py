@@ -1,0 +1,172 @@
+"""Token logprobs in chunks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from othink_ray.core.logprobs import token_logprobs
+from tests.reference import grpo_d
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def problem(
+    dtype: torch.dtype, *, device: str = "cpu", tokens: int = 7, vocabulary: int = 11
+) -> tuple[torch.Tensor, ...]:
+    """Random hidden (N, 5), weight (V, 5), targets (N,), bias (V,)."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 5, generator=random, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 5, generator=random, dtype=torch.float64)
+    targets = torch.randint(0, vocabulary - 1, (tokens,), generator=random)
+    bias = torch.randn(vocabulary, generator=random, dtype=torch.float64)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), bias.to(device)
+
+
+def naive(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All logits at once, in float64."""
+    distribution = torch.distributions.Categorical(logits=(hidden.double() @ weight.double().T + bias) / temperature)
+    return distribution.log_prob(targets), distribution.entropy()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_logprobs_equal_the_slow_reference_for_any_chunk(chunk: int) -> None:
+    hidden, weight, targets, bias = problem(torch.float64)
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=chunk)
+    expected = [
+        grpo_d.logprob(row, weight.tolist(), target, bias.tolist(), 0.7)
+        for row, target in zip(hidden.tolist(), targets.tolist(), strict=True)
+    ]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
+def test_logits_are_wide_whatever_the_weights_are(dtype: torch.dtype, tolerance: float, device: str) -> None:
+    hidden, weight, targets, bias = problem(dtype, device=device)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=1.3, logit_bias=bias, chunk=3)
+    expected_logprobs, expected_entropy = naive(hidden, weight, targets, bias, 1.3)
+    assert logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(logprobs.double(), expected_logprobs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",), ("weight",)])
+def test_gradients_equal_the_naive_ones(
+    trained: tuple[str, ...], dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    hidden, weight, targets, bias = problem(dtype, device=device)
+    leaves = [{"hidden": hidden, "weight": weight}[name].requires_grad_() for name in trained]
+    pull = torch.linspace(-1, 2, len(hidden), device=device)
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=3)
+    grads = torch.autograd.grad((pull * logprobs).sum(), leaves)
+    expected = torch.autograd.grad((pull * naive(hidden, weight, targets, bias, 0.7)[0]).sum(), leaves)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_pass_gradcheck() -> None:
+    hidden, weight, targets, bias = problem(torch.float64, tokens=4, vocabulary=6)
+    bias[5] = -math.inf
+
+    def only_logprobs(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=3)[0]
+
+    assert torch.autograd.gradcheck(only_logprobs, (hidden.requires_grad_(), weight.requires_grad_()), atol=1e-6)
+
+
+def test_a_pass_without_gradients_gives_the_same_numbers() -> None:
+    hidden, weight, targets, bias = problem(torch.float32)
+    with torch.no_grad():
+        reference = token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=bias, chunk=3)
+    trained = token_logprobs(hidden.requires_grad_(), weight, targets, temperature=1.0, logit_bias=bias, chunk=3)
+    assert torch.equal(reference[0], trained[0])
+    assert torch.equal(reference[1], trained[1])
+    assert not reference[0].requires_grad
+    assert trained[0].requires_grad
+    assert not trained[1].requires_grad
+
+
+def test_bias_comes_before_temperature_as_in_the_sampler() -> None:
+    hidden, weight, targets = torch.zeros(1, 2), torch.zeros(2, 2), torch.tensor([0])
+    bias = torch.tensor([1.0, 0.0])
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.5, logit_bias=bias, chunk=1)
+    assert logprobs.item() == pytest.approx(-math.log(1 + math.exp(-2)))
+
+
+def test_a_banned_token_has_no_probability_and_breaks_nothing() -> None:
+    hidden, weight, targets, _ = problem(torch.float64)
+    ban = torch.zeros(11, dtype=torch.float64)
+    ban[10] = -math.inf
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=ban, chunk=3)
+    without, entropy_without = token_logprobs(hidden, weight[:10], targets, temperature=1.0, logit_bias=None, chunk=3)
+    torch.testing.assert_close(logprobs, without)
+    torch.testing.assert_close(entropy, entropy_without)
+    grad_hidden, grad_weight = torch.autograd.grad(logprobs.sum(), leaves)
+    assert torch.isfinite(grad_hidden).all() and torch.isfinite(grad_weight).all()
+    assert not grad_weight[10].any()
+
+
+def test_nan_in_a_row_without_gradient_stays_there() -> None:
+    hidden, weight, targets, bias = problem(torch.float64)
+    hidden[2] = math.nan
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=bias, chunk=3)
+    grads = torch.autograd.grad(logprobs[[0, 1, 3, 4, 5, 6]].sum(), leaves)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_no_tokens_give_no_logprobs_and_zero_gradients() -> None:
+    hidden, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(11, 5, requires_grad=True)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, torch.zeros(0, dtype=torch.int64), temperature=1.0, logit_bias=None, chunk=3
+    )
+    logprobs.sum().backward()
+    assert logprobs.shape == entropy.shape == (0,)
+    assert weight.grad is not None and not weight.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes, backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+def test_no_tensor_grows_beyond_one_chunk_of_logits() -> None:
+    tokens, vocabulary, chunk = 64, 1000, 8
+    hidden, weight, targets, bias = problem(torch.float32, tokens=tokens, vocabulary=vocabulary)
+    with LargestTensor() as largest:
+        logprobs, _ = token_logprobs(
+            hidden.requires_grad_(), weight.requires_grad_(), targets, temperature=1.0, logit_bias=bias, chunk=chunk
+        )
+        logprobs.sum().backward()
+    assert largest.numel == chunk * vocabulary
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> None:
+    hidden, weight, targets, _ = problem(torch.float32)
+    with pytest.raises(ValueError, match=r"rollout\.temperature = .* must be above 0"):
+        token_logprobs(hidden, weight, targets, temperature=temperature, logit_bias=None, chunk=3)

@@ -1,0 +1,214 @@
+"""Losses as weighted sums over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from othink_ray.core.advantages import EPS, group_advantages
+from othink_ray.core.losses import LOSSES, LossTerms, grpo_loss, sft_loss
+from tests.reference import grpo_d
+
+
+@dataclass
+class Tokens:
+    """The answer tokens of a step, flat (N,): what a loss is given."""
+
+    policy: torch.Tensor
+    old: torch.Tensor
+    ref: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> Tokens:
+        return Tokens(self.policy[rows], self.old[rows], self.ref[rows], self.advantages[rows], self.weights[rows])
+
+    def grpo(self, beta: float = 0.05, clip_eps: float = 0.2) -> tuple[torch.Tensor, LossTerms]:
+        return grpo_loss(self.policy, self.old, self.ref, self.advantages, self.weights, beta=beta, clip_eps=clip_eps)
+
+
+def ragged_step(seed: int) -> tuple[list[list[grpo_d.Answer]], Tokens]:
+    """Random groups with ragged, empty and invalid answers, and the same step as flat tokens on the same leaves."""
+    random = torch.Generator().manual_seed(seed)
+    groups, flat = [], []
+    group_count, group_size = 3, 4
+    for _ in range(group_count):
+        rewards = torch.randint(0, 3, (group_size,), generator=random)
+        valid = torch.rand(group_size, generator=random) < 0.8
+        advantages = group_advantages(rewards, valid)
+        group = []
+        for reward, ok, advantage in zip(rewards.tolist(), valid.tolist(), advantages.tolist(), strict=True):
+            length = int(torch.randint(0, 5, (), generator=random))
+            old = -3 * torch.rand(length, generator=random, dtype=torch.float64)
+            policy = (old + 0.3 * torch.randn(length, generator=random, dtype=torch.float64)).requires_grad_()
+            ref = old + 0.3 * torch.randn(length, generator=random, dtype=torch.float64)
+            group.append(grpo_d.Answer(reward, ok, list(policy), list(old), list(ref)))
+            weight = 1 / (group_count * int(valid.sum()) * length) if ok and length else 0.0
+            flat.append(
+                Tokens(policy, old, ref, torch.full_like(old, advantage), torch.full_like(old, weight)),
+            )
+        groups.append(group)
+    names = ("policy", "old", "ref", "advantages", "weights")
+    return groups, Tokens(*(torch.cat([getattr(answer, name) for answer in flat]) for name in names))
+
+
+def one_token(policy: float, *, old: float = -1.0, ref: float = -1.0, advantage: float = 1.0) -> Tokens:
+    values = [torch.tensor([value], dtype=torch.float64) for value in (policy, old, ref, advantage, 1.0)]
+    values[0].requires_grad_()
+    return Tokens(*values)
+
+
+def gradient(tokens: Tokens, beta: float = 0.05) -> torch.Tensor:
+    loss, _ = tokens.grpo(beta=beta)
+    (grad,) = torch.autograd.grad(loss, tokens.policy, retain_graph=True)
+    return grad
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_grpo_equals_the_slow_reference_in_loss_and_gradient(seed: int, beta: float) -> None:
+    groups, tokens = ragged_step(seed)
+    slow = grpo_d.loss(groups, beta, 0.2, EPS)
+    fast, _ = tokens.grpo(beta=beta)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    leaves = [token for group in groups for answer in group for token in answer.policy]
+    slow_grad = torch.autograd.grad(slow, leaves, retain_graph=True, allow_unused=True)
+    expected = torch.stack([torch.zeros(()).double() if grad is None else grad for grad in slow_grad])
+    torch.testing.assert_close(gradient(tokens, beta), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_ratio_one_without_kl_gives_the_reinforce_gradient() -> None:
+    policy = torch.tensor([-0.5, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    tokens = Tokens(policy, policy.detach(), policy.detach(), advantages, weights)
+    torch.testing.assert_close(gradient(tokens, beta=0.0), torch.tensor([-1.0, 0.25, 0.0], dtype=torch.float64))
+
+
+def test_beta_zero_gives_the_gradient_without_a_reference() -> None:
+    _, tokens = ragged_step(1)
+    without, _ = grpo_loss(tokens.policy, tokens.old, None, tokens.advantages, tokens.weights, beta=0.05, clip_eps=0.2)
+    (expected,) = torch.autograd.grad(without, tokens.policy, retain_graph=True)
+    assert torch.equal(gradient(tokens, beta=0.0), expected)
+    assert not torch.equal(gradient(tokens, beta=0.05), expected)
+
+
+def test_beta_zero_ignores_a_broken_reference() -> None:
+    tokens = one_token(-1.2, ref=float("-inf"))
+    assert torch.equal(tokens.grpo(beta=0.0)[0], one_token(-1.2).grpo(beta=0.0)[0])
+
+
+def test_equal_rewards_leave_only_the_kl_gradient() -> None:
+    tokens = one_token(-1.2, advantage=0.0)
+    # d/dp of beta * (e^(ref - p) - (ref - p) - 1) = beta * (1 - e^(ref - p))
+    expected = 0.05 * (1 - torch.tensor([0.2], dtype=torch.float64).exp())
+    torch.testing.assert_close(gradient(tokens), expected)
+    assert not gradient(tokens, beta=0.0).any()
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "cut"),
+    [
+        (0.5, 1.0, True),
+        (0.5, -1.0, False),
+        (-0.5, 1.0, False),
+        (-0.5, -1.0, True),
+        (0.1, 1.0, False),
+        (-0.1, -1.0, False),
+    ],
+)
+def test_the_clip_cuts_only_gains_that_went_too_far(log_ratio: float, advantage: float, cut: bool) -> None:
+    tokens = one_token(-1.0 + log_ratio, advantage=advantage)
+    ratio = torch.tensor([log_ratio], dtype=torch.float64).exp()
+    expected = torch.zeros(1, dtype=torch.float64) if cut else -advantage * ratio
+    torch.testing.assert_close(gradient(tokens, beta=0.0), expected)
+    assert tokens.grpo()[1].clipped.item() == cut
+
+
+def test_any_split_into_micro_batches_and_any_order_adds_up_to_the_same_loss_and_gradient() -> None:
+    _, tokens = ragged_step(2)
+    whole, expected = tokens.grpo()[0], gradient(tokens)
+    order = torch.randperm(len(tokens.policy), generator=torch.Generator().manual_seed(0))
+    for size in (1, 3, 7):
+        parts = [tokens[rows].grpo()[0] for rows in order.split(size)]
+        total = torch.stack(parts).sum()
+        torch.testing.assert_close(total, whole)
+        torch.testing.assert_close(torch.autograd.grad(total, tokens.policy, retain_graph=True)[0], expected)
+
+
+def test_any_leading_shape_and_padding_gives_the_same_loss() -> None:
+    _, tokens = ragged_step(3)
+    padded = Tokens(
+        *(torch.cat([value, value.new_zeros(60 - len(value))]).view(3, 4, 5) for value in vars(tokens).values())
+    )
+    torch.testing.assert_close(padded.grpo()[0], tokens.grpo()[0])
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e4, -1e4])
+def test_nothing_under_a_mask_leaks(poison: float, opposite: bool, name: str) -> None:
+    policy = torch.tensor([-1.0, poison], requires_grad=True)
+    other = torch.tensor([-1.1, -poison if opposite else poison])
+    weights = torch.tensor([0.5, 0.0])
+    loss, terms = LOSSES[name](policy, other, other, other, weights, beta=0.1, clip_eps=0.2)
+    clean, _ = LOSSES[name](policy[:1], other[:1], other[:1], other[:1], weights[:1], beta=0.1, clip_eps=0.2)
+    (grad,), (clean_grad,) = torch.autograd.grad(loss, policy), torch.autograd.grad(clean, policy)
+    assert torch.equal(loss, clean)
+    assert torch.equal(grad, clean_grad)
+    assert grad[1] == 0
+    assert all(torch.isfinite(getattr(terms, field)) for field in LossTerms.__slots__)
+
+
+def test_a_huge_ratio_on_an_answer_without_advantage_is_not_nan() -> None:
+    tokens = one_token(-1.0, old=-2000.0, advantage=0.0)
+    assert tokens.grpo(beta=0.0)[0] == 0
+    assert not gradient(tokens, beta=0.0).any()
+
+
+def test_terms_count_active_tokens_only() -> None:
+    policy = torch.log(torch.tensor([0.5, 0.6, 0.1, 0.9]))
+    old = torch.log(torch.tensor([0.5, 0.3, 0.2, 0.1]))
+    advantages, weights = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.2, 0.2, 0.2, 0.0])
+    _, terms = grpo_loss(policy, old, old, advantages, weights, beta=0.1, clip_eps=0.2)
+    assert terms.tokens.item() == 3
+    assert terms.ratio_sum.item() == pytest.approx(1 + 2 + 0.5)
+    assert terms.ratio_max.item() == pytest.approx(2)
+    assert terms.clipped.item() == 1
+    expected_kl = sum(r - torch.tensor(r).log().item() - 1 for r in (1.0, 0.5, 2.0))
+    assert terms.kl_sum.item() == pytest.approx(expected_kl, rel=1e-5)
+
+
+def test_kl_is_measured_even_where_beta_is_zero() -> None:
+    tokens = one_token(-1.2)
+    assert tokens.grpo(beta=0.0)[1].kl_sum.item() == pytest.approx(tokens.grpo(beta=0.5)[1].kl_sum.item())
+    assert tokens.grpo(beta=0.0)[1].kl_sum.item() > 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_a_dummy_row_has_zero_loss_zero_gradient_and_zero_terms(name: str) -> None:
+    policy = torch.full((2, 3), -1.0, requires_grad=True)
+    zeros = torch.zeros(2, 3)
+    loss, terms = LOSSES[name](policy, zeros, zeros, zeros, zeros, beta=0.1, clip_eps=0.2)
+    loss.backward()
+    assert loss == 0
+    assert policy.grad is not None and torch.equal(policy.grad, zeros)
+    assert all(getattr(terms, field) == 0 for field in LossTerms.__slots__)
+
+
+def test_terms_carry_no_gradient() -> None:
+    terms = ragged_step(4)[1].grpo()[1]
+    assert not any(getattr(terms, field).requires_grad for field in LossTerms.__slots__)
+
+
+def test_sft_is_the_weighted_negative_logprob() -> None:
+    policy = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    weights = torch.tensor([0.5, 0.25, 0.0])
+    zeros = torch.zeros(3)
+    loss, terms = sft_loss(policy, zeros, None, zeros, weights, beta=0.0, clip_eps=0.0)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert policy.grad is not None and torch.equal(policy.grad, -weights)
+    assert terms.tokens.item() == 2

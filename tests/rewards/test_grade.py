@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import othink_ray.rewards
+from othink_ray.rewards import accuracy
+
+ANY_TEXT = st.text(st.characters(categories=None)) | st.lists(
+    st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "3", "/", "e", ".", ",", "\0", "\ud800", " ", "°"])
+).map("".join)
+
+STATED = [  # what stands inside <answer>, the truth, the verdict
+    ("3", "3", 1),
+    (" 3 ", "3", 1),
+    ("\n3\n", "3", 1),
+    ("3.0", "3", 1),
+    ("3.", "3", 1),
+    ("3..", "3", 0),
+    ("+3", "3", 1),
+    ("-3", "3", 0),
+    ("-3", "-3", 1),
+    ("\u22123", "-3", 1),
+    ("- 3", "-3", 0),
+    ("--3", "-3", 0),
+    ("-0", "0", 1),
+    ("03", "3", 1),
+    ("3", "<answer> 3 </answer>", 1),
+    ("4", "<answer> 3 </answer>", 0),
+    ("3", "three", 1),
+    ("three", "3", 1),
+    ("Three", "3", 1),
+    ("-three", "3", 0),
+    ("-three", "-3", 0),
+    ("+three", "3", 0),
+    ("ZERO", "0", 1),
+    ("twenty", "20", 1),
+    ("twenty-one", "21", 0),
+    ("twenty one", "20", 0),
+    ("three items", "3", 1),
+    ("3 items", "3", 1),
+    ("3 items.", "3", 1),
+    ("3 red items", "3", 0),
+    ("3items", "3", 1),
+    ("3 or 4", "3", 0),
+    ("3 or 4", "4", 0),
+    ("3, 4", "3", 0),
+    ("3 4", "3", 0),
+    ("3 or", "3", 0),
+    ("about 3", "3", 0),
+    ("The answer is 3", "3", 0),
+    ("x = 3", "3", 0),
+    ("3!", "3", 0),
+    ("(3)", "3", 0),
+    ("70", "70°", 1),
+    ("70°", "70", 1),
+    ("70.0", "70°", 1),
+    ("70 °", "70", 1),
+    ("70 degrees", "70°", 1),
+    ("71°", "70°", 0),
+    ("5cm", "5", 1),
+    ("5 m", "5", 1),
+    ("50%", "50", 1),
+    ("50 percent", "50%", 1),
+    ("50%", "0.5", 0),
+    ("3x", "3", 0),
+    ("2pi", "2", 0),
+    ("2 pi", "2", 0),
+    ("3 dozen", "3", 0),
+    ("3 hundred", "3", 0),
+    ("one half", "1", 0),
+    ("3 squared", "3", 0),
+    ("3rd", "3", 0),
+    ("1,234", "1234", 1),
+    ("1234", "1,234", 1),
+    ("12,345,678.5", "12345678.5", 1),
+    ("1,23", "123", 0),
+    ("1234,567", "1234567", 0),
+    ("0,123", "123", 0),
+    ("3,0", "3", 0),
+    ("3/4", "0.75", 1),
+    ("3 / 4", "3/4", 1),
+    ("6/8", "3/4", 1),
+    ("-3/4", "-0.75", 1),
+    ("6/2", "3", 1),
+    ("3/0", "3", 0),
+    ("0/0", "0", 0),
+    ("1/2/3", "1/6", 0),
+    (".5", "0.5", 1),
+    ("0.333", "1/3", 0),
+    ("2.9999999999999999999", "3", 0),
+    ("3e2", "300", 1),
+    ("3E+2", "300", 1),
+    ("30e-1", "3", 1),
+    ("3e", "3", 0),
+    ("1e999999999", "3", 0),
+    ("0x3", "3", 0),
+    ("0b11", "3", 0),
+    ("1_000", "1000", 0),
+    ("nan", "3", 0),
+    ("NaN", "0", 0),
+    ("inf", "3", 0),
+    ("-infinity", "3", 0),
+    ("None", "0", 0),
+    ("", "3", 0),
+    (" ", "3", 0),
+    (".", "0", 0),
+    ("3\0", "3", 0),
+    ("\u0663", "3", 0),
+    ("\uff13", "3", 0),
+    ("3\u00b2", "3", 0),
+    ("\u2462", "3", 0),
+    ("3\u00a0items", "3", 1),
+    ("\ud8003", "3", 0),
+    ("B", "B", 1),
+    (" B ", "B", 1),
+    ("b", "B", 0),
+    ("C", "B", 0),
+    (r"2\sqrt{3}", r"2\sqrt{3}", 1),
+    (r"2\sqrt{5}", r"2\sqrt{3}", 0),
+    ("2", r"2\sqrt{3}", 0),
+    ("", "", 0),
+    ("", "<answer></answer>", 0),
+]
+
+
+@pytest.mark.parametrize(("stated", "answer", "verdict"), STATED)
+def test_the_verdict_on_a_stated_answer(stated: str, answer: str, verdict: int) -> None:
+    assert accuracy(f"<think> hm </think><answer>{stated}</answer>", answer) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "verdict"),
+    [
+        ("<answer>3</answer>", "3", 1),
+        ("<think> 3 </think>", "3", 0),
+        ("3", "3", 0),
+        ("", "3", 0),
+        ("<answer>3", "3", 0),
+        ("3</answer>", "3", 0),
+        ("<answer>4</answer><answer>3</answer>", "3", 1),
+        ("<answer>3</answer><answer>4</answer>", "3", 0),
+        ("<answer>1 2 3 4 5 6</answer>", "3", 0),
+        ("<answer>1<answer>3</answer></answer>", "3", 1),
+        ("<think><answer>4</answer> no</think><answer>3</answer>", "3", 1),
+        ("<ANSWER>3</ANSWER>", "3", 0),
+    ],
+)
+def test_only_the_last_answer_in_its_tags_is_graded(text: str, answer: str, verdict: int) -> None:
+    assert accuracy(text, answer) == verdict
+
+
+def test_the_package_exports_functions_not_modules() -> None:
+    assert othink_ray.rewards.accuracy("<answer>3</answer>", "3") == 1.0
+    assert othink_ray.rewards.format_reward("3") == 0.0
+
+
+@given(ANY_TEXT, ANY_TEXT)
+@settings(max_examples=300, deadline=None)
+def test_any_text_gets_a_verdict(text: str, answer: str) -> None:
+    assert accuracy(text, answer) in (0.0, 1.0)
+    assert accuracy(f"<answer>{text}</answer>", answer) in (0.0, 1.0)
+
+
+@given(ANY_TEXT)
+@settings(max_examples=300, deadline=None)
+def test_any_truth_is_matched_by_itself_unless_it_is_empty(answer: str) -> None:
+    if not any(tag in answer for tag in ("<answer>", "</answer>")):
+        assert accuracy(f"<answer>{answer}</answer>", answer) == float(bool(answer.split()))
+
+
+@pytest.mark.parametrize(
+    "piece", ["<answer>", "</answer>", "<answer>3", "<answer>3</answer>", "3", "3 ", "\0", " ", "1,"]
+)
+def test_a_megabyte_of_anything_is_graded_within_a_second(piece: str) -> None:
+    text = piece * (10**6 // len(piece))
+    started = time.perf_counter()
+    verdicts = {accuracy(text, "3"), accuracy(f"<answer>{text}</answer>", "B"), accuracy(f"<answer>{text}", text)}
+    assert time.perf_counter() - started < 1
+    assert verdicts <= {0.0, 1.0}

@@ -71,9 +71,10 @@ def _launch(config: Config | None, found: list[Problem]) -> int:
     if config.mode == "check":
         print(f"configuration is sound\n{plan(config, machine)}")
         return 0
-    from othink_ray.driver.build import run  # Ray, vLLM and DeepSpeed load only for a sound configuration
+    from othink_ray.driver.build import run  # Ray and torch load only for a sound configuration
+    from othink_ray.report import write_report
 
-    return run(config)
+    return run(config, write_report)
 
 
 def _report(found: Sequence[Problem]) -> int:

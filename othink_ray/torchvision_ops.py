@@ -16,7 +16,7 @@ _KEPT_ALIVE: list[object] = []
 def declare_if_missing() -> bool:
     """Declare torchvision's operators if its extension cannot load beside a CPU torch; True when this call did it.
 
-    Call it before the first `import torchvision`. It does nothing where torchvision fits torch, is absent or is imported.
+    Call it before the first `import torchvision`. It does nothing where torchvision fits torch, is absent or loaded.
     """
     if "torchvision" in sys.modules and not _is_being_imported("torchvision"):
         return False

@@ -62,7 +62,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """One shared-prefix row `[prompt | answer 1 | ... | answer G]` of L tokens; everything but the pixels' geometry.
+    """One shared-prefix row `[prompt | answer 1 | ... | answer G]` of L tokens; its positions follow from its pixels.
 
     `segments` is 0 on the prompt and k on answer k. `loss_weights` is the share of each token in the whole step's loss
     (0 on the prompt), so that the loss of a step is a plain sum over tokens, micro-batches and ranks.
@@ -101,6 +101,15 @@ class UpdateStats:
     tokens: int
     vision_encodes: int
     reference_passes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
+
+    group: Group
+    candidates: NDArray[np.int64]  # (T, K)
+    logprobs: NDArray[np.float32]  # (T, K)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from othink_ray.types import Group, Pack, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +31,13 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
+class Place:
+    """Where a learner process stands: its rank among how many, and the address at which they meet."""
 
-    group: Group
-    candidates: NDArray[np.int64]  # (T, K)
-    logprobs: NDArray[np.float32]  # (T, K)
+    rank: int
+    world_size: int
+    master_address: str
+    master_port: int
 
 
 class RolloutEngine(Protocol):
@@ -72,4 +73,12 @@ class LearnerEngine(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the policy as a plain Hugging Face folder."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser, each rank its share."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote on as many ranks."""
         ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,11 @@ from torch import Tensor
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import Probe
+from othink_ray.engines.base import Place
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
-from othink_ray.families import Family
-from othink_ray.types import Group, Pack, ScoredGroup, UpdateStats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
-    """A learner process among its peers, and where they meet."""
-
-    rank: int
-    world_size: int
-    master_address: str
-    master_port: int
+from othink_ray.families.base import Family
+from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
 
 
 class DeepSpeedLearner:
@@ -47,7 +36,7 @@ class DeepSpeedLearner:
         clip_eps: float,
         with_reference: bool,
         seed: int,
-        place: Rank,
+        place: Place,
     ) -> None:
         self.learner, self.family, self.clip_eps, self.place = learner, family, clip_eps, place
         on_gpu = learner.gpus_per_rank > 0
@@ -169,6 +158,14 @@ class DeepSpeedLearner:
             folder.mkdir(parents=True, exist_ok=True)
             self.family.save(folder, policy.network, state)
         dist.barrier()
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="learner")
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag="learner")
+        if path is None:
+            raise ValueError(f"run.resume: {folder} holds no learner state; name a checkpoints/step_N folder")
 
 
 def _row(group: Group) -> Pack:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Probe, Sampling
+from othink_ray.engines.base import Sampling
 from othink_ray.engines.policy import DTYPES, logit_bias
-from othink_ray.families import Family
-from othink_ray.types import Completion, Group, Prompt
+from othink_ray.families.base import Family
+from othink_ray.types import Completion, Group, Probe, Prompt
 
 
 class HFRollout:

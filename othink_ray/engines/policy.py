@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from othink_ray.core.logprobs import token_logprobs
 from othink_ray.engines.micro_batch import MicroBatch
-from othink_ray.families import Family
+from othink_ray.families.base import Family
 
 # What vLLM's logit_bias can do at most; a token at -100 nats is never sampled, and both sides compute the same softmax.
 BANNED_BIAS = -100.0

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from othink_ray.data.prompts import worked_answer
-from othink_ray.engines.base import Sampling
-from othink_ray.families import Family
+from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Prompt
 
 
@@ -18,10 +17,10 @@ class Teacher:
     def __init__(self, family: Family) -> None:
         self.family = family
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
         for prompt in prompts:
             text = worked_answer(prompt)
-            answer = [*self.family.encode_text(text), self.family.eos_token_id][: sampling.max_tokens]
+            answer = [*self.family.encode_text(text), self.family.eos_token_id]
             counts = self.family.image_token_counts(prompt.images)
             yield Group(
                 prompt=prompt,

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Probe, Sampling
+from othink_ray.engines.base import Sampling
 from othink_ray.engines.policy import BANNED_BIAS
-from othink_ray.families import Family
-from othink_ray.types import Completion, Group, Prompt
+from othink_ray.families.base import Family
+from othink_ray.types import Completion, Group, Probe, Prompt
 
 class VLLMRollout:
     """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""

@@ -18,6 +18,8 @@ from transformers import (
 
 from othink_ray.config.schema import ModelConfig, TinyConfig
 
+_INIT_STD = 0.05  # at this width 0.02 leaves SFT on a plateau for eight times as many steps
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -45,7 +47,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str], max_positions: int) -> None:
+def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
     """Write a randomly initialised model, its tokenizer (trained on `texts`) and processor as a Hugging Face folder."""
     assert model.tiny is not None
     tokenizer = _train_tokenizer(texts)
@@ -56,7 +58,7 @@ def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str], max_posit
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
-    network = Qwen2VLForConditionalGeneration(_config(model.tiny, tokenizer, max_positions))
+    network = Qwen2VLForConditionalGeneration(_config(model.tiny, tokenizer))
     _initialise(network, model.tiny.seed)
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     network.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -86,7 +88,7 @@ def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast, max_positions: int) -> Qwen2VLConfig:
+def _config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     token_id = tokenizer.convert_tokens_to_ids
     half_head = tiny.head_dim // 2
     time = half_head // 4
@@ -99,7 +101,7 @@ def _config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast, max_positions:
             "num_hidden_layers": tiny.text_layers,
             "num_attention_heads": tiny.text_width // tiny.head_dim,
             "num_key_value_heads": tiny.kv_heads,
-            "max_position_embeddings": max_positions,
+            "max_position_embeddings": 4096,
             "tie_word_embeddings": True,
             "rope_parameters": {
                 "rope_type": "default",
@@ -139,4 +141,4 @@ def _initialise(network: torch.nn.Module, seed: int) -> None:
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * _INIT_STD)

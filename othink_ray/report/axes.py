@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_DECIMALS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -58,16 +60,16 @@ def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
 
 
 def tick_labels(axis: Axis, *, percent: bool = False) -> list[str]:
-    """Labels with the same number of decimals all along an axis."""
+    """Labels of at most seven characters, with the same number of decimals all along an axis."""
     if axis.log:
         return [f"1e{round(math.log10(tick))}" for tick in axis.ticks]
-    scale = 100.0 if percent else 1.0
+    ticks = [100 * tick for tick in axis.ticks] if percent else list(axis.ticks)
     unit = " %" if percent else ""
-    step = scale * (axis.ticks[1] - axis.ticks[0]) if len(axis.ticks) > 1 else 1.0
-    if max(abs(tick) for tick in axis.ticks) * scale < 1e-3:
-        return [f"{scale * tick:.0e}{unit}" if tick else "0" for tick in axis.ticks]
-    decimals = next(d for d in range(12) if abs(round(step, d) - step) < 1e-6 * step)
-    return [f"{scale * tick:,.{decimals}f}{unit}" for tick in axis.ticks]
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    decimals = next((d for d in range(MOST_DECIMALS + 1) if abs(round(step, d) - step) < 1e-6 * step), None)
+    if decimals is None or max(map(abs, ticks)) >= 1e5:
+        return [_scientific(tick) + unit for tick in ticks]
+    return [f"{tick:,.{decimals}f}{unit}" for tick in ticks]
 
 
 def short(value: float) -> str:
@@ -84,6 +86,14 @@ def short(value: float) -> str:
 def signed(value: float) -> str:
     """A value with its sign, +0.77; a dash when it is not finite."""
     return f"{value:+.2f}" if math.isfinite(value) else "–"
+
+
+def _scientific(value: float) -> str:
+    """2.5e-5, where Python would write 2.5e-05."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)
+    return f"{value / 10.0**exponent:.3g}e{exponent}"
 
 
 def _round_step(at_least: float) -> float:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +61,9 @@ def test_step_ticks_are_whole_steps_of_the_run(first: int, last: int) -> None:
         (Axis(0.0, 0.015, [0.0, 0.005, 0.01, 0.015]), True, ["0.0 %", "0.5 %", "1.0 %", "1.5 %"]),
         (Axis(1e-8, 1e-2, [1e-8, 1e-5, 1e-2], log=True), False, ["1e-8", "1e-5", "1e-2"]),
         (Axis(0.0, 2000.0, [0.0, 1000.0, 2000.0]), False, ["0", "1,000", "2,000"]),
-        (Axis(0.0, 2e-4, [0.0, 1e-4, 2e-4]), False, ["0", "1e-04", "2e-04"]),
+        (Axis(0.0, 2e-4, [0.0, 1e-4, 2e-4]), False, ["0.0000", "0.0001", "0.0002"]),
+        (Axis(0.0, 5e-5, [0.0, 2.5e-5, 5e-5]), False, ["0", "2.5e-5", "5e-5"]),
+        (Axis(-1e7, 1e7, [-1e7, 0.0, 1e7]), False, ["-1e7", "0", "1e7"]),
     ],
 )
 def test_tick_labels_show_as_many_decimals_as_the_ticks_need(axis: Axis, percent: bool, labels: list[str]) -> None:
@@ -74,8 +78,8 @@ def test_short_numbers_have_about_four_digits(value: float, text: str) -> None:
     assert short(value) == text
 
 
-def series(points: list[tuple[int, float]], **how: object) -> Series:
-    return Series(label="x", colour=1, points=points, **how)  # type: ignore[arg-type]
+def series(points: list[tuple[int, float]], **how: Any) -> Series:
+    return Series(label="x", colour=1, points=points, **how)
 
 
 def test_binning_keeps_the_largest_value_of_a_maximum() -> None:

@@ -1,0 +1,108 @@
+"""Watches a run: writes its records, shows it, evaluates and saves when due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from othink_ray.config.schema import Config
+from othink_ray.data.prompts import BadRow
+from othink_ray.data.stream import PromptStream
+from othink_ray.driver import checkpoint
+from othink_ray.driver.console import Console
+from othink_ray.driver.evaluate import Evaluation, summarise
+from othink_ray.driver.loop import Step
+from othink_ray.driver.measures import measures
+from othink_ray.driver.metrics import RunRecords
+from othink_ray.types import Prompt, ScoredGroup, TrainState
+
+
+class Runs(Protocol):
+    """What a journal asks of a team."""
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Journal:
+    """The memory of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        team: Runs,
+        stream: PromptStream,
+        held_out: Sequence[Prompt],
+        bad_rows: Sequence[BadRow],
+        records: RunRecords,
+        console: Console,
+    ) -> None:
+        self.config, self.team, self.stream, self.held_out = config, team, stream, held_out
+        self.records, self.console = records, console
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self.audit_gap_max = 0.0
+        self.dropped = [(row.row_id, row.reason) for row in bad_rows]
+        self._stream_drops = 0
+        self._say_drops(self.dropped)
+
+    def begin(self, step: int) -> None:
+        """The engines have the weights after `step` steps and nothing is trained yet."""
+        self.before = self._evaluate(step)
+
+    def step(self, seen: Step) -> None:
+        done = seen.step + 1
+        found = measures(seen)
+        self.audit_gap_max = max(self.audit_gap_max, seen.audit.gap_max)
+        last = done == self.config.train.steps
+        if last or (self.config.eval.every and done % self.config.eval.every == 0):
+            self.after = self._evaluate(done)
+            found |= {"eval/accuracy": self.after.accuracy, "eval/format": self.after.format}
+        self.records.log(seen.step, found)
+        self.records.sample(seen.step, seen.scored[0], seen.advantages[0])
+        self.console.step(done, found)
+        self.console.sample(done, seen.scored[0])
+        self._note_drops()
+        every = self.config.train.checkpoint_every
+        if last or (every and done % every == 0):
+            checkpoint.write(Path(self.config.run.dir), self._state(done), self.team)
+
+    def _evaluate(self, step: int) -> Evaluation:
+        with self.console.phase(f"answering {len(self.held_out)} held-out questions"):
+            found = summarise(self.team.answer_greedily(self.held_out))
+        self.console.eval(step, found.accuracy, found.lo, found.hi, found.n)
+        return found
+
+    def _note_drops(self) -> None:
+        new = self.stream.dropped[self._stream_drops :]
+        self._stream_drops += len(new)
+        self.dropped += new
+        self._say_drops(new)
+
+    def _say_drops(self, rows: Sequence[tuple[str, str]]) -> None:
+        for row, reason in rows:
+            self.console.say(f"dropped row {row}: {reason}")
+
+    def _state(self, done: int) -> TrainState:
+        return TrainState(
+            step=done, data_position=self.stream.position, schedule_state={}, seed=self.config.train.seed
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of the run so far."""
+        assert self.before is not None
+        config = self.config
+        return {
+            "model": config.model.name,
+            "data": config.data.name,
+            "algo": config.algo.name,
+            "seed": config.train.seed,
+            "steps": config.train.steps,
+            "before": asdict(self.before),
+            "after": asdict(self.after or self.before),
+            "audit_gap_max": self.audit_gap_max,
+            "dropped": self.dropped,
+        }

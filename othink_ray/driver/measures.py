@@ -1,0 +1,48 @@
+"""A step as numbers, under the names that metrics.jsonl, the console, the report and wandb share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from othink_ray.driver.loop import Step
+
+
+def measures(step: Step) -> dict[str, float]:
+    """The metrics of one step. Means are over valid answers; a masked answer counts only in `groups/masked`."""
+    valid = np.concatenate([one.valid for one in step.scored])
+    answers = [completion for one in step.scored for completion in one.group.completions]
+    lengths = np.array([len(answer.token_ids) for answer in answers])
+    seconds = sum(step.times.values())
+    found = {
+        "reward/mean": _mean(np.concatenate([one.rewards for one in step.scored]), valid),
+        "kl/beta": step.beta,
+        "kl/mean": step.stats.kl_mean,
+        "loss": step.stats.loss,
+        "audit/logp_gap_mean": step.audit.gap_mean,
+        "audit/logp_gap_max": step.audit.gap_max,
+        "sampler/logp_gap_mean": step.stats.logp_gap_mean,
+        "sampler/logp_gap_max": step.stats.logp_gap_max,
+        "ratio/raw_mean": step.stats.ratio_raw_mean,
+        "ratio/raw_max": step.stats.ratio_raw_max,
+        "ratio/clip_frac": step.stats.ratio_clip_frac,
+        "entropy": step.stats.entropy,
+        "grad_norm": step.stats.grad_norm,
+        "lr": step.stats.lr,
+        "tokens/completion_mean": float(lengths.mean()),
+        "tokens/cut_frac": float(np.mean([answer.finish == "length" for answer in answers])),
+        "groups/constant_frac": float(np.mean([not advantages.any() for advantages in step.advantages])),
+        "groups/masked": float((~valid).sum()),
+        "vision/encodes": float(step.stats.vision_encodes),
+        "throughput/samples_per_s": len(answers) / seconds,
+        "throughput/tokens_per_s": float(lengths.sum()) / seconds,
+        "time/step_s": seconds,
+    }
+    for part in sorted({name for one in step.scored for name in one.parts}):
+        scored = [one for one in step.scored if part in one.parts]
+        values = np.concatenate([one.parts[part] for one in scored])
+        found[f"reward/{part}"] = _mean(values, np.concatenate([one.valid for one in scored]))
+    return found | {f"time/{name}_s": lap for name, lap in step.times.items()}
+
+
+def _mean(values: np.ndarray, valid: np.ndarray) -> float:
+    return float(values[valid].mean()) if valid.any() else float("nan")

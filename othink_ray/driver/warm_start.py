@@ -1,0 +1,89 @@
+"""The embedded base model: made here, taught to a middling skill on the real learner, and kept for the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+from othink_ray.config.schema import Config
+from othink_ray.data import open_source
+from othink_ray.data.prompts import worked_answer
+from othink_ray.data.stream import PromptStream
+from othink_ray.driver.console import Console
+from othink_ray.driver.supervised import Learns, Teaches, supervise
+from othink_ray.types import UpdateStats
+
+_RECIPE = 1  # raise it when the code makes another model of the same configuration
+_TOKENIZER_ROWS = 256
+
+
+class Classroom(Protocol):
+    """A learner with a teacher, for one model folder."""
+
+    learner: Exports
+    teacher: Teaches
+
+
+class Exports(Learns, Protocol):
+    def export(self, folder: Path) -> None: ...
+
+
+OpenClassroom = Callable[[Config, Path], AbstractContextManager[Classroom]]
+
+
+def base_model_folder(config: Config) -> Path:
+    """Where the base model of this configuration is kept; the name changes with all that shapes it."""
+    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data)}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
+
+
+def warm_started(config: Config, console: Console, open_classroom: OpenClassroom) -> Path:
+    """The base model's folder; made and taught first where no earlier run has done so."""
+    folder = base_model_folder(config)
+    if (folder / "config.json").is_file():
+        console.say(f"base model: {folder} (kept from an earlier run)")
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".warming-") as name:
+        untaught, taught = Path(name) / "untaught", Path(name) / "taught"
+        with console.phase("making the tiny model"):
+            _build(config, untaught)
+        with console.phase("warm start: the tiny model learns to answer, by supervised fine-tuning"):
+            _teach(config, untaught, taught, console, open_classroom)
+        shutil.rmtree(folder, ignore_errors=True)
+        taught.rename(folder)
+    console.say(f"base model: {folder}")
+    return folder
+
+
+def _build(config: Config, folder: Path) -> None:
+    from othink_ray.families.tiny import build_tiny
+
+    source = open_source(config.data, "train")
+    texts: list[str] = []
+    for index in range(min(_TOKENIZER_ROWS, len(source))):
+        prompt = source.prompt(index)
+        texts += [message.text for message in prompt.messages] + [worked_answer(prompt)]
+    build_tiny(folder, config.model, texts)
+
+
+def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_classroom: OpenClassroom) -> None:
+    tiny = config.model.tiny
+    assert tiny is not None
+    lesson = replace(config, learner=replace(config.learner, lr=tiny.warm_lr))
+    stream = PromptStream(open_source(config.data, "train"), seed=tiny.seed, on_bad_row="stop")
+
+    def watch(step: int, stats: UpdateStats) -> None:
+        console.progress(step + 1, tiny.warm_steps, f"loss {stats.loss:.3f}")
+
+    with open_classroom(lesson, untaught) as room:
+        supervise(room.teacher, room.learner, stream, steps=range(tiny.warm_steps), batch=tiny.warm_batch, watch=watch)
+        room.learner.export(taught)

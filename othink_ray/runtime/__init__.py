@@ -1,0 +1,1 @@
+"""Everything distributed: Ray lives here and nowhere else."""

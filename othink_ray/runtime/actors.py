@@ -1,0 +1,86 @@
+"""Ray actors, thin: each call is one line into an engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from othink_ray.config.schema import RewardConfig
+from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
+from othink_ray.rewards.scorer import score_group
+from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
+from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+
+
+@ray.remote(max_restarts=0)
+class RolloutActor:
+    """One sampling engine."""
+
+    def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
+        self.engine = make_engine()
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        yield from self.engine.generate(prompts, sampling)
+
+    def load_weights(self, version: int, *chunks: Chunk) -> int:
+        self.engine.load_weights(from_chunks(chunks), version)
+        return self.engine.version
+
+    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
+        return self.engine.probe(prompts, sampling, candidates)
+
+
+@ray.remote(max_restarts=0)
+class LearnerActor:
+    """One rank of the learner."""
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet: this node, and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, make_engine: Callable[[Place], LearnerEngine], place: Place) -> int:
+        self.engine = make_engine(place)
+        return os.getpid()
+
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, loss: str) -> UpdateStats:
+        return self.engine.update(updates, beta=beta, loss=loss)
+
+    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+        return self.engine.candidate_logprobs(probes)
+
+    def chunks(self, bucket_bytes: int) -> Iterator[Chunk]:
+        """The whole policy in buckets; under ZeRO-3 every rank must iterate, one must keep."""
+        yield from to_chunks(self.engine.named_weights(), bucket_bytes)
+
+    def follow(self) -> None:
+        """The other ranks' side of `chunks`."""
+        for _ in self.engine.named_weights():
+            pass
+
+    def export(self, folder: Path) -> None:
+        self.engine.export(folder)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load(folder)
+
+
+@ray.remote(max_restarts=0)
+class RewardActor:
+    """Scores groups in a process that can be killed."""
+
+    def score(self, group: Group, reward: RewardConfig) -> ScoredGroup:
+        return score_group(group, reward)

@@ -1,0 +1,78 @@
+"""Who sits where: one bundle a process, asked for in one piece, so that a run never waits half-started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from othink_ray.config.schema import LearnerConfig, RewardConfig, RolloutConfig
+from othink_ray.runtime.cluster import ClusterError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """What one process gets."""
+
+    role: str
+    cpus: float
+    gpus: float
+
+
+def learner_seats(learner: LearnerConfig) -> list[Seat]:
+    return [Seat(role="learner", cpus=learner.cpus_per_rank, gpus=learner.gpus_per_rank)] * learner.world_size
+
+
+def rollout_seats(rollout: RolloutConfig) -> list[Seat]:
+    return [Seat(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor)] * rollout.num_actors
+
+
+def reward_seats(reward: RewardConfig) -> list[Seat]:
+    """Scoring takes milliseconds: next to nothing is reserved for it."""
+    return [Seat(role="reward", cpus=0.01, gpus=0.0)] * reward.actors
+
+
+class Placement:
+    """A reserved set of seats; `options(role, index)` puts an actor on one."""
+
+    def __init__(self, wanted: list[Seat], strategy: str, timeout_s: float) -> None:
+        self.seats = wanted
+        bundles = [{"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {}) for seat in wanted]
+        self.group: PlacementGroup = placement_group(bundles, strategy=strategy)
+        if not self.group.wait(timeout_seconds=timeout_s):
+            remove_placement_group(self.group)
+            raise ClusterError(self._too_small(timeout_s))
+
+    def _too_small(self, timeout_s: float) -> str:
+        cpus, gpus = sum(seat.cpus for seat in self.seats), sum(seat.gpus for seat in self.seats)
+        there = ray.cluster_resources()
+        return (
+            f"the cluster could not seat the run within {timeout_s:.0f} s: it needs {cpus:g} CPUs and {gpus:g} GPUs, the "
+            f"cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}. Lower rollout.num_actors or "
+            "learner.world_size, choose a smaller cluster= file, or add nodes."
+        )
+
+    def options(self, role: str, index: int) -> dict[str, object]:
+        """Ray's options for the index-th process of a role."""
+        place = [number for number, seat in enumerate(self.seats) if seat.role == role][index]
+        seat = self.seats[place]
+        return {
+            "num_cpus": seat.cpus,
+            "num_gpus": seat.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=place
+            ),
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives the seats back; the processes on them end."""
+        remove_placement_group(self.group)

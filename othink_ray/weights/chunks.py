@@ -1,0 +1,63 @@
+"""Named tensors as a few flat byte buffers: what a shared-memory store moves without copying piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One tensor of a chunk."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tensors back to back in one buffer."""
+
+    pieces: tuple[Piece, ...]
+    data: NDArray[np.uint8]
+
+
+def to_chunks(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Chunk]:
+    """Chunks of at most `bucket_bytes`, in order; a larger tensor makes a chunk of its own."""
+    pieces: list[Piece] = []
+    buffers: list[Tensor] = []
+    for name, weight in weights:
+        piece = Piece(name=name, shape=tuple(weight.shape), dtype=weight.dtype)
+        if pieces and sum(p.nbytes for p in pieces) + piece.nbytes > bucket_bytes:
+            yield _join(pieces, buffers)
+            pieces, buffers = [], []
+        pieces.append(piece)
+        # A copy: the learner may overwrite or release the parameter before the chunk is sent.
+        buffers.append(weight.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8))
+    if pieces:
+        yield _join(pieces, buffers)
+
+
+def _join(pieces: list[Piece], buffers: list[Tensor]) -> Chunk:
+    return Chunk(pieces=tuple(pieces), data=torch.cat(buffers).numpy())
+
+
+def from_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors again; those of a read-only buffer are copied, since engines may keep or change them."""
+    for chunk in chunks:
+        start = 0
+        for piece in chunk.pieces:
+            raw = torch.from_numpy(chunk.data[start : start + piece.nbytes].copy())
+            yield piece.name, raw.view(piece.dtype).view(piece.shape)
+            start += piece.nbytes

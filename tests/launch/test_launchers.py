@@ -1,0 +1,81 @@
+"""Launchers start a cluster and pass the user's settings on; they choose no hyper-parameters."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pytest
+import yaml
+
+from othink_ray.config.load import load
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+# What a launcher may set: where the run lives, that it goes on, and which cluster it joins.
+THEIRS = {"cluster.address", "run.dir", "run.resume"}
+
+
+def kuberay(arguments: str) -> dict[str, Any]:
+    text = Template((LAUNCH / "kuberay.yaml").read_text()).substitute(IMAGE="some/image:gpu", RUN="one", ARGS=arguments)
+    job = yaml.safe_load(text)
+    assert isinstance(job, dict)
+    return job
+
+
+def settings(command: str) -> list[str]:
+    return [word for word in shlex.split(command) if re.fullmatch(r"[a-z_.]+=\S*", word)]
+
+
+def command_of(launcher: str) -> str:
+    """The part of a shell launcher's text from `othink_ray.main` to the end of that command."""
+    found = re.search(r"othink_ray\.main (.*)", (LAUNCH / launcher).read_text())
+    assert found is not None
+    return found[1].removesuffix(" &")
+
+
+@pytest.mark.parametrize("launcher", ["local.sh", "slurm.sbatch"])
+def test_shell_launchers_pass_all_arguments_last(launcher: str) -> None:
+    command = command_of(launcher)
+    assert command.endswith('"$@"')
+    assert {setting.partition("=")[0] for setting in settings(command)} <= THEIRS
+
+
+def test_kuberay_passes_all_arguments_last() -> None:
+    entrypoint = kuberay("algo=grpo train.steps=7")["spec"]["entrypoint"]
+    assert entrypoint.endswith(" algo=grpo train.steps=7")
+    assert {setting.partition("=")[0] for setting in settings(entrypoint)[:-2]} == THEIRS
+
+
+@pytest.mark.parametrize("command", [command_of("slurm.sbatch"), kuberay("")["spec"]["entrypoint"]])
+def test_the_launchers_own_settings_make_a_sound_configuration(command: str) -> None:
+    config = load(["cluster=two_nodes", *settings(command)])
+    assert config.cluster.address == "auto"
+    assert config.run.resume == "auto"
+
+
+def test_the_users_settings_win_over_the_launchers() -> None:
+    config = load([*settings(command_of("slurm.sbatch")), "run.dir=elsewhere", "run.resume=never"])
+    assert (config.run.dir, config.run.resume) == ("elsewhere", "never")
+
+
+def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+    assert {"requeue", "exclusive", "nodes", "signal"} <= options.keys()
+    signal = re.fullmatch(r"B:(\w+)@\d+", options["signal"])
+    assert signal is not None
+    assert re.search(rf"^trap '.*scontrol requeue .*' {signal[1]}$", text, flags=re.MULTILINE)
+
+
+def test_kuberay_nodes_run_one_image_with_shared_runs_and_memory() -> None:
+    cluster = kuberay("")["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,) = pod["containers"]
+        assert container["image"] == "some/image:gpu"
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/runs", "/dev/shm"}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

@@ -21,7 +21,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question as the data room makes it; images stay compressed (PNG or JPEG bytes) until an engine needs pixels."""
+    """One question as the data room makes it; images stay PNG or JPEG bytes until an engine needs pixels."""
 
     id: str
     messages: tuple[Message, ...]
@@ -42,7 +42,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All answers to one prompt, with the prompt as the engine expanded it and the weights version that sampled them."""
+    """All answers to one prompt, the prompt as the engine expanded it, and the weights version that sampled them."""
 
     prompt: Prompt
     prompt_token_ids: NDArray[np.int64]
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its rewards. `parts` holds each reward by name, all of length G; `valid` is False where scoring failed."""
+    """A group with its rewards; `parts` has each by name, all of length G; `valid` is False where scoring failed."""
 
     group: Group
     rewards: NDArray[np.float64]

@@ -176,7 +176,7 @@ def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None,
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     def attempt(chosen: Sequence[str]) -> DictConfig | str:
         try:

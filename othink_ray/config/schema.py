@@ -1,4 +1,4 @@
-"""Every setting there is. Types live here, values in `conf/`: a field has no default, so nothing is set in two places."""
+"""Every setting there is. Types live here, values in `conf/`: no field has a default, so nothing is set twice."""
 
 from __future__ import annotations
 

@@ -137,9 +137,7 @@ def _team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Te
             rollout=rollout,
             rewards=rewards,
             learner=learner,
-            pusher=AuditedPush(
-                transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature
-            ),
+            pusher=AuditedPush(transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature),
             answers=config.algo.group_size,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,

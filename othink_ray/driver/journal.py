@@ -87,9 +87,7 @@ class Journal:
             self.console.say(f"dropped row {row}: {reason}")
 
     def _state(self, done: int) -> TrainState:
-        return TrainState(
-            step=done, data_position=self.stream.position, schedule_state={}, seed=self.config.train.seed
-        )
+        return TrainState(step=done, data_position=self.stream.position, schedule_state={}, seed=self.config.train.seed)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the run so far."""

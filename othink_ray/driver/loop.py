@@ -1,6 +1,6 @@
 """GRPO-D as the paper writes it. Everything that is distributed, slow or may fail is behind four verbs.
 
-    generate -> score -> update -> push          (one turn is one training step, on-policy)
+generate -> score -> update -> push          (one turn is one training step, on-policy)
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ _TOKENIZER_ROWS = 256
 class Classroom(Protocol):
     """A learner with a teacher, for one model folder."""
 
-    learner: Exports
-    teacher: Teaches
+    @property
+    def learner(self) -> Exports: ...
+
+    @property
+    def teacher(self) -> Teaches: ...
 
 
 class Exports(Learns, Protocol):

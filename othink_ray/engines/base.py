@@ -60,7 +60,7 @@ class LearnerEngine(Protocol):
     """One rank of the learner; every rank is called with its own share, all at the same time."""
 
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, loss: str) -> UpdateStats:
-        """Optimiser steps over [update][micro-batch][row]; an empty micro-batch keeps this rank in step with the others."""
+        """Optimiser steps over [update][micro-batch][row]; an empty one keeps this rank in step with others."""
         ...
 
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""One DeepSpeed ZeRO rank: reference pass, GRPO-D loss, optimiser step, whole weights out. Only file that imports deepspeed."""
+"""One DeepSpeed ZeRO rank: reference pass, loss, optimiser step, weights out. The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class DeepSpeedLearner:
         self.reference: Any = None
         if with_reference:
             frozen = Policy(family.load_network(DTYPES[dtype]), family, temperature).requires_grad_(False).eval()
-            self.reference = self._initialise(frozen, train=False) if learner.zero_stage == 3 else frozen.to(self.device)
+            sharded = learner.zero_stage == 3
+            self.reference = self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
 
     def _initialise(self, policy: Policy, *, train: bool) -> Any:
         """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""

@@ -55,7 +55,8 @@ class HFRollout:
     def _answer(self, prompt: Prompt, sampling: Sampling) -> tuple[Group, Tensor]:
         """The group, and the log distributions (T, G, V) it was sampled from."""
         images = self.family.encode_images(prompt.images)
-        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), self.family.image_token_counts(prompt.images))
+        counts = self.family.image_token_counts(prompt.images)
+        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
         positions = self.family.prompt_positions(torch.tensor(prompt_ids), images)
         draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())

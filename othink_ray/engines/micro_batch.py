@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from othink_ray.core.packing import PADDING, attention_mask, position_offsets, predictor_index
-from othink_ray.families.base import Family
-from othink_ray.families.base import ImageTensors
+from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack
 
 

@@ -1,4 +1,4 @@
-"""The network as the learner uses it: logprobs of the answers in shared-prefix rows, under the sampler's distribution."""
+"""The network as the learner uses it: logprobs of the answers in shared-prefix rows, as the sampler would give them."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
 
+
 class VLLMRollout:
     """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
 

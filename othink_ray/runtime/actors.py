@@ -1,4 +1,4 @@
-"""Ray actors, thin: each call is one line into an engine."""
+"""What runs inside the Ray actors, thin: each call is one line into an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStat
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
 
-@ray.remote(max_restarts=0)
 class RolloutActor:
     """One sampling engine."""
 
@@ -39,7 +38,6 @@ class RolloutActor:
         return self.engine.probe(prompts, sampling, candidates)
 
 
-@ray.remote(max_restarts=0)
 class LearnerActor:
     """One rank of the learner."""
 
@@ -78,7 +76,6 @@ class LearnerActor:
         self.engine.load(folder)
 
 
-@ray.remote(max_restarts=0)
 class RewardActor:
     """Scores groups in a process that can be killed."""
 

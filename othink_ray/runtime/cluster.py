@@ -17,7 +17,7 @@ class ClusterError(RuntimeError):
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Ray for the time of a run. `cluster.address: null` starts one here, unless a submitted job is inside one already."""
+    """Ray for the time of a run; without `cluster.address` it starts here, unless a submitted job is inside one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU actor keeps its view of the GPUs
     import ray

@@ -42,8 +42,7 @@ class RolloutPool:
     def __init__(self, make_engine: Callable[[], RolloutEngine], rollout: RolloutConfig, placement: Placement) -> None:
         self.step_timeout_s, self.load_timeout_s = rollout.step_timeout_s, rollout.load_timeout_s
         self.actors = [
-            RolloutActor.options(**placement.options("rollout", index)).remote(make_engine)
-            for index in range(rollout.num_actors)
+            placement.start(RolloutActor, "rollout", index, make_engine) for index in range(rollout.num_actors)
         ]
 
     def wait(self) -> None:
@@ -76,7 +75,7 @@ class RolloutPool:
 
 
 class RewardPool:
-    """Scores groups as they arrive. A grader that outstays its time is killed, and its group is masked, not scored 0."""
+    """Scores groups as they arrive. A grader that outstays its time is killed; its group is masked, not scored 0."""
 
     def __init__(self, reward: RewardConfig, placement: Placement) -> None:
         self.reward, self.placement = reward, placement
@@ -84,7 +83,7 @@ class RewardPool:
         self.actors = [self._start(index) for index in range(reward.actors)]
 
     def _start(self, index: int) -> Any:
-        return RewardActor.options(**self.placement.options("reward", index)).remote()
+        return self.placement.start(RewardActor, "reward", index)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         """In the order of arrival."""
@@ -119,9 +118,7 @@ class LearnerPool:
         self, make_engine: Callable[[Place], LearnerEngine], learner: LearnerConfig, placement: Placement
     ) -> None:
         self.learner = learner
-        self.ranks = [
-            LearnerActor.options(**placement.options("learner", rank)).remote() for rank in range(learner.world_size)
-        ]
+        self.ranks = [placement.start(LearnerActor, "learner", rank) for rank in range(learner.world_size)]
         self.make_engine = make_engine
 
     def start(self) -> list[Any]:
@@ -131,9 +128,7 @@ class LearnerPool:
             Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
         ]
-        return [
-            actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, places, strict=True)
-        ]
+        return [actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, places, strict=True)]
 
     def wait(self, started: Sequence[Any]) -> None:
         self._all(started, "loading", self.learner.load_timeout_s)

@@ -12,7 +12,7 @@ from othink_ray.weights.audit import AuditError, compare, require
 
 
 class SharedMemoryPush:
-    """Buckets through Ray's shared-memory object store: read in place by every engine of a node, copied once to others."""
+    """Buckets through Ray's object store: shared memory on a node, one copy to each other node."""
 
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
         self.learner, self.rollout, self.bucket_bytes = learner, rollout, bucket_mb * 2**20

@@ -30,7 +30,7 @@ from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine
 from othink_ray.runtime.cluster import ClusterError, ray_session
 from othink_ray.runtime.placement import Placement, learner_seats, reward_seats, rollout_seats
 from othink_ray.runtime.pools import LearnerPool, RewardPool, RolloutPool, WorkerFailed
-from othink_ray.runtime.push import AuditedPush, SharedMemoryPush
+from othink_ray.runtime.push import AuditedPush, open_transport
 from othink_ray.runtime.team import Team
 from othink_ray.types import Prompt
 from othink_ray.weights.audit import AuditError
@@ -132,7 +132,7 @@ def _team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Te
         loading = learner.start()
         rollout.wait()
         learner.wait(loading)
-        transport = SharedMemoryPush(learner, rollout, config.weights.bucket_mb)
+        transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
         yield Team(
             rollout=rollout,
             rewards=rewards,
@@ -172,7 +172,8 @@ def _vllm_engine(config: Config, path: str) -> RolloutEngine:
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 
-    return VLLMRollout(config.rollout, config.model, open_family(config.model, path), path)
+    family = open_family(config.model, path)
+    return VLLMRollout(config.rollout, config.model, family, path, transport=transport_of(config))
 
 
 def _hf_engine(config: Config, path: str) -> RolloutEngine:
@@ -199,6 +200,16 @@ def _learner_engine(config: Config, path: str, place: Place, *, with_reference: 
         seed=config.train.seed,
         place=place,
     )
+
+
+def transport_of(config: Config) -> str:
+    """`auto`: CUDA IPC where engine and learner share a GPU, NCCL between GPUs, shared memory without any."""
+    if config.weights.transport != "auto":
+        return config.weights.transport
+    shares = (config.rollout.gpus_per_actor, config.learner.gpus_per_rank)
+    if config.rollout.engine != "vllm" or min(shares) == 0:
+        return "shared_memory"
+    return "ipc" if max(shares) < 1 else "nccl"
 
 
 def _versions() -> dict[str, Any]:

@@ -21,7 +21,9 @@ from othink_ray.types import Completion, Group, Probe, Prompt
 class VLLMRollout:
     """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
 
-    def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family, path: str) -> None:
+    def __init__(
+        self, rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str
+    ) -> None:
         self.family = family
         self.version = -1
         on_gpu = rollout.gpus_per_actor > 0
@@ -61,6 +63,8 @@ class VLLMRollout:
         }
         if on_gpu:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+            if transport in ("nccl", "ipc"):
+                arguments["weight_transfer_config"] = {"backend": transport}
         else:
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
@@ -83,6 +87,14 @@ class VLLMRollout:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+        self.adopt(version)
+
+    def transfer(self, verb: str, *arguments: Any) -> None:
+        """One call of vLLM's own weight transfer, made by the learner's sender."""
+        self.engine.collective_rpc(verb, args=arguments)
+
+    def adopt(self, version: int) -> None:
+        """The weights that were transferred are whole now."""
         self.forget()
         self.version = version
 

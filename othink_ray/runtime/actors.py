@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from othink_ray.config.schema import RewardConfig
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
+from othink_ray.engines.vllm_transfer import Sender
 from othink_ray.rewards.scorer import score_group
 from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
@@ -34,12 +36,25 @@ class RolloutActor:
         self.engine.load_weights(from_chunks(chunks), version)
         return self.engine.version
 
+    def transfer(self, verb: str, *arguments: Any) -> None:
+        """vLLM's own weight transfer; only engines opened for it are asked."""
+        engine: Any = self.engine
+        engine.transfer(verb, *arguments)
+
+    def adopt(self, version: int) -> int:
+        engine: Any = self.engine
+        engine.adopt(version)
+        return self.engine.version
+
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         return self.engine.probe(prompts, sampling, candidates)
 
 
 class LearnerActor:
     """One rank of the learner."""
+
+    engine: LearnerEngine
+    sender: Sender
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node, and a port that is free now."""
@@ -60,6 +75,12 @@ class LearnerActor:
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk]:
         """The whole policy in buckets; under ZeRO-3 every rank must iterate, one must keep."""
         yield from to_chunks(self.engine.named_weights(), bucket_bytes)
+
+    def open_sender(self, make_sender: Callable[[LearnerEngine], Sender]) -> None:
+        self.sender = make_sender(self.engine)
+
+    def send(self) -> None:
+        self.sender.send_weights()
 
     def follow(self) -> None:
         """The other ranks' side of `chunks`."""

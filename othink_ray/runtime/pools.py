@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from othink_ray.config.schema import LearnerConfig, RewardConfig, RolloutConfig
 from othink_ray.core.packing import plan
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
+from othink_ray.engines.vllm_transfer import Sender
 from othink_ray.runtime.actors import LearnerActor, RewardActor, RolloutActor
 from othink_ray.runtime.placement import Placement
 from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
@@ -67,6 +69,10 @@ class RolloutPool:
         """Every engine's version after loading."""
         loads = [actor.load_weights.remote(version, *chunks) for actor in self.actors]
         return gather(loads, "a rollout actor (loading weights)", self.step_timeout_s)
+
+    def adopt(self, version: int) -> list[int]:
+        """Every engine's version after a transfer of its own."""
+        return gather([actor.adopt.remote(version) for actor in self.actors], "a rollout actor", self.step_timeout_s)
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         """Every engine's probes, one engine after the other."""
@@ -124,11 +130,13 @@ class LearnerPool:
     def start(self) -> list[Any]:
         """Begin loading; wait for the references to know that it is done."""
         [(address, port)] = self._all([self.ranks[0].address.remote()], "loading", self.learner.load_timeout_s)
-        places = [
+        self.places = [
             Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
         ]
-        return [actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, places, strict=True)]
+        return [
+            actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, self.places, strict=True)
+        ]
 
     def wait(self, started: Sequence[Any]) -> None:
         self._all(started, "loading", self.learner.load_timeout_s)
@@ -154,6 +162,18 @@ class LearnerPool:
         following = [actor.follow.remote() for actor in self.ranks[1:]]
         yield from self.ranks[0].chunks.options(num_returns="streaming").remote(bucket_bytes)
         self._all(following, "gathering weights")
+
+    def open_senders(self, make_sender: Callable[[Place, int, LearnerEngine], Sender]) -> None:
+        """Meet the engines on a port of their own."""
+        [(_, port)] = self._all([self.ranks[0].address.remote()], "opening the weight transfer")
+        opened = [
+            actor.open_sender.remote(partial(make_sender, place, port))
+            for actor, place in zip(self.ranks, self.places, strict=True)
+        ]
+        self._all(opened, "opening the weight transfer", self.learner.load_timeout_s)
+
+    def send(self) -> None:
+        self._all([actor.send.remote() for actor in self.ranks], "sending weights")
 
     def export(self, folder: Path) -> None:
         self._all([actor.export.remote(folder) for actor in self.ranks], "export")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import ray
 
 from othink_ray.config.schema import WeightsConfig
-from othink_ray.engines.base import Sampling
+from othink_ray.engines.base import LearnerEngine, Place, Sampling
+from othink_ray.engines.vllm_transfer import Sender, open_sender
 from othink_ray.runtime.pools import LearnerPool, RolloutPool
 from othink_ray.types import Audit, Prompt
 from othink_ray.weights.audit import AuditError, compare, require
@@ -21,12 +26,86 @@ class SharedMemoryPush:
         return self.rollout.load_weights(version, list(self.learner.chunks(self.bucket_bytes)))
 
 
+class TransferPush:
+    """vLLM's own transfer between GPUs: the learner's ranks send, the engines receive in place."""
+
+    def __init__(self, backend: str, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
+        self.learner, self.rollout = learner, rollout
+        engines = TransferClient(rollout.actors)
+        learner.open_senders(
+            partial(_make_sender, backend, engines, receivers=len(rollout.actors), bucket_bytes=bucket_mb * 2**20)
+        )
+
+    def send(self, version: int) -> list[int]:
+        self.learner.send()
+        return self.rollout.adopt(version)
+
+
+def _make_sender(
+    backend: str,
+    engines: TransferClient,
+    place: Place,
+    port: int,
+    learner: LearnerEngine,
+    *,
+    receivers: int,
+    bucket_bytes: int,
+) -> Sender:
+    return open_sender(backend, learner, engines, place, port=port, receivers=receivers, bucket_bytes=bucket_bytes)
+
+
+class TransferClient:
+    """The engines as vLLM's sender sees them: every call goes to all of them, and returns when all are done."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self.actors = list(actors)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """The sender is rank 0 of the transfer; the engines follow in order."""
+        infos = [dict(init_info) for _ in self.actors]
+        if "rank_offset" in init_info:
+            infos = [info | {"rank_offset": 1 + index} for index, info in enumerate(infos)]
+        ray.get(
+            [
+                actor.transfer.remote("init_weight_transfer_engine", info)
+                for actor, info in zip(self.actors, infos, strict=True)
+            ]
+        )
+
+    def start_weight_update(self) -> None:
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._all("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all("finish_weight_update")
+
+    def _all(self, verb: str, *arguments: Any) -> None:
+        ray.get([actor.transfer.remote(verb, *arguments) for actor in self.actors])
+
+
+class Transport(Protocol):
+    """A way for one version of the policy to reach every engine."""
+
+    def send(self, version: int) -> list[int]:
+        """The version that each engine reports afterwards."""
+        ...
+
+
+def open_transport(name: str, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> Transport:
+    """`shared_memory`, or a backend of vLLM's transfer: `nccl`, `ipc`."""
+    if name == "shared_memory":
+        return SharedMemoryPush(learner, rollout, bucket_mb)
+    return TransferPush(name, learner, rollout, bucket_mb)
+
+
 class AuditedPush:
     """Sends one version and returns when every engine reports it and answers the probe as the learner does."""
 
     def __init__(
         self,
-        transport: SharedMemoryPush,
+        transport: Transport,
         learner: LearnerPool,
         rollout: RolloutPool,
         weights: WeightsConfig,

@@ -1,0 +1,74 @@
+"""The learner's end of vLLM's own weight transfer: NCCL between GPUs, CUDA IPC on a shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from othink_ray.engines.base import LearnerEngine, Place
+
+
+class Engines(Protocol):
+    """The engines' end, as vLLM's sender calls it; the runtime provides one over Ray."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: Any) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class Sender(Protocol):
+    """Sends the whole policy; called on every learner rank."""
+
+    def send_weights(self) -> None: ...
+
+
+def open_sender(
+    backend: str,
+    learner: LearnerEngine,
+    engines: Engines,
+    place: Place,
+    *,
+    port: int,
+    receivers: int,
+    bucket_bytes: int,
+) -> Sender:
+    """Meets the engines and returns a sender; rank 0 sends, the others join its gathering under ZeRO-3."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    class PolicySource(WeightSource):
+        """The learner's weights, whole, in one fixed order."""
+
+        def __init__(self) -> None:
+            self._metadata = [
+                ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in learner.named_weights()
+            ]
+
+        def metadata(self) -> list[ParamMeta]:
+            return self._metadata
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return learner.named_weights()
+
+    meeting = {
+        "nccl": lambda: NCCLTrainerInitInfo(
+            rank=place.rank,
+            master_address=place.master_address,
+            master_port=port,
+            world_size=1 + receivers,
+            packed_buffer_size_bytes=bucket_bytes,
+        ),
+        "ipc": lambda: IPCTrainerInitInfo(rank=place.rank, packed=True, packed_buffer_size_bytes=bucket_bytes),
+    }
+    sender: Sender = WeightTransferTrainerFactory.trainer_init(
+        meeting[backend](), client=engines, source=PolicySource()
+    )
+    return sender

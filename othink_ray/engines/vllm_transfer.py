@@ -44,7 +44,7 @@ def open_sender(
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    class PolicySource(WeightSource):
+    class PolicySource(WeightSource):  # type: ignore[misc]  # vLLM is untyped here
         """The learner's weights, whole, in one fixed order."""
 
         def __init__(self) -> None:

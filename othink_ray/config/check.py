@@ -73,7 +73,8 @@ def _bounds(config: Config) -> Iterator[Problem]:
         for key in bound.keys:
             if key.startswith("model.tiny.") and config.model.tiny is None:
                 continue
-            if not bound.holds(attrgetter(key)(config)):
+            value = attrgetter(key)(config)
+            if value is not None and not bound.holds(value):
                 yield _broken(config, key, bound.rule, bound.remedy.format(key=key))
 
 

@@ -39,7 +39,7 @@ class RewardConfig:
     """R = accuracy + format_weight * format (Eq. 1)."""
 
     format_weight: float  # alpha
-    actors: int
+    actors: int  # Ray actors that score
     timeout_s: float  # per group; a grader that takes longer is killed and its answers are masked
 
 
@@ -106,7 +106,7 @@ class RolloutConfig:
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
-    threads: int  # OpenMP threads of one actor on CPU
+    threads: int | None  # OpenMP threads of one actor on CPU; null: the cores divided by the actors
     temperature: float
     max_tokens: int
     max_model_len: int
@@ -127,7 +127,7 @@ class LearnerConfig:
     zero_stage: int
     cpus_per_rank: float
     gpus_per_rank: float
-    threads: int  # OpenMP threads of one rank on CPU
+    threads: int | None  # OpenMP threads of one rank on CPU; null: the cores divided by the ranks
     lr: float
     weight_decay: float
     adam_beta1: float

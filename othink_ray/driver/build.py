@@ -28,7 +28,7 @@ from othink_ray.driver.supervised import Teaches
 from othink_ray.driver.warm_start import warm_started
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine
 from othink_ray.runtime.cluster import ClusterError, ray_session
-from othink_ray.runtime.placement import Placement, learner_seats, reward_seats, rollout_seats
+from othink_ray.runtime.placement import Placement, learner_seats, rollout_seats
 from othink_ray.runtime.pools import LearnerPool, RewardPool, RolloutPool, WorkerFailed
 from othink_ray.runtime.push import AuditedPush, open_transport
 from othink_ray.runtime.team import Team
@@ -121,14 +121,14 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
 @contextmanager
 def _team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
-    wanted = learner_seats(config.learner) + rollout_seats(config.rollout) + reward_seats(config.algo.reward)
+    wanted = learner_seats(config.learner) + rollout_seats(config.rollout)
     with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s) as placement:
         needs_reference = config.algo.kl.beta_max > 0
         learner = LearnerPool(
             partial(_learner_engine, config, path, with_reference=needs_reference), config.learner, placement
         )
         rollout = RolloutPool(partial(ROLLOUT_ENGINES[config.rollout.engine], config, path), config.rollout, placement)
-        rewards = RewardPool(config.algo.reward, placement)
+        rewards = RewardPool(config.algo.reward)
         loading = learner.start()
         rollout.wait()
         learner.wait(loading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ class Sampling:
         """The seed of one prompt's group: it depends on the prompt's id, never on where or when it runs."""
         digest = hashlib.sha256(f"{self.seed}/{prompt.id}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
+
+
+def share_of_cores(threads: int | None, sharers: int) -> int:
+    """Threads for one of `sharers` processes that work at the same time; more than cores would wait for each other."""
+    return threads or max(1, (os.cpu_count() or 1) // sharers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

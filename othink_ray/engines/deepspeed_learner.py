@@ -16,7 +16,7 @@ from torch import Tensor
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import Place
+from othink_ray.engines.base import Place, share_of_cores
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.families.base import Family
@@ -50,7 +50,7 @@ class DeepSpeedLearner:
             DS_ACCELERATOR="cuda" if on_gpu else "cpu",
         )
         if not on_gpu:
-            torch.set_num_threads(learner.threads)
+            torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling
+from othink_ray.engines.base import Sampling, share_of_cores
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
@@ -26,7 +26,7 @@ class HFRollout:
         self.max_model_len = rollout.max_model_len
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(rollout.threads)
+            torch.set_num_threads(share_of_cores(rollout.threads, rollout.num_actors))
         self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling
+from othink_ray.engines.base import Sampling, share_of_cores
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
@@ -36,7 +36,7 @@ class VLLMRollout:
             os.environ.update(
                 VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
-                OMP_NUM_THREADS=str(rollout.threads),
+                OMP_NUM_THREADS=str(share_of_cores(rollout.threads, rollout.num_actors)),
             )
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs

@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from othink_ray.config.schema import LearnerConfig, RewardConfig, RolloutConfig
+from othink_ray.config.schema import LearnerConfig, RolloutConfig
 from othink_ray.runtime.cluster import ClusterError
 
 # Set before the process starts, since OpenMP and malloc read them only then. Threads that wait asleep leave the core
@@ -40,11 +40,6 @@ def rollout_seats(rollout: RolloutConfig) -> list[Seat]:
     return [Seat(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor)] * rollout.num_actors
 
 
-def reward_seats(reward: RewardConfig) -> list[Seat]:
-    """Scoring takes milliseconds: next to nothing is reserved for it."""
-    return [Seat(role="reward", cpus=0.01, gpus=0.0)] * reward.actors
-
-
 class Placement:
     """A reserved set of seats; `start` puts an actor on one."""
 
@@ -70,13 +65,12 @@ class Placement:
         place = [number for number, seat in enumerate(self.seats) if seat.role == role][index]
         seat = self.seats[place]
         strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=place)
-        settings = {
-            "num_cpus": seat.cpus,
-            "num_gpus": seat.gpus,
-            "scheduling_strategy": strategy,
-            "runtime_env": {"env_vars": _ENVIRONMENT},
-        }
-        return ray.remote(actor).options(**settings).remote(*arguments)
+        return _start(actor, arguments, num_cpus=seat.cpus, num_gpus=seat.gpus, scheduling_strategy=strategy)
+
+    @staticmethod
+    def start_unseated(actor: type, *arguments: Any) -> Any:
+        """A process whose work takes milliseconds: nothing is reserved for it."""
+        return _start(actor, arguments, num_cpus=0)
 
     def __enter__(self) -> Self:
         return self
@@ -86,3 +80,7 @@ class Placement:
     ) -> None:
         """Gives the seats back; the processes on them end."""
         remove_placement_group(self.group)
+
+
+def _start(actor: type, arguments: tuple[Any, ...], **options: Any) -> Any:
+    return ray.remote(actor).options(runtime_env={"env_vars": _ENVIRONMENT}, **options).remote(*arguments)

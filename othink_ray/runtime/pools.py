@@ -83,13 +83,9 @@ class RolloutPool:
 class RewardPool:
     """Scores groups as they arrive. A grader that outstays its time is killed; its group is masked, not scored 0."""
 
-    def __init__(self, reward: RewardConfig, placement: Placement) -> None:
-        self.reward, self.placement = reward, placement
-        self.killed = 0
-        self.actors = [self._start(index) for index in range(reward.actors)]
-
-    def _start(self, index: int) -> Any:
-        return self.placement.start(RewardActor, "reward", index)
+    def __init__(self, reward: RewardConfig) -> None:
+        self.reward = reward
+        self.actors = [Placement.start_unseated(RewardActor) for _ in range(reward.actors)]
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         """In the order of arrival."""
@@ -106,9 +102,8 @@ class RewardPool:
         except RayTaskError as error:
             raise WorkerFailed(f"generating or scoring a group failed: {error.cause!r}\n{error}") from error
         except (GetTimeoutError, RayActorError):
-            self.killed += 1
             ray.kill(self.actors[index])
-            self.actors[index] = self._start(index)
+            self.actors[index] = Placement.start_unseated(RewardActor)
             return _masked(gather([group], "a rollout actor", self.reward.timeout_s)[0])
 
 

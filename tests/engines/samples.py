@@ -1,0 +1,76 @@
+"""Real prompts, groups and rows for the engines: pictures of any size, answers of any length, one seed for each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from othink_ray.core.packing import pack
+from othink_ray.engines.policy import Policy
+from othink_ray.families.base import Family
+from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
+
+
+def picture(width: int, height: int, seed: int) -> bytes:
+    """A PNG of coloured noise, coarse enough to survive resizing."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, size=(-(-height // 7), -(-width // 7), 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.NEAREST).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def ask(name: str, *images: bytes, text: str = "How many items are there in the image?") -> Prompt:
+    return Prompt(
+        id=name,
+        messages=(Message(role="user", text=text, images=len(images)),),
+        images=images,
+        answer="3",
+        task="counting",
+    )
+
+
+def group_of(family: Family, prompt: Prompt, lengths: Sequence[int], seed: int) -> Group:
+    """Random answers of these lengths; what a sampler would think of them is made up, but fixed."""
+    rng = np.random.default_rng(seed)
+    words = [token for token in range(100, 300) if token not in family.banned_token_ids]
+    expanded = family.expand(family.prompt_token_ids(prompt), family.image_token_counts(prompt.images))
+    return Group(
+        prompt=prompt,
+        prompt_token_ids=np.array(expanded, dtype=np.int64),
+        completions=tuple(
+            Completion(
+                token_ids=rng.choice(words, size=length).astype(np.int64),
+                sampler_logprobs=rng.normal(-5.5, 0.3, size=length).astype(np.float32),
+                text="",
+                finish="length",
+            )
+            for length in lengths
+        ),
+        version=0,
+    )
+
+
+def scored(group: Group, rewards: Sequence[float]) -> ScoredGroup:
+    return ScoredGroup(group=group, rewards=np.array(rewards), parts={}, valid=np.ones(len(rewards), dtype=np.bool_))
+
+
+def row_of(group: Group, *, groups_in_step: int = 1) -> Pack:
+    """A row whose answers have the advantages 1, -2, 3, ..."""
+    advantages = np.array([(-1.0) ** k * (k + 1) for k in range(len(group.completions))])
+    return pack(scored(group, [0.0] * len(group.completions)), advantages, groups_in_step)
+
+
+def sent_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """What the learner sends: every parameter, and the tied head under its own name."""
+    named = [(name, parameter.detach()) for name, parameter in network.named_parameters()]
+    return [*named, ("lm_head.weight", network.get_parameter("lm_head.weight").detach())]
+
+
+def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:
+    return Policy(family.load_network(torch.float32), family, temperature).eval()

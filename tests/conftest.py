@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import torch
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.data import open_source, worked_answer
+from othink_ray.engines.hf_rollout import HFRollout
+from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.policy import Policy
+from othink_ray.engines.teacher import Teacher
+from othink_ray.engines.vllm_rollout import VLLMRollout
+from othink_ray.families import open_family
+from othink_ray.families.base import Family
+from othink_ray.families.tiny import build_tiny
 from othink_ray.types import Prompt
+from tests.engines.samples import fresh_policy, row_of
 
 # Images of 4 to 16 tokens, few places side by side: resizing and queueing happen in small tests too.
 OVERRIDES = (
@@ -45,9 +55,42 @@ def texts(scenes: Sequence[Prompt]) -> list[str]:
 @pytest.fixture(scope="session")
 def model_folder(config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as it starts: random weights."""
-    from othink_ray.families.tiny import build_tiny
-
-    torch.set_num_threads(config.learner.threads)
     folder = tmp_path_factory.mktemp("tiny_model")
     build_tiny(folder, config.model, texts)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family(config: Config, model_folder: Path) -> Family:
+    return open_family(config.model, str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def policy(family: Family) -> Policy:
+    """The learner's network as it starts. Read only: `copy.deepcopy` it to change its weights."""
+    return fresh_policy(family)
+
+
+@pytest.fixture(scope="session")
+def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
+    """The same after a few seconds of supervised training: it answers in the format, ends, and is sure of much."""
+    pupil = copy.deepcopy(policy)
+    lessons = [row_of(group) for group in Teacher(family).generate(scenes)]
+    optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
+    for step in range(40):
+        start = step * 16 % len(lessons)
+        logprobs, _ = pupil(collate(lessons[start : start + 16], family, torch.device("cpu")))
+        optimizer.zero_grad()
+        (-logprobs.mean()).backward()
+        optimizer.step()
+    return pupil
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(config: Config, family: Family, model_folder: Path) -> VLLMRollout:
+    return VLLMRollout(config.rollout, config.model, family, str(model_folder), transport="shared_memory")
+
+
+@pytest.fixture(scope="session")
+def hf_engine(config: Config, family: Family) -> HFRollout:
+    return HFRollout(config.rollout, config.model, family)

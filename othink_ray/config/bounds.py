@@ -81,7 +81,7 @@ BOUNDS = (
         (
             *("algo.reward.timeout_s", "model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
-            *("learner.lr", "learner.max_grad_norm", "weights.audit_tolerance"),
+            *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
         ),
     ),
     Bound(

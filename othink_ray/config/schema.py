@@ -132,6 +132,7 @@ class LearnerConfig:
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
+    adam_eps: float
     max_grad_norm: float
     micro_tokens: int  # at most this many tokens (padding included) in one forward pass of one rank
     gradient_checkpointing: bool

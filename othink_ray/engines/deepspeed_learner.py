@@ -85,6 +85,7 @@ class DeepSpeedLearner:
                 policy.parameters(),
                 lr=self.learner.lr,
                 betas=(self.learner.adam_beta1, self.learner.adam_beta2),
+                eps=self.learner.adam_eps,
                 weight_decay=self.learner.weight_decay,
             )
         engine, *_ = self.deepspeed.initialize(
@@ -139,14 +140,18 @@ class DeepSpeedLearner:
         return results
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._parameters()
         policy: Any = self.engine.module
-        for name, parameter in policy.network.named_parameters():
-            with self._whole([parameter]):
-                yield name, parameter.detach()
         if policy.network.config.tie_word_embeddings:
             head = self.family.output_weight(policy.network)
             with self._whole([head]):
                 yield "lm_head.weight", head.detach()  # engines that pack weights hold a second copy
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        policy: Any = self.engine.module
+        for name, parameter in policy.network.named_parameters():
+            with self._whole([parameter]):
+                yield name, parameter.detach()
 
     def _whole(self, parameters: list[Tensor]) -> Any:
         """Under ZeRO-3 a parameter lives in pieces; inside this context it is whole on every rank."""
@@ -154,7 +159,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         policy: Any = self.engine.module
-        state = {name: weight.to("cpu", copy=True) for name, weight in self.named_weights()}
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._parameters()}
         if self.place.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.family.save(folder, policy.network, state)

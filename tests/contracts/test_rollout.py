@@ -1,0 +1,341 @@
+"""What every rollout engine promises, held against both: vLLM in process, and transformers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from othink_ray.config.schema import Config
+from othink_ray.engines.base import RolloutEngine, Sampling
+from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.policy import Policy
+from othink_ray.families.base import Family
+from othink_ray.types import Group, Prompt
+from tests.engines.samples import ask, picture, row_of, sent_weights
+
+CPU = torch.device("cpu")
+WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
+GREEDY = Sampling(answers=1, max_tokens=24, temperature=0.0, seed=0)
+
+MIXED = (
+    ask("one image", picture(84, 84, 0)),
+    ask("no image"),
+    ask("two images", picture(56, 112, 1), picture(300, 40, 2)),
+    ask("too large", picture(500, 400, 3)),
+    ask("too small", picture(20, 20, 4)),
+)
+
+
+@pytest.fixture(params=["vllm", "hf"])
+def engine(request: pytest.FixtureRequest, policy: Policy) -> RolloutEngine:
+    """Each engine in turn, with the weights of `policy` as version 0."""
+    opened: RolloutEngine = request.getfixturevalue(f"{request.param}_engine")
+    opened.load_weights(sent_weights(policy.network), 0)
+    return opened
+
+
+def answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, list[list[int]]]:
+    return {
+        group.prompt.id: [completion.token_ids.tolist() for completion in group.completions]
+        for group in engine.generate(prompts, sampling)
+    }
+
+
+def learner_gap(policy: Policy, family: Family, group: Group) -> np.ndarray:
+    """|sampler's - learner's| logprob of each sampled token, in nats."""
+    row = row_of(group)
+    with torch.no_grad():
+        logprobs, _ = policy(collate([row], family, CPU))
+    own = logprobs[: int((row.segments > 0).sum())].numpy()
+    gap: np.ndarray = np.abs(own - row.sampler_logprobs[row.segments > 0])
+    return gap
+
+
+def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -> Policy:
+    """A copy whose head gives `token_id` a logit of 60 at the first answer place of `prompt`: nothing comes near it."""
+    rigged = copy.deepcopy(policy)
+    row = row_of(_one_token_group(family, prompt))
+    with torch.no_grad():
+        [hidden] = rigged.predicting_states(collate([row], family, CPU))[:1]
+        head = rigged.network.get_parameter("lm_head.weight")
+        head[token_id] = 60.0 * hidden / hidden.dot(hidden)
+    return rigged
+
+
+def _one_token_group(family: Family, prompt: Prompt) -> Group:
+    from tests.engines.samples import group_of
+
+    return group_of(family, prompt, [1], seed=0)
+
+
+# ---- what a group holds
+
+
+def test_each_prompt_gets_its_answers_with_a_logprob_for_every_token(engine: RolloutEngine) -> None:
+    groups = list(engine.generate(MIXED, WARM))
+    assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in MIXED)
+    for group in groups:
+        assert len(group.completions) == WARM.answers
+        assert group.prompt in MIXED
+        assert group.version == 0
+        assert group.prompt_token_ids.dtype == np.int64
+        for completion in group.completions:
+            assert 1 <= len(completion.token_ids) <= WARM.max_tokens
+            assert completion.token_ids.shape == completion.sampler_logprobs.shape
+            assert (completion.token_ids.dtype, completion.sampler_logprobs.dtype) == (np.int64, np.float32)
+            assert (completion.sampler_logprobs <= 0).all()
+
+
+def test_the_text_is_the_sampled_tokens_without_the_end(
+    engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
+) -> None:
+    engine.load_weights(sent_weights(taught.network), 1)
+    for group in engine.generate(scenes[:2], replace(WARM, max_tokens=32)):
+        for completion in group.completions:
+            assert completion.text == family.decode([completion.token_ids.tolist()])[0]
+            assert completion.text.startswith("<think>")
+            assert completion.text.endswith("</answer>")
+
+
+def test_the_prompt_is_the_one_that_the_family_expands(engine: RolloutEngine, family: Family) -> None:
+    for group in engine.generate(MIXED, replace(WARM, answers=1, max_tokens=1)):
+        counts = family.image_token_counts(group.prompt.images)
+        assert group.prompt_token_ids.tolist() == family.expand(family.prompt_token_ids(group.prompt), counts)
+
+
+def test_images_beyond_the_pixel_bounds_are_resized_as_the_learner_resizes_them(
+    engine: RolloutEngine, family: Family, config: Config, policy: Policy
+) -> None:
+    bounds = {"too large": config.model.max_pixels // 784, "too small": config.model.min_pixels // 784}
+    found = {group.prompt.id: group for group in engine.generate(MIXED[3:], WARM)}
+    tokens = {name: int((group.prompt_token_ids == family.image_token_id).sum()) for name, group in found.items()}
+    assert 0.7 * bounds["too large"] <= tokens["too large"] <= bounds["too large"] < 500 * 400 // 784
+    assert tokens["too small"] == bounds["too small"] > 1
+    assert all(learner_gap(policy, family, group).mean() < 1e-4 for group in found.values())
+
+
+# ---- the property of the project: what is trained is what was sampled
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampled_logprobs_are_those_that_the_learner_computes(
+    engine: RolloutEngine, family: Family, taught: Policy, temperature: float
+) -> None:
+    engine.load_weights(sent_weights(taught.network), 1)
+    learner = Policy(taught.network, family, temperature)
+    for group in engine.generate(MIXED, replace(WARM, temperature=temperature, max_tokens=24)):
+        gap = learner_gap(learner, family, group)
+        assert gap.mean() < 1e-4
+        assert gap.max() < 1e-3
+
+
+def test_another_image_gives_other_logprobs(engine: RolloutEngine) -> None:
+    prompts = [ask("left", picture(84, 84, 0)), ask("right", picture(84, 84, 1))]
+    left, right = engine.probe(prompts, replace(WARM, answers=1, max_tokens=1), 384)
+    by_token = [dict(zip(probe.candidates[0], probe.logprobs[0], strict=True)) for probe in (left, right)]
+    assert left.group.prompt_token_ids.tolist() == right.group.prompt_token_ids.tolist()
+    assert max(abs(by_token[0][token] - by_token[1][token]) for token in by_token[0].keys() & by_token[1]) > 1e-2
+
+
+# ---- seeds
+
+
+def test_answers_do_not_depend_on_which_prompts_are_asked_together(engine: RolloutEngine) -> None:
+    together = answers(engine, MIXED, WARM)
+    assert answers(engine, MIXED[::-1], WARM) == together
+    apart: dict[str, list[list[int]]] = {}
+    for prompt in MIXED:
+        apart |= answers(engine, [prompt], WARM)
+    assert apart == together
+
+
+def test_another_seed_gives_other_answers(engine: RolloutEngine) -> None:
+    first, second = answers(engine, MIXED, WARM), answers(engine, MIXED, replace(WARM, seed=8))
+    assert all(first[name] != second[name] for name in first)
+
+
+def test_answers_of_a_group_differ_and_so_do_equal_questions_under_two_ids(engine: RolloutEngine) -> None:
+    twins = [ask("a", picture(84, 84, 0)), ask("b", picture(84, 84, 0))]
+    found = answers(engine, twins, WARM)
+    assert len({tuple(answer) for group in found.values() for answer in group}) == 2 * WARM.answers
+
+
+def test_a_question_asked_twice_at_once_is_answered_twice(engine: RolloutEngine) -> None:
+    """A batch at the border of two epochs can hold a row twice."""
+    groups = list(engine.generate([MIXED[0], MIXED[1], MIXED[0]], WARM))
+    first, second = (group for group in groups if group.prompt.id == MIXED[0].id)
+    assert len(groups) == 3
+    assert [c.token_ids.tolist() for c in first.completions] == [c.token_ids.tolist() for c in second.completions]
+
+
+def test_more_answers_than_places_are_all_given(engine: RolloutEngine, config: Config) -> None:
+    wide = replace(WARM, answers=config.rollout.max_num_seqs + 3)
+    found = answers(engine, MIXED, wide)
+    assert [len(found[prompt.id]) for prompt in MIXED] == [wide.answers] * len(MIXED)
+    assert all(len({tuple(answer) for answer in group}) == wide.answers for group in found.values())
+
+
+def test_an_iteration_that_is_left_early_does_not_disturb_the_next(engine: RolloutEngine) -> None:
+    expected = answers(engine, MIXED[:2], WARM)
+    left = iter(engine.generate(MIXED[2:], WARM))
+    next(left)
+    del left
+    assert answers(engine, MIXED[:2], WARM) == expected
+
+
+# ---- greedy
+
+
+def test_greedy_answers_repeat_whatever_the_seed(engine: RolloutEngine, taught: Policy) -> None:
+    engine.load_weights(sent_weights(taught.network), 1)
+    assert answers(engine, MIXED, GREEDY) == answers(engine, MIXED, replace(GREEDY, seed=5))
+
+
+def test_both_engines_agree_on_greedy_answers(
+    vllm_engine: RolloutEngine, hf_engine: RolloutEngine, taught: Policy, scenes: Sequence[Prompt]
+) -> None:
+    prompts = [*MIXED, *scenes[:8]]
+    for opened in (vllm_engine, hf_engine):
+        opened.load_weights(sent_weights(taught.network), 1)
+    by_vllm, by_hf = answers(vllm_engine, prompts, GREEDY), answers(hf_engine, prompts, GREEDY)
+    assert by_vllm == by_hf
+    assert len({tuple(answer) for [answer] in by_hf.values()}) > 1
+
+
+def test_every_greedy_token_is_the_likeliest(engine: RolloutEngine) -> None:
+    for probe in engine.probe(MIXED, GREEDY, 3):
+        assert probe.candidates[:, 0].tolist() == probe.group.completions[0].token_ids.tolist()
+
+
+# ---- where answers end
+
+
+def test_the_end_token_belongs_to_the_answer_and_stops_it(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+    rigged = always_says(policy, family, MIXED[0], family.eos_token_id)
+    engine.load_weights(sent_weights(rigged.network), 1)
+    [group] = engine.generate(MIXED[:1], WARM)
+    for completion in group.completions:
+        assert completion.token_ids.tolist() == [family.eos_token_id]
+        assert (completion.finish, completion.text) == ("stop", "")
+
+
+def test_answers_of_one_group_end_at_their_own_places(
+    engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
+) -> None:
+    engine.load_weights(sent_weights(taught.network), 1)
+    hot = Sampling(answers=8, max_tokens=24, temperature=2.0, seed=3)
+    ended = []
+    for group in engine.generate(scenes[:2], hot):
+        for completion in group.completions:
+            ids = completion.token_ids.tolist()
+            stopped = ids[-1] == family.eos_token_id
+            assert family.eos_token_id not in ids[:-1]
+            assert completion.finish == ("stop" if stopped else "length")
+            assert stopped or len(ids) == hot.max_tokens
+            ended.append((completion.finish, len(ids)))
+        assert learner_gap(Policy(taught.network, family, 2.0), family, group).mean() < 1e-4
+    assert {finish for finish, _ in ended} == {"stop", "length"}
+    assert len({length for _, length in ended}) > 2
+
+
+def test_an_answer_stops_where_the_model_has_no_room_left(engine: RolloutEngine, config: Config) -> None:
+    long = ask("long", text="3 " * 80)
+    [group] = engine.generate([long], replace(WARM, max_tokens=100))
+    room = config.rollout.max_model_len - len(group.prompt_token_ids)
+    assert 0 < room < 100
+    assert {(completion.finish, len(completion.token_ids)) for completion in group.completions} == {("length", room)}
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused_by_name(engine: RolloutEngine) -> None:
+    with pytest.raises(ValueError, match=r"prompt endless.*rollout\.max_model_len"):
+        list(engine.generate([MIXED[0], ask("endless", text="3 " * 300)], WARM))
+    assert set(answers(engine, MIXED[:2], WARM)) == {"one image", "no image"}
+
+
+# ---- pixels are never words
+
+
+def test_a_vision_token_is_never_sampled_however_likely(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+    for token_id in family.banned_token_ids:
+        rigged = always_says(policy, family, MIXED[0], token_id)
+        engine.load_weights(sent_weights(rigged.network), 1)
+        [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=4))
+        sampled = {int(token) for completion in group.completions for token in completion.token_ids}
+        assert not sampled & set(family.banned_token_ids)
+        assert learner_gap(rigged, family, group).mean() < 1e-4
+
+
+def test_rigging_the_head_would_work_on_any_other_token(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+    """What makes the test above able to fail."""
+    rigged = always_says(policy, family, MIXED[0], 200)
+    engine.load_weights(sent_weights(rigged.network), 1)
+    [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=1))
+    assert {int(token) for completion in group.completions for token in completion.token_ids} == {200}
+
+
+# ---- weights
+
+
+def test_new_weights_change_the_answers_and_old_ones_bring_them_back(
+    engine: RolloutEngine, policy: Policy, taught: Policy
+) -> None:
+    before = list(engine.generate(MIXED, WARM))
+    engine.load_weights(sent_weights(taught.network), 5)
+    changed = list(engine.generate(MIXED, WARM))
+    assert (engine.version, {group.version for group in changed}) == (5, {5})
+    engine.load_weights(sent_weights(policy.network), 6)
+    after = list(engine.generate(MIXED, WARM))
+    assert {group.version for group in after} == {6}
+
+    def seen(groups: Sequence[Group]) -> dict[str, list[list[float]]]:
+        return {
+            g.prompt.id: [[*c.token_ids.tolist(), *c.sampler_logprobs.tolist()] for c in g.completions] for g in groups
+        }
+
+    assert all(seen(before)[prompt.id] != seen(changed)[prompt.id] for prompt in MIXED)
+    for name, rows in seen(before).items():
+        assert [pytest.approx(row, abs=1e-5) for row in rows] == seen(after)[name]
+
+
+@pytest.mark.parametrize("change", [lambda name: ".visual." in name, lambda name: ".language_model." in name])
+def test_new_weights_of_either_tower_reach_a_question_already_seen(
+    engine: RolloutEngine, family: Family, policy: Policy, change: Callable[[str], bool]
+) -> None:
+    moved = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in moved.network.named_parameters():
+            if change(name):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    list(engine.generate(MIXED, WARM))
+    engine.load_weights(sent_weights(moved.network), 1)
+    for group in engine.generate(MIXED, WARM):
+        assert learner_gap(moved, family, group).mean() < 1e-4
+
+
+# ---- probes
+
+
+def test_a_probe_holds_the_likeliest_tokens_of_each_place_in_order(
+    engine: RolloutEngine, family: Family, taught: Policy
+) -> None:
+    engine.load_weights(sent_weights(taught.network), 1)
+    probes = engine.probe(MIXED, Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0), 8)
+    assert [probe.group.prompt.id for probe in probes] == [prompt.id for prompt in MIXED]
+    for probe in probes:
+        places = len(probe.group.completions[0].token_ids)
+        assert probe.candidates.shape == probe.logprobs.shape == (places, 8)
+        assert (probe.candidates.dtype, probe.logprobs.dtype) == (np.int64, np.float32)
+        row = row_of(probe.group)
+        with torch.no_grad():
+            own = taught.log_distributions(collate([row], family, CPU))[:places]
+        assert own.topk(8).values.numpy() == pytest.approx(probe.logprobs, abs=1e-4)
+        for tokens, logprobs in zip(probe.candidates, probe.logprobs, strict=True):
+            assert len(set(tokens.tolist())) == 8
+            assert all(more >= less for more, less in pairwise(logprobs))

@@ -1,0 +1,99 @@
+"""What vLLM must not do twice for a group: look at its image, read its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from othink_ray.engines.base import Sampling
+from othink_ray.engines.policy import Policy
+from othink_ray.engines.vllm_rollout import VLLMRollout
+from othink_ray.types import Prompt
+from tests.engines.samples import ask, picture, sent_weights
+
+SAMPLING = Sampling(answers=4, max_tokens=3, temperature=1.0, seed=0)
+BLOCK = 32  # tokens that vLLM's prefix cache keeps or drops together
+
+
+@dataclass
+class Work:
+    """Counted on vLLM's own modules: images that entered the vision tower, tokens that entered the first layer."""
+
+    images: int = 0
+    tokens: int = 0
+    handles: list[Any] = field(default_factory=list)
+
+    def watch(self, worker: Any) -> None:
+        network = worker.model_runner.model
+        self.handles = [
+            network.visual.register_forward_hook(self._count_images, with_kwargs=True),
+            network.language_model.model.layers[0].register_forward_hook(self._count_tokens),
+        ]
+
+    def _count_images(self, _module: Any, inputs: Any, named: dict[str, Any], _output: Any) -> None:
+        self.images += len(named["grid_thw"])
+
+    def _count_tokens(self, _module: Any, inputs: Any, _output: Any) -> None:
+        self.tokens += len(inputs[1])
+
+    def take(self) -> tuple[int, int]:
+        counted = (self.images, self.tokens)
+        self.images = self.tokens = 0
+        return counted
+
+
+@pytest.fixture
+def engine(vllm_engine: VLLMRollout, policy: Policy) -> VLLMRollout:
+    vllm_engine.load_weights(sent_weights(policy.network), 0)
+    return vllm_engine
+
+
+@pytest.fixture
+def work(engine: VLLMRollout) -> Iterator[Work]:
+    counted = Work()
+    engine.engine.collective_rpc(counted.watch)
+    yield counted
+    for handle in counted.handles:
+        handle.remove()
+
+
+def test_an_image_is_encoded_once_for_all_answers_and_again_for_new_weights(
+    engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
+) -> None:
+    list(engine.generate(scenes[:6], SAMPLING))
+    assert work.take()[0] == 6
+    engine.load_weights(sent_weights(policy.network), 1)
+    list(engine.generate(scenes[:6], SAMPLING))
+    assert work.take()[0] == 6
+
+
+def test_images_of_one_prompt_are_each_encoded_once(engine: VLLMRollout, work: Work) -> None:
+    list(engine.generate([ask("two", picture(84, 84, 0), picture(56, 84, 1))], SAMPLING))
+    assert work.take()[0] == 2
+
+
+def test_answers_of_a_group_share_the_blocks_of_their_prompt(
+    engine: VLLMRollout, work: Work, scenes: Sequence[Prompt]
+) -> None:
+    [group] = engine.generate(scenes[:1], SAMPLING)
+    length = len(group.prompt_token_ids)
+    shared = (length - 1) // BLOCK * BLOCK
+    fed_back = sum(len(completion.token_ids) - 1 for completion in group.completions)
+    assert shared > 0
+    assert work.take()[1] == length + (SAMPLING.answers - 1) * (length - shared) + fed_back
+
+
+def test_nothing_of_a_prompt_outlives_its_weights(
+    engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
+) -> None:
+    once = SAMPLING.answers * (SAMPLING.max_tokens - 1)
+    [group] = engine.generate(scenes[:1], SAMPLING)
+    first = work.take()[1]
+    list(engine.generate(scenes[:1], SAMPLING))
+    kept = work.take()[1]
+    engine.load_weights(sent_weights(policy.network), 1)
+    list(engine.generate(scenes[:1], SAMPLING))
+    assert work.take()[1] == first > kept >= once

@@ -79,7 +79,7 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
             stack.enter_context(ray_session(config.cluster))
         path = config.model.path or str(warm_started(config, console, _classroom))
         with console.phase("loading the rollout engines and the learner"):
-            team = stack.enter_context(_team(config, path, held_out[: config.weights.audit_prompts]))
+            team = stack.enter_context(open_team(config, path, held_out[: config.weights.audit_prompts]))
             if resumed:
                 team.learner.load(resumed)
         records = stack.enter_context(
@@ -119,7 +119,7 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
 
 
 @contextmanager
-def _team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Team]:
+def open_team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
     wanted = learner_seats(config.learner) + rollout_seats(config.rollout)
     with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s) as placement:

@@ -1,0 +1,227 @@
+"""The learner's network on shared-prefix rows, held against the unmodified network on plain padded rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from othink_ray.core.losses import grpo_loss
+from othink_ray.engines.micro_batch import MicroBatch, collate
+from othink_ray.engines.policy import BANNED_BIAS, Policy
+from othink_ray.families.base import Family
+from othink_ray.types import Group, Pack, Prompt
+from tests.engines.samples import ask, group_of, picture, row_of
+from tests.reference.grpo_d import padded_rows
+
+CPU = torch.device("cpu")
+TEMPERATURE = 0.8
+
+CASES: dict[str, tuple[tuple[Prompt, Sequence[int]], ...]] = {
+    "one image": ((ask("a", picture(84, 84, 0)), [5, 5, 5]),),
+    "ragged answers": ((ask("a", picture(84, 84, 0)), [1, 7, 3, 12]),),
+    "an empty answer": ((ask("a", picture(84, 84, 0)), [3, 0, 4]),),
+    "no image": ((ask("a"), [4, 2]),),
+    "images of several sizes": (
+        (ask("a", picture(84, 84, 0)), [3, 6]),
+        (ask("b", picture(300, 40, 1), text="How many?"), [5, 1, 2]),
+        (ask("c", picture(56, 168, 2), text="Count the items, please, and be quick about it."), [8]),
+    ),
+    "two images in one prompt": (
+        (ask("a", picture(84, 84, 0), picture(112, 56, 1)), [4, 2]),
+        (ask("b", picture(84, 56, 2)), [3, 3]),
+    ),
+    "no image beside one": (
+        (ask("a", text="What is three and three?"), [6, 2]),
+        (ask("b", picture(84, 84, 3)), [3, 5]),
+        (ask("c"), [1]),
+    ),
+}
+
+
+@pytest.fixture
+def learner(family: Family, policy: Policy) -> Policy:
+    """A network of its own, whose gradients nobody else reads."""
+    return Policy(copy.deepcopy(policy.network), family, TEMPERATURE)
+
+
+def groups_of(family: Family, case: str) -> list[Group]:
+    return [group_of(family, prompt, lengths, seed) for seed, (prompt, lengths) in enumerate(CASES[case])]
+
+
+def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> Tensor:
+    """The same tokens through the network's own forward pass, a row an answer, positions its own; flat, in row order."""
+    flat: list[Tensor] = []
+    for group in groups:
+        prompt = group.prompt_token_ids.tolist()
+        rows, is_answer = padded_rows(prompt, [c.token_ids.tolist() for c in group.completions], family.pad_token_id)
+        token_ids, answered = torch.tensor(rows), torch.tensor(is_answer)
+        images = family.encode_images(group.prompt.images * len(rows))
+        pixels = {"pixel_values": images.pixels, "image_grid_thw": images.grids} if group.prompt.images else {}
+        in_prompt = torch.arange(token_ids.shape[1]) < len(prompt)
+        logits = policy.network(
+            input_ids=token_ids,
+            attention_mask=(in_prompt | answered).long(),
+            mm_token_type_ids=((token_ids == family.image_token_id) & in_prompt).long(),
+            use_cache=False,
+            **pixels,
+        ).logits.clone()
+        logits[..., list(family.banned_token_ids)] += BANNED_BIAS
+        log_p = torch.log_softmax(logits / policy.temperature, dim=-1)
+        before = torch.roll(log_p, 1, dims=1)
+        for row in range(len(rows)):
+            places = answered[row].nonzero().squeeze(1)
+            flat.append(before[row, places, token_ids[row, places]])
+    return torch.cat(flat)
+
+
+def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack]) -> Tensor:
+    logprobs: Tensor = policy(collate(packs, family, CPU))[0]
+    return logprobs[: sum(int((pack.segments > 0).sum()) for pack in packs)]
+
+
+def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:
+    policy.zero_grad(set_to_none=True)
+    objective.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in policy.network.named_parameters()
+    }
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert whole > 0
+    for name, gradient in expected.items():
+        # A gradient that is rounding, not signal, is held against the whole of it.
+        size = torch.maximum(gradient.norm(), 1e-3 * whole)
+        assert (found[name] - gradient).norm() / size < tolerance, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
+    learner: Policy, family: Family, case: str
+) -> None:
+    groups = groups_of(family, case)
+    own = own_logprobs(learner, family, [row_of(group) for group in groups])
+    plain = plain_logprobs(learner, family, groups)
+    assert own.shape == plain.shape
+    assert (own - plain).abs().max() < 1e-5
+    direction = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    found = gradients(learner, (own * direction).sum())
+    assert_same_gradients(found, gradients(learner, (plain * direction).sum()), 1e-5)
+
+
+def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, family: Family) -> None:
+    batch = collate([row_of(group) for group in groups_of(family, "images of several sizes")], family, CPU)
+    with torch.no_grad():
+        logprobs, entropy = policy(batch)
+        whole = policy(batch, whole=True)
+    assert torch.allclose(whole.exp().sum(-1), torch.ones(len(whole)), atol=1e-5)
+    assert torch.allclose(whole.gather(1, batch.targets[:, None])[:, 0], logprobs, atol=1e-5)
+    assert torch.allclose(-(whole.exp() * whole).sum(-1), entropy, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(learner: Policy, family: Family) -> None:
+    packs = [row_of(group) for group in groups_of(family, "no image beside one")]
+    expected = gradients(learner, own_logprobs(learner, family, packs).sum())
+    learner.train()
+    learner.network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    assert_same_gradients(gradients(learner, own_logprobs(learner, family, packs).sum()), expected, 1e-5)
+
+
+# ---- micro-batches
+
+
+def loss_and_gradient(
+    policy: Policy, family: Family, micro_batches: Sequence[Sequence[Pack]]
+) -> tuple[float, dict[str, Tensor]]:
+    """Summed over the micro-batches, as the learner does."""
+    parts = []
+    for packs in micro_batches:
+        batch = collate(packs, family, CPU)
+        logprobs, _ = policy(batch)
+        reference = logprobs.detach() - 0.3
+        value, _ = grpo_loss(
+            logprobs,
+            batch.sampler_logprobs,
+            reference,
+            batch.advantages,
+            batch.loss_weights,
+            beta=0.1,
+            clip_eps=0.2,
+        )
+        parts.append(value)
+    total = torch.stack(parts).sum()
+    return float(total.detach()), gradients(policy, total)
+
+
+def splits(packs: list[Pack]) -> Iterator[list[list[Pack]]]:
+    yield [packs[::-1]]
+    yield [[pack] for pack in packs]
+    yield [packs[:1], packs[1:]]
+    yield [packs, []]
+
+
+def test_loss_and_gradient_do_not_depend_on_how_rows_are_batched(learner: Policy, family: Family) -> None:
+    groups = [*groups_of(family, "images of several sizes"), *groups_of(family, "no image beside one")]
+    packs = [row_of(group, groups_in_step=len(groups)) for group in groups]
+    loss, gradient = loss_and_gradient(learner, family, [packs])
+    assert abs(loss) > 1e-3
+    for micro_batches in splits(packs):
+        other_loss, other_gradient = loss_and_gradient(learner, family, micro_batches)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert_same_gradients(other_gradient, gradient, 1e-5)
+
+
+def test_padding_changes_no_logprob(policy: Policy, family: Family) -> None:
+    short, long = (row_of(group) for group in groups_of(family, "two images in one prompt"))
+    longer = row_of(group_of(family, ask("z", picture(84, 84, 9), text="3 " * 60), [40, 40], 9))
+    with torch.no_grad():
+        alone = own_logprobs(policy, family, [short, long])
+        padded = own_logprobs(policy, family, [short, long, longer])
+    assert collate([short, long, longer], family, CPU).token_ids.shape[1] > 2 * len(short)
+    assert (padded[: len(alone)] - alone).abs().max() < 1e-5
+
+
+def test_a_batch_without_images_runs_the_vision_tower_and_changes_nothing(learner: Policy, family: Family) -> None:
+    packs = [row_of(group_of(family, ask(name), lengths, 3)) for name, lengths in (("a", [4, 2]), ("b", [5]))]
+    batch = collate(packs, family, CPU)
+    assert batch.encoded_images == 1
+    assert (batch.loss_weights != 0).sum() == sum(int((pack.loss_weights != 0).sum()) for pack in packs)
+    _, gradient = loss_and_gradient(learner, family, [packs])
+    vision = [value for name, value in gradient.items() if ".visual." in name]
+    assert vision
+    assert not any(value.any() for value in vision)
+    assert all(p.grad is not None for name, p in learner.network.named_parameters() if ".visual." in name)
+    plain = plain_logprobs(learner, family, [group_of(family, ask("a"), [4, 2], 3)])
+    assert (own_logprobs(learner, family, packs[:1]) - plain).abs().max() < 1e-5
+
+
+def test_an_empty_micro_batch_has_no_weight(learner: Policy, family: Family) -> None:
+    loss, gradient = loss_and_gradient(learner, family, [[]])
+    assert loss == 0
+    assert not any(value.any() for value in gradient.values())
+
+
+def test_a_row_whose_image_tokens_are_not_the_processors_is_refused_by_name(family: Family) -> None:
+    group = group_of(family, ask("q17", picture(84, 84, 0)), [3, 2], 0)
+    ids = group.prompt_token_ids
+    at = int((ids == family.image_token_id).argmax())
+    shorter = replace(group, prompt_token_ids=ids[[place for place in range(len(ids)) if place != at]])
+    with pytest.raises(ValueError, match=r"q17.* to 8 tokens.* to 9: .*model\.max_pixels"):
+        collate([row_of(shorter)], family, CPU)
+
+
+def test_tokens_that_stand_for_pixels_have_no_chance_at_any_place(policy: Policy, family: Family) -> None:
+    batch: MicroBatch = collate([row_of(group_of(family, ask("a", picture(84, 84, 0)), [3], 0))], family, CPU)
+    with torch.no_grad():
+        whole = policy(batch, whole=True)
+    assert len(set(family.banned_token_ids)) == 5
+    assert whole[:, list(family.banned_token_ids)].max() < -90
+    assert whole[:, family.eos_token_id].min() > -20

@@ -1,0 +1,48 @@
+"""One Ray for all tests of this room, and one real team on it: vLLM, DeepSpeed and rewards in their actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.load import load
+from othink_ray.config.schema import Config
+from othink_ray.data import open_source
+from othink_ray.driver.build import open_team
+from othink_ray.engines.policy import Policy
+from othink_ray.families.base import Family
+from othink_ray.runtime.cluster import ray_session
+from othink_ray.runtime.team import Team
+from othink_ray.types import Prompt
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    with ray_session(load([]).cluster):
+        yield
+
+
+@pytest.fixture(scope="session")
+def team_config() -> Config:
+    return load(["algo.group_size=4", "train.prompts_per_step=4", "algo.reward.timeout_s=5", "rollout.max_tokens=24"])
+
+
+@pytest.fixture(scope="session")
+def asked(team_config: Config) -> list[Prompt]:
+    source = open_source(team_config.data, "test")
+    return [source.prompt(index) for index in range(4)]
+
+
+@pytest.fixture(scope="session")
+def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("taught")
+    family.save(folder, taught.network, dict(taught.network.named_parameters()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
+    with open_team(team_config, str(taught_folder), asked) as team:
+        yield team

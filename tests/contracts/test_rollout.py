@@ -210,7 +210,9 @@ def test_every_greedy_token_is_the_likeliest(engine: RolloutEngine) -> None:
 # ---- where answers end
 
 
-def test_the_end_token_belongs_to_the_answer_and_stops_it(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+def test_the_end_token_belongs_to_the_answer_and_stops_it(
+    engine: RolloutEngine, family: Family, policy: Policy
+) -> None:
     rigged = always_says(policy, family, MIXED[0], family.eos_token_id)
     engine.load_weights(sent_weights(rigged.network), 1)
     [group] = engine.generate(MIXED[:1], WARM)

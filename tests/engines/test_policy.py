@@ -12,11 +12,11 @@ from torch import Tensor
 
 from othink_ray.core.losses import grpo_loss
 from othink_ray.engines.micro_batch import MicroBatch, collate
-from othink_ray.engines.policy import BANNED_BIAS, Policy
+from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Prompt
+from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import ask, group_of, picture, row_of
-from tests.reference.grpo_d import padded_rows
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8
@@ -51,32 +51,6 @@ def learner(family: Family, policy: Policy) -> Policy:
 
 def groups_of(family: Family, case: str) -> list[Group]:
     return [group_of(family, prompt, lengths, seed) for seed, (prompt, lengths) in enumerate(CASES[case])]
-
-
-def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> Tensor:
-    """The same tokens through the network's own forward pass, a row an answer, positions its own; flat, in row order."""
-    flat: list[Tensor] = []
-    for group in groups:
-        prompt = group.prompt_token_ids.tolist()
-        rows, is_answer = padded_rows(prompt, [c.token_ids.tolist() for c in group.completions], family.pad_token_id)
-        token_ids, answered = torch.tensor(rows), torch.tensor(is_answer)
-        images = family.encode_images(group.prompt.images * len(rows))
-        pixels = {"pixel_values": images.pixels, "image_grid_thw": images.grids} if group.prompt.images else {}
-        in_prompt = torch.arange(token_ids.shape[1]) < len(prompt)
-        logits = policy.network(
-            input_ids=token_ids,
-            attention_mask=(in_prompt | answered).long(),
-            mm_token_type_ids=((token_ids == family.image_token_id) & in_prompt).long(),
-            use_cache=False,
-            **pixels,
-        ).logits.clone()
-        logits[..., list(family.banned_token_ids)] += BANNED_BIAS
-        log_p = torch.log_softmax(logits / policy.temperature, dim=-1)
-        before = torch.roll(log_p, 1, dims=1)
-        for row in range(len(rows)):
-            places = answered[row].nonzero().squeeze(1)
-            flat.append(before[row, places, token_ids[row, places]])
-    return torch.cat(flat)
 
 
 def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack]) -> Tensor:

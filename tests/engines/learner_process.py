@@ -1,0 +1,140 @@
+"""One learner rank in a process of its own, as DeepSpeed wants it: runs the scenarios of a job, one after the other.
+
+`run_ranks` starts one such process a rank and gives back what each of them measured.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from othink_ray.config.schema import LearnerConfig, ModelConfig
+from othink_ray.types import Pack, Probe, UpdateStats
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 150
+
+# [rank][update][micro-batch][row] of one training step
+Shares = Sequence[Sequence[Sequence[Sequence[Pack]]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A learner's life: perhaps load, then learn, then say what became of the weights."""
+
+    learner: LearnerConfig
+    steps: Sequence[Shares] = ()
+    beta: float = 0.1
+    loss: str = "grpo"
+    temperature: float = 1.0
+    with_reference: bool = True
+    load: Path | None = None
+    save: Path | None = None
+    export: Path | None = None
+    probes: Sequence[Probe] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one rank saw of a scenario."""
+
+    stats: Sequence[UpdateStats]
+    weights: dict[str, NDArray[np.float32]]
+    first_moments: dict[str, NDArray[np.float32]]  # Adam's: after one step the gradient times 1 - beta1
+    candidate_logprobs: Sequence[NDArray[np.float32]] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    model: ModelConfig
+    folder: Path
+    world_size: int
+    port: int
+    scenarios: dict[str, Scenario]
+
+
+def run_ranks(
+    model: ModelConfig, folder: Path, world_size: int, scenarios: dict[str, Scenario], scratch: Path
+) -> list[dict[str, Outcome]]:
+    """The outcomes by rank; a rank that fails takes its log with it into the message."""
+    scratch.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = Job(model=model, folder=folder, world_size=world_size, port=port, scenarios=scenarios)
+    (scratch / "job").write_bytes(pickle.dumps(job))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    running = []
+    for rank in range(world_size):
+        with (scratch / f"log_{rank}").open("w") as log:
+            command = [sys.executable, "-m", "tests.engines.learner_process", str(scratch), str(rank)]
+            running.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(TIMEOUT_S) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    logs = "\n".join((scratch / f"log_{rank}").read_text()[-3000:] for rank in range(world_size))
+    assert not any(codes), f"learner ranks ended with {codes}:\n{logs}"
+    return [pickle.loads((scratch / f"outcomes_{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
+    from othink_ray.engines.base import Place
+    from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
+    from othink_ray.families import open_family
+
+    learner = DeepSpeedLearner(
+        scenario.learner,
+        open_family(job.model, str(job.folder)),
+        dtype=job.model.dtype,
+        temperature=scenario.temperature,
+        clip_eps=0.2,
+        with_reference=scenario.with_reference,
+        seed=0,
+        place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
+    )
+    if scenario.load:
+        learner.load(scenario.load)
+    stats = [learner.update(shares[rank], beta=scenario.beta, loss=scenario.loss) for shares in scenario.steps]
+    if scenario.save:
+        learner.save(scenario.save)
+    if scenario.export:
+        learner.export(scenario.export)
+    return Outcome(
+        stats=stats,
+        weights={name: weight.float().numpy().copy() for name, weight in learner.named_weights()},
+        first_moments=_first_moments(learner) if stats else {},
+        candidate_logprobs=learner.candidate_logprobs(scenario.probes) if scenario.probes else (),
+    )
+
+
+def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    moments = {}
+    for name, parameter in learner.engine.module.network.named_parameters():
+        moments[name] = safe_get_full_optimizer_state(parameter, "exp_avg").float().numpy().copy()
+    return moments
+
+
+def main(scratch: Path, rank: int) -> None:
+    job: Job = pickle.loads((scratch / "job").read_bytes())
+    outcomes = {name: live(job, scenario, rank) for name, scenario in job.scenarios.items()}
+    (scratch / f"outcomes_{rank}").write_bytes(pickle.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    from tests.engines import learner_process  # under its real name, or the outcomes could not be unpickled elsewhere
+
+    learner_process.main(Path(sys.argv[1]), int(sys.argv[2]))

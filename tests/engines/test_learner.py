@@ -1,0 +1,416 @@
+"""DeepSpeed ranks, real ones, against the paper read slowly: GRPO-D in loops over plain rows and torch's own AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from othink_ray.config.load import load
+from othink_ray.config.schema import Config
+from othink_ray.core.advantages import EPS, group_advantages
+from othink_ray.core.packing import pack, plan
+from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.policy import Policy
+from othink_ray.families import open_family
+from othink_ray.families.base import Family
+from othink_ray.families.tiny import build_tiny
+from othink_ray.types import Group, Pack, Probe
+from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
+from tests.engines.plain_rows import plain_logprobs
+from tests.engines.samples import ask, fresh_policy, group_of, picture, scored
+from tests.reference import grpo_d
+
+TEMPERATURE, BETA, CLIP_EPS = 0.9, 0.1, 0.2
+REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
+SMALL = (
+    "model.tiny.text_width=64",
+    "model.tiny.kv_heads=1",
+    "model.tiny.text_layers=2",
+    "model.tiny.vision_width=32",
+    "model.tiny.vision_layers=1",
+    "learner.lr=2e-3",
+    "learner.micro_tokens=400",
+    "learner.threads=1",
+    "learner.zero_stage=1",
+)
+
+
+@pytest.fixture(scope="module")
+def small() -> Config:
+    return load(SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(small: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("small_model")
+    build_tiny(made, small.model, texts)
+    return made
+
+
+@pytest.fixture(scope="module")
+def family(small: Config, folder: Path) -> Family:
+    return open_family(small.model, str(folder))
+
+
+@pytest.fixture(scope="module")
+def batches(family: Family) -> list[list[Group]]:
+    """Two steps of four groups of three ragged answers; one group has equal rewards, one no image."""
+    prompts = [
+        ask("a", picture(84, 84, 0)),
+        ask("b", picture(56, 140, 1), text="How many?"),
+        ask("c", text="How many items are there in the image? Output the thinking process."),
+        ask("d", picture(84, 56, 3)),
+    ]
+    lengths = ([5, 9, 2], [4, 4, 1], [7, 3, 3], [1, 6, 8])
+    return [
+        [
+            group_of(family, prompt, own, 10 * step + i)
+            for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        for step in range(2)
+    ]
+
+
+def packs_of(groups: Sequence[Group], updates: int) -> list[Pack]:
+    return [
+        pack(scored(group, rewards), group_advantages(np.array(rewards)), len(groups) // updates)
+        for group, rewards in zip(groups, REWARDS, strict=True)
+    ]
+
+
+def planned(groups: Sequence[Group], *, ranks: int, updates: int, micro_tokens: int) -> Shares:
+    packs = packs_of(groups, updates)
+    by_update = plan(packs, ranks=ranks, updates=updates, micro_tokens=micro_tokens)
+    return [
+        [[[packs[row] for row in micro] for micro in update[rank]] for update in by_update] for rank in range(ranks)
+    ]
+
+
+# ---- the slow side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slow:
+    """What the paper's formulas give."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, NDArray[np.float32]]
+    first_gradient: dict[str, NDArray[np.float32]]
+
+
+def answers_of(flat: Tensor, group: Group) -> list[list[Tensor]]:
+    return [list(part) for part in flat.split([len(c.token_ids) for c in group.completions])]
+
+
+def slow_training(
+    small: Config, family: Family, batches: Sequence[Sequence[Group]], *, updates: int, beta: float
+) -> Slow:
+    """GRPO-D from `tests/reference`, one plain row an answer, and torch's AdamW."""
+    learner = small.learner
+    policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
+    betas = (learner.adam_beta1, learner.adam_beta2)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learner.lr, betas=betas, weight_decay=learner.weight_decay)
+    losses, grad_norms, first_gradient = [], [], {}
+    for groups in batches:
+        with torch.no_grad():
+            old = [answers_of(plain_logprobs(policy, family, [group]), group) for group in groups]
+            ref = [answers_of(plain_logprobs(reference, family, [group]), group) for group in groups]
+        step_loss, share = 0.0, len(groups) // updates
+        for update in range(updates):
+            slow_groups = []
+            for i in range(update * share, (update + 1) * share):
+                own = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
+                slow_groups.append(
+                    [
+                        grpo_d.Answer(reward=reward, valid=True, policy=p, old=o, ref=r)
+                        for reward, p, o, r in zip(REWARDS[i], own, old[i], ref[i], strict=True)
+                    ]
+                )
+            value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
+            optimizer.zero_grad()
+            value.backward()
+            if not first_gradient:
+                first_gradient = {
+                    n: p.grad.numpy().copy() for n, p in policy.network.named_parameters() if p.grad is not None
+                }
+            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
+            optimizer.step()
+            step_loss += float(value.detach())
+        losses.append(step_loss)
+    weights = {name: p.detach().numpy().copy() for name, p in policy.network.named_parameters()}
+    return Slow(losses=losses, grad_norms=grad_norms, weights=weights, first_gradient=first_gradient)
+
+
+# ---- one process a rank, once for all tests
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("learner")
+
+
+@pytest.fixture(scope="module")
+def probes(family: Family, batches: list[list[Group]]) -> list[Probe]:
+    rng = np.random.default_rng(0)
+    chosen = []
+    for group in batches[0]:
+        one = replace(group, completions=group.completions[:1])
+        candidates = rng.integers(0, 300, size=(len(one.completions[0].token_ids), 4))
+        chosen.append(Probe(group=one, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32)))
+    return chosen
+
+
+def training(small: Config, batches: list[list[Group]], ranks: int, **changes: object) -> Scenario:
+    """Two steps of two updates, under a changed learner."""
+    learner = replace(small.learner, world_size=ranks, **changes)  # type: ignore[arg-type]
+    steps = [planned(groups, ranks=ranks, updates=2, micro_tokens=learner.micro_tokens) for groups in batches]
+    return Scenario(learner=learner, steps=steps, beta=BETA, temperature=TEMPERATURE)
+
+
+@pytest.fixture(scope="module")
+def alone(
+    small: Config, folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+) -> dict[str, Outcome]:
+    """A world of one rank."""
+    plain = training(small, batches, 1)
+    one_update = [planned(batches[0], ranks=1, updates=1, micro_tokens=100)]
+    unclipped = replace(plain.learner, max_grad_norm=1e6)
+    scenarios = {
+        "untouched": replace(plain, steps=(), probes=probes, with_reference=False),
+        "stage 1": replace(plain, export=places / "export_1", probes=probes),
+        "stage 2, a row at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
+        "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
+        "all at once": training(small, batches, 1, micro_tokens=10**6),
+        "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
+        "beta 0": replace(plain, beta=0.0),
+        "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
+        "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
+        "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
+        "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
+    }
+    [outcomes] = run_ranks(small.model, folder, 1, scenarios, places / "alone")
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def pair(
+    small: Config, folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+) -> list[dict[str, Outcome]]:
+    """A world of two ranks."""
+    plain = training(small, batches, 2)
+    lopsided = [uneven(groups) for groups in batches]
+    scenarios = {
+        "stage 1": plain,
+        "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
+        "stage 3": replace(training(small, batches, 2, zero_stage=3), export=places / "export_3", probes=probes),
+        "stage 2, uneven": replace(plain, learner=replace(plain.learner, zero_stage=2), steps=lopsided),
+        "stage 3, uneven": replace(plain, learner=replace(plain.learner, zero_stage=3), steps=lopsided),
+        "stage 3, first half": replace(
+            training(small, batches, 2, zero_stage=3), steps=plain.steps[:1], save=places / "half_3"
+        ),
+        "stage 3, second half": replace(
+            training(small, batches, 2, zero_stage=3), steps=plain.steps[1:], load=places / "half_3"
+        ),
+    }
+    return run_ranks(small.model, folder, 2, scenarios, places / "pair")
+
+
+def uneven(groups: Sequence[Group]) -> Shares:
+    """Rank 0 has all images, rank 1 the text alone and an empty micro-batch or two."""
+    a, b, text, d = packs_of(groups, updates=2)
+    return [[[[a], [b]], [[d], []]], [[[], []], [[], [text]]]]
+
+
+# ---- how near is near
+
+
+def distance(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> tuple[float, str]:
+    """The worst relative distance of a tensor, and its name."""
+    assert set(expected) <= set(found)
+    whole = max(float(np.linalg.norm(value)) for value in expected.values())
+    return max(
+        (float(np.linalg.norm(found[name] - value)) / max(float(np.linalg.norm(value)), 1e-3 * whole), name)
+        for name, value in expected.items()
+    )
+
+
+def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
+    """How far training took each weight: a tighter thing to agree on than the weight itself."""
+    return {name: weight - start.weights[name] for name, weight in outcome.weights.items()}
+
+
+# ---- against the paper
+
+
+def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
+    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+) -> None:
+    slow = slow_training(small, family, batches[:1], updates=1, beta=BETA)
+    found = alone["gradient"]
+    assert found.stats[0].loss == pytest.approx(slow.losses[0], rel=1e-5, abs=1e-6)
+    assert found.stats[0].grad_norm == pytest.approx(slow.grad_norms[0], rel=1e-5)
+    gradient = {name: value / (1 - small.learner.adam_beta1) for name, value in found.first_moments.items()}
+    assert distance(gradient, slow.first_gradient)[0] < 1e-5
+
+
+def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
+    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+) -> None:
+    slow = slow_training(small, family, batches, updates=2, beta=BETA)
+    found = alone["stage 1"]
+    assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
+    assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)
+    assert max(slow.grad_norms) > small.learner.max_grad_norm
+    assert distance(found.weights, slow.weights)[0] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once"])
+def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
+    found, expected = alone[name], alone["stage 1"]
+    assert_same_stats(found, expected)
+    assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3", "stage 2, uneven", "stage 3, uneven"])
+def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[dict[str, Outcome]], name: str) -> None:
+    expected = alone["stage 1"]
+    for outcomes in pair:
+        assert_same_stats(outcomes[name], expected)
+        assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
+
+
+def assert_same_stats(found: Outcome, expected: Outcome) -> None:
+    for own, other in zip(found.stats, expected.stats, strict=True):
+        assert own.tokens == other.tokens
+        for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
+            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
+        for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
+            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field
+
+
+# ---- what is measured
+
+
+def test_stats_say_what_was_done(small: Config, batches: list[list[Group]], alone: dict[str, Outcome]) -> None:
+    first, second = alone["stage 1"].stats
+    answered = sum(len(c.token_ids) for group in batches[0] for c in group.completions)
+    assert (first.tokens, second.tokens) == (answered, answered)
+    assert first.lr == small.learner.lr
+    assert first.kl_mean >= 0
+    assert second.kl_mean > 1e-4
+    assert 0 < second.entropy < math.log(400)
+    assert second.ratio_raw_max > second.ratio_raw_mean > 0
+
+
+def test_the_gap_to_the_sampler_is_measured_before_any_update(
+    family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+) -> None:
+    packs = packs_of(batches[0], updates=1)
+    batch = collate(packs, family, torch.device("cpu"))
+    with torch.no_grad():
+        logprobs, entropy = fresh_policy(family, TEMPERATURE)(batch)
+    gap = (logprobs - batch.sampler_logprobs).double()
+    stats = alone["gradient"].stats[0]
+    assert stats.logp_gap_mean == pytest.approx(float(gap.abs().mean()), rel=1e-5)
+    assert stats.logp_gap_max == pytest.approx(float(gap.abs().max()), rel=1e-5)
+    assert stats.ratio_raw_mean == pytest.approx(float(gap.exp().mean()), rel=1e-5)
+    assert stats.ratio_raw_max == pytest.approx(float(gap.exp().max()), rel=1e-5)
+    assert stats.entropy == pytest.approx(float(entropy.mean()), rel=1e-5)
+
+
+def test_an_image_is_encoded_once_for_all_answers_of_its_prompt(alone: dict[str, Outcome]) -> None:
+    assert alone["all at once"].stats[0].vision_encodes == 3
+    assert alone["gradient"].stats[0].vision_encodes <= 3 + 1  # a batch without images brings a stand-in
+
+
+def test_the_reference_runs_only_where_beta_asks_for_it(alone: dict[str, Outcome]) -> None:
+    with_kl, without = alone["stage 1"], alone["beta 0"]
+    assert all(stats.reference_passes > 0 for stats in with_kl.stats)
+    assert [stats.reference_passes for stats in without.stats] == [0, 0]
+    assert all(math.isnan(stats.kl_mean) for stats in without.stats)
+    assert distance(without.weights, alone["beta 0, no reference"].weights)[0] == 0
+    assert distance(moved(without, alone["untouched"]), moved(with_kl, alone["untouched"]))[0] > 1e-3
+
+
+def test_supervised_updates_make_the_answers_likelier(alone: dict[str, Outcome]) -> None:
+    first, second = alone["supervised"].stats
+    assert 0 < second.loss < first.loss
+
+
+def test_every_weight_is_trained(alone: dict[str, Outcome]) -> None:
+    changes = moved(alone["stage 1"], alone["untouched"])
+    assert [name for name, change in changes.items() if not change.any()] == []
+
+
+# ---- weights out
+
+
+def test_the_tied_head_is_sent_under_its_own_name_too(alone: dict[str, Outcome]) -> None:
+    weights = alone["stage 1"].weights
+    assert np.array_equal(weights["lm_head.weight"], weights["model.language_model.embed_tokens.weight"])
+    assert list(weights)[-1] == "lm_head.weight"
+
+
+def test_all_ranks_give_out_the_same_whole_weights(pair: list[dict[str, Outcome]]) -> None:
+    for name in pair[0]:
+        for weight, other in zip(pair[0][name].weights.values(), pair[1][name].weights.values(), strict=True):
+            assert np.array_equal(weight, other)
+
+
+@pytest.mark.parametrize("world", ["alone", "pair"])
+def test_an_export_is_a_folder_that_transformers_loads_with_the_trained_weights(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], small: Config, places: Path, world: str
+) -> None:
+    trained, exported = {
+        "alone": (alone["stage 1"], places / "export_1"),
+        "pair": (pair[0]["stage 3"], places / "export_3"),
+    }[world]
+    opened = open_family(replace(small.model, path=str(exported)), str(exported))
+    network = opened.load_network(torch.float32)
+    weights = {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
+    assert set(weights) | {"lm_head.weight"} == set(trained.weights)
+    assert all(np.array_equal(weight, trained.weights[name]) for name, weight in weights.items())
+    assert network.get_parameter("lm_head.weight") is network.get_parameter("model.language_model.embed_tokens.weight")
+    prompt = ask("q", picture(84, 84, 0))
+    assert opened.image_token_counts(prompt.images) == [9]
+
+
+def test_candidate_logprobs_are_those_of_the_weights_given_out(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], family: Family, probes: list[Probe]
+) -> None:
+    for outcome in (alone["untouched"], alone["stage 1"], pair[0]["stage 3"], pair[1]["stage 3"]):
+        policy: Policy = fresh_policy(family, TEMPERATURE)
+        tied = {name: torch.from_numpy(weight) for name, weight in outcome.weights.items()}
+        policy.network.load_state_dict(tied)
+        for probe, found in zip(probes, outcome.candidate_logprobs, strict=True):
+            packed = pack(scored(probe.group, [0.0]), np.zeros(1), 1)
+            with torch.no_grad():
+                whole = policy.log_distributions(collate([packed], family, torch.device("cpu")))
+            expected = whole[: len(probe.candidates)].gather(1, torch.from_numpy(probe.candidates)).numpy()
+            assert found.shape == probe.candidates.shape
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+# ---- save and load
+
+
+def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
+) -> None:
+    for outcomes, whole, half, rest in (
+        (alone, "stage 1", "first half", "second half"),
+        (pair[0], "stage 3", "stage 3, first half", "stage 3, second half"),
+    ):
+        assert distance(outcomes[rest].weights, outcomes[whole].weights)[0] == 0
+        assert distance(outcomes[half].weights, outcomes[whole].weights)[0] > 1e-4
+        # grad norms and losses of the second step show the same optimiser and the same reference
+        assert outcomes[rest].stats == outcomes[whole].stats[1:]

@@ -24,8 +24,6 @@ othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed
 
 Modes
   mode=train   GRPO-D from model and data to an exported model (the default)
-  mode=sft     supervised fine-tuning, the paper's other baseline
-  mode=eval    greedy accuracy of the model on the held-out questions
   mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
 
 Groups

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MODES = ("train", "sft", "eval", "check")
+MODES = ("train", "check")
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB

@@ -184,7 +184,7 @@ class WandbConfig:
 class Config:
     """One run, complete."""
 
-    mode: str  # train | sft | eval | check
+    mode: str  # train | check
     run: RunConfig
     train: TrainConfig
     algo: AlgoConfig

@@ -47,7 +47,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["mode=trian"], "mode = trian must be one of train, sft, eval, check Did you mean mode=train?"),
+        (["mode=trian"], "mode = trian must be one of train, check Did you mean mode=train?"),
         (["algo.group_size=1"], "algo.group_size = 1 must be at least 2: the advantage compares an answer"),
         (["train.steps=0"], "train.steps = 0 must be at least 1 Set train.steps=1 or more."),
         (["algo.kl.beta_min=-1"], "algo.kl.beta_min = -1 must be at least 0"),

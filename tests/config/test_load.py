@@ -131,7 +131,7 @@ def test_missing_key_is_traced_to_the_file_of_its_section(own_conf: Path) -> Non
 
 
 def test_wrong_type_in_a_conf_file_is_traced_to_the_file_that_set_it(own_conf: Path) -> None:
-    for file, text in (("rollout/vllm.yaml", "threads: 2"), ("cluster/one_gpu.yaml", "num_actors: 1")):
+    for file, text in (("rollout/vllm.yaml", "threads: null"), ("cluster/one_gpu.yaml", "num_actors: 1")):
         path = own_conf / file
         path.write_text(path.read_text().replace(text, text.split(":")[0] + ": few"))
     text = report(["cluster=one_gpu"], own_conf)

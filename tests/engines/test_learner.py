@@ -37,6 +37,8 @@ SMALL = (
     "model.tiny.vision_width=32",
     "model.tiny.vision_layers=1",
     "learner.lr=2e-3",
+    "learner.adam_eps=1e-4",  # rounding noise is not followed, so that runs can be compared tightly
+    "learner.weight_decay=0.1",
     "learner.micro_tokens=400",
     "learner.threads=1",
     "learner.zero_stage=1",
@@ -117,8 +119,13 @@ def slow_training(
     """GRPO-D from `tests/reference`, one plain row an answer, and torch's AdamW."""
     learner = small.learner
     policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
-    betas = (learner.adam_beta1, learner.adam_beta2)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learner.lr, betas=betas, weight_decay=learner.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=learner.lr,
+        betas=(learner.adam_beta1, learner.adam_beta2),
+        eps=learner.adam_eps,
+        weight_decay=learner.weight_decay,
+    )
     losses, grad_norms, first_gradient = [], [], {}
     for groups in batches:
         with torch.no_grad():
@@ -270,7 +277,7 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)
     assert max(slow.grad_norms) > small.learner.max_grad_norm
-    assert distance(found.weights, slow.weights)[0] < 1e-5
+    assert distance(found.weights, slow.weights)[0] < 2e-5
 
 
 @pytest.mark.parametrize("name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once"])

@@ -1,0 +1,164 @@
+"""The loop, with a team that only remembers what it was asked: order of the verbs, betas, versions, shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from othink_ray.core.kl import schedule
+from othink_ray.driver.loop import Step, train
+from othink_ray.driver.measures import measures
+from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup, UpdateStats
+
+ANSWERS = 3
+
+
+class Numbers:
+    """An endless stream of prompts."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        first, self.position = self.position, self.position + count
+        message = Message(role="user", text="?")
+        return [
+            Prompt(id=f"p{number}", messages=(message,), images=(), answer="1", task="counting")
+            for number in range(first, self.position)
+        ]
+
+
+@dataclass
+class ScriptedTeam:
+    """Answers with `version`, the weights it was given last; finishes groups in reverse."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    version: int = -1
+    lag: int = 0
+    masked: bool = False
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+        self.calls.append(("generate", step))
+        for prompt in reversed(prompts):
+            answers = tuple(
+                Completion(
+                    token_ids=np.arange(1, length + 2),
+                    sampler_logprobs=np.zeros(length + 1, np.float32),
+                    text="",
+                    finish="stop",
+                )
+                for length in range(ANSWERS)
+            )
+            ids = np.arange(2)
+            yield Group(prompt=prompt, prompt_token_ids=ids, completions=answers, version=self.version - self.lag)
+
+    def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
+        scored = []
+        for group in groups:
+            rewards = np.arange(ANSWERS, dtype=float)
+            valid = np.array([not self.masked] * ANSWERS)
+            scored.append(ScoredGroup(group=group, rewards=rewards, parts={"accuracy": rewards}, valid=valid))
+        self.calls.append(("score", len(scored)))
+        return scored
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
+        self.calls.append(("update", [pack.prompt_id for pack in packs], updates, beta))
+        self.weight = sum(pack.loss_weights.sum() for pack in packs)
+        names = (
+            *("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy"),
+            *("logp_gap_mean", "logp_gap_max", "grad_norm", "lr", "tokens", "vision_encodes", "reference_passes"),
+        )
+        return UpdateStats(**dict.fromkeys(names, 0))
+
+    def push(self, version: int) -> Audit:
+        self.calls.append(("push", version))
+        self.version = version
+        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
+
+
+class Diary:
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.steps: list[Step] = []
+
+    def begin(self, step: int) -> None:
+        self.begun.append(step)
+
+    def step(self, seen: Step) -> None:
+        self.steps.append(seen)
+
+
+def run(team: ScriptedTeam, steps: range, *, updates: int = 1) -> Diary:
+    diary = Diary()
+    train(
+        team,
+        Numbers(),
+        steps=steps,
+        prompts_per_step=4,
+        updates_per_step=updates,
+        schedule=lambda step: schedule("paper", step, 10, 0.04, 0.1, 0.3),
+        journal=diary,
+    )
+    return diary
+
+
+def test_a_step_is_generate_score_update_push_on_the_newest_weights() -> None:
+    team = ScriptedTeam()
+    run(team, range(2))
+    assert [call[0] for call in team.calls] == ["push", *["generate", "score", "update", "push"] * 2]
+    assert [call[1] for call in team.calls if call[0] == "push"] == [0, 1, 2]
+
+
+def test_each_step_trains_with_the_beta_of_equation_3() -> None:
+    team = ScriptedTeam()
+    run(team, range(10))
+    betas = [call[3] for call in team.calls if call[0] == "update"]
+    assert betas == [schedule("paper", step, 10, 0.04, 0.1, 0.3) for step in range(10)]
+    assert betas[0] == pytest.approx(0.07)
+
+
+def test_rows_are_trained_in_the_order_of_the_prompts() -> None:
+    team = ScriptedTeam()
+    run(team, range(1))
+    [trained] = [call[1] for call in team.calls if call[0] == "update"]
+    assert trained == ["p0", "p1", "p2", "p3"]
+
+
+def test_answers_of_older_weights_are_refused() -> None:
+    with pytest.raises(AssertionError, match="other weights"):
+        run(ScriptedTeam(lag=1), range(1))
+
+
+def test_the_loss_weights_of_one_update_add_up_to_one() -> None:
+    team = ScriptedTeam()
+    run(team, range(1))
+    assert team.weight == pytest.approx(1.0)
+    run(team, range(1), updates=2)
+    assert team.weight == pytest.approx(2.0)  # two updates, each of weight one
+
+
+def test_a_resumed_run_begins_with_the_weights_of_its_step() -> None:
+    team = ScriptedTeam()
+    diary = run(team, range(3, 5))
+    assert team.calls[0] == ("push", 3)
+    assert diary.begun == [3]
+    assert [seen.step for seen in diary.steps] == [3, 4]
+
+
+def test_masked_answers_do_not_count_in_the_means_but_are_counted() -> None:
+    [seen] = run(ScriptedTeam(masked=True), range(1)).steps
+    found = measures(seen)
+    assert found["groups/masked"] == 12
+    assert np.isnan(found["reward/mean"])
+    assert all(not advantages.any() for advantages in seen.advantages)
+
+
+def test_the_laps_of_a_step_add_up_to_its_time() -> None:
+    [seen] = run(ScriptedTeam(), range(1)).steps
+    found = measures(seen)
+    laps = [found[f"time/{name}_s"] for name in ("generate", "score", "update", "push")]
+    assert found["time/step_s"] == pytest.approx(sum(laps))

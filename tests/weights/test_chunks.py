@@ -1,0 +1,90 @@
+"""Weights as byte buffers, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from othink_ray.engines.policy import Policy
+from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+from tests.engines.samples import sent_weights
+
+MIXED: dict[str, Tensor] = {
+    "floats": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+    "halves": torch.randn(7, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 4),
+    "integers": torch.arange(6).reshape(2, 3),
+    "odd bytes": torch.tensor([True, False, True]),
+    "unaligned": torch.tensor([1.5, -2.5]),
+    "a view": torch.arange(12.0).reshape(3, 4).T,
+}
+
+
+def assert_same(found: list[tuple[str, Tensor]], expected: list[tuple[str, Tensor]]) -> None:
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    for (name, tensor), (_, original) in zip(found, expected, strict=True):
+        assert (tensor.dtype, tensor.shape) == (original.dtype, original.shape), name
+        assert torch.equal(tensor, original), name
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 16, 64, 10**6])
+def test_every_kind_of_tensor_comes_back_as_it_was(bucket_bytes: int) -> None:
+    chunks = list(to_chunks(MIXED.items(), bucket_bytes))
+    assert_same(list(from_chunks(chunks)), list(MIXED.items()))
+    for chunk in chunks:
+        assert chunk.data.nbytes == sum(piece.nbytes for piece in chunk.pieces)
+        assert chunk.data.nbytes <= bucket_bytes or sum(piece.nbytes > 0 for piece in chunk.pieces) == 1
+
+
+def test_a_whole_network_fits_few_buckets(policy: Policy) -> None:
+    weights = sent_weights(policy.network)
+    total = sum(weight.nbytes for _, weight in weights)
+    chunks = list(to_chunks(weights, 2**20))
+    assert total / 2**20 <= len(chunks) <= 2 * total / 2**20 + 1
+    assert_same(list(from_chunks(chunks)), weights)
+
+
+def test_nothing_to_send_is_no_chunk() -> None:
+    assert list(to_chunks([], 100)) == []
+    assert list(from_chunks([])) == []
+
+
+def test_a_chunk_does_not_change_when_the_weight_does() -> None:
+    weight = torch.ones(4)
+    [chunk] = to_chunks([("w", weight)], 100)
+    weight.zero_()
+    assert_same(list(from_chunks([chunk])), [("w", torch.ones(4))])
+
+
+def test_tensors_from_a_read_only_buffer_can_be_written() -> None:
+    [chunk] = to_chunks([("w", torch.ones(4))], 100)
+    chunk.data.flags.writeable = False
+    [(_, received)] = from_chunks([chunk])
+    received.zero_()
+    assert not received.any()
+    assert_same(list(from_chunks([chunk])), [("w", torch.ones(4))])
+
+
+def test_chunks_are_made_one_at_a_time() -> None:
+    """A policy larger than memory allows twice is sent bucket by bucket."""
+    asked: list[str] = []
+
+    def one_by_one() -> Iterator[tuple[str, Tensor]]:
+        for name in "abc":
+            asked.append(name)
+            yield name, torch.ones(10)
+
+    first = next(iter(to_chunks(one_by_one(), 40)))
+    assert [piece.name for piece in first.pieces] == ["a"]
+    assert asked == ["a", "b"]
+
+
+def test_a_buffer_is_bytes_back_to_back() -> None:
+    [chunk] = to_chunks([("a", torch.tensor([1.0])), ("b", torch.tensor([2], dtype=torch.int16))], 100)
+    assert isinstance(chunk, Chunk)
+    assert chunk.data.tobytes() == np.float32(1).tobytes() + np.int16(2).tobytes()

@@ -28,6 +28,7 @@ class Prompt:
     images: tuple[bytes, ...]
     answer: str
     task: str
+    thought: str = ""  # the data set's own reasoning, where it has any: supervised training imitates it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -94,3 +95,11 @@ def vllm_engine(config: Config, family: Family, model_folder: Path) -> VLLMRollo
 @pytest.fixture(scope="session")
 def hf_engine(config: Config, family: Family) -> HFRollout:
     return HFRollout(config.rollout, config.model, family)
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library of data sets makes of a test's files stays with them, and the hub is out of reach."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()

@@ -11,18 +11,27 @@ SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 
+GENERATED = ("scenes", "geometry_scenes")  # sources that need no files
+SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
     "algo.kl.schedule": SCHEDULES,
     "model.family": ("qwen2_vl",),
     "model.dtype": ("float32", "bfloat16"),
-    "data.source": ("scenes",),
+    "data.task": ("counting", "geometry"),
+    "data.train.source": SOURCES,
+    "data.test.source": SOURCES,
     "data.on_bad_row": ("drop", "stop"),
     "rollout.engine": ("vllm", "hf"),
     "weights.transport": ("auto", "shared_memory", "nccl", "ipc"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "wandb.mode": ("off", "offline", "online"),
 }
+_TEXTS_OF_FILES = (
+    *("path", "subset", "split", "image_root"),
+    *("columns.image", "columns.question", "columns.answer", "columns.id"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,8 @@ BOUNDS = (
             *("train.steps", "train.prompts_per_step", "algo.updates_per_step", "algo.reward.actors"),
             *("model.min_pixels", "model.max_pixels", "model.tiny.text_width", "model.tiny.text_layers"),
             *("model.tiny.kv_heads", "model.tiny.vision_width", "model.tiny.vision_layers", "model.tiny.warm_batch"),
-            *("data.train_size", "data.test_size", "data.max_items", "data.image_cells"),
+            *("data.train.size", "data.test.size", "data.scenes.max_items", "data.scenes.image_cells"),
+            *("data.train.files.stream_buffer", "data.test.files.stream_buffer"),
             *(
                 "rollout.num_actors",
                 "rollout.threads",
@@ -136,6 +146,9 @@ BOUNDS = (
         "must not be empty",
         lambda value: value != "",
         "Give {key} a value, or leave it out.",
-        ("run.dir", "run.cache_dir", "run.resume", "wandb.project"),
+        (
+            *("run.dir", "run.cache_dir", "run.resume", "wandb.project"),
+            *(f"data.{split}.files.{key}" for split in ("train", "test") for key in _TEXTS_OF_FILES),
+        ),
     ),
 )

@@ -8,11 +8,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from operator import attrgetter
 from pathlib import Path
 
 from othink_ray.config.bounds import BOUNDS, CHOICES
-from othink_ray.config.problem import Problem
+from othink_ray.config.data_rules import data_rules
+from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config
 
 VISION_HEAD = 32  # head size of the tiny model's vision tower
@@ -61,21 +61,19 @@ def problems(config: Config, machine: Machine | None) -> list[Problem]:
 
 def _choices(config: Config) -> Iterator[Problem]:
     for key, known in CHOICES.items():
-        value = attrgetter(key)(config)
+        value = value_of(config, key)
         if value not in known:
             near = get_close_matches(value, known, n=1)
             hint = f"Did you mean {key}={near[0]}?" if near else f"Set {key}={known[0]}, for example."
-            yield _broken(config, key, f"must be one of {', '.join(known)}", hint)
+            yield broken(config, key, f"must be one of {', '.join(known)}", hint)
 
 
 def _bounds(config: Config) -> Iterator[Problem]:
     for bound in BOUNDS:
         for key in bound.keys:
-            if key.startswith("model.tiny.") and config.model.tiny is None:
-                continue
-            value = attrgetter(key)(config)
+            value = value_of(config, key)
             if value is not None and not bound.holds(value):
-                yield _broken(config, key, bound.rule, bound.remedy.format(key=key))
+                yield broken(config, key, bound.rule, bound.remedy.format(key=key))
 
 
 # ---- several keys together
@@ -85,14 +83,14 @@ def _kl(config: Config) -> Iterator[Problem]:
     kl = config.algo.kl
     if kl.beta_max < kl.beta_min:
         remedy = "Swap them, or use another schedule."
-        yield _broken(config, "algo.kl.beta_max", f"must be at least algo.kl.beta_min = {kl.beta_min}", remedy)
+        yield broken(config, "algo.kl.beta_max", f"must be at least algo.kl.beta_min = {kl.beta_min}", remedy)
     elif kl.schedule == "constant" and kl.beta_max != kl.beta_min:
         rule = f"must equal algo.kl.beta_min = {kl.beta_min}: the schedule constant has one value"
         remedy = f"Set algo.kl.beta_max={kl.beta_min}, or use algo=grpo, where algo.kl.beta_min sets both."
-        yield _broken(config, "algo.kl.beta_max", rule, remedy)
+        yield broken(config, "algo.kl.beta_max", rule, remedy)
     if kl.schedule == "exponential" and kl.beta_min == 0:
         rule = "must be more than 0: the schedule exponential multiplies, and never leaves 0"
-        yield _broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001, or use the schedule linear.")
+        yield broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001, or use the schedule linear.")
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -107,25 +105,16 @@ def _batches(config: Config) -> Iterator[Problem]:
             f"learner.world_size = {ranks}: each rank gets as many prompts"
         )
     above = -(-prompts // (updates * ranks)) * updates * ranks
-    yield _broken(config, "train.prompts_per_step", rule, f"Set train.prompts_per_step={above}.")
+    yield broken(config, "train.prompts_per_step", rule, f"Set train.prompts_per_step={above}.")
 
 
 def _lengths(config: Config) -> Iterator[Problem]:
     if config.rollout.max_tokens >= config.rollout.max_model_len:
         rule = f"must be less than rollout.max_model_len = {config.rollout.max_model_len}, which holds the prompt too"
-        yield _broken(config, "rollout.max_tokens", rule, "Raise rollout.max_model_len or lower rollout.max_tokens.")
+        yield broken(config, "rollout.max_tokens", rule, "Raise rollout.max_model_len or lower rollout.max_tokens.")
     if config.model.min_pixels > config.model.max_pixels:
         rule = f"must be at most model.max_pixels = {config.model.max_pixels}"
-        yield _broken(config, "model.min_pixels", rule, "Swap them.")
-    if config.eval.questions > config.data.test_size:
-        rule = f"must be at most data.test_size = {config.data.test_size}: there are no more held-out questions"
-        yield _broken(config, "eval.questions", rule, "Lower eval.questions or raise data.test_size.")
-    cells = config.data.image_cells**2
-    if config.data.max_items > cells:
-        rule = f"must be at most {cells}: an image of {config.data.image_cells} x {config.data.image_cells} cells "
-        yield _broken(
-            config, "data.max_items", rule + "holds one item a cell", "Raise data.image_cells or lower data.max_items."
-        )
+        yield broken(config, "model.min_pixels", rule, "Swap them.")
 
 
 def _tiny(config: Config) -> Iterator[Problem]:
@@ -133,23 +122,21 @@ def _tiny(config: Config) -> Iterator[Problem]:
     if tiny is None:
         if path is None:
             rule = "is null, so the embedded model must be made, but model.tiny is null too"
-            yield _broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
+            yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
         return
     if path is not None:
         rule = "must be null where model.tiny is set: there is one model to train"
-        yield _broken(config, "model.path", rule, "Use model=qwen2_vl_2b as the start, or set model.tiny=null.")
+        yield broken(config, "model.path", rule, "Use model=qwen2_vl_2b as the start, or set model.tiny=null.")
     heads, left = divmod(tiny.text_width, max(tiny.head_dim, 1))
     if left:
         rule = f"must be a multiple of model.tiny.head_dim = {tiny.head_dim}"
-        yield _broken(
-            config, "model.tiny.text_width", rule, f"Set model.tiny.text_width={(heads + 1) * tiny.head_dim}."
-        )
+        yield broken(config, "model.tiny.text_width", rule, f"Set model.tiny.text_width={(heads + 1) * tiny.head_dim}.")
     elif tiny.kv_heads >= 1 and heads % tiny.kv_heads:
         rule = f"must divide the {heads} heads (model.tiny.text_width / model.tiny.head_dim)"
-        yield _broken(config, "model.tiny.kv_heads", rule, f"Set model.tiny.kv_heads={heads} or a divisor of it.")
+        yield broken(config, "model.tiny.kv_heads", rule, f"Set model.tiny.kv_heads={heads} or a divisor of it.")
     if tiny.vision_width % VISION_HEAD:
         rule = f"must be a multiple of {VISION_HEAD}, the head size of the vision tower"
-        yield _broken(config, "model.tiny.vision_width", rule, "Set model.tiny.vision_width=96.")
+        yield broken(config, "model.tiny.vision_width", rule, "Set model.tiny.vision_width=96.")
 
 
 def _transport(config: Config) -> Iterator[Problem]:
@@ -160,31 +147,34 @@ def _transport(config: Config) -> Iterator[Problem]:
     if min(shares) <= 0:
         rule = "needs GPUs on both sides: rollout.gpus_per_actor and learner.gpus_per_rank are {:g} and {:g}"
         remedy = "Set weights.transport=auto, or use rollout=vllm_gpu learner=deepspeed_gpu."
-        yield _broken(config, "weights.transport", rule.format(*shares), remedy)
+        yield broken(config, "weights.transport", rule.format(*shares), remedy)
     elif transport == "nccl" and max(shares) < 1 and sum(shares) <= 1:
         rule = "needs a GPU of its own for each process, but rollout and learner share one"
-        yield _broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
+        yield broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
     elif transport == "ipc" and sum(shares) > 1:
         rule = "needs rollout and learner on the same GPU, but their shares are {:g} and {:g}, more than one GPU"
         remedy = "Set weights.transport=nccl, or use cluster=one_gpu."
-        yield _broken(config, "weights.transport", rule.format(*shares), remedy)
+        yield broken(config, "weights.transport", rule.format(*shares), remedy)
 
 
 def _places(config: Config) -> Iterator[Problem]:
     resume = config.run.resume
     if resume not in ("", "auto", "never") and not Path(resume).is_dir():
         rule = "must be auto, never or a folder that exists"
-        yield _broken(config, "run.resume", rule, "Give a run's checkpoints/step_N folder, or set run.resume=auto.")
+        yield broken(config, "run.resume", rule, "Give a run's checkpoints/step_N folder, or set run.resume=auto.")
     for key in ("cluster.num_cpus", "cluster.num_gpus"):
-        value = attrgetter(key)(config)
+        value = value_of(config, key)
         if value is not None and value < 0:
-            yield _broken(config, key, "must be at least 0", f"Set {key}=null to use what the machine has.")
+            yield broken(config, key, "must be at least 0", f"Set {key}=null to use what the machine has.")
         elif value is not None and config.cluster.address is not None:
             rule = f"must be null where cluster.address = {config.cluster.address}: that cluster has its own count"
-            yield _broken(config, key, rule, f"Set {key}=null.")
+            yield broken(config, key, rule, f"Set {key}=null.")
 
 
-CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (_kl, _batches, _lengths, _tiny, _transport, _places)
+CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    *(_kl, _batches, _lengths, data_rules),
+    *(_tiny, _transport, _places),
+)
 
 
 # ---- the machine
@@ -239,9 +229,3 @@ def plan(config: Config, machine: Machine | None) -> str:
         "run.dir": config.run.dir,
     }
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
-
-
-def _broken(config: Config, key: str, rule: str, remedy: str) -> Problem:
-    value = attrgetter(key)(config)
-    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else value
-    return Problem(subject=f"{key} = {shown}", rule=rule, remedy=remedy)

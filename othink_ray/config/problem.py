@@ -5,6 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from othink_ray.config.schema import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +33,18 @@ class ConfigError(ValueError):
         count = len(self.problems)
         headline = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
         super().__init__("\n\n".join([headline, *map(str, self.problems)]))
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; None where a section above it is null."""
+    value: Any = config
+    for part in key.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def broken(config: Config, key: str, rule: str, remedy: str) -> Problem:
+    """A rule that the value of `key` breaks."""
+    value = value_of(config, key)
+    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else value
+    return Problem(subject=f"{key} = {shown}", rule=rule, remedy=remedy)

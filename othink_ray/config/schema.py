@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +86,58 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScenesConfig:
+    """The generated counting images."""
+
+    max_items: int  # at most this many shapes in one image
+    image_cells: int  # images are image_cells x image_cells cells of 28 pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnsConfig:
+    """The columns of a data set that a question is made of."""
+
+    image: str | None  # one column, or several with commas; a column may hold several images; null: no images
+    question: str
+    answer: str  # plain (3) or tagged (<answer> 3 </answer>); what stands in <think> before the tag is kept for SFT
+    id: str | None  # null: rows are named by their number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesConfig:
+    """Where the rows of a data set that is not generated are."""
+
+    path: str  # hub: owner/name; parquet, jsonl: a file, a folder or a pattern; disk: a folder of save_to_disk
+    subset: str | None  # hub: a configuration of the data set
+    split: str | None  # hub, disk: which split
+    image_root: str | None  # folder from which image paths start; null: the folder of the file
+    stream_buffer: int | None  # hub, parquet: read on the fly, shuffled among so many rows; null: random access
+    columns: ColumnsConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartConfig:
+    """The questions trained on, or those held out; the two may come from different places."""
+
+    source: str  # a key of othink_ray.data.SOURCES
+    size: int | None  # questions: as many as are generated, or the first so many of the files; null: all of the files
+    files: FilesConfig | None  # null where they are generated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Which questions are asked."""
 
     name: str
-    source: str  # a key of othink_ray.data.SOURCES
-    train_size: int
-    test_size: int
-    max_items: int  # scenes: at most this many shapes in one image
-    image_cells: int  # scenes: images are image_cells x image_cells cells of 28 pixels
-    prompt_suffix: str
+    task: str  # counting | geometry
+    prompt_suffix: str  # appended to each question
     on_bad_row: str  # drop (named and counted) | stop
+    scenes: ScenesConfig | None  # for the source scenes
+    train: PartConfig
+    test: PartConfig
+
+    def part(self, split: Literal["train", "test"]) -> PartConfig:
+        return self.train if split == "train" else self.test
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from othink_ray.config.problem import Problem
-from othink_ray.config.schema import Config
+from othink_ray.config.schema import Config, PartConfig
 
 if TYPE_CHECKING:  # omegaconf is imported where it is used, so that importing this stays quick
     from omegaconf import DictConfig
@@ -33,7 +33,8 @@ def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Probl
     )
     path = config.model.path
     model = dataclasses.replace(config.model, path=None if path is None else _expand(path))
-    return dataclasses.replace(config, run=run, model=model), []
+    data = dataclasses.replace(config.data, train=_at_home(config.data.train), test=_at_home(config.data.test))
+    return dataclasses.replace(config, run=run, model=model, data=data), []
 
 
 def problems_of_value(key: str, value: Any, origin: str) -> Iterable[Problem]:
@@ -184,6 +185,16 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) or "''"
+
+
+def _at_home(part: PartConfig) -> PartConfig:
+    if part.files is None:
+        return part
+    root = part.files.image_root
+    files = dataclasses.replace(
+        part.files, path=_expand(part.files.path), image_root=None if root is None else _expand(root)
+    )
+    return dataclasses.replace(part, files=files)
 
 
 def _expand(path: str) -> str:

@@ -5,20 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from othink_ray.config.schema import DataConfig
+from othink_ray.data.geometry_scenes import GeometryScenes
+from othink_ray.data.passing import PassingRows
 from othink_ray.data.prompts import BadRow, Source, Split, validate, worked_answer
 from othink_ray.data.scenes import SceneCounting
-from othink_ray.data.stream import PromptStream
+from othink_ray.data.sources import FileRows
+from othink_ray.data.stream import PromptStream, Screen
+from othink_ray.data.tables import SourceError
 
 SOURCES: dict[str, Callable[[DataConfig, Split], Source]] = {
     "scenes": SceneCounting,
+    "geometry_scenes": GeometryScenes,
+    "hub": FileRows,
+    "parquet": FileRows,
+    "jsonl": FileRows,
+    "disk": FileRows,
 }
 
 
 def open_source(data: DataConfig, split: Split) -> Source:
-    """The split of the data set that the config names."""
-    if data.source not in SOURCES:
-        raise ValueError(f"data.source={data.source!r} is not a data source; choose one of: {', '.join(SOURCES)}")
-    return SOURCES[data.source](data, split)
+    """The split of the data set that the config names, by row number."""
+    name = data.part(split).source
+    if name not in SOURCES:
+        raise ValueError(f"data.{split}.source={name!r} is not a data source; choose one of: {', '.join(SOURCES)}")
+    return SOURCES[name](data, split)
 
 
-__all__ = ["SOURCES", "BadRow", "PromptStream", "Source", "Split", "open_source", "validate", "worked_answer"]
+def open_training(data: DataConfig) -> Source | PassingRows:
+    """The questions to train on: by row number, or passing by where the config says so."""
+    files = data.train.files
+    return PassingRows(data, "train") if files and files.stream_buffer else open_source(data, "train")
+
+
+__all__ = [
+    "SOURCES",
+    "BadRow",
+    "PromptStream",
+    "Screen",
+    "Source",
+    "SourceError",
+    "Split",
+    "open_source",
+    "open_training",
+    "validate",
+    "worked_answer",
+]

@@ -13,7 +13,8 @@ Split = Literal["train", "test"]
 
 MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's own alarm, far above what any model here looks at
 IMAGE_FORMATS = ("PNG", "JPEG")
-WORKINGS = {"counting": "I count {answer} items."}
+# The thought that SFT imitates where the data set has none of its own.
+WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}."}
 
 
 class BadRow(ValueError):
@@ -60,7 +61,8 @@ def worked_answer(prompt: Prompt) -> str:
         reason = f"task {prompt.task!r} has no worked answers"
         raise BadRow(prompt.id, reason, f"use a task that has them: {', '.join(WORKINGS)}")
     answer = _plain_answer(prompt.answer)
-    return f"<think> {working.format(answer=answer)} </think><answer> {answer} </answer>"
+    thought = prompt.thought or working.format(answer=answer)
+    return f"<think> {thought} </think><answer> {answer} </answer>"
 
 
 def _plain_answer(answer: str) -> str:

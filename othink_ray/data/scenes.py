@@ -37,16 +37,18 @@ class SceneCounting:
     """Counting scenes of one split; row i depends on the data config, the split and i, and on nothing else."""
 
     def __init__(self, data: DataConfig, split: Split) -> None:
-        cells = data.image_cells**2
-        if not 1 <= data.max_items <= cells:
+        scenes, part = data.scenes, data.part(split)
+        assert scenes is not None and part.size is not None, "config.check: generated scenes have their numbers"
+        cells = scenes.image_cells**2
+        if not 1 <= scenes.max_items <= cells:
             raise ValueError(
-                f"data.max_items={data.max_items} must be from 1 to data.image_cells squared ({cells}): "
-                "one item stands in one cell; lower data.max_items or raise data.image_cells"
+                f"data.scenes.max_items={scenes.max_items} must be from 1 to data.scenes.image_cells squared "
+                f"({cells}): one item stands in one cell; lower data.scenes.max_items or raise data.scenes.image_cells"
             )
         self._split: Split = split
-        self._size = data.train_size if split == "train" else data.test_size
-        self._max_items = data.max_items
-        self._cells = data.image_cells
+        self._size = part.size
+        self._max_items = scenes.max_items
+        self._cells = scenes.image_cells
         self._question = f"{QUESTION} {data.prompt_suffix}".strip()
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class SceneCounting:
             Prompt(
                 id=f"scenes/{self._split}/{index:06d}",
                 messages=(Message(role="user", text=self._question, images=1),),
-                images=(_png(image),),
+                images=(png(image),),
                 answer=str(count),
                 task="counting",
             )
@@ -97,7 +99,7 @@ def draw_layout(rng: np.random.Generator, count: int, cells: int, split: Split) 
 
 def render(layout: Layout, cells: int, rng: np.random.Generator) -> Image.Image:
     """The layout as an RGB image; size, place in the cell, tint and background vary a little."""
-    background = _near(rng, BACKGROUND)
+    background = near(rng, BACKGROUND)
     image = Image.new("RGB", (cells * CELL, cells * CELL), background)
     draw = ImageDraw.Draw(image)
     for cell, shape, colour in layout:
@@ -107,7 +109,7 @@ def render(layout: Layout, cells: int, rng: np.random.Generator) -> Image.Image:
         row, column = divmod(cell, cells)
         x = column * CELL + CELL // 2 + across
         y = row * CELL + CELL // 2 + down
-        draw_item(draw, shape, x, y, radius, _near(rng, COLOURS[colour]))
+        draw_item(draw, shape, x, y, radius, near(rng, COLOURS[colour]))
     return image
 
 
@@ -133,12 +135,14 @@ def _stream(use: str, split: Split, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def _near(rng: np.random.Generator, colour: RGB) -> RGB:
+def near(rng: np.random.Generator, colour: RGB) -> RGB:
+    """The colour, a little off."""
     red, green, blue = (int(shift) for shift in rng.integers(-TINT, TINT + 1, size=3))
     return colour[0] + red, colour[1] + green, colour[2] + blue
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """The image as PNG, without metadata: the same pixels give the same bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()

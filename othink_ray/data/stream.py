@@ -2,30 +2,76 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Protocol
+
 import numpy as np
 
+from othink_ray.data.passing import PassingRows
 from othink_ray.data.prompts import BadRow, Source
+from othink_ray.data.tables import SourceError
 from othink_ray.types import Prompt
+
+Screen = Callable[[Prompt], None]
+"""Raises BadRow for a prompt that the model has no room for."""
+
+
+class Order(Protocol):
+    """The rows of all epochs, one after the other."""
+
+    @property
+    def rows(self) -> int | None:
+        """How many make an epoch; None while that is not known."""
+        ...
+
+    def prompt(self, position: int) -> Prompt: ...
+
+
+class Permutations:
+    """Every epoch shows each row once, in an order made from (seed, epoch)."""
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.rows = len(source)
+        if self.rows == 0:
+            raise SourceError("the data source has 0 rows: a stream needs at least 1; check data.train")
+        self._source = source
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def prompt(self, position: int) -> Prompt:
+        epoch, place = divmod(position, self.rows)
+        if epoch != self._epoch:
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self._seed, epoch))))
+            self._order = rng.permutation(self.rows).tolist()
+            self._epoch = epoch
+        return self._source.prompt(self._order[place])
 
 
 class PromptStream:
-    """Every epoch shows each row once, in an order made from (seed, epoch); a position is all it takes to go on."""
+    """Good rows in a seeded order; a position is all it takes to go on."""
 
-    def __init__(self, source: Source, *, seed: int, on_bad_row: str, position: int = 0) -> None:
-        if len(source) == 0:
-            raise ValueError("the data source has 0 rows: a stream needs at least 1; check data.source and its size")
+    def __init__(
+        self,
+        source: Source | PassingRows,
+        *,
+        seed: int,
+        on_bad_row: str,
+        position: int = 0,
+        screen: Screen | None = None,
+    ) -> None:
         if on_bad_row not in ("drop", "stop"):
             raise ValueError(f"data.on_bad_row={on_bad_row!r} must be drop or stop; choose one of them")
         if position < 0:
             raise ValueError(f"data position {position} must be 0 or more; resume from another checkpoint")
-        self._source = source
-        self._seed = seed
+        self._order: Order = source.order(seed) if isinstance(source, PassingRows) else Permutations(source, seed)
         self._stop = on_bad_row == "stop"
+        self._screen = screen
         self._position = position
         self._bad_run = 0
         self._dropped: dict[str, str] = {}
-        self._epoch = -1
-        self._order: list[int] = []
 
     @property
     def position(self) -> int:
@@ -38,35 +84,44 @@ class PromptStream:
         return list(self._dropped.items())
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n good rows; a bad one on the way is dropped, or raises BadRow and the position stays before it."""
+        """The next n good rows; a bad one on the way is dropped, or raises BadRow and the position stays before it.
+
+        A row that comes twice, where epochs meet, gets `#2` on its id: engines and rewards tell prompts apart by it.
+        """
         prompts: list[Prompt] = []
         while len(prompts) < n:
             try:
-                prompts.append(self._source.prompt(self._row(self._position)))
+                prompt = self._order.prompt(self._position)
+                if self._screen is not None:
+                    self._screen(prompt)
             except BadRow as bad:
                 if self._stop:
                     raise
                 self._drop(bad)
             else:
+                prompts.append(prompt)
                 self._bad_run = 0
             self._position += 1
-        return prompts
-
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._source))
-        if epoch != self._epoch:
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self._seed, epoch))))
-            self._order = rng.permutation(len(self._source)).tolist()
-            self._epoch = epoch
-        return self._order[place]
+        return told_apart(prompts)
 
     def _drop(self, bad: BadRow) -> None:
         self._dropped[bad.row_id] = bad.reason
         self._bad_run += 1
-        rows = len(self._source)
+        rows = self._order.rows
         # Only at the end of an epoch: two epochs may meet in a run of bad rows that is longer than one of them.
-        if self._bad_run >= rows and (self._position + 1) % rows == 0:
-            raise ValueError(
+        if rows is not None and self._bad_run >= rows and (self._position + 1) % rows == 0:
+            raise SourceError(
                 f"all {rows} rows of the data source are bad, the last one {bad.row_id}: {bad.reason}; "
-                "check data.source, or set data.on_bad_row=stop to see the first"
+                "check data.train, or set data.on_bad_row=stop to see the first"
             ) from bad
+
+
+def told_apart(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts, with a number on the id of each that repeats an earlier one."""
+    seen: Counter[str] = Counter()
+    result = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        times = seen[prompt.id]
+        result.append(prompt if times == 1 else replace(prompt, id=f"{prompt.id}#{times}"))
+    return result

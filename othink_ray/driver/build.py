@@ -15,9 +15,7 @@ from typing import Any
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.core.kl import schedule
-from othink_ray.data import open_source
-from othink_ray.data.prompts import BadRow
-from othink_ray.data.stream import PromptStream
+from othink_ray.data import BadRow, PromptStream, Screen, SourceError, open_source, open_training
 from othink_ray.driver import checkpoint
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import held_out_prompts
@@ -45,7 +43,7 @@ def run(config: Config, write_report: Callable[[Path], Path]) -> int:
     with Console() as console:
         try:
             _train(config, run_dir, console, write_report)
-        except (AuditError, BadRow, ClusterError, WorkerFailed) as error:
+        except (AuditError, BadRow, ClusterError, SourceError, WorkerFailed) as error:
             console.say(f"stopped: {error}")
             return _leave(run_dir, console, write_report, status=1)
         except KeyboardInterrupt:
@@ -65,19 +63,22 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
     started = time.monotonic()
     resumed = checkpoint.find(run_dir, config.run.resume)
     state = checkpoint.read(resumed, config.train.seed) if resumed else checkpoint.fresh(config.train.seed)
-    stream = PromptStream(
-        open_source(config.data, "train"),
-        seed=config.train.seed,
-        on_bad_row=config.data.on_bad_row,
-        position=state.data_position,
-    )
-    held_out, bad_rows = held_out_prompts(
-        open_source(config.data, "test"), config.eval.questions, config.data.on_bad_row
-    )
+    training, test = open_training(config.data), open_source(config.data, "test")
     with ExitStack() as stack:
         with console.phase("starting Ray"):
             stack.enter_context(ray_session(config.cluster))
         path = config.model.path or str(warm_started(config, console, _classroom))
+        screen = _screen(config, path)
+        stream = PromptStream(
+            training,
+            seed=config.train.seed,
+            on_bad_row=config.data.on_bad_row,
+            position=state.data_position,
+            screen=screen,
+        )
+        held_out, bad_rows = held_out_prompts(test, config.eval.questions, config.data.on_bad_row, screen)
+        if len(held_out) < config.eval.questions:
+            console.say(f"{len(held_out)} held-out questions: there are no more than that for eval.questions")
         with console.phase("loading the rollout engines and the learner"):
             team = stack.enter_context(open_team(config, path, held_out[: config.weights.audit_prompts]))
             if resumed:
@@ -116,6 +117,14 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
         {"report": report, "model": run_dir / "export", "metrics": run_dir / "metrics.jsonl"},
         time.monotonic() - started,
     )
+
+
+def _screen(config: Config, path: str) -> Screen:
+    """Refuses prompts that the engines have no room for, before any answer is sampled."""
+    from othink_ray.families import open_family
+    from othink_ray.families.fits import check_fits
+
+    return partial(check_fits, open_family(config.model, path), config.rollout)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from othink_ray.data.prompts import BadRow, Source
+from othink_ray.data import BadRow, Screen, Source, SourceError
 from othink_ray.types import Prompt, ScoredGroup
 
 
@@ -40,19 +40,24 @@ def summarise(scored: Iterable[ScoredGroup]) -> Evaluation:
     )
 
 
-def held_out_prompts(source: Source, count: int, on_bad_row: str) -> tuple[list[Prompt], list[BadRow]]:
-    """The first `count` good rows, and the bad ones among them."""
+def held_out_prompts(source: Source, count: int, on_bad_row: str, screen: Screen) -> tuple[list[Prompt], list[BadRow]]:
+    """The first `count` good rows, fewer where there are no more, and the bad ones among them."""
     good: list[Prompt] = []
     bad: list[BadRow] = []
     for index in range(len(source)):
         if len(good) == count:
             break
         try:
-            good.append(source.prompt(index))
+            prompt = source.prompt(index)
+            screen(prompt)
         except BadRow as row:
             if on_bad_row == "stop":
                 raise
             bad.append(row)
+        else:
+            good.append(prompt)
+    if not good:
+        raise SourceError(f"all {len(source)} held-out rows are bad, the first one: {bad[0]}; check data.test")
     return good, bad
 
 

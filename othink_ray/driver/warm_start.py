@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from othink_ray.config.schema import Config
-from othink_ray.data import open_source
-from othink_ray.data.prompts import worked_answer
-from othink_ray.data.stream import PromptStream
+from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
 from othink_ray.driver.supervised import Learns, Teaches, supervise
 from othink_ray.types import UpdateStats
 
-_RECIPE = 1  # raise it when the code makes another model of the same configuration
+_RECIPE = 2  # raise it when the code makes another model of the same configuration
 _TOKENIZER_ROWS = 256
 
 
@@ -70,19 +68,22 @@ def warm_started(config: Config, console: Console, open_classroom: OpenClassroom
 def _build(config: Config, folder: Path) -> None:
     from othink_ray.families.tiny import build_tiny
 
-    source = open_source(config.data, "train")
     texts: list[str] = []
-    for index in range(min(_TOKENIZER_ROWS, len(source))):
-        prompt = source.prompt(index)
+    for prompt in _lessons(config).take(_TOKENIZER_ROWS):
         texts += [message.text for message in prompt.messages] + [worked_answer(prompt)]
     build_tiny(folder, config.model, texts)
+
+
+def _lessons(config: Config) -> PromptStream:
+    assert config.model.tiny is not None
+    return PromptStream(open_training(config.data), seed=config.model.tiny.seed, on_bad_row=config.data.on_bad_row)
 
 
 def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_classroom: OpenClassroom) -> None:
     tiny = config.model.tiny
     assert tiny is not None
     lesson = replace(config, learner=replace(config.learner, lr=tiny.warm_lr))
-    stream = PromptStream(open_source(config.data, "train"), seed=tiny.seed, on_bad_row="stop")
+    stream = _lessons(config)
 
     def watch(step: int, stats: UpdateStats) -> None:
         console.progress(step + 1, tiny.warm_steps, f"loss {stats.loss:.3f}")

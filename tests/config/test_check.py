@@ -12,6 +12,7 @@ from othink_ray.config.check import Machine, detect_machine, machine_for, plan, 
 from othink_ray.config.load import conf_dir, groups, load
 from othink_ray.core import kl
 
+NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
 SMALL = Machine(cpus=2, gpus=0)
 
@@ -25,10 +26,60 @@ def test_default_run_is_sound_on_two_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [f"{group}={option}" for group, options in groups(conf_dir()).items() for option in options]
+    "option",
+    [
+        f"{group}={option}"
+        for group, options in groups(conf_dir()).items()
+        for option in options
+        if f"{group}={option}" not in NEEDS_FILES
+    ],
 )
 def test_every_shipped_option_is_sound_on_a_large_machine(option: str) -> None:
     assert said([option]) == []
+
+
+@pytest.mark.parametrize("option", NEEDS_FILES)
+def test_a_data_set_of_files_is_sound_once_they_are_there(option: str, tmp_path: Path) -> None:
+    missing = said([option])
+    assert any("data.test.files.path" in problem for problem in missing)
+    for part in ("train", "test"):
+        (tmp_path / part).touch()
+    here = [f"data.test.files.path={tmp_path}/test"]
+    if option == "data=own":
+        here.append(f"data.train.files.path={tmp_path}/train")
+    else:
+        here.append(f"data.test.files.image_root={tmp_path}")
+    assert said([option, *here]) == []
+
+
+OWN = ["data=own", "data.train.files.path=.", "data.test.files.path=."]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.train.files.path=nowhere/*.parquet"],
+            "data.train.files.path = nowhere/*.parquet must be a file, a folder",
+        ),
+        (["data.test.files.image_root=nowhere"], "data.test.files.image_root = nowhere must be a folder"),
+        (["data.train.source=disk", "data.train.files.path=pyproject.toml"], "a folder that save_to_disk wrote"),
+        (["data.train.files.split=train"], "must be null: the source parquet does not read it"),
+        (["data.train.files.subset=main"], "must be null: the source parquet does not read it"),
+        (["data.test.files.stream_buffer=8"], "must be null: the source jsonl does not read it"),
+        (["data.test.source=parquet", "data.test.files.stream_buffer=8"], "held-out questions are always the same"),
+        (["data.train.files.stream_buffer=0"], "data.train.files.stream_buffer = 0 must be at least 1"),
+        (["data.train.source=hub"], "data.train.files.split = null must be a split of the data set on the hub"),
+        (["data.train.source=scenes", "data.train.size=8", "data.train.files=null"], "data.scenes, which is null"),
+        (["data.train.source=geometry_scenes", "data.train.size=8"], "reads no files, but data.train.files is set"),
+        (["data.train.size=0"], "data.train.size = 0 must be at least 1"),
+        (["data.test.files.columns.image=''"], "data.test.files.columns.image = must not be empty"),
+    ],
+)
+def test_a_broken_rule_on_files_is_the_only_problem(overrides: list[str], words: str) -> None:
+    found = said([*OWN, *overrides])
+    assert [problem for problem in found if words in problem], found
+    assert len(found) <= 2
 
 
 @pytest.mark.parametrize(
@@ -70,8 +121,14 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["cluster=one_gpu", "weights.transport=nccl"], "but rollout and learner share one Set weights.transport=ipc"),
         (["cluster=one_node", "weights.transport=ipc"], "needs rollout and learner on the same GPU"),
         (["weights.audit_tolerance=0"], "weights.audit_tolerance = 0 must be more than 0"),
-        (["eval.questions=257"], "eval.questions = 257 must be at most data.test_size = 256"),
-        (["data.max_items=10"], "data.max_items = 10 must be at most 9"),
+        (["eval.questions=257"], "eval.questions = 257 must be at most data.test.size = 256"),
+        (["data.scenes.max_items=10"], "data.scenes.max_items = 10 must be at most 9"),
+        (["data.scenes.image_cells=0", "data.scenes.max_items=0"], "data.scenes.image_cells = 0 must be at least 1"),
+        (["data.test.size=null"], "data.test.size = null must be a number"),
+        (["data.test.source=parquet"], "data.test.files = null is null, but data.test.source = parquet reads files"),
+        (["data.train.source=scnes"], "Did you mean data.train.source=scenes?"),
+        (["data.scenes=null"], "data.train.source = scenes needs the section data.scenes, which is null"),
+        (["data.task=poetry"], "data.task = poetry must be one of counting, geometry"),
         (["data.on_bad_row=ignore"], "must be one of drop, stop"),
         (["model.dtype=float16"], "must be one of float32, bfloat16"),
         (["model.tiny=null"], "model.path = null is null, so the embedded model must be made"),

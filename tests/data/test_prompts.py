@@ -123,5 +123,12 @@ def test_the_worked_answer_is_built_from_a_plain_or_a_tagged_solution(answer: st
 
 
 def test_a_task_without_worked_answers_is_named() -> None:
-    with pytest.raises(BadRow, match="task 'geometry' has no worked answers; use a task that has them: counting"):
-        worked_answer(ask(task="geometry"))
+    with pytest.raises(
+        BadRow, match="task 'poetry' has no worked answers; use a task that has them: counting, geometry"
+    ):
+        worked_answer(ask(task="poetry"))
+
+
+def test_the_worked_answer_has_the_data_sets_own_thought_where_there_is_one() -> None:
+    prompt = replace(ask(task="geometry", answer="70°"), thought="180-50-60=70")
+    assert worked_answer(prompt) == "<think> 180-50-60=70 </think><answer> 70° </answer>"

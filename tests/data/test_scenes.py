@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from othink_ray.config.schema import DataConfig
-from othink_ray.data import SOURCES, open_source, validate, worked_answer
+from othink_ray.config.schema import DataConfig, PartConfig, ScenesConfig
+from othink_ray.data import open_source, validate, worked_answer
 from othink_ray.data.prompts import Split
 from othink_ray.data.scenes import (
     BACKGROUND,
@@ -33,15 +33,18 @@ from othink_ray.rewards import accuracy, format_reward
 
 DATA = DataConfig(
     name="counting",
-    source="scenes",
-    train_size=2000,
-    test_size=200,
-    max_items=6,
-    image_cells=3,
+    task="counting",
     prompt_suffix="Answer in <answer> </answer> tags.",
     on_bad_row="stop",
+    scenes=ScenesConfig(max_items=6, image_cells=3),
+    train=PartConfig(source="scenes", size=2000, files=None),
+    test=PartConfig(source="scenes", size=200, files=None),
 )
 SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+def sized(data: DataConfig, train: int, test: int) -> DataConfig:
+    return replace(data, train=replace(data.train, size=train), test=replace(data.test, size=test))
 
 
 def pixels(scenes: SceneCounting, index: int) -> NDArray[np.uint8]:
@@ -88,7 +91,7 @@ def test_a_scene_has_the_same_bytes_in_any_order_and_any_instance() -> None:
 
 
 def test_a_scene_does_not_depend_on_the_size_of_its_split() -> None:
-    longer = replace(DATA, train_size=9999, test_size=1)
+    longer = sized(DATA, 9999, 1)
     assert SceneCounting(longer, "train").prompt(77) == SceneCounting(DATA, "train").prompt(77)
 
 
@@ -148,7 +151,7 @@ def test_the_layout_can_be_read_off_the_pixels() -> None:
 
 @pytest.mark.parametrize(("cells", "items"), [(1, 1), (2, 2), (3, 6)])
 def test_no_image_of_one_split_occurs_in_the_other(cells: int, items: int) -> None:
-    data = replace(DATA, image_cells=cells, max_items=items, train_size=400, test_size=400)
+    data = sized(replace(DATA, scenes=ScenesConfig(max_items=items, image_cells=cells)), 400, 400)
     train, test = ({digest(SceneCounting(data, split), index) for index in range(400)} for split in SPLITS)
     assert len(train) > 300
     assert len(test) > 300
@@ -177,15 +180,10 @@ def test_a_row_outside_the_split_is_an_index_error(split: Split, size: int) -> N
 
 @pytest.mark.parametrize("items", [0, 10])
 def test_more_items_than_cells_are_refused(items: int) -> None:
-    with pytest.raises(ValueError, match=rf"data\.max_items={items} must be from 1 to data\.image_cells squared \(9\)"):
-        SceneCounting(replace(DATA, max_items=items), "train")
-
-
-def test_a_source_is_opened_by_its_name() -> None:
-    for name in SOURCES:
-        assert len(open_source(replace(DATA, source=name), "test")) == 200
+    with pytest.raises(ValueError, match=rf"data\.scenes\.max_items={items} must be from 1 to .*squared \(9\)"):
+        SceneCounting(replace(DATA, scenes=ScenesConfig(max_items=items, image_cells=3)), "train")
 
 
 def test_an_unknown_source_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"data\.source='scene' is not a data source; choose one of: scenes"):
-        open_source(replace(DATA, source="scene"), "train")
+    with pytest.raises(ValueError, match=r"data\.train\.source='scene' is not a data source; choose one of: scenes"):
+        open_source(replace(DATA, train=PartConfig(source="scene", size=9, files=None)), "train")

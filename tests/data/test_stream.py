@@ -24,7 +24,8 @@ class Rows:
 
 
 def take(stream: PromptStream, n: int) -> list[str]:
-    return [prompt.id for prompt in stream.take(n)]
+    """The rows taken, without the number that tells repeats apart."""
+    return [prompt.id.partition("#")[0] for prompt in stream.take(n)]
 
 
 def test_each_epoch_shows_every_row_once_in_a_new_order() -> None:
@@ -50,6 +51,29 @@ def test_the_size_of_a_take_does_not_change_the_order() -> None:
 
 def test_a_take_may_be_longer_than_an_epoch() -> None:
     assert len(take(PromptStream(Rows(2), seed=0, on_bad_row="stop"), 9)) == 9
+
+
+def test_a_row_that_comes_twice_in_a_take_has_two_ids() -> None:
+    prompts = PromptStream(Rows(3), seed=0, on_bad_row="stop").take(7)
+    assert len({prompt.id for prompt in prompts}) == 7
+    assert sorted(prompt.id for prompt in prompts[:6]) == sorted(
+        f"rows/{row}{number}" for row in range(3) for number in ("", "#2")
+    )
+    assert [prompt.id for prompt in PromptStream(Rows(3), seed=0, on_bad_row="stop").take(3)] == [
+        prompt.id for prompt in prompts[:3]
+    ]
+
+
+def test_a_row_that_the_screen_refuses_is_dropped_like_a_bad_one() -> None:
+    def screen(prompt: Prompt) -> None:
+        if prompt.id == "rows/1":
+            raise BadRow(prompt.id, "too long", "cut it")
+
+    stream = PromptStream(Rows(3), seed=0, on_bad_row="drop", screen=screen)
+    assert sorted(take(stream, 4)) == ["rows/0", "rows/0", "rows/2", "rows/2"]
+    assert stream.dropped == [("rows/1", "too long")]
+    with pytest.raises(BadRow, match="row rows/1: too long; cut it"):
+        PromptStream(Rows(3), seed=0, on_bad_row="stop", screen=screen).take(3)
 
 
 @pytest.mark.parametrize("bad", [frozenset[int](), frozenset({0, 3, 4})])

@@ -1,0 +1,237 @@
+"""Data sets that are not generated: the rows behind a path or a hub name, raw, and by number."""
+
+from __future__ import annotations
+
+import glob
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from othink_ray.config.schema import FilesConfig
+
+if TYPE_CHECKING:  # imported where it is used: the embedded data sets need nothing of it
+    from datasets import Dataset, IterableDataset
+
+Row = dict[str, Any]
+
+ENDINGS = {"parquet": ("*.parquet",), "jsonl": ("*.jsonl", "*.ndjson")}
+
+
+class SourceError(ValueError):
+    """A data set that cannot be asked from at all: which setting names it, why, and what to do about it."""
+
+
+class Table(Protocol):
+    """Rows by number, images still encoded; `row` raises ValueError where a row cannot be read."""
+
+    columns: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row: ...
+
+    def column(self, name: str) -> list[Any]:
+        """One value a row; None where it is missing or the row cannot be read."""
+        ...
+
+
+class ArrowTable:
+    """A memory-mapped data set: its size costs no memory, and any row is one look-up."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.columns = rows.column_names
+        self._rows = rows.with_format("arrow")  # as stored: the images are not decoded here
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Row:
+        [row] = self._rows[index].to_pylist()
+        return dict(row)
+
+    def column(self, name: str) -> list[Any]:
+        values: list[Any] = self._rows.select_columns([name])[:].column(name).to_pylist()
+        return values
+
+
+class JsonLines:
+    """JSONL files, read line by line where they lie: a torn line, or a 3 among "3"s, costs its own row alone."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = [file.open("rb") for file in files]
+        self._starts = array("q")  # file and offset of each line, one after the other
+        for number, file in enumerate(self._files):
+            start = 0
+            for line in file:
+                if line.strip():
+                    self._starts.extend((number, start))
+                start += len(line)
+        self.columns: Sequence[str] = self._first_columns()
+
+    def __len__(self) -> int:
+        return len(self._starts) // 2
+
+    def row(self, index: int) -> Row:
+        file = self._files[self._starts[2 * index]]
+        file.seek(self._starts[2 * index + 1])
+        try:
+            row = json.loads(file.readline())
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"it is a JSON {type(row).__name__}, not an object")
+        return row
+
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self._readable(range(len(self)))]
+
+    def _first_columns(self) -> list[str]:
+        for row in self._readable(range(len(self))):
+            if row:
+                return list(row)
+        return []
+
+    def _readable(self, indices: range) -> Iterator[Row]:
+        """Each row, or an empty one where it cannot be read."""
+        for index in indices:
+            try:
+                yield self.row(index)
+            except ValueError:
+                yield {}
+
+
+# ---- opening
+
+
+def open_table(source: str, files: FilesConfig, key: str) -> Table:
+    """All rows of the data set, by number; `key` is the setting that names it, for messages."""
+    table = OPENERS[source](files, key)
+    if len(table) == 0:
+        raise no_rows(files, key)
+    check_columns(files, table.columns, key)
+    return table
+
+
+def _open_hub(files: FilesConfig, key: str) -> Table:
+    return ArrowTable(_load(files, key, files.path, name=files.subset, split=files.split))
+
+
+def _open_parquet(files: FilesConfig, key: str) -> Table:
+    return ArrowTable(_load(files, key, "parquet", data_files=_filled(files, key), split="train"))
+
+
+def _open_jsonl(files: FilesConfig, key: str) -> Table:
+    return JsonLines(find_files("jsonl", files.path, key))
+
+
+def _open_disk(files: FilesConfig, key: str) -> Table:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        found = load_from_disk(files.path)
+    except Exception as error:
+        raise _unreadable(files, key, error, "give a folder that save_to_disk wrote") from error
+    if isinstance(found, Dataset):
+        return ArrowTable(found)
+    if files.split not in found:
+        raise SourceError(
+            f"{key}.split = {files.split} is not a split of {files.path}; choose one of: {', '.join(map(str, found))}"
+        )
+    return ArrowTable(found[files.split])
+
+
+OPENERS: dict[str, Callable[[FilesConfig, str], Table]] = {
+    "hub": _open_hub,
+    "parquet": _open_parquet,
+    "jsonl": _open_jsonl,
+    "disk": _open_disk,
+}
+
+
+def open_passing(source: str, files: FilesConfig, key: str) -> IterableDataset:
+    """The rows of a hub or parquet data set one after the other, read while they are asked; nothing is kept on disk."""
+    if source == "hub":
+        rows = _load(files, key, files.path, name=files.subset, split=files.split, streaming=True)
+    else:
+        rows = _load(files, key, "parquet", data_files=_filled(files, key), split="train", streaming=True)
+    if rows.column_names is not None:
+        check_columns(files, rows.column_names, key)
+    return rows.with_format("arrow")
+
+
+def find_files(source: str, path: str, key: str) -> list[Path]:
+    """The files behind a file, a folder or a pattern, in the order of their names."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    patterns = [str(place / "**" / ending) for ending in ENDINGS[source]] if place.is_dir() else [path]
+    found = sorted(Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True))
+    files = [file for file in found if file.is_file()]
+    if not files:
+        what = (
+            f"holds no {' or '.join(ENDINGS[source])} file"
+            if place.is_dir()
+            else "is no file, folder or pattern of files"
+        )
+        raise SourceError(f"{key}.path = {path} {what}; paths start from {Path.cwd()}")
+    return files
+
+
+def _filled(files: FilesConfig, key: str) -> list[str]:
+    """The parquet files that have rows: the library stumbles over those without."""
+    from pyarrow.parquet import read_metadata
+
+    found = find_files("parquet", files.path, key)
+    try:
+        filled = [str(file) for file in found if read_metadata(file).num_rows]
+    except (OSError, ValueError) as error:
+        raise _unreadable(files, key, error, "give parquet files") from error
+    if not filled:
+        raise no_rows(files, key)
+    return filled
+
+
+def no_rows(files: FilesConfig, key: str) -> SourceError:
+    return SourceError(f"{key}.path = {files.path}: the data set has 0 rows; give one with rows")
+
+
+def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:
+    """Each configured column is there; else SourceError with the closest name."""
+    wanted = {"question": [files.columns.question], "answer": [files.columns.answer]}
+    wanted |= {"image": image_columns(files), "id": [files.columns.id] if files.columns.id else []}
+    for use, names in wanted.items():
+        for name in names:
+            if name not in columns:
+                near = get_close_matches(name, columns, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise SourceError(
+                    f"{key}.columns.{use} = {name} is not a column of {files.path}; "
+                    f"{hint}its columns: {', '.join(columns) or 'none'}"
+                )
+
+
+def image_columns(files: FilesConfig) -> list[str]:
+    """The columns that hold images, in their order."""
+    return [name.strip() for name in (files.columns.image or "").split(",") if name.strip()]
+
+
+def _load(files: FilesConfig, key: str, builder: str, **how: Any) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(builder, **how)
+    # The library raises whatever its readers do: OSError, ValueError, Arrow's own errors, the hub's.
+    except Exception as error:
+        if "split" in str(error).lower() and isinstance(error, ValueError):
+            raise SourceError(f"{key}.split = {files.split}: {error}") from error
+        raise _unreadable(
+            files, key, error, "check the path, or the network and access rights of a hub name"
+        ) from error
+
+
+def _unreadable(files: FilesConfig, key: str, error: Exception, remedy: str) -> SourceError:
+    cause = error.__cause__ or error
+    return SourceError(f"{key}.path = {files.path} cannot be read: {type(cause).__name__}: {cause}; {remedy}")

@@ -1,0 +1,32 @@
+"""Whether a prompt has room in the model: only a tokenizer and an image processor can tell."""
+
+from __future__ import annotations
+
+from othink_ray.config.schema import RolloutConfig
+from othink_ray.data.prompts import BadRow
+from othink_ray.families.base import Family
+from othink_ray.types import Prompt
+
+
+def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
+    """BadRow when the prompt, its images and an answer of full length are more than the engines take."""
+    if len(prompt.images) > rollout.max_images:
+        reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
+        raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
+    text_ids = family.prompt_token_ids(prompt)
+    places = text_ids.count(family.image_token_id)
+    if places != len(prompt.images):
+        reason = f"its text spells {places - len(prompt.images)} image placeholder(s) of the model out"
+        raise BadRow(prompt.id, reason, "take them out of the question")
+    try:
+        image_tokens = sum(family.image_token_counts(prompt.images))
+    except ValueError as error:  # the image processor refuses very long and narrow images
+        raise BadRow(prompt.id, f"its image cannot be scaled: {error}", "crop it or remove the row") from error
+    text_tokens = len(text_ids) - places
+    needed = text_tokens + image_tokens + rollout.max_tokens
+    if needed > rollout.max_model_len:
+        reason = (
+            f"{text_tokens} tokens of text, {image_tokens} of images and rollout.max_tokens = {rollout.max_tokens} "
+            f"are {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
+        )
+        raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")

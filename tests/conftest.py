@@ -31,7 +31,14 @@ OVERRIDES = (
     "rollout.max_num_seqs=8",
     "rollout.max_model_len=192",
     "algo.group_size=4",
+    "rollout.threads=1",  # tensors this small are not worth a second thread, least of all on a busy machine
+    "learner.threads=1",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def run(config: Config, write_report: Callable[[Path], Path]) -> int:
     with Console() as console:
         try:
             _train(config, run_dir, console, write_report)
-        except (AuditError, BadRow, ClusterError, WorkerFailed) as error:
+        except (AuditError, BadRow, ClusterError, checkpoint.ResumeError, WorkerFailed) as error:
             console.say(f"stopped: {error}")
             return _leave(run_dir, console, write_report, status=1)
         except KeyboardInterrupt:

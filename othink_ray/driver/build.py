@@ -175,7 +175,14 @@ def _vllm_engine(config: Config, path: str) -> RolloutEngine:
     from othink_ray.families import open_family
 
     family = open_family(config.model, path)
-    return VLLMRollout(config.rollout, config.model, family, path, transport=transport_of(config))
+    return VLLMRollout(
+        config.rollout,
+        config.model,
+        family,
+        path,
+        transport=transport_of(config),
+        max_logprobs=config.weights.audit_candidates,
+    )
 
 
 def _hf_engine(config: Config, path: str) -> RolloutEngine:

@@ -83,17 +83,19 @@ class DeepSpeedLearner:
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
-            optimizer = torch.optim.AdamW(
-                policy.parameters(),
-                lr=self.learner.lr,
-                betas=(self.learner.adam_beta1, self.learner.adam_beta2),
-                eps=self.learner.adam_eps,
-                weight_decay=self.learner.weight_decay,
-            )
+            optimizer = torch.optim.AdamW(policy.parameters(), **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
             model=policy.to(self.device), config=settings, optimizer=optimizer, dist_init_required=False
         )
         return engine
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        return {
+            "lr": self.learner.lr,
+            "betas": (self.learner.adam_beta1, self.learner.adam_beta2),
+            "eps": self.learner.adam_eps,
+            "weight_decay": self.learner.weight_decay,
+        }
 
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, loss: str) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
@@ -174,6 +176,8 @@ class DeepSpeedLearner:
         path, _ = self.engine.load_checkpoint(str(folder), tag="learner")
         if path is None:
             raise ValueError(f"run.resume: {folder} holds no learner state; name a checkpoints/step_N folder")
+        for group in self.engine.optimizer.param_groups:  # restored too; but what this run's config says holds
+            group.update(self._hyperparameters())
 
 
 def _row(group: Group) -> Pack:

@@ -21,6 +21,12 @@ def picture(format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def long_picture(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -125,3 +131,9 @@ def test_the_worked_answer_is_built_from_a_plain_or_a_tagged_solution(answer: st
 def test_a_task_without_worked_answers_is_named() -> None:
     with pytest.raises(BadRow, match="task 'geometry' has no worked answers; use a task that has them: counting"):
         worked_answer(ask(task="geometry"))
+
+
+@pytest.mark.parametrize("size", [(400, 2), (1, 200)])
+def test_an_image_that_no_processor_takes_is_refused_by_its_shape(size: tuple[int, int]) -> None:
+    with pytest.raises(BadRow, match="200 times as long as wide"):
+        validate(ask(images=(long_picture(size),)))

@@ -92,7 +92,7 @@ def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(pl
     family = open_family(config.model, export)
     engines = [
         HFRollout(config.rollout, config.model, family),
-        VLLMRollout(config.rollout, config.model, family, export, transport="shared_memory"),
+        VLLMRollout(config.rollout, config.model, family, export, transport="shared_memory", max_logprobs=8),
     ]
     for engine in engines:
         groups = list(engine.generate(prompts, greedy))

@@ -22,7 +22,7 @@ from othink_ray.config.schema import LearnerConfig, ModelConfig
 from othink_ray.types import Pack, Probe, UpdateStats
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 150
+TIMEOUT_S = 270  # a busy machine is slow, but pytest should not be the one to stop
 
 # [rank][update][micro-batch][row] of one training step
 Shares = Sequence[Sequence[Sequence[Sequence[Pack]]]]

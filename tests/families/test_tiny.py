@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from othink_ray.config.schema import Config
+from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import SPECIAL_TOKENS, build_tiny
 
@@ -20,10 +20,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def rebuilt(config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rebuilt(recipe: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("again")
     torch.manual_seed(99)  # of no consequence
-    build_tiny(folder, config.model, texts)
+    build_tiny(folder, recipe, texts)
     return folder
 
 

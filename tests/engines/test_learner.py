@@ -200,6 +200,8 @@ def alone(
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
+        "gspo": replace(plain, loss="gspo"),
+        "gspo, a row at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
         "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
@@ -219,6 +221,7 @@ def pair(
         "stage 1": plain,
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
         "stage 3": replace(training(small, batches, 2, zero_stage=3), export=places / "export_3", probes=probes),
+        "gspo": replace(training(small, batches, 2, zero_stage=3), loss="gspo"),
         "stage 2, uneven": replace(plain, learner=replace(plain.learner, zero_stage=2), steps=lopsided),
         "stage 3, uneven": replace(plain, learner=replace(plain.learner, zero_stage=3), steps=lopsided),
         "stage 3, first half": replace(
@@ -293,6 +296,14 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
     for outcomes in pair:
         assert_same_stats(outcomes[name], expected)
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
+
+
+def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], pair: list[dict[str, Outcome]]) -> None:
+    expected, start = alone["gspo"], alone["untouched"]
+    assert distance(moved(expected, start), moved(alone["stage 1"], start))[0] > 1e-3
+    for found in (alone["gspo, a row at a time"], *(outcomes["gspo"] for outcomes in pair)):
+        assert_same_stats(found, expected)
+        assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
 
 
 def assert_same_stats(found: Outcome, expected: Outcome) -> None:

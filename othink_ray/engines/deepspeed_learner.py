@@ -33,12 +33,14 @@ class DeepSpeedLearner:
         *,
         dtype: str,
         temperature: float,
-        clip_eps: float,
+        clip_eps: tuple[float, float],
+        kl_estimator: str,
         with_reference: bool,
         seed: int,
         place: Place,
     ) -> None:
-        self.learner, self.family, self.clip_eps, self.place = learner, family, clip_eps, place
+        self.learner, self.family, self.place = learner, family, place
+        self.clip_eps, self.kl_estimator = clip_eps, kl_estimator
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -115,8 +117,10 @@ class DeepSpeedLearner:
                     reference,
                     batch.advantages,
                     batch.loss_weights,
+                    answers=batch.answers,
                     beta=beta,
                     clip_eps=self.clip_eps,
+                    estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)

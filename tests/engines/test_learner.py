@@ -137,6 +137,8 @@ def alone(
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
+        "gspo": replace(plain, loss="gspo"),
+        "gspo, a row at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
         "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
@@ -155,6 +157,7 @@ def pair(
     scenarios = {
         "stage 1, uneven": replace(plain, steps=lopsided),
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
+        "gspo": replace(stage_3, loss="gspo"),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
         "stage 3": replace(
             stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
@@ -226,6 +229,14 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
         earlier = outcomes["stage 3, first half, uneven"].stats if name == "stage 3" else []
         assert_same_stats([*earlier, *outcomes[name].stats], expected.stats)
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
+
+
+def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], pair: list[dict[str, Outcome]]) -> None:
+    expected, start = alone["gspo"], alone["untouched"]
+    assert distance(moved(expected, start), moved(alone["stage 1"], start))[0] > 1e-3
+    for found in (alone["gspo, a row at a time"], *(outcomes["gspo"] for outcomes in pair)):
+        assert_same_stats(found.stats, expected.stats)
+        assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
 
 
 def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateStats]) -> None:

@@ -103,7 +103,7 @@ def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
 @pytest.fixture(scope="session")
 def vllm_engine(config: Config, family: Family, model_folder: Path) -> VLLMRollout:
     return VLLMRollout(
-        config.rollout, config.model, family, str(model_folder), transport="shared_memory", max_logprobs=8
+        config.rollout, config.model, family, str(model_folder), transport="shared_memory", max_logprobs=20
     )
 
 

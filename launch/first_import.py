@@ -7,14 +7,13 @@ import sys
 
 import deepspeed
 import hydra
-import matplotlib.pyplot
 import ray
 import torch
 import vllm
 import wandb
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-USED = (deepspeed, hydra, matplotlib.pyplot, ray, vllm, wandb, Qwen2VLForConditionalGeneration, Qwen2VLProcessor)
+USED = (deepspeed, hydra, ray, vllm, wandb, Qwen2VLForConditionalGeneration, Qwen2VLProcessor)
 
 if __name__ == "__main__":
     # Without nvidia-smi the environment is being made for another machine: an image, a login node.

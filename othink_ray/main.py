@@ -32,7 +32,7 @@ Groups
 Keys that matter
   train.steps  train.prompts_per_step  train.seed  train.checkpoint_every
   algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
-  algo.reward.format_weight (alpha)
+  algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator
   rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
   eval.every  run.dir  run.resume (never, auto, a checkpoint folder)  wandb.mode
   All of them, with their values: --cfg job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from othink_ray.config.load import load
-from othink_ray.config.schema import Config
+from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.data import open_source, worked_answer
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.micro_batch import collate
@@ -32,7 +33,14 @@ OVERRIDES = (
     "rollout.max_num_seqs=8",
     "rollout.max_model_len=192",
     "algo.group_size=4",
+    "rollout.threads=1",  # tensors this small are not worth a second thread, least of all on a busy machine
+    "learner.threads=1",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +62,16 @@ def texts(scenes: Sequence[Prompt]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def model_folder(config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(config: Config) -> ModelConfig:
+    """How the folder is made: its own pixel bounds are not the run's, which every engine must follow instead."""
+    return replace(config.model, min_pixels=784, max_pixels=401408)
+
+
+@pytest.fixture(scope="session")
+def model_folder(recipe: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as it starts: random weights."""
     folder = tmp_path_factory.mktemp("tiny_model")
-    build_tiny(folder, config.model, texts)
+    build_tiny(folder, recipe, texts)
     return folder
 
 
@@ -89,7 +103,9 @@ def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
 
 @pytest.fixture(scope="session")
 def vllm_engine(config: Config, family: Family, model_folder: Path) -> VLLMRollout:
-    return VLLMRollout(config.rollout, config.model, family, str(model_folder), transport="shared_memory")
+    return VLLMRollout(
+        config.rollout, config.model, family, str(model_folder), transport="shared_memory", max_logprobs=20
+    )
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,11 @@ from typing import Any
 
 MODES = ("train", "check")
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
+ADAPTIVE_SCHEDULES = ("target", "accuracy")
+ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std")
+LOSSES = ("grpo", "gspo")
+LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
+ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 
@@ -16,7 +21,11 @@ SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
-    "algo.kl.schedule": SCHEDULES,
+    "algo.advantage": ADVANTAGES,
+    "algo.loss": LOSSES,
+    "algo.loss_weights": LOSS_WEIGHTS,
+    "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
+    "algo.kl.estimator": ESTIMATORS,
     "model.family": ("qwen2_vl",),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": ("counting", "geometry"),
@@ -58,7 +67,13 @@ BOUNDS = (
         "Set {key}=1 or more.",
         (
             *("train.steps", "train.prompts_per_step", "algo.updates_per_step", "algo.reward.actors"),
-            *("model.min_pixels", "model.max_pixels", "model.tiny.text_width", "model.tiny.text_layers"),
+            *(
+                "algo.sampling_rounds",
+                "model.min_pixels",
+                "model.max_pixels",
+                "model.tiny.text_width",
+                "model.tiny.text_layers",
+            ),
             *("model.tiny.kv_heads", "model.tiny.vision_width", "model.tiny.vision_layers", "model.tiny.warm_batch"),
             *("data.train.size", "data.test.size", "data.scenes.max_items", "data.scenes.image_cells"),
             *("data.train.files.stream_buffer", "data.test.files.stream_buffer"),
@@ -89,7 +104,8 @@ BOUNDS = (
         lambda value: value > 0,
         "Set {key} to a positive number.",
         (
-            *("algo.reward.timeout_s", "model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
+            *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "model.tiny.warm_lr"),
+            *("rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
         ),
@@ -99,6 +115,12 @@ BOUNDS = (
         lambda value: 0 <= value <= 1,
         "Set {key}=0.3, the paper's value.",
         ("algo.kl.explore_frac",),
+    ),
+    Bound(
+        "must be more than 0 and at most 1: the share of the way to go in one step",
+        lambda value: 0 < value <= 1,
+        "Set {key}=0.1.",
+        ("algo.kl.adapt_rate",),
     ),
     Bound(
         "must be more than 0 and less than 1: the ratio is clipped to 1 - eps .. 1 + eps (Eq. 4)",

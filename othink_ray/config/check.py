@@ -91,6 +91,9 @@ def _kl(config: Config) -> Iterator[Problem]:
     if kl.schedule == "exponential" and kl.beta_min == 0:
         rule = "must be more than 0: the schedule exponential multiplies, and never leaves 0"
         yield broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001, or use the schedule linear.")
+    if kl.schedule == "target" and kl.beta_min == 0:
+        rule = "must be more than 0: the schedule target multiplies, and at 0 there is no KL to steer by"
+        yield broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001.")
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -225,6 +228,8 @@ def plan(config: Config, machine: Machine | None) -> str:
         f"{learner.gpus_per_rank:g} GPUs each",
         "step": f"{train.prompts_per_step} prompts x {config.algo.group_size} answers = {answers}, "
         f"{config.algo.updates_per_step} update(s); {train.steps} steps",
+        "algo": f"{config.algo.name}: {config.algo.loss} loss, {config.algo.advantage} advantages, "
+        f"{config.algo.loss_weights} weights",
         "beta": f"{kl.schedule}, {kl.beta_min:g} to {kl.beta_max:g}",
         "run.dir": config.run.dir,
     }

@@ -29,10 +29,13 @@ class TrainConfig:
 class KLConfig:
     """The KL weight beta(s) of GRPO-D (Eq. 3) and how the KL is estimated (Eq. 5)."""
 
-    schedule: str  # a key of othink_ray.core.kl.SCHEDULES
+    schedule: str  # a key of othink_ray.core.kl.SCHEDULES or of othink_ray.core.schedules.ADAPTIVE
     beta_min: float
     beta_max: float
     explore_frac: float  # w / t
+    target: float  # schedule target: the KL to keep, nats per answer token
+    adapt_rate: float  # how fast the schedules target and accuracy follow what they see, in one step
+    estimator: str  # a key of othink_ray.core.kl.ESTIMATORS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +53,13 @@ class AlgoConfig:
 
     name: str
     group_size: int  # G
-    clip_eps: float
+    clip_eps: float  # the ratio is clipped to 1 - clip_eps ...
+    clip_eps_high: float | None  # ... 1 + clip_eps_high; null: as clip_eps
     updates_per_step: int  # optimiser steps (mini-batches) per sampled batch
+    sampling_rounds: int  # at most so often questions are asked until no group has equal rewards; 1 keeps such groups
+    advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
+    loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
+    loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
     kl: KLConfig
     reward: RewardConfig
 

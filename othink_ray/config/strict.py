@@ -102,7 +102,7 @@ def _build(node: DictConfig, section: Any) -> Any:
         value = node[name]
         if value is not None and dataclasses.is_dataclass(inner):
             value = _build(value, inner)
-        elif inner is float:
+        elif value is not None and inner is float:
             value = float(value)
         values[name] = value
     return section(**values)

@@ -1,7 +1,8 @@
-"""Group-relative advantages (Eq. 2)."""
+"""Advantages: how much better an answer is than its group (Eq. 2), and what GRPO's relatives take for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import numpy as np
@@ -43,20 +44,70 @@ def group_advantages(
         mask = valid.detach().cpu().numpy() if isinstance(valid, torch.Tensor) else np.asarray(valid)
         mask = mask.astype(np.bool_)
     _check(values, mask, eps)
-    advantages = _normalise(np.where(mask, values, 0.0), mask, eps)
+    advantages = _normalise(values, mask, eps)
     return torch.from_numpy(advantages).to(rewards.device) if isinstance(rewards, torch.Tensor) else advantages
 
 
+def mean_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Dr. GRPO: r - mean of the group, (N, G) -> (N, G); undivided, so that easy and hard questions weigh the same."""
+    _check(rewards, valid, EPS)
+    return _deviations(rewards, valid)
+
+
+def leave_one_out_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """RLOO: r - mean of the group's other answers, (N, G) -> (N, G); that is n / (n - 1) of the deviation from all."""
+    _check(rewards, valid, EPS)
+    counted = valid.sum(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = _deviations(rewards, valid) * counted / np.maximum(counted - 1, 1)
+    return result
+
+
+def batch_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """REINFORCE++ with baseline: deviations from the group's mean, over their std in the whole step; (N, G) -> (N, G).
+
+    One number an answer, so the step's mean is 0 already; taking off a mean over tokens would give dust to groups of
+    equal rewards.
+    """
+    _check(rewards, valid, EPS)
+    deviations = _deviations(rewards, valid)
+    std = float(np.sqrt((deviations**2).sum() / max(int(valid.sum()) - DDOF, 1)))
+    return deviations / (std + EPS)
+
+
+# (rewards, valid) of the N groups of a step, (N, G) each -> advantages (N, G)
+Advantages = Callable[[NDArray[np.float64], NDArray[np.bool_]], NDArray[np.float64]]
+
+ADVANTAGES: dict[str, Advantages] = {
+    "group_std": group_advantages,
+    "group_mean": mean_advantages,
+    "leave_one_out": leave_one_out_advantages,
+    "batch_std": batch_advantages,
+}
+
+
+def rewards_differ(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> bool:
+    """Whether the valid answers of one group (G,) can be told apart: only then do they teach."""
+    return bool(_deviations(rewards, valid).any())
+
+
 def _normalise(values: NDArray[np.float64], mask: NDArray[np.bool_], eps: float) -> NDArray[np.float64]:
-    """Eq. 2 over the last axis, where masked-out values are 0."""
+    """Eq. 2 over the last axis."""
+    counted = mask.sum(axis=-1, keepdims=True)
+    deviations = _deviations(values, mask)
+    std = np.sqrt((deviations**2).sum(axis=-1, keepdims=True) / np.maximum(counted - DDOF, 1))
+    result: NDArray[np.float64] = deviations / (std + eps)
+    return result
+
+
+def _deviations(values: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """From the mean of the valid answers over the last axis; exactly 0 where all of them are equal, or not valid."""
+    values = np.where(mask, values, 0.0)
     counted = mask.sum(axis=-1, keepdims=True)
     first_valid = np.take_along_axis(values, mask.argmax(axis=-1, keepdims=True), axis=-1)
     # One valid answer equals itself, and none are all equal: both are groups without a comparison.
     all_equal = ((values == first_valid) | ~mask).all(axis=-1, keepdims=True)
     mean = values.sum(axis=-1, keepdims=True) / np.maximum(counted, 1)
-    deviation = np.where(mask, values - mean, 0.0)
-    std = np.sqrt((deviation**2).sum(axis=-1, keepdims=True) / np.maximum(counted - DDOF, 1))
-    result: NDArray[np.float64] = np.where(all_equal, 0.0, deviation / (std + eps))
+    result: NDArray[np.float64] = np.where(mask & ~all_equal, values - mean, 0.0)
     return result
 
 

@@ -1,4 +1,4 @@
-"""The KL weight beta(s) of GRPO-D and its relatives (Eq. 3), and the KL estimator (Eq. 5); loads no torch."""
+"""The KL weight beta(s) of GRPO-D and its relatives (Eq. 3), and the KL estimators (Eq. 5); loads no torch."""
 
 from __future__ import annotations
 
@@ -80,10 +80,33 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def kl_k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Eq. 5 per token, any shape: ref/pi - log(ref/pi) - 1, never negative beyond rounding.
+def kl_k1(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(pi/ref) per token, any shape: unbiased, often negative.
 
-    A log ratio above MAX_LOG_RATIO counts as MAX_LOG_RATIO (and has no gradient), so finite logprobs give a finite KL.
+    Its gradient is that of log pi alone, which is 0 on average over the policy's own samples: as a loss it adds noise
+    and holds nothing back.
+    """
+    return policy_logprobs - ref_logprobs
+
+
+def kl_k2(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(pi/ref)^2 / 2 per token, any shape: biased, never negative.
+
+    Its gradient log(pi/ref) * grad log pi is, over the policy's own samples, that of the token's KL(pi || ref): the
+    same as k1 taken off the reward.
+    """
+    return (policy_logprobs - ref_logprobs).square() / 2
+
+
+def kl_k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Eq. 5 per token, any shape: ref/pi - log(ref/pi) - 1: unbiased, never negative beyond rounding.
+
+    Its gradient (1 - ref/pi) * grad log pi is, over the policy's own samples, that of KL(ref || pi): near the
+    reference the same pull as k2's; where pi far exceeds ref at most 1, where ref far exceeds pi huge. A log ratio
+    above MAX_LOG_RATIO counts as MAX_LOG_RATIO (and has no gradient), so finite logprobs give a finite KL.
     """
     log_ratio = (ref_logprobs - policy_logprobs).clamp(max=MAX_LOG_RATIO)
     return log_ratio.expm1() - log_ratio
+
+
+ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

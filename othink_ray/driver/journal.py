@@ -68,7 +68,7 @@ class Journal:
         self._note_drops()
         every = self.config.train.checkpoint_every
         if last or (every and done % every == 0):
-            checkpoint.write(Path(self.config.run.dir), self._state(done), self.team)
+            checkpoint.write(Path(self.config.run.dir), self._state(seen), self.team)
 
     def _evaluate(self, step: int) -> Evaluation:
         with self.console.phase(f"answering {len(self.held_out)} held-out questions"):
@@ -86,8 +86,13 @@ class Journal:
         for row, reason in rows:
             self.console.say(f"dropped row {row}: {reason}")
 
-    def _state(self, done: int) -> TrainState:
-        return TrainState(step=done, data_position=self.stream.position, schedule_state={}, seed=self.config.train.seed)
+    def _state(self, seen: Step) -> TrainState:
+        return TrainState(
+            step=seen.step + 1,
+            data_position=self.stream.position,
+            schedule_state=seen.schedule_state,
+            seed=self.config.train.seed,
+        )
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the run so far."""

@@ -5,15 +5,15 @@ generate -> score -> update -> push          (one turn is one training step, on-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from othink_ray.core.advantages import group_advantages
-from othink_ray.core.packing import pack
+from othink_ray.core.advantages import Advantages, rewards_differ
+from othink_ray.core.schedules import BetaSchedule, Measured
 from othink_ray.driver.clock import Clock
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
@@ -39,13 +39,34 @@ class Team(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What tells one algorithm of the family from another, between the answers and the learner."""
+
+    prompts_per_step: int
+    updates_per_step: int
+    sampling_rounds: int
+    advantages: Advantages
+    pack: Callable[[Sequence[ScoredGroup], Sequence[NDArray[np.float64]]], list[Pack]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """The groups of one step, in the order of asking: all of them, and those that are trained."""
+
+    asked: Sequence[ScoredGroup]
+    trained: Sequence[ScoredGroup]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """All that one step showed, for those who watch."""
 
     step: int
     beta: float
-    scored: Sequence[ScoredGroup]
-    advantages: Sequence[NDArray[np.float64]]
+    schedule_state: Mapping[str, float]  # for the step after this one
+    asked: Sequence[ScoredGroup]
+    scored: Sequence[ScoredGroup]  # those of them that were trained
+    advantages: Sequence[NDArray[np.float64]]  # of `scored`
     stats: UpdateStats
     audit: Audit
     times: dict[str, float]
@@ -66,9 +87,9 @@ def train(
     stream: Stream,
     *,
     steps: range,
-    prompts_per_step: int,
-    updates_per_step: int,
-    schedule: Callable[[int], float],
+    recipe: Recipe,
+    schedule: BetaSchedule,
+    schedule_state: Mapping[str, float],
     journal: Watches,
 ) -> None:
     """Runs `steps`; the journal sees each one when it is done: it logs, evaluates and saves."""
@@ -76,30 +97,66 @@ def train(
     journal.begin(steps.start)
     for step in steps:
         clock = Clock()
-        beta = schedule(step)
-        prompts = stream.take(prompts_per_step)
-        groups = clock.lap_at_end("generate", team.generate(prompts, step))
-        scored = in_order(team.score(groups), prompts)
-        clock.lap("score")
-        assert all(one.group.version == step for one in scored), "sampled with other weights than those being trained"
-        advantages = [group_advantages(one.rewards, one.valid) for one in scored]
-        share = prompts_per_step // updates_per_step
-        packs = [pack(one, own, share) for one, own in zip(scored, advantages, strict=True)]
-        stats = team.update(packs, updates=updates_per_step, beta=beta)
+        beta = schedule.beta(step, schedule_state)
+        sampled = sample(team, stream, step, recipe.prompts_per_step, recipe.sampling_rounds, clock)
+        rewards = np.stack([one.rewards for one in sampled.trained])
+        advantages = list(recipe.advantages(rewards, np.stack([one.valid for one in sampled.trained])))
+        packs = recipe.pack(sampled.trained, advantages)
+        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta)
         clock.lap("update")
         audit = team.push(step + 1)
         clock.lap("push")
+        schedule_state = schedule.after(schedule_state, measured(sampled, stats))
         journal.step(
             Step(
                 step=step,
                 beta=beta,
-                scored=scored,
+                schedule_state=schedule_state,
+                asked=sampled.asked,
+                scored=sampled.trained,
                 advantages=advantages,
                 stats=stats,
                 audit=audit,
                 times=clock.times,
             )
         )
+
+
+def sample(team: Team, stream: Stream, step: int, count: int, rounds: int, clock: Clock) -> Sampled:
+    """`count` scored groups to train on.
+
+    DAPO's dynamic sampling: a group of equal rewards teaches nothing, so as many new questions as there are such groups
+    are asked, up to `rounds` times in all. Those still missing then are made up from the first groups of equal rewards.
+    """
+    asked: list[ScoredGroup] = []
+    missing = count
+    for _ in range(rounds):
+        prompts = stream.take(missing)
+        groups = clock.lap_at_end("generate", team.generate(prompts, step))
+        scored = in_order(team.score(groups), prompts)
+        clock.lap("score")
+        assert all(one.group.version == step for one in scored), "sampled with other weights than those being trained"
+        asked += scored
+        missing -= sum(map(teaches, scored))
+        if not missing:
+            break
+    fillers = [place for place, one in enumerate(asked) if not teaches(one)][:missing]
+    return Sampled(asked=asked, trained=[one for place, one in enumerate(asked) if teaches(one) or place in fillers])
+
+
+def teaches(scored: ScoredGroup) -> bool:
+    """Whether the group's answers were rewarded differently."""
+    return rewards_differ(scored.rewards, scored.valid)
+
+
+def measured(sampled: Sampled, stats: UpdateStats) -> Measured:
+    """What a schedule may steer by."""
+    graded = [one.parts["accuracy"][one.valid] for one in sampled.asked if "accuracy" in one.parts]
+    right = np.concatenate(graded) if graded else np.empty(0)
+    return Measured(
+        kl=stats.kl_mean if stats.tokens else float("nan"),
+        accuracy=float(right.mean()) if len(right) else float("nan"),
+    )
 
 
 def in_order(scored: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from othink_ray.driver.loop import Step
+from othink_ray.driver.loop import Step, teaches
 
 
 def measures(step: Step) -> dict[str, float]:
-    """The metrics of one step. Means are over valid answers; a masked answer counts only in `groups/masked`."""
-    valid = np.concatenate([one.valid for one in step.scored])
-    answers = [completion for one in step.scored for completion in one.group.completions]
+    """The metrics of one step. Rewards, lengths and groups are those of all that was asked, trained or not.
+
+    Means of rewards are over valid answers; a masked answer counts only in `groups/masked`.
+    """
+    asked = step.asked
+    valid = np.concatenate([one.valid for one in asked])
+    answers = [completion for one in asked for completion in one.group.completions]
     lengths = np.array([len(answer.token_ids) for answer in answers])
     seconds = sum(step.times.values())
     found = {
-        "reward/mean": _mean(np.concatenate([one.rewards for one in step.scored]), valid),
+        "reward/mean": _mean(np.concatenate([one.rewards for one in asked]), valid),
         "kl/beta": step.beta,
         "kl/mean": step.stats.kl_mean,
         "loss": step.stats.loss,
@@ -30,15 +34,16 @@ def measures(step: Step) -> dict[str, float]:
         "lr": step.stats.lr,
         "tokens/completion_mean": float(lengths.mean()),
         "tokens/cut_frac": float(np.mean([answer.finish == "length" for answer in answers])),
-        "groups/constant_frac": float(np.mean([not advantages.any() for advantages in step.advantages])),
+        "groups/constant_frac": float(np.mean([not teaches(one) for one in asked])),
+        "groups/asked": float(len(asked)),
         "groups/masked": float((~valid).sum()),
         "vision/encodes": float(step.stats.vision_encodes),
         "throughput/samples_per_s": len(answers) / seconds,
         "throughput/tokens_per_s": float(lengths.sum()) / seconds,
         "time/step_s": seconds,
     }
-    for part in sorted({name for one in step.scored for name in one.parts}):
-        scored = [one for one in step.scored if part in one.parts]
+    for part in sorted({name for one in asked for name in one.parts}):
+        scored = [one for one in asked if part in one.parts]
         values = np.concatenate([one.parts[part] for one in scored])
         found[f"reward/{part}"] = _mean(values, np.concatenate([one.valid for one in scored]))
     return found | {f"time/{name}_s": lap for name, lap in step.times.items()}

@@ -19,6 +19,7 @@ from othink_ray.driver.supervised import Learns, Teaches, supervise
 from othink_ray.types import UpdateStats
 
 _RECIPE = 2  # raise it when the code makes another model of the same configuration
+_OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _TOKENIZER_ROWS = 256
 
 
@@ -41,7 +42,8 @@ OpenClassroom = Callable[[Config, Path], AbstractContextManager[Classroom]]
 
 def base_model_folder(config: Config) -> Path:
     """Where the base model of this configuration is kept; the name changes with all that shapes it."""
-    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data)}
+    optimiser = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMISER}
+    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
     return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
 

@@ -46,6 +46,15 @@ class Place:
     master_port: int
 
 
+def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) -> None:
+    """Refuses a prompt after which no answer token fits."""
+    if len(expanded) >= max_model_len:
+        raise ValueError(
+            f"prompt {prompt.id} has {len(expanded)} tokens, its images included, but rollout.max_model_len = "
+            f"{max_model_len} must hold an answer too: raise it, or lower model.max_pixels"
+        )
+
+
 class RolloutEngine(Protocol):
     """Samples groups with one version of the weights."""
 

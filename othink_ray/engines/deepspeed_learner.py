@@ -33,12 +33,14 @@ class DeepSpeedLearner:
         *,
         dtype: str,
         temperature: float,
-        clip_eps: float,
+        clip_eps: tuple[float, float],
+        kl_estimator: str,
         with_reference: bool,
         seed: int,
         place: Place,
     ) -> None:
-        self.learner, self.family, self.clip_eps, self.place = learner, family, clip_eps, place
+        self.learner, self.family, self.place = learner, family, place
+        self.clip_eps, self.kl_estimator = clip_eps, kl_estimator
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -54,6 +56,8 @@ class DeepSpeedLearner:
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed
+        # DeepSpeed would compile collectives of its own for CPU ranks, a minute at the first start; gloo has them all.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
         self.engine = self._initialise(Policy(family.load_network(DTYPES[dtype]), family, temperature), train=True)
@@ -81,17 +85,19 @@ class DeepSpeedLearner:
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
-            optimizer = torch.optim.AdamW(
-                policy.parameters(),
-                lr=self.learner.lr,
-                betas=(self.learner.adam_beta1, self.learner.adam_beta2),
-                eps=self.learner.adam_eps,
-                weight_decay=self.learner.weight_decay,
-            )
+            optimizer = torch.optim.AdamW(policy.parameters(), **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
             model=policy.to(self.device), config=settings, optimizer=optimizer, dist_init_required=False
         )
         return engine
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        return {
+            "lr": self.learner.lr,
+            "betas": (self.learner.adam_beta1, self.learner.adam_beta2),
+            "eps": self.learner.adam_eps,
+            "weight_decay": self.learner.weight_decay,
+        }
 
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, loss: str) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
@@ -111,8 +117,10 @@ class DeepSpeedLearner:
                     reference,
                     batch.advantages,
                     batch.loss_weights,
+                    answers=batch.answers,
                     beta=beta,
                     clip_eps=self.clip_eps,
+                    estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)
@@ -172,6 +180,8 @@ class DeepSpeedLearner:
         path, _ = self.engine.load_checkpoint(str(folder), tag="learner")
         if path is None:
             raise ValueError(f"run.resume: {folder} holds no learner state; name a checkpoints/step_N folder")
+        for group in self.engine.optimizer.param_groups:  # restored too; but what this run's config says holds
+            group.update(self._hyperparameters())
 
 
 def _row(group: Group) -> Pack:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling, share_of_cores
+from othink_ray.engines.base import Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
@@ -57,6 +57,7 @@ class HFRollout:
         images = self.family.encode_images(prompt.images)
         counts = self.family.image_token_counts(prompt.images)
         prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
+        require_room(prompt, prompt_ids, self.max_model_len)
         positions = self.family.prompt_positions(torch.tensor(prompt_ids), images)
         draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())

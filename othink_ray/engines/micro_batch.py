@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core.packing import PADDING, attention_mask, position_offsets, predictor_index
+from othink_ray.core.packing import PADDING, answer_index, attention_mask, position_offsets, predictor_index
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack
 
@@ -27,6 +27,7 @@ class MicroBatch:
     images: ImageTensors
     predictors: Tensor  # (N,) index into the B * L hidden states
     targets: Tensor  # (N,)
+    answers: Tensor  # (N,) which answer a token belongs to
     loss_weights: Tensor  # (N,)
     advantages: Tensor  # (N,)
     sampler_logprobs: Tensor  # (N,)
@@ -56,6 +57,7 @@ def collate(packs: Sequence[Pack], family: Family, device: torch.device) -> Micr
         images=ImageTensors(pixels=torch.cat(pixels).to(device), grids=torch.cat(grids).to(device)),
         predictors=(predictor_index(segments) + row_start)[is_answer].to(device),
         targets=token_ids[is_answer].to(device),
+        answers=answer_index(segments).to(device),
         loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]).to(device),
         advantages=_of_answers(packs, [pack.advantages for pack in packs]).to(device),
         sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]).to(device),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling, share_of_cores
+from othink_ray.engines.base import Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
@@ -22,10 +22,18 @@ class VLLMRollout:
     """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
 
     def __init__(
-        self, rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str
+        self,
+        rollout: RolloutConfig,
+        model: ModelConfig,
+        family: Family,
+        path: str,
+        *,
+        transport: str,
+        max_logprobs: int,
     ) -> None:
         self.family = family
         self.version = -1
+        self.limit = rollout.max_model_len
         on_gpu = rollout.gpus_per_actor > 0
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -54,6 +62,7 @@ class VLLMRollout:
             "max_num_batched_tokens": max(8192, rollout.max_model_len),
             "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
             "mm_processor_kwargs": {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels},
+            "max_logprobs": max_logprobs,
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
             "enable_prefix_caching": True,
             "enforce_eager": rollout.enforce_eager,
@@ -72,18 +81,12 @@ class VLLMRollout:
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        for prompt in prompts:
-            self._ask(prompt, sampling, logprobs=0)
-        waiting = {prompt.id: prompt for prompt in prompts}
-        for output in self._finished():
-            yield self._group(waiting.pop(output.request_id), output)
-        assert not waiting, f"vLLM answered all but {sorted(waiting)}"
+        for index, output in self._outputs(prompts, sampling, logprobs=0):
+            yield self._group(prompts[index], output)
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
-        for prompt in prompts:
-            self._ask(prompt, sampling, logprobs=candidates)
-        outputs = {output.request_id: output for output in self._finished()}
-        return [self._probe(prompt, outputs[prompt.id], candidates) for prompt in prompts]
+        outputs = dict(self._outputs(prompts, sampling, logprobs=candidates))
+        return [self._probe(prompt, outputs[index], candidates) for index, prompt in enumerate(prompts)]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
@@ -105,8 +108,23 @@ class VLLMRollout:
         self.engine.reset_encoder_cache()
         self.engine.reset_mm_cache()
 
-    def _ask(self, prompt: Prompt, sampling: Sampling, *, logprobs: int) -> None:
-        parameters = self._sampling_params(
+    def _outputs(self, prompts: Sequence[Prompt], sampling: Sampling, *, logprobs: int) -> Iterator[tuple[int, Any]]:
+        """(index of a prompt, its output) as they finish; named by index, since a prompt may come twice."""
+        requests = [self._request(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
+        waiting = {str(index) for index in range(len(prompts))}
+        try:
+            for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+                self.engine.add_request(str(index), request, self._parameters(prompt, sampling, logprobs))
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    waiting.remove(output.request_id)
+                    yield int(output.request_id), output
+        finally:
+            self.engine.abort_request(list(waiting))  # of a caller that stopped listening
+        assert not waiting, f"vLLM answered all but {sorted(waiting)}"
+
+    def _parameters(self, prompt: Prompt, sampling: Sampling, logprobs: int) -> Any:
+        return self._sampling_params(
             n=sampling.answers,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
@@ -116,15 +134,12 @@ class VLLMRollout:
             detokenize=False,
             output_kind=self._final_only,
         )
-        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in prompt.images]
-        request: dict[str, Any] = {"prompt_token_ids": self.family.prompt_token_ids(prompt)}
-        if images:
-            request["multi_modal_data"] = {"image": images}
-        self.engine.add_request(prompt.id, request, parameters)
 
-    def _finished(self) -> Iterator[Any]:
-        while self.engine.has_unfinished_requests():
-            yield from self.engine.step()
+    def _request(self, prompt: Prompt) -> dict[str, Any]:
+        token_ids = self.family.prompt_token_ids(prompt)
+        require_room(prompt, self.family.expand(token_ids, self.family.image_token_counts(prompt.images)), self.limit)
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in prompt.images]
+        return {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
 
     def _group(self, prompt: Prompt, output: Any) -> Group:
         answers = sorted(output.outputs, key=lambda answer: answer.index)

@@ -18,10 +18,7 @@ def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
     if places != len(prompt.images):
         reason = f"its text spells {places - len(prompt.images)} image placeholder(s) of the model out"
         raise BadRow(prompt.id, reason, "take them out of the question")
-    try:
-        image_tokens = sum(family.image_token_counts(prompt.images))
-    except ValueError as error:  # the image processor refuses very long and narrow images
-        raise BadRow(prompt.id, f"its image cannot be scaled: {error}", "crop it or remove the row") from error
+    image_tokens = sum(family.image_token_counts(prompt.images))
     text_tokens = len(text_ids) - places
     needed = text_tokens + image_tokens + rollout.max_tokens
     if needed > rollout.max_model_len:

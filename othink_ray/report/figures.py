@@ -50,7 +50,7 @@ def figures(run: RunFiles) -> list[Chart]:
                 curve("largest ratio", "ratio/raw_max", VIOLET, reduce=max, smooth=True),
                 curve("clipped", "ratio/clip_frac", ORANGE, side="right", smooth=True),
             ],
-            left=FREE,
+            left=Scale(from_zero=False, least_span=0.2),
             right=FRACTION,
         ),
         lines(

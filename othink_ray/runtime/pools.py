@@ -136,7 +136,7 @@ class LearnerPool:
     def wait(self, started: Sequence[Any]) -> None:
         self._all(started, "loading", self.learner.load_timeout_s)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, loss: str = "grpo") -> UpdateStats:
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, loss: str) -> UpdateStats:
         """One batch of rows, balanced over ranks."""
         shares = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
         calls = []

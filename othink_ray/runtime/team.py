@@ -27,6 +27,7 @@ class Team:
     max_tokens: int
     temperature: float
     seed: int
+    loss: str
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
         sampling = Sampling(
@@ -41,7 +42,7 @@ class Team:
         return self.rewards.score(groups)
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
-        return self.learner.update(packs, updates=updates, beta=beta)
+        return self.learner.update(packs, updates=updates, beta=beta, loss=self.loss)
 
     def push(self, version: int) -> Audit:
         return self.pusher(version)

@@ -54,10 +54,11 @@ def _join(pieces: list[Piece], buffers: list[Tensor]) -> Chunk:
 
 
 def from_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors again; those of a read-only buffer are copied, since engines may keep or change them."""
+    """The named tensors again, copied: a shared buffer is read-only, and engines may keep or change what they get."""
     for chunk in chunks:
         start = 0
         for piece in chunk.pieces:
-            raw = torch.from_numpy(chunk.data[start : start + piece.nbytes].copy())
-            yield piece.name, raw.view(piece.dtype).view(piece.shape)
+            weight = torch.empty(piece.shape, dtype=piece.dtype)
+            weight.view(-1).view(torch.uint8).numpy()[:] = chunk.data[start : start + piece.nbytes]
+            yield piece.name, weight
             start += piece.nbytes

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from othink_ray.config import bounds
 from othink_ray.config.bounds import SCHEDULES
 from othink_ray.config.check import Machine, detect_machine, machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, load
-from othink_ray.core import kl
+from othink_ray.core import advantages, kl, losses, packing, schedules
 
 NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
@@ -107,6 +108,18 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["algo.kl.schedule=exponential", "algo.kl.beta_min=0"], "the schedule exponential multiplies"),
         (["algo.kl.explore_frac=1.5"], "algo.kl.explore_frac = 1.5 must be between 0 and 1"),
         (["algo.clip_eps=1"], "algo.clip_eps = 1 must be more than 0 and less than 1"),
+        (["algo.clip_eps_high=0"], "algo.clip_eps_high = 0 must be more than 0"),
+        (["algo.advantage=mean"], "must be one of group_std, group_mean, leave_one_out, batch_std"),
+        (["algo.loss=gsop"], "algo.loss = gsop must be one of grpo, gspo Did you mean algo.loss=gspo?"),
+        (["algo.loss=sft"], "algo.loss = sft must be one of grpo, gspo"),
+        (["algo.loss_weights=tokens_mean"], "Did you mean algo.loss_weights=token_mean?"),
+        (["algo.sampling_rounds=0"], "algo.sampling_rounds = 0 must be at least 1"),
+        (["algo.kl.estimator=k4"], "algo.kl.estimator = k4 must be one of k1, k2, k3"),
+        (["algo.kl.schedule=acuracy"], "Did you mean algo.kl.schedule=accuracy?"),
+        (["algo.kl.target=0"], "algo.kl.target = 0 must be more than 0"),
+        (["algo.kl.adapt_rate=1.5"], "algo.kl.adapt_rate = 1.5 must be more than 0 and at most 1"),
+        (["algo.kl.schedule=target", "algo.kl.beta_min=0"], "the schedule target multiplies"),
+        (["algo=gspo", "train.prompts_per_step=6"], "must be a multiple of algo.updates_per_step = 4"),
         (["algo.reward.format_weight=-0.5"], "algo.reward.format_weight = -0.5 must be at least 0"),
         (["algo.updates_per_step=3"], "must be a multiple of algo.updates_per_step = 3"),
         (["learner.world_size=3"], "gives 16 prompts to an update, which must be a multiple of learner.world_size = 3"),
@@ -199,3 +212,17 @@ def test_gpus_are_counted_and_the_visible_ones_kept(tmp_path: Path, monkeypatch:
 
 def test_schedules_known_here_are_those_of_the_core() -> None:
     assert set(SCHEDULES) == set(kl.SCHEDULES)
+    assert set(bounds.ADAPTIVE_SCHEDULES) == set(schedules.ADAPTIVE)
+
+
+def test_parts_of_an_algorithm_known_here_are_those_of_the_core() -> None:
+    assert tuple(advantages.ADVANTAGES) == bounds.ADVANTAGES
+    assert set(bounds.LOSSES) == set(losses.LOSSES) - {"sft"}  # sft is a mode, not an algorithm
+    assert tuple(packing.LOSS_WEIGHTS) == bounds.LOSS_WEIGHTS
+    assert tuple(kl.ESTIMATORS) == bounds.ESTIMATORS
+
+
+@pytest.mark.parametrize("schedule", ["target", "accuracy"])
+@pytest.mark.parametrize("algo", ["grpo_d", "rloo"])
+def test_a_stateful_schedule_goes_with_any_algorithm(algo: str, schedule: str) -> None:
+    assert said([f"algo={algo}", f"algo.kl.schedule={schedule}", "algo.kl.beta_max=0.2"]) == []

@@ -90,7 +90,7 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
     once = SAMPLING.answers * (SAMPLING.max_tokens - 1)
-    [group] = engine.generate(scenes[:1], SAMPLING)
+    list(engine.generate(scenes[:1], SAMPLING))
     first = work.take()[1]
     list(engine.generate(scenes[:1], SAMPLING))
     kept = work.take()[1]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from othink_ray.core.advantages import EPS, group_advantages
+from othink_ray.core.advantages import ADVANTAGES, EPS, group_advantages, rewards_differ
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True)
@@ -118,3 +118,50 @@ def test_rewards_without_meaning_are_refused(arguments: dict[str, Any], words: l
     with pytest.raises(ValueError) as error:
         group_advantages(**arguments)
     assert all(word in str(error.value) for word in words)
+
+
+# ---- relatives of GRPO, over a whole step
+
+ONE_RIGHT = np.array([[1.0, 0, 0, 0], [1.0, 1, 0, 0]])
+ALL = np.ones((2, 4), dtype=bool)
+
+
+def test_the_mean_of_the_group_is_all_that_dr_grpo_takes_off() -> None:
+    assert ADVANTAGES["group_mean"](ONE_RIGHT, ALL).tolist() == [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]
+
+
+def test_an_answer_left_out_is_compared_with_the_others() -> None:
+    expected = [[1.0, -1 / 3, -1 / 3, -1 / 3], [2 / 3, 2 / 3, -2 / 3, -2 / 3]]
+    np.testing.assert_allclose(ADVANTAGES["leave_one_out"](ONE_RIGHT, ALL), expected)
+
+
+def test_the_step_has_one_std_for_all_its_groups() -> None:
+    # squared deviations 0.75 and 1, over 7
+    expected = np.array([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]) / (1.75 / 7) ** 0.5
+    np.testing.assert_allclose(ADVANTAGES["batch_std"](ONE_RIGHT, ALL), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("constant", [0.9, 0.1 + 0.2, 1 / 3, -0.7, 0.0])
+def test_equal_rewards_give_exactly_zero_beside_any_other_group(name: str, constant: float) -> None:
+    rewards = np.array([[constant] * 7, [1.0, 0, 0, 0.3, 1, 0, 0]])
+    found = ADVANTAGES[name](rewards, np.ones((2, 7), dtype=bool))
+    assert not found[0].any()
+    assert found[1].all()
+    assert not ADVANTAGES[name](rewards[:1], np.ones((1, 7), dtype=bool)).any()
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_an_invalid_answer_counts_nowhere(name: str) -> None:
+    valid = np.array([[True, True, True, False]] * 2)
+    rewards = np.where(valid, ONE_RIGHT, np.nan)
+    found = ADVANTAGES[name](rewards, valid)
+    np.testing.assert_allclose(found[:, :3], ADVANTAGES[name](ONE_RIGHT[:, :3], ALL[:, :3]))
+    assert not found[:, 3].any()
+
+
+def test_a_group_teaches_only_where_valid_rewards_differ() -> None:
+    assert rewards_differ(np.array([1.0, 0.0]), np.array([True, True]))
+    assert not rewards_differ(np.array([1.0, 0.0]), np.array([True, False]))
+    assert not rewards_differ(np.array([0.9] * 8), np.array([True] * 8))
+    assert not rewards_differ(np.array([0.0, 0.0]), np.array([False, False]))

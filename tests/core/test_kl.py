@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from othink_ray.core.kl import SCHEDULES, kl_k3, schedule
+from othink_ray.core.kl import ESTIMATORS, SCHEDULES, kl_k3, schedule
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True)
@@ -140,3 +140,49 @@ def test_k3_and_its_gradient_stay_finite_for_huge_differences() -> None:
     assert policy.grad is not None
     assert torch.isfinite(k3).all() and torch.isfinite(policy.grad).all()
     assert k3[1].item() == pytest.approx(499.0)
+
+
+def exact_and_estimated(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL(pi | ref), the estimator's mean over pi; the gradient of logits that this mean has, and pi's logits' own."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=random, dtype=torch.float64).requires_grad_()
+    ref = torch.log_softmax(torch.randn(5, generator=random, dtype=torch.float64), 0)
+    log_p = torch.log_softmax(logits, 0)
+    value = ESTIMATORS[name](log_p, ref)
+    sampled = (log_p.exp().detach() * value).sum()
+    (grad,) = torch.autograd.grad(sampled, logits, retain_graph=True)
+    exact = (log_p.exp() * (log_p - ref)).sum()
+    return (
+        exact,
+        sampled,
+        grad,
+        torch.stack(
+            [
+                torch.autograd.grad(exact, logits, retain_graph=True)[0],
+                torch.autograd.grad((ref.exp() * (ref - log_p)).sum(), logits)[0],
+            ]
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+def test_k1_and_k3_are_the_kl_on_average(name: str) -> None:
+    exact, sampled, _, _ = exact_and_estimated(name)
+    torch.testing.assert_close(sampled, exact)
+
+
+def test_k2_is_near_the_kl_of_near_distributions_only() -> None:
+    exact, sampled, _, _ = exact_and_estimated("k2")
+    assert sampled.item() != pytest.approx(exact.item(), rel=1e-3)
+    log_p = torch.log_softmax(torch.tensor([0.0, 0.01, -0.02], dtype=torch.float64), 0)
+    ref = torch.log_softmax(torch.zeros(3, dtype=torch.float64), 0)
+    k2, k1 = (float((log_p.exp() * ESTIMATORS[name](log_p, ref)).sum()) for name in ("k2", "k1"))
+    assert k2 == pytest.approx(k1, rel=1e-2)
+
+
+def test_as_losses_k1_pulls_nowhere_k2_like_the_reverse_and_k3_like_the_forward_kl() -> None:
+    torch.testing.assert_close(exact_and_estimated("k1")[2], torch.zeros(5, dtype=torch.float64))
+    _, _, k2, (reverse, _) = exact_and_estimated("k2")
+    torch.testing.assert_close(k2, reverse)
+    _, _, k3, (_, forward) = exact_and_estimated("k3")
+    torch.testing.assert_close(k3, forward)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from othink_ray.core.advantages import EPS, group_advantages
-from othink_ray.core.losses import LOSSES, LossTerms, grpo_loss, sft_loss
+from othink_ray.core.losses import LOSSES, LossTerms, grpo_loss
 from tests.reference import grpo_d
+
+CLIP = (0.2, 0.2)
 
 
 @dataclass
@@ -21,12 +23,28 @@ class Tokens:
     ref: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
+    answers: torch.Tensor
 
     def __getitem__(self, rows: torch.Tensor) -> Tokens:
-        return Tokens(self.policy[rows], self.old[rows], self.ref[rows], self.advantages[rows], self.weights[rows])
+        return Tokens(*(value[rows] for value in vars(self).values()))
 
-    def grpo(self, beta: float = 0.05, clip_eps: float = 0.2) -> tuple[torch.Tensor, LossTerms]:
-        return grpo_loss(self.policy, self.old, self.ref, self.advantages, self.weights, beta=beta, clip_eps=clip_eps)
+    def loss(
+        self, name: str, beta: float = 0.05, clip_eps: tuple[float, float] = CLIP, estimator: str = "k3"
+    ) -> tuple[torch.Tensor, LossTerms]:
+        return LOSSES[name](
+            self.policy,
+            self.old,
+            self.ref,
+            self.advantages,
+            self.weights,
+            answers=self.answers,
+            beta=beta,
+            clip_eps=clip_eps,
+            estimator=estimator,
+        )
+
+    def grpo(self, beta: float = 0.05) -> tuple[torch.Tensor, LossTerms]:
+        return self.loss("grpo", beta)
 
 
 def ragged_step(seed: int) -> tuple[list[list[grpo_d.Answer]], Tokens]:
@@ -47,21 +65,28 @@ def ragged_step(seed: int) -> tuple[list[list[grpo_d.Answer]], Tokens]:
             group.append(grpo_d.Answer(reward, ok, list(policy), list(old), list(ref)))
             weight = 1 / (group_count * int(valid.sum()) * length) if ok and length else 0.0
             flat.append(
-                Tokens(policy, old, ref, torch.full_like(old, advantage), torch.full_like(old, weight)),
+                Tokens(
+                    policy,
+                    old,
+                    ref,
+                    torch.full_like(old, advantage),
+                    torch.full_like(old, weight),
+                    torch.full((length,), len(flat)),
+                )
             )
         groups.append(group)
-    names = ("policy", "old", "ref", "advantages", "weights")
+    names = ("policy", "old", "ref", "advantages", "weights", "answers")
     return groups, Tokens(*(torch.cat([getattr(answer, name) for answer in flat]) for name in names))
 
 
 def one_token(policy: float, *, old: float = -1.0, ref: float = -1.0, advantage: float = 1.0) -> Tokens:
     values = [torch.tensor([value], dtype=torch.float64) for value in (policy, old, ref, advantage, 1.0)]
     values[0].requires_grad_()
-    return Tokens(*values)
+    return Tokens(*values, answers=torch.zeros(1, dtype=torch.int64))
 
 
-def gradient(tokens: Tokens, beta: float = 0.05) -> torch.Tensor:
-    loss, _ = tokens.grpo(beta=beta)
+def gradient(tokens: Tokens, beta: float = 0.05, name: str = "grpo") -> torch.Tensor:
+    loss, _ = tokens.loss(name, beta)
     (grad,) = torch.autograd.grad(loss, tokens.policy, retain_graph=True)
     return grad
 
@@ -83,13 +108,23 @@ def test_ratio_one_without_kl_gives_the_reinforce_gradient() -> None:
     policy = torch.tensor([-0.5, -1.5, -2.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
     weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    tokens = Tokens(policy, policy.detach(), policy.detach(), advantages, weights)
+    tokens = Tokens(policy, policy.detach(), policy.detach(), advantages, weights, torch.tensor([0, 1, 1]))
     torch.testing.assert_close(gradient(tokens, beta=0.0), torch.tensor([-1.0, 0.25, 0.0], dtype=torch.float64))
 
 
 def test_beta_zero_gives_the_gradient_without_a_reference() -> None:
     _, tokens = ragged_step(1)
-    without, _ = grpo_loss(tokens.policy, tokens.old, None, tokens.advantages, tokens.weights, beta=0.05, clip_eps=0.2)
+    without, _ = grpo_loss(
+        tokens.policy,
+        tokens.old,
+        None,
+        tokens.advantages,
+        tokens.weights,
+        answers=tokens.answers,
+        beta=0.05,
+        clip_eps=CLIP,
+        estimator="k3",
+    )
     (expected,) = torch.autograd.grad(without, tokens.policy, retain_graph=True)
     assert torch.equal(gradient(tokens, beta=0.0), expected)
     assert not torch.equal(gradient(tokens, beta=0.05), expected)
@@ -146,15 +181,17 @@ def test_any_leading_shape_and_padding_gives_the_same_loss() -> None:
     torch.testing.assert_close(padded.grpo()[0], tokens.grpo()[0])
 
 
-@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("opposite", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e4, -1e4])
-def test_nothing_under_a_mask_leaks(poison: float, opposite: bool, name: str) -> None:
+def test_nothing_under_a_mask_leaks(poison: float, opposite: bool, estimator: str, name: str) -> None:
     policy = torch.tensor([-1.0, poison], requires_grad=True)
     other = torch.tensor([-1.1, -poison if opposite else poison])
     weights = torch.tensor([0.5, 0.0])
-    loss, terms = LOSSES[name](policy, other, other, other, weights, beta=0.1, clip_eps=0.2)
-    clean, _ = LOSSES[name](policy[:1], other[:1], other[:1], other[:1], weights[:1], beta=0.1, clip_eps=0.2)
+    tokens = Tokens(policy, other, other, other, weights, torch.zeros(2, dtype=torch.int64))
+    loss, terms = tokens.loss(name, estimator=estimator)
+    clean, _ = tokens[torch.tensor([0])].loss(name, estimator=estimator)
     (grad,), (clean_grad,) = torch.autograd.grad(loss, policy), torch.autograd.grad(clean, policy)
     assert torch.equal(loss, clean)
     assert torch.equal(grad, clean_grad)
@@ -172,10 +209,7 @@ def test_terms_count_active_tokens_only() -> None:
     policy = torch.log(torch.tensor([0.5, 0.6, 0.1, 0.9]))
     old = torch.log(torch.tensor([0.5, 0.3, 0.2, 0.1]))
     advantages, weights = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.2, 0.2, 0.2, 0.0])
-    _, terms = grpo_loss(policy, old, old, advantages, weights, beta=0.1, clip_eps=0.2)
-    assert terms.tokens.item() == 3
-    assert terms.ratio_sum.item() == pytest.approx(1 + 2 + 0.5)
-    assert terms.ratio_max.item() == pytest.approx(2)
+    _, terms = Tokens(policy, old, old, advantages, weights, torch.tensor([0, 0, 1, 1])).grpo()
     assert terms.clipped.item() == 1
     expected_kl = sum(r - torch.tensor(r).log().item() - 1 for r in (1.0, 0.5, 2.0))
     assert terms.kl_sum.item() == pytest.approx(expected_kl, rel=1e-5)
@@ -187,11 +221,11 @@ def test_kl_is_measured_even_where_beta_is_zero() -> None:
     assert tokens.grpo(beta=0.0)[1].kl_sum.item() > 0
 
 
-@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_dummy_row_has_zero_loss_zero_gradient_and_zero_terms(name: str) -> None:
     policy = torch.full((2, 3), -1.0, requires_grad=True)
     zeros = torch.zeros(2, 3)
-    loss, terms = LOSSES[name](policy, zeros, zeros, zeros, zeros, beta=0.1, clip_eps=0.2)
+    loss, terms = Tokens(policy, zeros, zeros, zeros, zeros, zeros.long()).loss(name)
     loss.backward()
     assert loss == 0
     assert policy.grad is not None and torch.equal(policy.grad, zeros)
@@ -207,8 +241,84 @@ def test_sft_is_the_weighted_negative_logprob() -> None:
     policy = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     weights = torch.tensor([0.5, 0.25, 0.0])
     zeros = torch.zeros(3)
-    loss, terms = sft_loss(policy, zeros, None, zeros, weights, beta=0.0, clip_eps=0.0)
+    loss, _ = Tokens(policy, zeros, zeros, zeros, weights, zeros.long()).loss("sft")
     loss.backward()
     assert loss.item() == 1.0
     assert policy.grad is not None and torch.equal(policy.grad, -weights)
-    assert terms.tokens.item() == 2
+
+
+# ---- relatives of GRPO
+
+
+def answers_as_tokens(log_ratios: list[list[float]], advantages: list[float]) -> Tokens:
+    """Answers of these log ratios per token; every answer weighs the same, as in Eq. 4."""
+    policy = torch.tensor([value - 2.0 for own in log_ratios for value in own], dtype=torch.float64).requires_grad_()
+    old = torch.full_like(policy, -2.0).detach()
+    lengths = torch.tensor([len(own) for own in log_ratios])
+    weights = (1.0 / (len(lengths) * lengths)).double().repeat_interleave(lengths)
+    answers = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return Tokens(policy, old, old, torch.tensor(advantages).double().repeat_interleave(lengths), weights, answers)
+
+
+def test_clip_higher_lets_a_good_token_gain_more_and_cuts_a_bad_one_as_before() -> None:
+    for log_ratio, advantage, cut_by_both, cut_by_higher in ((0.24, 1.0, True, False), (-0.24, -1.0, True, True)):
+        tokens = answers_as_tokens([[log_ratio]], [advantage])
+        assert tokens.loss("grpo", 0.0, (0.2, 0.2))[1].clipped.item() == cut_by_both
+        loss, terms = tokens.loss("grpo", 0.0, (0.2, 0.28))
+        assert terms.clipped.item() == cut_by_higher
+        (grad,) = torch.autograd.grad(loss, tokens.policy)
+        assert bool(grad.any()) != cut_by_higher
+
+
+def test_the_ratio_of_an_answer_is_the_geometric_mean_of_its_tokens() -> None:
+    tokens = answers_as_tokens([[0.3, -0.1, 0.1], [-0.2]], [2.0, -1.0])
+    loss, _ = tokens.loss("gspo", 0.0, (0.5, 0.5))
+    first, second = torch.tensor([0.1, -0.2], dtype=torch.float64).exp()
+    torch.testing.assert_close(loss, -(2 * first - second) / 2)
+    (grad,) = torch.autograd.grad(loss, tokens.policy)
+    expected = torch.stack([-first / 3, -first / 3, -first / 3, second / 2])
+    torch.testing.assert_close(grad, expected)
+
+
+def test_gspo_clips_whole_answers() -> None:
+    tokens = answers_as_tokens([[0.3, -0.1, 0.1], [-0.2]], [2.0, 1.0])
+    loss, terms = tokens.loss("gspo", 0.0, (0.01, 0.01))
+    (grad,) = torch.autograd.grad(loss, tokens.policy)
+    assert terms.clipped.item() == 3
+    assert not grad[:3].any() and grad[3] != 0
+
+
+def test_gspo_of_one_token_answers_is_grpo() -> None:
+    tokens = answers_as_tokens([[0.3], [-0.4], [0.0]], [1.0, -1.0, 0.5])
+    torch.testing.assert_close(tokens.loss("gspo")[0], tokens.loss("grpo")[0])
+
+
+def test_gspo_does_not_depend_on_micro_batches_order_shape_and_padding() -> None:
+    _, tokens = ragged_step(5)
+    whole, expected = tokens.loss("gspo")[0], gradient(tokens, name="gspo")
+    order = torch.randperm(int(tokens.answers.max()) + 1, generator=torch.Generator().manual_seed(1)).tolist()
+    for size in (1, 4, len(order)):
+        parts = []
+        for start in range(0, len(order), size):
+            rows = torch.cat(
+                [(tokens.answers == answer).nonzero().squeeze(1) for answer in order[start : start + size]]
+            )
+            own = tokens[rows]
+            own.answers = own.answers.unique(return_inverse=True)[1]
+            parts.append(own.loss("gspo")[0])
+        total = torch.stack(parts).sum()
+        torch.testing.assert_close(total, whole)
+        torch.testing.assert_close(torch.autograd.grad(total, tokens.policy, retain_graph=True)[0], expected)
+    padded = Tokens(
+        *(torch.cat([value, value.new_zeros(60 - len(value))]).view(3, 4, 5) for value in vars(tokens).values())
+    )
+    torch.testing.assert_close(padded.loss("gspo")[0], whole)
+
+
+@pytest.mark.parametrize(("estimator", "pull"), [("k1", 1.0), ("k2", 0.2), ("k3", 1 - torch.tensor(-0.2).exp().item())])
+def test_the_estimator_decides_how_a_token_is_pulled_back(estimator: str, pull: float) -> None:
+    tokens = one_token(-0.8, old=-0.8, ref=-1.0, advantage=0.0)
+    loss, terms = tokens.loss("grpo", 0.5, estimator=estimator)
+    (grad,) = torch.autograd.grad(loss, tokens.policy)
+    assert grad.item() == pytest.approx(0.5 * pull)
+    assert terms.kl_sum.item() == pytest.approx(tokens.loss("grpo", 0.5)[1].kl_sum.item())

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from othink_ray.core.packing import attention_mask, pack, plan, position_offsets, predictor_index
+from othink_ray.core.packing import (
+    LOSS_WEIGHTS,
+    answer_index,
+    attention_mask,
+    pack,
+    pack_step,
+    plan,
+    position_offsets,
+    predictor_index,
+)
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
 from tests.reference import grpo_d
 
@@ -84,6 +93,55 @@ def test_a_group_of_empty_answers_is_its_prompt() -> None:
     row = packed(3, [0, 0])
     assert row.token_ids.tolist() == [1, 2, 3]
     assert not row.loss_weights.any()
+
+
+def weights_of(name: str, groups: list[tuple[list[int], list[bool]]], updates: int) -> list[list[float]]:
+    """Of the answer tokens of each row, where answers are at most 10 tokens long."""
+    scored = [scored_group(2, lengths, valid) for lengths, valid in groups]
+    advantages = [np.zeros(len(lengths)) for lengths, _ in groups]
+    rows = pack_step(scored, advantages, updates=updates, loss_weights=LOSS_WEIGHTS[name], max_tokens=10)
+    assert all(not row.loss_weights[row.segments == 0].any() for row in rows)
+    return [row.loss_weights[row.segments > 0].tolist() for row in rows]
+
+
+TWO_GROUPS = [([2, 1], [True, True]), ([3, 4], [True, False])]
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "expected"),
+    [
+        ("answer_mean", 1, [[1 / 8, 1 / 8, 1 / 4], [1 / 6] * 3 + [0] * 4]),
+        ("answer_mean", 2, [[1 / 4, 1 / 4, 1 / 2], [1 / 3] * 3 + [0] * 4]),
+        ("token_mean", 1, [[1 / 6] * 3, [1 / 6] * 3 + [0] * 4]),
+        ("token_mean", 2, [[1 / 3] * 3, [1 / 3] * 3 + [0] * 4]),
+        ("constant_length", 1, [[1 / 40] * 3, [1 / 20] * 3 + [0] * 4]),
+        ("constant_length", 2, [[1 / 20] * 3, [1 / 10] * 3 + [0] * 4]),
+    ],
+)
+def test_tokens_weigh_what_was_computed_by_hand(name: str, updates: int, expected: list[list[float]]) -> None:
+    for found, own in zip(weights_of(name, TWO_GROUPS, updates), expected, strict=True):
+        assert found == pytest.approx(own)
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+def test_a_step_without_any_valid_token_weighs_nothing(name: str) -> None:
+    assert weights_of(name, [([0, 0], [True, True]), ([2, 1], [False, False])], 1) == [[], [0, 0, 0]]
+
+
+@REPEATABLE
+@given(st.lists(LENGTHS, min_size=2, max_size=5), st.integers(1, 2))
+def test_a_row_alone_weighs_as_it_does_in_its_step(groups: list[list[int]], updates: int) -> None:
+    found = weights_of("answer_mean", [(lengths, [True] * len(lengths)) for lengths in groups], updates)
+    for place, lengths in enumerate(groups):
+        sizes = [len(own) for own in np.array_split(np.arange(len(groups)), updates)]
+        in_update = sizes[0] if place < sizes[0] else sizes[1]
+        alone = packed(2, lengths, groups_in_step=in_update)
+        assert found[place] == pytest.approx(alone.loss_weights[alone.segments > 0].tolist())
+
+
+def test_answers_are_counted_over_all_rows_and_empty_ones_left_out() -> None:
+    segments = segments_of([(2, [2, 0, 1]), (1, [1, 3])])
+    assert answer_index(segments).tolist() == [0, 0, 1, 2, 3, 3, 3]
 
 
 def test_mask_of_a_small_row_is_the_one_drawn_by_hand() -> None:

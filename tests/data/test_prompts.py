@@ -21,6 +21,12 @@ def picture(format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def long_picture(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -132,3 +138,9 @@ def test_a_task_without_worked_answers_is_named() -> None:
 def test_the_worked_answer_has_the_data_sets_own_thought_where_there_is_one() -> None:
     prompt = replace(ask(task="geometry", answer="70°"), thought="180-50-60=70")
     assert worked_answer(prompt) == "<think> 180-50-60=70 </think><answer> 70° </answer>"
+
+
+@pytest.mark.parametrize("size", [(400, 2), (1, 200)])
+def test_an_image_that_no_processor_takes_is_refused_by_its_shape(size: tuple[int, int]) -> None:
+    with pytest.raises(BadRow, match="200 times as long as wide"):
+        validate(ask(images=(long_picture(size),)))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import schedule
-from othink_ray.driver.loop import Step, train
+from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
+from othink_ray.core.schedules import BetaSchedule
+from othink_ray.driver.loop import Recipe, Step, train
 from othink_ray.driver.measures import measures
 from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup, UpdateStats
 
@@ -40,6 +44,8 @@ class ScriptedTeam:
     version: int = -1
     lag: int = 0
     masked: bool = False
+    dull: frozenset[int] = frozenset()  # prompts whose answers are all rewarded alike
+    kl: float = 0.0
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
@@ -59,7 +65,7 @@ class ScriptedTeam:
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []
         for group in groups:
-            rewards = np.arange(ANSWERS, dtype=float)
+            rewards = np.arange(ANSWERS, dtype=float) * (int(group.prompt.id[1:]) not in self.dull)
             valid = np.array([not self.masked] * ANSWERS)
             scored.append(ScoredGroup(group=group, rewards=rewards, parts={"accuracy": rewards}, valid=valid))
         self.calls.append(("score", len(scored)))
@@ -72,7 +78,7 @@ class ScriptedTeam:
             *("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy"),
             *("logp_gap_mean", "logp_gap_max", "grad_norm", "lr", "tokens", "vision_encodes", "reference_passes"),
         )
-        return UpdateStats(**dict.fromkeys(names, 0))
+        return UpdateStats(**dict.fromkeys(names, 0) | {"kl_mean": self.kl, "tokens": 1})
 
     def push(self, version: int) -> Audit:
         self.calls.append(("push", version))
@@ -92,15 +98,33 @@ class Diary:
         self.steps.append(seen)
 
 
-def run(team: ScriptedTeam, steps: range, *, updates: int = 1) -> Diary:
+PAPER = BetaSchedule(name="paper", total=10, beta_min=0.04, beta_max=0.1, explore_frac=0.3, target=0.01, adapt_rate=0.1)
+
+
+def run(
+    team: ScriptedTeam,
+    steps: range,
+    *,
+    updates: int = 1,
+    rounds: int = 1,
+    kl: BetaSchedule = PAPER,
+    state: Mapping[str, float] | None = None,
+) -> Diary:
     diary = Diary()
+    recipe = Recipe(
+        prompts_per_step=4,
+        updates_per_step=updates,
+        sampling_rounds=rounds,
+        advantages=ADVANTAGES["group_std"],
+        pack=partial(pack_step, updates=updates, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=8),
+    )
     train(
         team,
         Numbers(),
         steps=steps,
-        prompts_per_step=4,
-        updates_per_step=updates,
-        schedule=lambda step: schedule("paper", step, 10, 0.04, 0.1, 0.3),
+        recipe=recipe,
+        schedule=kl,
+        schedule_state=kl.start() if state is None else state,
         journal=diary,
     )
     return diary
@@ -162,3 +186,78 @@ def test_the_laps_of_a_step_add_up_to_its_time() -> None:
     found = measures(seen)
     laps = [found[f"time/{name}_s"] for name in ("generate", "score", "update", "push")]
     assert found["time/step_s"] == pytest.approx(sum(laps))
+
+
+# ---- dynamic sampling
+
+
+def trained(team: ScriptedTeam) -> list[str]:
+    [ids] = [call[1] for call in team.calls if call[0] == "update"]
+    return list(ids)
+
+
+def test_groups_of_equal_rewards_are_replaced_by_new_questions() -> None:
+    team = ScriptedTeam(dull=frozenset({1, 2, 4}))
+    [seen] = run(team, range(1), rounds=5).steps
+    assert [call for call in team.calls if call[0] in ("generate", "score")] == [
+        *[("generate", 0), ("score", 4)],
+        *[("generate", 0), ("score", 2)],
+        *[("generate", 0), ("score", 1)],
+    ]
+    assert trained(team) == ["p0", "p3", "p5", "p6"]
+    assert [one.group.prompt.id for one in seen.asked] == [f"p{number}" for number in range(7)]
+    assert len(seen.advantages) == 4 and all(own.any() for own in seen.advantages)
+
+
+def test_what_is_missing_after_the_last_round_is_made_up_from_groups_of_equal_rewards() -> None:
+    team = ScriptedTeam(dull=frozenset({0, 1, 3, 4, 6}))
+    run(team, range(1), rounds=2)
+    assert trained(team) == ["p0", "p1", "p2", "p5"]
+    team = ScriptedTeam(dull=frozenset(range(100)))
+    run(team, range(1), rounds=3)
+    assert trained(team) == ["p0", "p1", "p2", "p3"]
+    assert team.calls.count(("generate", 0)) == 3
+
+
+def test_a_single_round_trains_every_group_in_order() -> None:
+    team = ScriptedTeam(dull=frozenset({0, 2}))
+    [seen] = run(team, range(1)).steps
+    assert trained(team) == ["p0", "p1", "p2", "p3"]
+    assert list(seen.asked) == list(seen.scored)
+
+
+def test_metrics_are_of_all_that_was_asked_not_only_of_what_was_kept() -> None:
+    [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
+    found = measures(seen)
+    assert found["groups/asked"] == 7
+    assert found["groups/constant_frac"] == pytest.approx(3 / 7)
+    assert found["reward/mean"] == pytest.approx(4 / 7)
+    assert found["reward/accuracy"] == pytest.approx(4 / 7)
+
+
+def test_the_laps_of_a_step_of_several_rounds_add_up_to_its_time() -> None:
+    [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
+    assert set(seen.times) == {"generate", "score", "update", "push"}
+    assert all(lap >= 0 for lap in seen.times.values())
+
+
+# ---- schedules with a state
+
+
+def test_a_schedule_with_a_state_steers_by_what_the_last_step_showed() -> None:
+    kl = replace(PAPER, name="target")
+    betas = [seen.beta for seen in run(ScriptedTeam(kl=0.011), range(3), kl=kl).steps]
+    assert betas == pytest.approx([0.07, 0.07 * 1.01, 0.07 * 1.01**2])
+
+
+def test_the_accuracy_that_steers_is_that_of_all_answers_asked() -> None:
+    kl = replace(PAPER, name="accuracy")
+    first, second = run(ScriptedTeam(dull=frozenset({0, 1, 2, 3})), range(2), kl=kl).steps
+    assert first.schedule_state == {"accuracy": 0.0}
+    assert second.schedule_state == pytest.approx({"accuracy": 0.1 * 1.0})
+
+
+def test_a_step_without_graded_answers_leaves_the_accuracy_alone() -> None:
+    kl = replace(PAPER, name="accuracy")
+    [seen] = run(ScriptedTeam(masked=True), range(1), kl=kl, state={"accuracy": 0.5}).steps
+    assert seen.schedule_state == {"accuracy": 0.5}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from othink_ray.core.kl import schedule
 from othink_ray.data import open_source
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families import open_family
 from othink_ray.rewards import accuracy
 from tests.e2e.conftest import Run, StartRun
@@ -90,14 +91,15 @@ def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(pl
     prompts = [source.prompt(index) for index in range(16)]
     greedy = Sampling(answers=1, max_tokens=config.rollout.max_tokens, temperature=0.0, seed=0)
     family = open_family(config.model, export)
-    engines = [
-        HFRollout(config.rollout, config.model, family),
-        VLLMRollout(config.rollout, config.model, family, export, transport="shared_memory"),
-    ]
-    for engine in engines:
-        groups = list(engine.generate(prompts, greedy))
-        right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
-        assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
+    groups = list(HFRollout(config.rollout, config.model, family).generate(prompts, greedy))
+    right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
+    assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
+
+    fresh = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.fresh_vllm", export, "16"], capture_output=True, text=True, timeout=200
+    )
+    assert fresh.returncode == 0, fresh.stderr
+    assert float(fresh.stdout.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
 def test_ranks_actors_and_sharding_do_not_change_the_run(plain_run: Run, start_run: StartRun) -> None:

@@ -15,7 +15,7 @@ from tests.reference.grpo_d import padded_rows
 
 
 def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> Tensor:
-    """The same tokens through the network's own forward pass, a row an answer, positions its own; flat, in row order."""
+    """The answers through the network's own forward pass, a row each, positions its own; flat, in row order."""
     network: Any = policy.network
     flat: list[Tensor] = []
     for group in groups:

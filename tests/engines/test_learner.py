@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
-from othink_ray.core.advantages import EPS, group_advantages
+from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack, plan
 from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
-from othink_ray.types import Group, Pack, Probe
+from othink_ray.types import Group, Pack, Probe, UpdateStats
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
-from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import ask, fresh_policy, group_of, picture, scored
-from tests.reference import grpo_d
+from tests.engines.slow_training import TEMPERATURE, slow_training
 
-TEMPERATURE, BETA, CLIP_EPS = 0.9, 0.1, 0.2
+BETA = 0.1
 REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
 SMALL = (
     "model.tiny.text_width=64",
@@ -96,67 +94,6 @@ def planned(groups: Sequence[Group], *, ranks: int, updates: int, micro_tokens: 
     ]
 
 
-# ---- the slow side
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slow:
-    """What the paper's formulas give."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    weights: dict[str, NDArray[np.float32]]
-    first_gradient: dict[str, NDArray[np.float32]]
-
-
-def answers_of(flat: Tensor, group: Group) -> list[list[Tensor]]:
-    return [list(part) for part in flat.split([len(c.token_ids) for c in group.completions])]
-
-
-def slow_training(
-    small: Config, family: Family, batches: Sequence[Sequence[Group]], *, updates: int, beta: float
-) -> Slow:
-    """GRPO-D from `tests/reference`, one plain row an answer, and torch's AdamW."""
-    learner = small.learner
-    policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=learner.lr,
-        betas=(learner.adam_beta1, learner.adam_beta2),
-        eps=learner.adam_eps,
-        weight_decay=learner.weight_decay,
-    )
-    losses, grad_norms, first_gradient = [], [], {}
-    for groups in batches:
-        with torch.no_grad():
-            old = [answers_of(plain_logprobs(policy, family, [group]), group) for group in groups]
-            ref = [answers_of(plain_logprobs(reference, family, [group]), group) for group in groups]
-        step_loss, share = 0.0, len(groups) // updates
-        for update in range(updates):
-            slow_groups = []
-            for i in range(update * share, (update + 1) * share):
-                own = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
-                slow_groups.append(
-                    [
-                        grpo_d.Answer(reward=reward, valid=True, policy=p, old=o, ref=r)
-                        for reward, p, o, r in zip(REWARDS[i], own, old[i], ref[i], strict=True)
-                    ]
-                )
-            value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
-            optimizer.zero_grad()
-            value.backward()
-            if not first_gradient:
-                first_gradient = {
-                    n: p.grad.numpy().copy() for n, p in policy.network.named_parameters() if p.grad is not None
-                }
-            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
-            optimizer.step()
-            step_loss += float(value.detach())
-        losses.append(step_loss)
-    weights = {name: p.detach().numpy().copy() for name, p in policy.network.named_parameters()}
-    return Slow(losses=losses, grad_norms=grad_norms, weights=weights, first_gradient=first_gradient)
-
-
 # ---- one process a rank, once for all tests
 
 
@@ -200,6 +137,8 @@ def alone(
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
+        "gspo": replace(plain, loss="gspo"),
+        "gspo, a row at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
         "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
@@ -213,19 +152,15 @@ def pair(
     small: Config, folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
 ) -> list[dict[str, Outcome]]:
     """A world of two ranks."""
-    plain = training(small, batches, 2)
+    plain, stage_3 = training(small, batches, 2), training(small, batches, 2, zero_stage=3)
     lopsided = [uneven(groups) for groups in batches]
     scenarios = {
-        "stage 1": plain,
+        "stage 1, uneven": replace(plain, steps=lopsided),
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
-        "stage 3": replace(training(small, batches, 2, zero_stage=3), export=places / "export_3", probes=probes),
-        "stage 2, uneven": replace(plain, learner=replace(plain.learner, zero_stage=2), steps=lopsided),
-        "stage 3, uneven": replace(plain, learner=replace(plain.learner, zero_stage=3), steps=lopsided),
-        "stage 3, first half": replace(
-            training(small, batches, 2, zero_stage=3), steps=plain.steps[:1], save=places / "half_3"
-        ),
-        "stage 3, second half": replace(
-            training(small, batches, 2, zero_stage=3), steps=plain.steps[1:], load=places / "half_3"
+        "gspo": replace(stage_3, loss="gspo"),
+        "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
+        "stage 3": replace(
+            stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
         ),
     }
     return run_ranks(small.model, folder, 2, scenarios, places / "pair")
@@ -261,7 +196,7 @@ def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
 def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
     small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small, family, batches[:1], updates=1, beta=BETA)
+    slow = slow_training(small.learner, family, batches[:1], REWARDS, updates=1, beta=BETA)
     found = alone["gradient"]
     assert found.stats[0].loss == pytest.approx(slow.losses[0], rel=1e-5, abs=1e-6)
     assert found.stats[0].grad_norm == pytest.approx(slow.grad_norms[0], rel=1e-5)
@@ -272,7 +207,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
 def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
     small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small, family, batches, updates=2, beta=BETA)
+    slow = slow_training(small.learner, family, batches, REWARDS, updates=2, beta=BETA)
     found = alone["stage 1"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)
@@ -283,20 +218,29 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
 @pytest.mark.parametrize("name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once"])
 def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]
-    assert_same_stats(found, expected)
+    assert_same_stats(found.stats, expected.stats)
     assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3", "stage 2, uneven", "stage 3, uneven"])
+@pytest.mark.parametrize("name", ["stage 1, uneven", "stage 2", "stage 3"])
 def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[dict[str, Outcome]], name: str) -> None:
     expected = alone["stage 1"]
     for outcomes in pair:
-        assert_same_stats(outcomes[name], expected)
+        earlier = outcomes["stage 3, first half, uneven"].stats if name == "stage 3" else []
+        assert_same_stats([*earlier, *outcomes[name].stats], expected.stats)
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
-def assert_same_stats(found: Outcome, expected: Outcome) -> None:
-    for own, other in zip(found.stats, expected.stats, strict=True):
+def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], pair: list[dict[str, Outcome]]) -> None:
+    expected, start = alone["gspo"], alone["untouched"]
+    assert distance(moved(expected, start), moved(alone["stage 1"], start))[0] > 1e-3
+    for found in (alone["gspo, a row at a time"], *(outcomes["gspo"] for outcomes in pair)):
+        assert_same_stats(found.stats, expected.stats)
+        assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
+
+
+def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateStats]) -> None:
+    for own, other in zip(found, expected, strict=True):
         assert own.tokens == other.tokens
         for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
@@ -410,14 +354,9 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
 # ---- save and load
 
 
-def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(
-    alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
-) -> None:
-    for outcomes, whole, half, rest in (
-        (alone, "stage 1", "first half", "second half"),
-        (pair[0], "stage 3", "stage 3, first half", "stage 3, second half"),
-    ):
-        assert distance(outcomes[rest].weights, outcomes[whole].weights)[0] == 0
-        assert distance(outcomes[half].weights, outcomes[whole].weights)[0] > 1e-4
-        # grad norms and losses of the second step show the same optimiser and the same reference
-        assert outcomes[rest].stats == outcomes[whole].stats[1:]
+def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(alone: dict[str, Outcome]) -> None:
+    """Sharded ranks do too: "stage 3" of two ranks is such a life in two halves."""
+    half, rest, whole = alone["first half"], alone["second half"], alone["stage 1"]
+    assert rest.stats == whole.stats[1:]
+    assert distance(rest.weights, whole.weights)[0] == 0
+    assert distance(half.weights, whole.weights)[0] > 1e-4

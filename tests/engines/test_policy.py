@@ -127,8 +127,10 @@ def loss_and_gradient(
             reference,
             batch.advantages,
             batch.loss_weights,
+            answers=batch.answers,
             beta=0.1,
-            clip_eps=0.2,
+            clip_eps=(0.2, 0.2),
+            estimator="k3",
         )
         parts.append(value)
     total = torch.stack(parts).sum()

@@ -49,8 +49,3 @@ def test_a_question_that_spells_out_a_placeholder_is_refused(family: Family, con
     prompt = ask("row", picture(56, 56, 0), text="What is <|image_pad|>?")
     with pytest.raises(BadRow, match=r"its text spells 1 image placeholder\(s\) of the model out"):
         check_fits(family, config.rollout, prompt)
-
-
-def test_an_image_too_narrow_to_be_scaled_is_refused(family: Family, config: Config) -> None:
-    with pytest.raises(BadRow, match="its image cannot be scaled: absolute aspect ratio"):
-        check_fits(family, config.rollout, ask("row", picture(500, 2, 0)))

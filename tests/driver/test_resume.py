@@ -1,0 +1,128 @@
+"""A run that goes on from a checkpoint has the KL weights of one that never stopped, whatever the schedule."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from othink_ray.config.load import load, to_yaml
+from othink_ray.config.schema import Config
+from othink_ray.data import open_source
+from othink_ray.data.stream import PromptStream
+from othink_ray.driver import checkpoint
+from othink_ray.driver.build import beta_schedule, recipe
+from othink_ray.driver.console import Console
+from othink_ray.driver.journal import Journal
+from othink_ray.driver.loop import train
+from othink_ray.driver.metrics import RunRecords
+from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
+
+STEPS = 6
+
+
+@dataclass
+class Pupil:
+    """A team that answers by the dice of prompt and version; its KL depends on the betas that it was held with."""
+
+    version: int = -1
+    drift: float = 0.0
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+        for prompt in prompts:
+            completion = Completion(
+                token_ids=np.arange(3), sampler_logprobs=np.zeros(3, np.float32), text="", finish="stop"
+            )
+            yield Group(
+                prompt=prompt,
+                prompt_token_ids=np.arange(2),
+                completions=(completion,) * 4,
+                version=self.version,
+            )
+
+    def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
+        scored = []
+        for group in groups:
+            dice = np.random.default_rng([self.version, *group.prompt.id.encode()])
+            right = (dice.random(len(group.completions)) < 0.2 + 0.1 * self.version).astype(np.float64)
+            scored.append(
+                ScoredGroup(
+                    group=group,
+                    rewards=right,
+                    parts={"accuracy": right, "format": np.ones_like(right)},
+                    valid=np.ones(len(right), dtype=np.bool_),
+                )
+            )
+        return scored
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
+        self.drift += 0.02 - 0.2 * beta
+        names = (
+            *("loss", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy", "logp_gap_mean"),
+            *("logp_gap_max", "grad_norm", "lr", "tokens", "vision_encodes", "reference_passes"),
+        )
+        return UpdateStats(**dict.fromkeys(names, 1), kl_mean=self.drift)
+
+    def push(self, version: int) -> Audit:
+        self.version = version
+        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        return self.score(self.generate(prompts, 0))
+
+    def save(self, folder: Path) -> None:
+        (folder / "drift").write_text(repr(self.drift))
+
+
+def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: int) -> list[dict[str, float]]:
+    """Steps from `state` on, as the real run makes them; the lines of metrics.jsonl."""
+    stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop", position=state.data_position)
+    schedule = beta_schedule(config)
+    with (
+        RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1) as records,
+        Console(io.StringIO()) as console,
+    ):
+        train(
+            team,
+            stream,
+            steps=range(state.step, until),
+            recipe=recipe(config),
+            schedule=schedule,
+            schedule_state=schedule.resume(state.schedule_state),
+            journal=Journal(config, team, stream, [open_source(config.data, "test").prompt(0)], [], records, console),
+        )
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("algo", ["grpo_d", "dapo"])
+@pytest.mark.parametrize("schedule", ["paper", "target", "accuracy"])
+def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, schedule: str, algo: str) -> None:
+    overrides = [
+        f"algo={algo}",
+        f"algo.kl.schedule={schedule}",
+        "algo.kl.beta_min=0.04",
+        "algo.kl.beta_max=0.1",
+        f"train.steps={STEPS}",
+        "train.prompts_per_step=4",
+        "train.checkpoint_every=3",
+        "eval.every=0",
+    ]
+    config = load([*overrides, f"run.dir={tmp_path / 'whole'}"])
+    whole = live(config, tmp_path / "whole", Pupil(), checkpoint.fresh(0), STEPS)
+    betas = [line["kl/beta"] for line in whole]
+    assert len(set(betas)) > 3
+
+    folder = tmp_path / "whole" / "checkpoints" / "step_3"
+    state = checkpoint.read(folder, 0)
+    assert bool(state.schedule_state) == (schedule != "paper")
+    config = load([*overrides, f"run.dir={tmp_path / 'rest'}"])
+    rest = live(config, tmp_path / "rest", Pupil(drift=float((folder / "drift").read_text())), state, STEPS)
+    assert [line["step"] for line in rest] == [3, 4, 5]
+    assert [line["kl/beta"] for line in rest] == betas[3:]
+    for name in ("reward/mean", "groups/asked", "kl/mean"):
+        assert [line[name] for line in rest] == [line[name] for line in whole[3:]]

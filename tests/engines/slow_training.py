@@ -1,0 +1,89 @@
+"""GRPO-D from `tests/reference` on a real network: one plain row an answer, loops over tokens, torch's own AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from othink_ray.config.schema import LearnerConfig
+from othink_ray.core.advantages import EPS
+from othink_ray.families.base import Family
+from othink_ray.types import Group
+from tests.engines.plain_rows import plain_logprobs
+from tests.engines.samples import fresh_policy
+from tests.reference import grpo_d
+
+TEMPERATURE, CLIP_EPS = 0.9, 0.2
+
+# [group][answer]
+Rewards = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slow:
+    """What the paper's formulas give."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, NDArray[np.float32]]
+    first_gradient: dict[str, NDArray[np.float32]]
+
+
+def answers_of(flat: Tensor, group: Group) -> list[list[Tensor]]:
+    return [list(part) for part in flat.split([len(c.token_ids) for c in group.completions])]
+
+
+def slow_training(
+    learner: LearnerConfig,
+    family: Family,
+    batches: Sequence[Sequence[Group]],
+    rewards: Rewards,
+    *,
+    updates: int,
+    beta: float,
+) -> Slow:
+    """One step for each of `batches`, whose groups are shared out over `updates` in order."""
+    policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=learner.lr,
+        betas=(learner.adam_beta1, learner.adam_beta2),
+        eps=learner.adam_eps,
+        weight_decay=learner.weight_decay,
+    )
+    losses: list[float] = []
+    grad_norms: list[float] = []
+    first_gradient: dict[str, NDArray[np.float32]] = {}
+    for groups in batches:
+        with torch.no_grad():
+            old = [answers_of(plain_logprobs(policy, family, [group]), group) for group in groups]
+            ref = [answers_of(plain_logprobs(reference, family, [group]), group) for group in groups]
+        step_loss, share = 0.0, len(groups) // updates
+        for update in range(updates):
+            slow_groups = []
+            for i in range(update * share, (update + 1) * share):
+                own = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
+                slow_groups.append(
+                    [
+                        grpo_d.Answer(reward=reward, valid=True, policy=p, old=o, ref=r)
+                        for reward, p, o, r in zip(rewards[i], own, old[i], ref[i], strict=True)
+                    ]
+                )
+            value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
+            optimizer.zero_grad()
+            value.backward()
+            if not first_gradient:
+                first_gradient = {
+                    n: p.grad.numpy().copy() for n, p in policy.network.named_parameters() if p.grad is not None
+                }
+            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
+            optimizer.step()
+            step_loss += float(value.detach())
+        losses.append(step_loss)
+    weights = {name: p.detach().numpy().copy() for name, p in policy.network.named_parameters()}
+    return Slow(losses=losses, grad_norms=grad_norms, weights=weights, first_gradient=first_gradient)

@@ -1,0 +1,230 @@
+"""The audit: its arithmetic and words, and how small a fault it sees on a real engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from othink_ray.config.schema import Config
+from othink_ray.data import open_source
+from othink_ray.engines.base import Sampling
+from othink_ray.engines.hf_rollout import HFRollout
+from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.policy import Policy
+from othink_ray.engines.teacher import Teacher
+from othink_ray.engines.vllm_rollout import VLLMRollout
+from othink_ray.families.base import Family
+from othink_ray.types import Audit, Probe, Prompt
+from othink_ray.weights.audit import AuditError, compare, require
+from tests.engines.samples import ask, group_of, row_of, sent_weights
+
+CPU = torch.device("cpu")
+# A mean gap of float32 engines that is no rounding: they agree to less than 2e-6 on the tiny model.
+SHARP = 1e-5
+
+
+# ---- arithmetic and words
+
+
+def probe_of(family: Family, logprobs: list[list[float]]) -> Probe:
+    values = np.array(logprobs, dtype=np.float32)
+    group = group_of(family, ask("q"), [len(values)], seed=0)
+    return Probe(group=group, candidates=np.arange(values.size).reshape(values.shape), logprobs=values)
+
+
+def test_gaps_are_absolute_and_over_all_candidates_of_all_probes(family: Family) -> None:
+    probes = [probe_of(family, [[-1.0, -2.0], [-3.0, -4.0]]), probe_of(family, [[-5.0, -6.0]])]
+    own = [np.array([[-1.0, -2.5], [-2.0, -4.0]], np.float32), np.array([[-5.0, -6.0]], np.float32)]
+    audit = compare(probes, own, version=3)
+    assert (audit.version, audit.tokens) == (3, 6)
+    assert audit.gap_mean == pytest.approx(1.5 / 6)
+    assert audit.gap_max == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_no_agreement(family: Family, broken: float) -> None:
+    audit = compare([probe_of(family, [[-1.0, -2.0]])], [np.array([[-1.0, broken]], np.float32)], version=1)
+    with pytest.raises(AuditError, match="version 1 failed"):
+        require(audit, tolerance=1e9)
+
+
+def test_a_gap_at_the_tolerance_passes_and_one_above_it_stops() -> None:
+    require(Audit(version=1, gap_mean=0.01, gap_max=5.0, tokens=192), tolerance=0.01)
+    with pytest.raises(AuditError):
+        require(Audit(version=1, gap_mean=0.0101, gap_max=0.02, tokens=192), tolerance=0.01)
+
+
+def test_the_message_says_what_was_measured_and_where_to_look() -> None:
+    with pytest.raises(AuditError) as caught:
+        require(Audit(version=17, gap_mean=0.25, gap_max=1.5, tokens=192), tolerance=0.01)
+    message = str(caught.value)
+    for part in (
+        *("version 17", "0.25 nats on average", "1.5 at most", "192 logprobs", "weights.audit_tolerance = 0.01"),
+        *("lm_head", "caches", "model.max_pixels", "dtype"),
+    ):
+        assert part in message
+
+
+def test_probes_and_answers_must_match_in_number(family: Family) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        compare([probe_of(family, [[-1.0]])] * 2, [np.array([[-1.0]], np.float32)], version=0)
+
+
+# ---- on a real engine
+
+
+def learner_logprobs(policy: Policy, family: Family, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+    with torch.no_grad():
+        whole = policy.log_distributions(collate([row_of(probe.group) for probe in probes], family, CPU))
+    places = [len(probe.candidates) for probe in probes]
+    return [
+        rows.gather(1, torch.from_numpy(probe.candidates)).numpy()
+        for rows, probe in zip(whole[: sum(places)].split(places), probes, strict=True)
+    ]
+
+
+class Auditor:
+    """The probe of the shipped configuration, and the learner's side of it."""
+
+    def __init__(self, config: Config, family: Family) -> None:
+        self.weights, self.family = config.weights, family
+        source = open_source(config.data, "test")
+        self.prompts: list[Prompt] = [source.prompt(index) for index in range(config.weights.audit_prompts)]
+        self.sampling = Sampling(answers=1, max_tokens=config.weights.audit_tokens, temperature=1.0, seed=0)
+
+    def __call__(self, engine: VLLMRollout | HFRollout, policy: Policy) -> Audit:
+        probes = engine.probe(self.prompts, self.sampling, self.weights.audit_candidates)
+        return compare(probes, learner_logprobs(policy, self.family, probes), engine.version)
+
+
+@pytest.fixture(scope="module")
+def audit(config: Config, family: Family) -> Auditor:
+    return Auditor(config, family)
+
+
+@pytest.fixture(scope="module")
+def stepped(taught: Policy, family: Family, scenes: Sequence[Prompt], config: Config) -> Policy:
+    """`taught` after Adam's first step, which is as long as any: every weight moves by the learning rate."""
+    moved = copy.deepcopy(taught)
+    logprobs, _ = moved(collate([row_of(group) for group in Teacher(family).generate(scenes[:8])], family, CPU))
+    moved.zero_grad()
+    (-logprobs.mean()).backward()
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(config.learner.lr * parameter.grad.sign())
+    return moved
+
+
+@pytest.fixture
+def engine(vllm_engine: VLLMRollout, taught: Policy, audit: Auditor) -> VLLMRollout:
+    """Has `taught`, and everything cached that the probe needs."""
+    vllm_engine.load_weights(sent_weights(taught.network), 0)
+    assert audit(vllm_engine, taught).gap_mean < SHARP
+    return vllm_engine
+
+
+def load_keeping(engine: VLLMRollout, weights: list[tuple[str, Tensor]], *caches: str) -> None:
+    """`load_weights`, but for the caches that it should have reset."""
+    engine.engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+    resets = {
+        "prefix": engine.engine.reset_prefix_cache,
+        "encoder": engine.engine.reset_encoder_cache,
+        "processor": engine.engine.reset_mm_cache,
+    }
+    for name, reset in resets.items():
+        if name not in caches:
+            reset()
+
+
+def test_a_clean_push_passes_by_far(engine: VLLMRollout, hf_engine: HFRollout, stepped: Policy, audit: Auditor) -> None:
+    for opened in (engine, hf_engine):
+        opened.load_weights(sent_weights(stepped.network), 1)
+        found = audit(opened, stepped)
+        require(found, audit.weights.audit_tolerance)
+        assert found.gap_mean < SHARP / 5
+        assert found.gap_max < 10 * SHARP
+        assert found.tokens == audit.weights.audit_prompts * audit.weights.audit_tokens * audit.weights.audit_candidates
+
+
+def test_weights_of_one_step_ago_are_caught(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
+    found = audit(engine, stepped)
+    assert found.gap_mean > 100 * audit.weights.audit_tolerance
+    with pytest.raises(AuditError):
+        require(found, audit.weights.audit_tolerance)
+
+
+def test_a_tied_head_that_was_not_sent_is_caught(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
+    weights = sent_weights(stepped.network)
+    assert weights[-1][0] == "lm_head.weight"
+    engine.load_weights(weights[:-1], 1)
+    with pytest.raises(AuditError):
+        require(audit(engine, stepped), audit.weights.audit_tolerance)
+
+
+def test_keys_and_values_kept_over_a_push_are_caught(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
+    load_keeping(engine, sent_weights(stepped.network), "prefix")
+    with pytest.raises(AuditError):
+        require(audit(engine, stepped), audit.weights.audit_tolerance)
+
+
+def test_all_caches_kept_over_a_push_are_caught(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
+    load_keeping(engine, sent_weights(stepped.network), "prefix", "encoder", "processor")
+    with pytest.raises(AuditError):
+        require(audit(engine, stepped), audit.weights.audit_tolerance)
+
+
+def test_kept_pixels_are_no_fault(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
+    """The third cache holds processed images, which no weight has touched."""
+    load_keeping(engine, sent_weights(stepped.network), "processor")
+    assert audit(engine, stepped).gap_mean < SHARP / 5
+
+
+def kinds(policy: Policy) -> dict[str, str]:
+    """One matrix or norm for each kind of layer: the last layer's, which few others can amplify."""
+    last: dict[str, str] = {}
+    for name, _ in policy.network.named_parameters():
+        if name.endswith(".weight") and "embed_tokens" not in name:
+            last[".".join(part for part in name.split(".") if not part.isdigit())] = name
+    return last | {"lm_head.weight": "lm_head.weight"}
+
+
+def test_one_layer_wrong_by_a_hundredth_shows_whichever_it_is(
+    engine: VLLMRollout, taught: Policy, audit: Auditor
+) -> None:
+    clean = audit(engine, taught).gap_mean
+    gaps = {}
+    for name in kinds(taught).values():
+        engine.load_weights([(n, w * 1.01 if n == name else w) for n, w in sent_weights(taught.network)], 1)
+        gaps[name] = audit(engine, taught).gap_mean
+    # A vision tower that was hardly taught moves the answers little; what its faults do still stands out of rounding.
+    in_vision = {name: gap for name, gap in gaps.items() if ".visual." in name}
+    in_text = {name: gap for name, gap in gaps.items() if ".visual." not in name}
+    assert (len(in_vision), len(in_text)) == (9, 11)
+    assert {name: gap for name, gap in in_text.items() if not gap > audit.weights.audit_tolerance} == {}
+    assert {name: gap for name, gap in in_vision.items() if not gap > 3 * clean} == {}
+
+
+def test_another_temperature_on_one_side_is_caught(engine: VLLMRollout, taught: Policy, audit: Auditor) -> None:
+    other = Policy(taught.network, audit.family, temperature=0.9)
+    with pytest.raises(AuditError):
+        require(audit(engine, other), audit.weights.audit_tolerance)
+
+
+def test_other_pixels_on_one_side_are_caught(engine: VLLMRollout, taught: Policy, audit: Auditor) -> None:
+    probes = engine.probe(audit.prompts, audit.sampling, audit.weights.audit_candidates)
+    images = [probe.group.prompt.images for probe in probes]
+    swapped = [
+        replace(probe, group=replace(probe.group, prompt=replace(probe.group.prompt, images=other)))
+        for probe, other in zip(probes, images[1:] + images[:1], strict=True)
+    ]
+    own = learner_logprobs(taught, audit.family, swapped)
+    with pytest.raises(AuditError):
+        require(compare(swapped, own, 0), audit.weights.audit_tolerance)

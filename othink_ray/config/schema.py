@@ -140,6 +140,7 @@ class DataConfig:
     task: str  # counting | geometry
     prompt_suffix: str  # appended to each question
     on_bad_row: str  # drop (named and counted) | stop
+    warm_steps: int  # SFT steps after which the embedded model has a middling skill at it
     scenes: ScenesConfig | None  # for the source scenes
     train: PartConfig
     test: PartConfig

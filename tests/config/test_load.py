@@ -168,3 +168,14 @@ def test_sweep_is_the_product_of_its_values() -> None:
     assert len(jobs) == 4
     assert jobs[0] == ["algo=grpo", "train.seed=0", "train.steps=5"]
     assert len({tuple(job) for job in jobs}) == 4
+
+
+def test_the_task_says_how_long_the_embedded_model_is_warmed_up_unless_told_otherwise() -> None:
+    def steps(*overrides: str) -> int:
+        tiny = load(overrides).model.tiny
+        assert tiny is not None
+        return tiny.warm_steps
+
+    assert steps() == load([]).data.warm_steps
+    assert steps("data=geometry") == load(["data=geometry"]).data.warm_steps != steps()
+    assert steps("data.warm_steps=7") == steps("model.tiny.warm_steps=7") == 7

@@ -36,6 +36,7 @@ DATA = DataConfig(
     task="counting",
     prompt_suffix="Answer in <answer> </answer> tags.",
     on_bad_row="stop",
+    warm_steps=45,
     scenes=ScenesConfig(max_items=6, image_cells=3),
     train=PartConfig(source="scenes", size=2000, files=None),
     test=PartConfig(source="scenes", size=200, files=None),

@@ -44,10 +44,13 @@ def compare(stated: str, truth: str) -> bool | None:
 
 @lru_cache(maxsize=4096)
 def _compare(stated: str, truth: str) -> bool | None:
-    if not stated.split() or not truth.split():
+    said, true = stated.split(), truth.split()
+    if not said or not true:
         return False
-    if stated.split() == truth.split():
+    if said == true:
         return True
+    if len(said) == len(true) == 1 and all(word.isascii() and word.isdigit() for word in (*said, *true)):
+        return int(said[0]) == int(true[0])  # counting, ten times quicker than what follows
     return _compare_plain(plain(stated), plain(truth))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -53,12 +53,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its rewards; `parts` has each by name, all of length G; `valid` is False where scoring failed."""
+    """A group with its rewards; `parts` has each by name, all of length G; `valid` is False where scoring failed.
+
+    `graded` says how many answers each layer of grading decided: rules, symbolic; how many it gave up: timeout, crash;
+    how many stated none: untagged.
+    """
 
     group: Group
     rewards: NDArray[np.float64]
     parts: Mapping[str, NDArray[np.float64]]
     valid: NDArray[np.bool_]
+    graded: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

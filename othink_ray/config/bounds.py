@@ -14,7 +14,9 @@ LOSSES = ("grpo", "gspo")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
+WITHOUT_TAG = ("strict", "whole_text", "last_number")
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
+GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes")  # sources that need no files
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
@@ -26,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.loss_weights": LOSS_WEIGHTS,
     "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
     "algo.kl.estimator": ESTIMATORS,
+    "algo.reward.without_tag": WITHOUT_TAG,
     "model.family": ("qwen2_vl",),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": ("counting", "geometry"),
@@ -104,8 +107,8 @@ BOUNDS = (
         lambda value: value > 0,
         "Set {key} to a positive number.",
         (
-            *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "model.tiny.warm_lr"),
-            *("rollout.temperature", "rollout.kv_cache_gb"),
+            *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "algo.reward.answer_cpu_s"),
+            *("model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
         ),
@@ -163,6 +166,12 @@ BOUNDS = (
         lambda value: value >= OBJECT_STORE_MIN_MB,
         "Set {key}=256.",
         ("cluster.object_store_mb",),
+    ),
+    Bound(
+        f"must be at least {GRADER_MIN_MB} (MiB): math-verify needs room to work",
+        lambda value: value >= GRADER_MIN_MB,
+        "Set {key}=1024.",
+        ("algo.reward.memory_mb",),
     ),
     Bound(
         "must not be empty",

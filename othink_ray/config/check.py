@@ -96,6 +96,17 @@ def _kl(config: Config) -> Iterator[Problem]:
         yield broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001.")
 
 
+def _grading(config: Config) -> Iterator[Problem]:
+    reward, answers = config.algo.reward, config.algo.group_size
+    least = 2 * answers * reward.answer_cpu_s
+    if 0 < reward.timeout_s < least:
+        rule = (
+            f"must be at least 2 x algo.group_size x algo.reward.answer_cpu_s = {least:g}: a group in which every "
+            "answer outstays its time, and restarts the grading process, must end before its actor is killed"
+        )
+        yield broken(config, "algo.reward.timeout_s", rule, f"Set algo.reward.timeout_s={least:g}.")
+
+
 def _batches(config: Config) -> Iterator[Problem]:
     prompts, updates, ranks = config.train.prompts_per_step, config.algo.updates_per_step, config.learner.world_size
     if min(prompts, updates, ranks) < 1 or prompts % (updates * ranks) == 0:
@@ -175,7 +186,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    *(_kl, _batches, _lengths, data_rules),
+    *(_kl, _grading, _batches, _lengths, data_rules),
     *(_tiny, _transport, _places),
 )
 

@@ -44,7 +44,10 @@ class RewardConfig:
 
     format_weight: float  # alpha
     actors: int  # Ray actors that score
-    timeout_s: float  # per group; a grader that takes longer is killed and its answers are masked
+    without_tag: str  # strict | whole_text | last_number: what is graded where no <answer> stands
+    answer_cpu_s: float  # CPU seconds for an answer that only math-verify can decide; after them it is wrong
+    memory_mb: int  # MiB (address space) of the process in which math-verify runs
+    timeout_s: float  # per group; an actor that takes longer is killed and its answers are masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,15 @@ import numpy as np
 
 from othink_ray.driver.loop import Step, teaches
 
+# Which layer of grading decided how many answers of the step.
+_GRADED = {
+    "rules": "reward/graded_by_rules",
+    "symbolic": "reward/graded_symbolically",
+    "timeout": "reward/grader_timeouts",
+    "crash": "reward/grader_crashes",
+    "untagged": "reward/untagged",
+}
+
 
 def measures(step: Step) -> dict[str, float]:
     """The metrics of one step. Rewards, lengths and groups are those of all that was asked, trained or not.
@@ -42,6 +51,8 @@ def measures(step: Step) -> dict[str, float]:
         "throughput/tokens_per_s": float(lengths.sum()) / seconds,
         "time/step_s": seconds,
     }
+    for layer, name in _GRADED.items():
+        found[name] = float(sum(one.graded.get(layer, 0) for one in asked))
     for part in sorted({name for one in asked for name in one.parts}):
         scored = [one for one in asked if part in one.parts]
         values = np.concatenate([one.parts[part] for one in scored])

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Callable
 
 OPEN, CLOSE = "<answer>", "</answer>"
-MAX_CHARS = 64  # no stated number is longer; it also bounds the time spent on one
+_TAGS = ("<think>", "</think>", OPEN, CLOSE)
+_TAIL_CHARS = 4096  # where a last number is looked for
 
-WORDS = {
-    word: Fraction(value)
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
-    )
-}
-# Words that would make another number of the one before them, so none of them is a unit.
-NOT_UNITS = frozenset(WORDS) | frozenset(
-    "hundred hundreds thousand thousands million millions billion billions dozen dozens pair pairs half halves third "
-    "thirds quarter quarters fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths squared cubed "
-    "factorial sqrt root pi plus minus times over point or and to th st nd rd".split()
-)
-
-_NUMBER = re.compile(
-    r"""
-    (?P<sign>[+\-\u2212]?)
-    (?:
-        (?P<numerator>[0-9]+) \s* / \s* (?P<denominator>[0-9]+)
-      | (?P<decimal>
-            (?: [1-9][0-9]{0,2} (?: ,[0-9]{3} )+ (?: \.[0-9]+ )?
-              | [0-9]+ (?: \.[0-9]+ )?
-              | \.[0-9]+
-            )
-            (?: [eE][+-]?[0-9]{1,2} )?
-        )
-      | (?P<word>[A-Za-z]+)
-    )
-    (?: \s* (?: ° | % | (?P<unit>[A-Za-z]{2,}|m) ) )?
-    \.?
-    """,
-    re.VERBOSE,
-)
+_NUMBER = re.compile(r"[+\-\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?")
 
 
 def answer_text(text: str) -> str | None:
@@ -56,26 +25,28 @@ def answer_text(text: str) -> str | None:
     return text[start : text.find(CLOSE, start)]
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The one number that the text states, exactly, or None.
+def _whole_text(text: str) -> str | None:
+    """What follows the last tag of any kind; all of it where there is none."""
+    return text[max((at + len(tag) for tag in _TAGS if (at := text.rfind(tag)) >= 0), default=0) :]
 
-    Taken: 3, +3, -3 (also with the sign U+2212), 3.0, .5, 3., 1,234, 3e2 (exponents of two digits), 6/2, and the words
-    zero to twenty, unsigned; then one unit, which is ignored (3 items, 70°, 5cm, 50% is 50), and a full stop.
-    Not taken: more than one number (3 or 4), words before it (about 3), a unit that changes the value (3 dozen, 2pi),
-    ordinals (3rd), 1,5, a zero denominator, NaN and infinity, digits other than 0 to 9, anything above 64 characters.
-    """
-    stated = text.strip()
-    if len(stated) > MAX_CHARS:
-        return None
-    match = _NUMBER.fullmatch(stated)
-    if match is None or (match["unit"] or "").lower() in NOT_UNITS:
-        return None
-    if match["word"] is not None:
-        return WORDS.get(match["word"].lower()) if not match["sign"] else None
-    if match["numerator"] is not None:
-        if int(match["denominator"]) == 0:
-            return None
-        size = Fraction(int(match["numerator"]), int(match["denominator"]))
-    else:
-        size = Fraction(match["decimal"].replace(",", ""))
-    return size if match["sign"] in ("", "+") else -size
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text[-_TAIL_CHARS:])
+    return numbers[-1] if numbers else None
+
+
+def _nothing(text: str) -> str | None:
+    return None
+
+
+WITHOUT_TAG: dict[str, Callable[[str], str | None]] = {
+    "strict": _nothing,
+    "whole_text": _whole_text,
+    "last_number": _last_number,
+}
+
+
+def stated_text(text: str, without_tag: str = "strict") -> str | None:
+    """The text to grade: inside the tag, or what the policy `without_tag` makes of a text that has none."""
+    inside = answer_text(text)
+    return WITHOUT_TAG[without_tag](text) if inside is None else inside

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
+from typing import TypeAlias
 
 import numpy as np
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.grade import accuracy
+from othink_ray.rewards.grader import Grader
 from othink_ray.rewards.layout import format_reward
+from othink_ray.rewards.symbolic import GradingFailed
 from othink_ray.types import Group, ScoredGroup
 
+Reward: TypeAlias = Callable[[str, str, Grader], float]  # of the completion's text, the true answer, the run's grader
 
-def _format(text: str, answer: str) -> float:
+
+def _accuracy(text: str, answer: str, grader: Grader) -> float:
+    return grader.accuracy(text, answer)
+
+
+def _format(text: str, answer: str, grader: Grader) -> float:
     return format_reward(text)
 
 
-REWARDS: dict[str, Callable[[str, str], float]] = {
-    "accuracy": accuracy,
+REWARDS: dict[str, Reward] = {
+    "accuracy": _accuracy,
     "format": _format,
 }
 
 
-def score_group(group: Group, reward: RewardConfig) -> ScoredGroup:
+def score_group(group: Group, reward: RewardConfig, grader: Grader) -> ScoredGroup:
     """accuracy + format_weight * format for each of the G answers.
 
     An answer on which a reward function fails gets 0 and is marked invalid; the others of its group keep their rewards.
@@ -31,18 +39,21 @@ def score_group(group: Group, reward: RewardConfig) -> ScoredGroup:
     size = len(group.completions)
     parts = {name: np.zeros(size) for name in REWARDS}
     valid = np.ones(size, dtype=np.bool_)
+    before = grader.counts.copy()
     for row, completion in enumerate(group.completions):
-        scores = _score(completion.text, group.prompt.answer)
+        scores = _score(completion.text, group.prompt.answer, grader)
         valid[row] = scores is not None
         for name, value in (scores or {}).items():
             parts[name][row] = value
     rewards = parts["accuracy"] + reward.format_weight * parts["format"]
-    return ScoredGroup(group=group, rewards=rewards, parts=parts, valid=valid)
+    return ScoredGroup(group=group, rewards=rewards, parts=parts, valid=valid, graded=dict(grader.counts - before))
 
 
-def _score(text: str, answer: str) -> dict[str, float] | None:
+def _score(text: str, answer: str, grader: Grader) -> dict[str, float] | None:
     try:
-        scores = {name: float(function(text, answer)) for name, function in REWARDS.items()}
+        scores = {name: float(function(text, answer, grader)) for name, function in REWARDS.items()}
+    except GradingFailed:  # no answer's fault: the run must stop and say so
+        raise
     # A reward function may come from a user and meets whatever a model wrote: any failure is this answer's alone.
     except Exception:
         return None

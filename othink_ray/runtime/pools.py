@@ -85,14 +85,14 @@ class RewardPool:
 
     def __init__(self, reward: RewardConfig) -> None:
         self.reward = reward
-        self.actors = [Placement.start_unseated(RewardActor) for _ in range(reward.actors)]
+        self.actors = [Placement.start_unseated(RewardActor, reward) for _ in range(reward.actors)]
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         """In the order of arrival."""
         asked = []
         for number, group in enumerate(groups):
             index = number % len(self.actors)
-            asked.append((group, index, self.actors[index].score.remote(group, self.reward)))
+            asked.append((group, index, self.actors[index].score.remote(group)))
         return [self._collect(*one) for one in asked]
 
     def _collect(self, group: Any, index: int, reference: Any) -> ScoredGroup:
@@ -103,7 +103,7 @@ class RewardPool:
             raise WorkerFailed(f"generating or scoring a group failed: {error.cause!r}\n{error}") from error
         except (GetTimeoutError, RayActorError):
             ray.kill(self.actors[index])
-            self.actors[index] = Placement.start_unseated(RewardActor)
+            self.actors[index] = Placement.start_unseated(RewardActor, self.reward)
             return _masked(gather([group], "a rollout actor", self.reward.timeout_s)[0])
 
 

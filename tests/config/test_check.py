@@ -121,6 +121,13 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["algo.kl.schedule=target", "algo.kl.beta_min=0"], "the schedule target multiplies"),
         (["algo=gspo", "train.prompts_per_step=6"], "must be a multiple of algo.updates_per_step = 4"),
         (["algo.reward.format_weight=-0.5"], "algo.reward.format_weight = -0.5 must be at least 0"),
+        (["algo.reward.without_tag=last"], "must be one of strict, whole_text, last_number"),
+        (["algo.reward.answer_cpu_s=0"], "algo.reward.answer_cpu_s = 0 must be more than 0"),
+        (["algo.reward.memory_mb=10"], "algo.reward.memory_mb = 10 must be at least 256 (MiB)"),
+        (
+            ["algo.reward.timeout_s=20"],
+            "must be at least 2 x algo.group_size x algo.reward.answer_cpu_s = 32: a group in which every answer",
+        ),
         (["algo.updates_per_step=3"], "must be a multiple of algo.updates_per_step = 3"),
         (["learner.world_size=3"], "gives 16 prompts to an update, which must be a multiple of learner.world_size = 3"),
         (["learner.zero_stage=0"], "learner.zero_stage = 0 must be 1, 2 or 3"),

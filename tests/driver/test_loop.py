@@ -67,7 +67,15 @@ class ScriptedTeam:
         for group in groups:
             rewards = np.arange(ANSWERS, dtype=float) * (int(group.prompt.id[1:]) not in self.dull)
             valid = np.array([not self.masked] * ANSWERS)
-            scored.append(ScoredGroup(group=group, rewards=rewards, parts={"accuracy": rewards}, valid=valid))
+            scored.append(
+                ScoredGroup(
+                    group=group,
+                    rewards=rewards,
+                    parts={"accuracy": rewards},
+                    valid=valid,
+                    graded={"rules": 2, "timeout": 1},
+                )
+            )
         self.calls.append(("score", len(scored)))
         return scored
 
@@ -179,6 +187,13 @@ def test_masked_answers_do_not_count_in_the_means_but_are_counted() -> None:
     assert found["groups/masked"] == 12
     assert np.isnan(found["reward/mean"])
     assert all(not advantages.any() for advantages in seen.advantages)
+
+
+def test_the_layers_of_grading_are_counted_over_all_groups() -> None:
+    [seen] = run(ScriptedTeam(), range(1)).steps
+    found = measures(seen)
+    assert (found["reward/graded_by_rules"], found["reward/grader_timeouts"]) == (8, 4)
+    assert (found["reward/graded_symbolically"], found["reward/grader_crashes"], found["reward/untagged"]) == (0, 0, 0)
 
 
 def test_the_laps_of_a_step_add_up_to_its_time() -> None:

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards import REWARDS, score_group
+from othink_ray.rewards import REWARDS, Grader, score_group
+from othink_ray.rewards.symbolic import GradingFailed
 from othink_ray.types import Completion, Group, Message, Prompt
+from tests.rewards.conftest import REWARD
 
 RIGHT = "<think> a </think><answer> 3 </answer>"
 WRONG = "<think> a </think><answer> 4 </answer>"
@@ -13,10 +18,10 @@ LOOSE = "<answer> 3 </answer>"
 NOISE = "\0\ud800"
 
 
-def group(*texts: str) -> Group:
+def group(*texts: str, answer: str = "3") -> Group:
     message = Message(role="user", text="How many?")
     return Group(
-        prompt=Prompt(id="rows/0", messages=(message,), images=(), answer="3", task="counting"),
+        prompt=Prompt(id="rows/0", messages=(message,), images=(), answer=answer, task="counting"),
         prompt_token_ids=np.array([1]),
         completions=tuple(
             Completion(
@@ -29,13 +34,13 @@ def group(*texts: str) -> Group:
 
 
 def weight(alpha: float) -> RewardConfig:
-    return RewardConfig(format_weight=alpha, actors=1, timeout_s=1.0)
+    return replace(REWARD, format_weight=alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_the_reward_is_accuracy_plus_weighted_format(alpha: float) -> None:
+def test_the_reward_is_accuracy_plus_weighted_format(alpha: float, grader: Grader) -> None:
     answers = group(RIGHT, WRONG, LOOSE, NOISE)
-    scored = score_group(answers, weight(alpha))
+    scored = score_group(answers, weight(alpha), grader)
     assert scored.group is answers
     assert scored.rewards.tolist() == [1 + alpha, alpha, 1, 0]
     assert {name: part.tolist() for name, part in scored.parts.items()} == {
@@ -45,23 +50,55 @@ def test_the_reward_is_accuracy_plus_weighted_format(alpha: float) -> None:
     assert scored.valid.tolist() == [True] * 4
 
 
-def test_the_arrays_have_their_types() -> None:
-    scored = score_group(group(RIGHT), weight(1.0))
+def test_the_arrays_have_their_types(grader: Grader) -> None:
+    scored = score_group(group(RIGHT), REWARD, grader)
     assert str(scored.rewards.dtype) == "float64"
     assert str(scored.valid.dtype) == "bool"
     assert {str(part.dtype) for part in scored.parts.values()} == {"float64"}
 
 
-def picky(text: str, answer: str) -> float:
+def picky(text: str, answer: str, grader: Grader) -> float:
     if text == LOOSE:
         raise RecursionError("too deep")
     return float("nan") if text == WRONG else 1.0
 
 
 @pytest.mark.parametrize("broken", ["accuracy", "format"])
-def test_a_failing_reward_costs_only_the_answer_it_failed_on(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_reward_costs_only_the_answer_it_failed_on(
+    broken: str, grader: Grader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(REWARDS, broken, picky)
-    scored = score_group(group(RIGHT, LOOSE, WRONG, RIGHT), weight(1.0))
+    scored = score_group(group(RIGHT, LOOSE, WRONG, RIGHT), REWARD, grader)
     assert scored.valid.tolist() == [True, False, False, True]
     assert scored.rewards.tolist() == [2, 0, 0, 2]
     assert all(part.tolist() == [1, 0, 0, 1] for part in scored.parts.values())
+
+
+def test_a_group_says_which_layer_decided_how_many_of_its_own_answers(grader: Grader) -> None:
+    stated = ["x(x+2)", "x^2+2x", "two", "9^{9^{9^{9}}}", "2x+x^2"]
+    answers = group(*[f"<answer>{text}</answer>" for text in stated], "x^2+2x", answer="x^2+2x")
+    scored = score_group(answers, REWARD, grader)
+    assert scored.graded == {"rules": 2, "symbolic": 2, "timeout": 1, "untagged": 1}
+    assert scored.parts["accuracy"].tolist() == [1, 1, 0, 0, 1, 0]
+    assert scored.valid.all(), "an answer that was given up is wrong, not masked"
+    again = score_group(group(RIGHT), REWARD, grader)
+    assert again.graded == {"rules": 1}
+
+
+def test_a_grader_that_does_not_work_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with Grader(REWARD) as broken, pytest.raises(GradingFailed):
+        score_group(group("<answer>x+1</answer>", answer="1+x"), REWARD, broken)
+
+
+def test_a_step_of_plain_counting_is_scored_in_five_milliseconds(grader: Grader) -> None:
+    texts = [f"<think> I count {count} items. </think><answer> {count} </answer>" for count in (3, 4, 5, 2, 1, 6, 3, 3)]
+    groups = [group(*texts) for _ in range(16)]
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for one in groups:
+            score_group(one, REWARD, grader)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(10)) < 0.005

@@ -87,6 +87,23 @@ def test_a_hanging_grader_is_killed_and_its_group_masked(team: Team, asked: list
     assert again.valid.all()
 
 
+def test_a_group_of_bombs_is_over_in_its_time_and_counted(
+    ray_here: None, team_config: Config, asked: list[Prompt]
+) -> None:
+    pool = RewardPool(replace(team_config.algo.reward, answer_cpu_s=0.5, timeout_s=60))
+    ids = np.arange(2, dtype=np.int64)
+    texts = ["<answer>9^{9^{9^{9}}}</answer>", "<answer>99999999!</answer>", "<answer>\\sqrt[3]{8}</answer>"]
+    completions = tuple(
+        Completion(token_ids=ids, sampler_logprobs=np.zeros(2, np.float32), text=text, finish="stop") for text in texts
+    )
+    prompt = replace(asked[0], answer="2")
+    group = Group(prompt=prompt, prompt_token_ids=ids, completions=completions, version=0)
+    [scored] = pool.score([ray.put(group)])
+    assert scored.valid.all()
+    assert scored.parts["accuracy"].tolist() == [0, 0, 1]
+    assert scored.graded == {"timeout": 2, "symbolic": 1}
+
+
 def test_scores_come_back_in_the_order_of_the_prompts(team: Team, asked: list[Prompt]) -> None:
     scored = team.score(team.generate(asked, 0))
     assert [one.group.prompt.id for one in in_order(scored, asked)] == [prompt.id for prompt in asked]

@@ -1,0 +1,34 @@
+"""One grader with its real process for the whole room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.schema import RewardConfig
+from othink_ray.rewards import Grader
+
+REWARD = RewardConfig(
+    format_weight=1.0, actors=1, without_tag="strict", answer_cpu_s=2.0, memory_mb=1024, timeout_s=60.0
+)
+
+
+@pytest.fixture(scope="session")
+def grader() -> Iterator[Grader]:
+    with Grader(REWARD) as grader:
+        yield grader
+
+
+def living(session: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(its_session) == session and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found

@@ -1,0 +1,69 @@
+"""verdicts.tsv, drawn up before the code: every case through the layer that must decide it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.bounds import WITHOUT_TAG as NAMES
+from othink_ray.rewards import Grader, accuracy
+from othink_ray.rewards.parse import WITHOUT_TAG, stated_text
+from tests.rewards.conftest import REWARD
+
+LINES = Path(__file__).with_name("verdicts.tsv").read_text(encoding="utf-8").splitlines()
+CASES = [tuple(line.split("\t")) for line in LINES if not line.startswith("#")]
+
+
+def test_the_table_is_large_and_has_both_verdicts_of_both_layers() -> None:
+    assert len(CASES) >= 200
+    assert len(set(CASES)) == len(CASES)
+    assert {case[2:] for case in CASES} == {(verdict, layer) for verdict in "01" for layer in ("rules", "symbolic")}
+
+
+@pytest.mark.parametrize(("stated", "truth", "verdict", "layer"), CASES)
+def test_the_verdict_and_who_decides_it(stated: str, truth: str, verdict: str, layer: str, grader: Grader) -> None:
+    text = f"<think> 99 </think><answer>{stated}</answer>"
+    before = grader.counts.copy()
+    assert grader.accuracy(text, truth) == float(verdict)
+    assert grader.counts - before == {layer: 1}
+    assert accuracy(text, truth) == (float(verdict) if layer == "rules" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "verdict"),
+    [
+        ("strict", "The answer is 25", 0),
+        ("strict", "<answer> 25", 0),
+        ("whole_text", "The answer is 25", 1),
+        ("whole_text", "<think> 24 or 26 </think> 25°", 1),
+        ("whole_text", "<think> 24 or 26 </think> <answer> 25", 1),
+        ("whole_text", "I first thought 24, now 25", 0),
+        ("whole_text", "", 0),
+        ("last_number", "I first thought 24, now 25, surely.", 1),
+        ("last_number", "I first thought 25, now 24.", 0),
+        ("last_number", "1,025 - 1,000 = 25.0", 1),
+        ("last_number", "so it is 50/2.", 1),
+        ("last_number", "25" + " x" * 10**6, 0),
+        ("last_number", "none", 0),
+    ],
+)
+def test_an_answer_without_its_tag_is_graded_as_the_policy_says(policy: str, text: str, verdict: int) -> None:
+    with Grader(replace(REWARD, without_tag=policy)) as grader:
+        assert grader.accuracy(text, "25") == verdict
+
+
+@pytest.mark.parametrize("policy", WITHOUT_TAG)
+def test_no_policy_looks_outside_a_tag_that_is_there(policy: str) -> None:
+    assert stated_text("24 <answer>25</answer> 26", policy) == "25"
+
+
+def test_an_untagged_answer_is_counted() -> None:
+    with Grader(REWARD) as grader:
+        grader.accuracy("25", "25")
+        assert grader.counts == {"untagged": 1}
+
+
+def test_the_policies_known_to_the_configuration_are_those_there_are() -> None:
+    assert set(NAMES) == set(WITHOUT_TAG)

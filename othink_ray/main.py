@@ -24,6 +24,8 @@ othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed
 
 Modes
   mode=train   GRPO-D from model and data to an exported model (the default)
+  mode=sft     supervised training on worked answers, with the same data, learner and records
+  mode=eval    questions to any Hugging Face folder or run: accuracy, mean@k, pass@k, a matrix of models and tasks
   mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
 
 Groups
@@ -34,13 +36,16 @@ Keys that matter
   algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
   algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator
   rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
-  eval.every  run.dir  run.resume (never, auto, a checkpoint folder)  wandb.mode
+  model.path (a Hugging Face folder, a hub name or a run)  eval.every  eval.also  wandb.mode
+  run.dir  run.resume (never, auto, a checkpoint folder)
   All of them, with their values: --cfg job
 
 Examples
   python -m othink_ray.main                                               the tiny model learns to count, on a CPU
   python -m othink_ray.main algo=grpo algo.kl.beta_min=0.04 train.steps=50    constant KL weight, fewer steps
   python -m othink_ray.main -m algo=grpo_d,grpo train.seed=0,1            four runs, one after the other
+  python -m othink_ray.main mode=sft train.prompts_per_step=64 learner.lr=5e-4    the supervised baseline
+  python -m othink_ray.main mode=eval 'eval.models=[runs/a,runs/b]' 'eval.also=[geometry]' eval.samples=8
   python -m othink_ray.main model=qwen2_vl_2b cluster=one_node mode=check     is it sound on 8 GPUs?
 
 Hydra's flags: --cfg job, --info, -m (sweep), --hydra-help.
@@ -69,7 +74,7 @@ def _launch(config: Config | None, found: list[Problem]) -> int:
     if config.mode == "check":
         print(f"configuration is sound\n{plan(config, machine)}")
         return 0
-    from othink_ray.driver.build import run  # Ray and torch load only for a sound configuration
+    from othink_ray.driver.run import run  # Ray and torch load only for a sound configuration
     from othink_ray.report import write_report
 
     return run(config, write_report)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MODES = ("train", "check")
+MODES = ("train", "sft", "eval", "check")
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
 ADAPTIVE_SCHEDULES = ("target", "accuracy")
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std")
 LOSSES = ("grpo", "gspo")
+LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
@@ -18,7 +19,7 @@ WITHOUT_TAG = ("strict", "whole_text", "last_number")
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
-GENERATED = ("scenes", "geometry_scenes")  # sources that need no files
+GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
     "algo.kl.estimator": ESTIMATORS,
     "algo.reward.without_tag": WITHOUT_TAG,
+    "learner.lr_schedule": LR_SCHEDULES,
     "model.family": ("qwen2_vl",),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": ("counting", "geometry"),
@@ -97,7 +99,14 @@ BOUNDS = (
         lambda value: value >= 0,
         "Set {key}=0 or more.",
         (
-            *("train.seed", "train.checkpoint_every", "eval.every", "model.tiny.seed", "model.tiny.warm_steps"),
+            *(
+                "train.seed",
+                "train.checkpoint_every",
+                "eval.every",
+                "eval.samples",
+                "model.tiny.seed",
+                "model.tiny.warm_steps",
+            ),
             *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
             *("rollout.cpus_per_actor", "learner.cpus_per_rank"),
         ),

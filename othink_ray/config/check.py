@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -12,10 +13,10 @@ from pathlib import Path
 
 from othink_ray.config.bounds import BOUNDS, CHOICES
 from othink_ray.config.data_rules import data_rules
+from othink_ray.config.load import conf_dir, data_named, groups
+from othink_ray.config.model_rules import model_rules
 from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config
-
-VISION_HEAD = 32  # head size of the tiny model's vision tower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,26 +132,22 @@ def _lengths(config: Config) -> Iterator[Problem]:
         yield broken(config, "model.min_pixels", rule, "Swap them.")
 
 
-def _tiny(config: Config) -> Iterator[Problem]:
-    tiny, path = config.model.tiny, config.model.path
-    if tiny is None:
-        if path is None:
-            rule = "is null, so the embedded model must be made, but model.tiny is null too"
-            yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
-        return
-    if path is not None:
-        rule = "must be null where model.tiny is set: there is one model to train"
-        yield broken(config, "model.path", rule, "Use model=qwen2_vl_2b as the start, or set model.tiny=null.")
-    heads, left = divmod(tiny.text_width, max(tiny.head_dim, 1))
-    if left:
-        rule = f"must be a multiple of model.tiny.head_dim = {tiny.head_dim}"
-        yield broken(config, "model.tiny.text_width", rule, f"Set model.tiny.text_width={(heads + 1) * tiny.head_dim}.")
-    elif tiny.kv_heads >= 1 and heads % tiny.kv_heads:
-        rule = f"must divide the {heads} heads (model.tiny.text_width / model.tiny.head_dim)"
-        yield broken(config, "model.tiny.kv_heads", rule, f"Set model.tiny.kv_heads={heads} or a divisor of it.")
-    if tiny.vision_width % VISION_HEAD:
-        rule = f"must be a multiple of {VISION_HEAD}, the head size of the vision tower"
-        yield broken(config, "model.tiny.vision_width", rule, "Set model.tiny.vision_width=96.")
+def _examined(config: Config) -> Iterator[Problem]:
+    """The further data sets: each must exist, and be as sound as the run's own."""
+    known = groups(conf_dir())["data"]
+    for name in config.eval.also:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            rule = f"there is no {name} in the group data"
+            subject = f"eval.also = [{', '.join(config.eval.also)}]"
+            yield Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(known)}.")
+        elif name == config.data.name:
+            rule = f"names {name}, which is the run's own data set already"
+            yield broken(config, "eval.also", rule, "Leave it out.")
+        else:
+            for problem in data_rules(dataclasses.replace(config, data=data_named(name))):
+                yield dataclasses.replace(problem, subject=f"eval.also, {name}: {problem.subject}")
 
 
 def _transport(config: Config) -> Iterator[Problem]:
@@ -187,7 +184,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *(_kl, _grading, _batches, _lengths, data_rules),
-    *(_tiny, _transport, _places),
+    *(model_rules, _examined, _transport, _places),
 )
 
 

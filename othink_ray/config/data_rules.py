@@ -50,7 +50,7 @@ def _generated(config: Config, part: str) -> Iterator[Problem]:
     if value_of(config, f"{part}.size") is None:
         rule = f"must be a number: the source {source} makes as many questions as it is asked for"
         yield broken(config, f"{part}.size", rule, f"Set {part}.size=256, for example.")
-    if source == "scenes" and config.data.scenes is None:
+    if source in ("scenes", "both_scenes") and config.data.scenes is None:
         rule = "needs the section data.scenes, which is null"
         yield broken(config, f"{part}.source", rule, "Use data=counting as the start.")
 

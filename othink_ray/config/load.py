@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from othink_ray.config.problem import ConfigError as ConfigError
 from othink_ray.config.problem import Problem as Problem
-from othink_ray.config.schema import Config
+from othink_ray.config.schema import Config, DataConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
 if TYPE_CHECKING:  # Hydra is imported where it is used: `--help` and `import othink_ray.main` stay quick
@@ -42,6 +42,11 @@ def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
     if config is None or problems:
         raise ConfigError(problems)
     return config
+
+
+def data_named(name: str) -> DataConfig:
+    """The data set of conf/data/NAME.yaml, as it is written there."""
+    return load([f"data={name}"]).data
 
 
 def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config | None, list[Problem]]:

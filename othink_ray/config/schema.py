@@ -182,7 +182,8 @@ class LearnerConfig:
     cpus_per_rank: float
     gpus_per_rank: float
     threads: int | None  # OpenMP threads of one rank on CPU; null: the cores divided by the ranks
-    lr: float
+    lr: float  # at its peak
+    lr_schedule: str  # a key of othink_ray.core.rates.LR_SCHEDULES
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
@@ -220,10 +221,20 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Greedy decoding on held-out questions."""
+    """Held-out questions: in training, greedy decoding; in mode=eval, sampled answers as well."""
 
     every: int  # steps; 0: only before and after
-    questions: int
+    questions: int  # of each data set
+    also: tuple[str, ...]  # further data sets, options of the group data: a matrix over tasks
+    models: tuple[str, ...]  # mode=eval: Hugging Face folders, hub names or runs; none: the one of the section model
+    samples: int  # mode=eval: sampled answers a question, for mean@k and pass@k; 0: greedy alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig:
+    """Supervised training; the rest of it is train, learner and data."""
+
+    reasoning: bool  # whether the worked answers think first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +249,7 @@ class WandbConfig:
 class Config:
     """One run, complete."""
 
-    mode: str  # train | check
+    mode: str  # train | sft | eval | check
     run: RunConfig
     train: TrainConfig
     algo: AlgoConfig
@@ -249,4 +260,5 @@ class Config:
     weights: WeightsConfig
     cluster: ClusterConfig
     eval: EvalConfig
+    sft: SftConfig
     wandb: WandbConfig

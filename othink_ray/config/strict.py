@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config, PartConfig
@@ -104,6 +104,9 @@ def _build(node: DictConfig, section: Any) -> Any:
             value = _build(value, inner)
         elif value is not None and inner is float:
             value = float(value)
+        elif get_origin(inner) is tuple:
+            item = get_args(inner)[0]
+            value = tuple(float(one) if item is float else one for one in value)
         values[name] = value
     return section(**values)
 
@@ -121,6 +124,8 @@ _REMEDY = {int: "Write it in digits, such as 8.", float: "Write it as 0.04 or 1e
 
 
 def _fits(value: Any, inner: Any) -> bool:
+    if get_origin(inner) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, get_args(inner)[0]) for one in value)
     if inner is not bool and isinstance(value, bool):
         return False
     if inner is not float:
@@ -140,6 +145,9 @@ def _mismatch(key: str, value: Any, kind: Any, origin: str) -> Iterable[Problem]
         rule, remedy = "is a section, not one value", f"Set a key of it, such as {key}.{names[0]}: {', '.join(names)}."
     elif value is not None and _fits(value, inner):
         return
+    elif get_origin(inner) is tuple:
+        rule = f"must be a list, each item {_EXPECTED[get_args(inner)[0]]}"
+        remedy = f"Write it in brackets: '{key}=[first,second]'."
     else:
         rule = f"must be {_EXPECTED[inner]}{' or null' if optional else ''}"
         if inner is str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from othink_ray.config.schema import DataConfig
+from othink_ray.data.both_scenes import BothScenes
 from othink_ray.data.geometry_scenes import GeometryScenes
 from othink_ray.data.passing import PassingRows
 from othink_ray.data.prompts import BadRow, Source, Split, validate, worked_answer
@@ -16,6 +17,7 @@ from othink_ray.data.tables import SourceError
 SOURCES: dict[str, Callable[[DataConfig, Split], Source]] = {
     "scenes": SceneCounting,
     "geometry_scenes": GeometryScenes,
+    "both_scenes": BothScenes,
     "hub": FileRows,
     "parquet": FileRows,
     "jsonl": FileRows,

@@ -55,15 +55,15 @@ def validate(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def worked_answer(prompt: Prompt) -> str:
-    """The SFT target: a short thought, then the solution, in the format that the reward asks for."""
+def worked_answer(prompt: Prompt, *, reasoning: bool = True) -> str:
+    """The SFT target: a short thought, then the solution, in the format that the reward asks for; or no thought."""
     working = WORKINGS.get(prompt.task)
     if working is None:
         reason = f"task {prompt.task!r} has no worked answers"
         raise BadRow(prompt.id, reason, f"use a task that has them: {', '.join(WORKINGS)}")
     answer = _plain_answer(prompt.answer)
     thought = prompt.thought or working.format(answer=answer)
-    return f"<think> {thought} </think><answer> {answer} </answer>"
+    return f"<think> {thought} </think><answer> {answer} </answer>" if reasoning else f"<answer> {answer} </answer>"
 
 
 def _plain_answer(answer: str) -> str:

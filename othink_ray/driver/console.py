@@ -136,13 +136,13 @@ class Console:
         if self._live is not None:
             self._refresh()
 
-    def eval(self, step: int, accuracy: float, lo: float, hi: float, n: int) -> None:
-        """Show accuracy on held-out questions with its 95 % interval, all three as fractions of 1."""
-        self._evaluation = Evaluation(step=step, accuracy=accuracy, lo=lo, hi=hi, n=n)
+    def eval(self, step: int, data: str, accuracy: float, lo: float, hi: float, n: int) -> None:
+        """Show accuracy on a data set's held-out questions with its 95 % interval, all three as fractions of 1."""
+        self._evaluation = Evaluation(step=step, data=data, accuracy=accuracy, lo=lo, hi=hi, n=n)
         if self._live is not None:
             self._refresh()
         else:
-            self.say(f"held-out accuracy after step {step}: {evaluation_text(self._evaluation)}")
+            self.say(f"held-out accuracy after step {step}, {data}: {evaluation_text(self._evaluation)}")
 
     def finish(
         self,

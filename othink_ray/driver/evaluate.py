@@ -1,15 +1,27 @@
-"""Greedy accuracy on held-out questions."""
+"""Held-out questions, and what the answers to them say: accuracy, its interval, mean@k and pass@k."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from othink_ray.data import BadRow, Screen, Source, SourceError
+from othink_ray.config.load import data_named
+from othink_ray.config.schema import Config
+from othink_ray.data import BadRow, Screen, Source, SourceError, open_source
 from othink_ray.types import Prompt, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exam:
+    """The held-out questions of one data set, and those of its rows that cannot be asked."""
+
+    name: str
+    prompts: Sequence[Prompt]
+    bad_rows: Sequence[BadRow]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,19 +36,41 @@ class Evaluation:
     tokens_mean: float
 
 
-def summarise(scored: Iterable[ScoredGroup]) -> Evaluation:
-    """One greedy answer a question."""
-    groups = list(scored)
-    right = [float(one.parts["accuracy"][0]) if one.valid[0] else 0.0 for one in groups]
-    formed = [float(one.parts["format"][0]) if one.valid[0] else 0.0 for one in groups]
+def exams(config: Config, screen: Screen) -> list[Exam]:
+    """The run's own data set first, then those of eval.also."""
+    found = []
+    for data in (config.data, *(data_named(name) for name in config.eval.also)):
+        good, bad = held_out_prompts(open_source(data, "test"), config.eval.questions, data.on_bad_row, screen)
+        found.append(Exam(name=data.name, prompts=good, bad_rows=bad))
+    return found
+
+
+def graded(scored: ScoredGroup) -> list[dict[str, Any]]:
+    """Each answer of a group as plain values; one whose scoring failed counts as wrong."""
+    return [
+        {
+            "text": answer.text,
+            "accuracy": float(scored.parts["accuracy"][place]) if scored.valid[place] else 0.0,
+            "format": float(scored.parts["format"][place]) if scored.valid[place] else 0.0,
+            "tokens": len(answer.token_ids),
+            "finish": answer.finish,
+        }
+        for place, answer in enumerate(scored.group.completions)
+    ]
+
+
+def summarise(answers: Iterable[dict[str, Any]]) -> Evaluation:
+    """Of one greedy answer a question, as `graded` gives them."""
+    rows = list(answers)
+    right = [row["accuracy"] for row in rows]
     lo, hi = wilson(sum(right), len(right))
     return Evaluation(
         accuracy=float(np.mean(right)),
         lo=lo,
         hi=hi,
-        format=float(np.mean(formed)),
-        n=len(groups),
-        tokens_mean=float(np.mean([len(one.group.completions[0].token_ids) for one in groups])),
+        format=float(np.mean([row["format"] for row in rows])),
+        n=len(rows),
+        tokens_mean=float(np.mean([row["tokens"] for row in rows])),
     )
 
 
@@ -71,3 +105,8 @@ def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float
     centre = (share + z**2 / (2 * trials)) / scale
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at(k: int, right: int, sampled: int) -> float:
+    """The chance that at least one of k answers is right, drawn without repeats from `sampled` of which so many are."""
+    return 1.0 - math.comb(sampled - right, k) / math.comb(sampled, k)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from othink_ray.config.schema import Config
-from othink_ray.data.prompts import BadRow
 from othink_ray.data.stream import PromptStream
 from othink_ray.driver import checkpoint
 from othink_ray.driver.console import Console
-from othink_ray.driver.evaluate import Evaluation, summarise
+from othink_ray.driver.evaluate import Evaluation, Exam, graded, summarise
 from othink_ray.driver.loop import Step
-from othink_ray.driver.measures import measures
+from othink_ray.driver.measures import measures, taught_measures
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.types import Prompt, ScoredGroup, TrainState
 
@@ -35,17 +34,17 @@ class Journal:
         config: Config,
         team: Runs,
         stream: PromptStream,
-        held_out: Sequence[Prompt],
-        bad_rows: Sequence[BadRow],
+        exams: Sequence[Exam],
         records: RunRecords,
         console: Console,
     ) -> None:
-        self.config, self.team, self.stream, self.held_out = config, team, stream, held_out
+        self.config, self.team, self.stream, self.exams = config, team, stream, exams
         self.records, self.console = records, console
-        self.before: Evaluation | None = None
-        self.after: Evaluation | None = None
+        self.measures = taught_measures if config.mode == "sft" else measures
+        self.before: dict[str, Evaluation] = {}
+        self.after: dict[str, Evaluation] = {}
         self.audit_gap_max = 0.0
-        self.dropped = [(row.row_id, row.reason) for row in bad_rows]
+        self.dropped = [(row.row_id, row.reason) for exam in exams for row in exam.bad_rows]
         self._stream_drops = 0
         self._say_drops(self.dropped)
 
@@ -55,12 +54,14 @@ class Journal:
 
     def step(self, seen: Step) -> None:
         done = seen.step + 1
-        found = measures(seen)
+        found = self.measures(seen)
         self.audit_gap_max = max(self.audit_gap_max, seen.audit.gap_max)
         last = done == self.config.train.steps
         if last or (self.config.eval.every and done % self.config.eval.every == 0):
             self.after = self._evaluate(done)
-            found |= {"eval/accuracy": self.after.accuracy, "eval/format": self.after.format}
+            for name, result in self.after.items():
+                suffix = "" if name == self.exams[0].name else f"/{name}"
+                found |= {f"eval/accuracy{suffix}": result.accuracy, f"eval/format{suffix}": result.format}
         self.records.log(seen.step, found)
         self.records.sample(seen.step, seen.scored[0], seen.advantages[0])
         self.console.step(done, found)
@@ -70,10 +71,16 @@ class Journal:
         if last or (every and done % every == 0):
             checkpoint.write(Path(self.config.run.dir), self._state(seen), self.team)
 
-    def _evaluate(self, step: int) -> Evaluation:
-        with self.console.phase(f"answering {len(self.held_out)} held-out questions"):
-            found = summarise(self.team.answer_greedily(self.held_out))
-        self.console.eval(step, found.accuracy, found.lo, found.hi, found.n)
+    def _evaluate(self, step: int) -> dict[str, Evaluation]:
+        """The run's own data set is shown last: it is what the console keeps in view."""
+        found = {}
+        for exam in self.exams:
+            with self.console.phase(f"answering {len(exam.prompts)} held-out questions of {exam.name}"):
+                answers = [graded(one)[0] for one in self.team.answer_greedily(exam.prompts)]
+            found[exam.name] = summarise(answers)
+        for exam in reversed(self.exams):
+            result = found[exam.name]
+            self.console.eval(step, exam.name, result.accuracy, result.lo, result.hi, result.n)
         return found
 
     def _note_drops(self) -> None:
@@ -96,16 +103,21 @@ class Journal:
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the run so far."""
-        assert self.before is not None
-        config = self.config
+        config, own = self.config, self.exams[0].name
+        after = self.after or self.before
         return {
+            "mode": config.mode,
             "model": config.model.name,
             "data": config.data.name,
             "algo": config.algo.name,
             "seed": config.train.seed,
             "steps": config.train.steps,
-            "before": asdict(self.before),
-            "after": asdict(self.after or self.before),
+            "before": asdict(self.before[own]),
+            "after": asdict(after[own]),
+            "also": {
+                exam.name: {"before": asdict(self.before[exam.name]), "after": asdict(after[exam.name])}
+                for exam in self.exams[1:]
+            },
             "audit_gap_max": self.audit_gap_max,
             "dropped": self.dropped,
         }

@@ -31,7 +31,7 @@ class Team(Protocol):
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]: ...
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats: ...
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats: ...
 
     def push(self, version: int) -> Audit:
         """Returns when every engine has the version and answers like the learner."""
@@ -90,6 +90,7 @@ def train(
     recipe: Recipe,
     schedule: BetaSchedule,
     schedule_state: Mapping[str, float],
+    lr: Callable[[int], float],
     journal: Watches,
 ) -> None:
     """Runs `steps`; the journal sees each one when it is done: it logs, evaluates and saves."""
@@ -102,7 +103,7 @@ def train(
         rewards = np.stack([one.rewards for one in sampled.trained])
         advantages = list(recipe.advantages(rewards, np.stack([one.valid for one in sampled.trained])))
         packs = recipe.pack(sampled.trained, advantages)
-        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta)
+        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step))
         clock.lap("update")
         audit = team.push(step + 1)
         clock.lap("push")

@@ -16,6 +16,23 @@ _GRADED = {
 }
 
 
+def taught_measures(step: Step) -> dict[str, float]:
+    """The metrics of one step of supervised training: what has no meaning for worked answers is left out."""
+    lengths = [len(answer.token_ids) for one in step.scored for answer in one.group.completions]
+    seconds = sum(step.times.values())
+    return {
+        "loss": step.stats.loss,
+        "entropy": step.stats.entropy,
+        "grad_norm": step.stats.grad_norm,
+        "lr": step.stats.lr,
+        "tokens/completion_mean": float(np.mean(lengths)),
+        "vision/encodes": float(step.stats.vision_encodes),
+        "throughput/samples_per_s": len(lengths) / seconds,
+        "throughput/tokens_per_s": float(sum(lengths)) / seconds,
+        "time/step_s": seconds,
+    } | {f"time/{name}_s": lap for name, lap in step.times.items()}
+
+
 def measures(step: Step) -> dict[str, float]:
     """The metrics of one step. Rewards, lengths and groups are those of all that was asked, trained or not.
 

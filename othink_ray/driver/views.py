@@ -27,6 +27,7 @@ class Evaluation:
     """Accuracy on n held-out questions, with its 95 % interval, as fractions of 1."""
 
     step: int
+    data: str
     accuracy: float
     lo: float
     hi: float
@@ -151,7 +152,9 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation
     table.add_row(grid)
     table.add_row("")
     if evaluation is not None:
-        table.add_row(Text(f"held-out  {evaluation_text(evaluation)} after step {evaluation.step}"))
+        table.add_row(
+            Text(f"held-out  {evaluation_text(evaluation)} of {evaluation.data} after step {evaluation.step}")
+        )
     if history:
         table.add_row(time_split(history[-1]))
     return table

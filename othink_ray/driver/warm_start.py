@@ -12,28 +12,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
+from othink_ray.config.model_rules import model_folder
 from othink_ray.config.schema import Config
+from othink_ray.core.rates import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
-from othink_ray.driver.supervised import Learns, Teaches, supervise
-from othink_ray.types import UpdateStats
+from othink_ray.driver.loop import Step, train
+from othink_ray.driver.supervised import NO_KL, Class, supervised
 
-_RECIPE = 2  # raise it when the code makes another model of the same configuration
+_RECIPE = 3  # raise it when the code makes another model of the same configuration
 _OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _TOKENIZER_ROWS = 256
 
 
 class Classroom(Protocol):
-    """A learner with a teacher, for one model folder."""
+    """A learner with its teacher, for one model folder."""
+
+    @property
+    def students(self) -> Class: ...
 
     @property
     def learner(self) -> Exports: ...
 
-    @property
-    def teacher(self) -> Teaches: ...
 
-
-class Exports(Learns, Protocol):
+class Exports(Protocol):
     def export(self, folder: Path) -> None: ...
 
 
@@ -46,6 +48,13 @@ def base_model_folder(config: Config) -> Path:
     shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
     return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
+
+
+def base_model(config: Config, console: Console, open_classroom: OpenClassroom) -> str:
+    """The Hugging Face folder or hub name to start from."""
+    if config.model.path is not None:
+        return model_folder(config.model.path)
+    return str(warm_started(config, console, open_classroom))
 
 
 def warm_started(config: Config, console: Console, open_classroom: OpenClassroom) -> Path:
@@ -84,12 +93,31 @@ def _lessons(config: Config) -> PromptStream:
 def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_classroom: OpenClassroom) -> None:
     tiny = config.model.tiny
     assert tiny is not None
-    lesson = replace(config, learner=replace(config.learner, lr=tiny.warm_lr))
-    stream = _lessons(config)
-
-    def watch(step: int, stats: UpdateStats) -> None:
-        console.progress(step + 1, tiny.warm_steps, f"loss {stats.loss:.3f}")
-
-    with open_classroom(lesson, untaught) as room:
-        supervise(room.teacher, room.learner, stream, steps=range(tiny.warm_steps), batch=tiny.warm_batch, watch=watch)
+    steps = tiny.warm_steps
+    thinking = replace(config, sft=replace(config.sft, reasoning=True))
+    with open_classroom(thinking, untaught) as room:
+        train(
+            room.students,
+            _lessons(config),
+            steps=range(steps),
+            recipe=supervised(tiny.warm_batch),
+            schedule=NO_KL,
+            schedule_state={},
+            # To 0, so that how much it knows does not hang on the noise of the last steps.
+            lr=lambda step: learning_rate("linear", step, steps, tiny.warm_lr),
+            journal=_Progress(console, steps),
+        )
         room.learner.export(taught)
+
+
+class _Progress:
+    """Watches the lessons."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+
+    def begin(self, step: int) -> None:
+        self.console.progress(step, self.steps)
+
+    def step(self, seen: Step) -> None:
+        self.console.progress(seen.step + 1, self.steps, f"loss {seen.stats.loss:.3f}")

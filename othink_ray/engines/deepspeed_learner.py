@@ -99,13 +99,15 @@ class DeepSpeedLearner:
             "weight_decay": self.learner.weight_decay,
         }
 
-    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, loss: str) -> UpdateStats:
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         micro_batches = [[collate(packs, self.family, self.device) for packs in update] for update in updates]
         several = len(updates) > 1
         old = [[self._no_grad(self.engine, batch) if several else None for batch in update] for update in micro_batches]
         totals = _Totals(self.device)
         grad_norm = 0.0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
         for update, old_of_update in zip(micro_batches, old, strict=True):
             for index, (batch, old_logprobs) in enumerate(zip(update, old_of_update, strict=True)):
                 reference = self._no_grad(self.reference, batch) if beta > 0 and self.reference is not None else None
@@ -127,7 +129,7 @@ class DeepSpeedLearner:
                 totals.add(batch, value, terms, logprobs.detach(), entropy, reference is not None)
             self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return totals.stats(grad_norm=grad_norm, lr=self.learner.lr)
+        return totals.stats(grad_norm=grad_norm, lr=lr)
 
     @staticmethod
     def _no_grad(policy: Any, batch: MicroBatch) -> Tensor:

@@ -14,12 +14,12 @@ from othink_ray.types import Completion, Group, Prompt
 class Teacher:
     """Groups of one worked answer each, tokenised as a sampled answer would be."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, *, reasoning: bool = True) -> None:
+        self.family, self.reasoning = family, reasoning
 
-    def generate(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], version: int = 0) -> Iterator[Group]:
         for prompt in prompts:
-            text = worked_answer(prompt)
+            text = worked_answer(prompt, reasoning=self.reasoning)
             answer = [*self.family.encode_text(text), self.family.eos_token_id]
             counts = self.family.image_token_counts(prompt.images)
             yield Group(
@@ -35,5 +35,5 @@ class Teacher:
                         finish="stop",
                     ),
                 ),
-                version=0,
+                version=version,
             )

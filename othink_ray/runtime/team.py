@@ -16,17 +16,35 @@ _STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Team:
-    """Rollout, reward and learner pools of one run, with its way of sampling."""
+class Examiners:
+    """Rollout and reward pools: they answer and grade with the weights that they have."""
 
     rollout: RolloutPool
     rewards: RewardPool
-    learner: LearnerPool
-    pusher: AuditedPush
-    answers: int
     max_tokens: int
     temperature: float
     seed: int
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        """One greedy answer a prompt, scored."""
+        return self._answer(prompts, answers=1, temperature=0.0)
+
+    def answer_freely(self, prompts: Sequence[Prompt], answers: int) -> list[ScoredGroup]:
+        """Sampled answers, as many a prompt, scored."""
+        return self._answer(prompts, answers=answers, temperature=self.temperature)
+
+    def _answer(self, prompts: Sequence[Prompt], *, answers: int, temperature: float) -> list[ScoredGroup]:
+        sampling = Sampling(answers=answers, max_tokens=self.max_tokens, temperature=temperature, seed=self.seed)
+        return self.rewards.score(self.rollout.generate(prompts, sampling))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team(Examiners):
+    """With a learner, and the run's way of sampling for it."""
+
+    learner: LearnerPool
+    pusher: AuditedPush
+    answers: int
     loss: str
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
@@ -41,16 +59,11 @@ class Team:
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         return self.rewards.score(groups)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
-        return self.learner.update(packs, updates=updates, beta=beta, loss=self.loss)
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
+        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss)
 
     def push(self, version: int) -> Audit:
         return self.pusher(version)
-
-    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        """One greedy answer a prompt, scored: an evaluation's raw material."""
-        greedy = Sampling(answers=1, max_tokens=self.max_tokens, temperature=0.0, seed=0)
-        return self.rewards.score(self.rollout.generate(prompts, greedy))
 
     def export(self, folder: Path) -> None:
         self.learner.export(folder)

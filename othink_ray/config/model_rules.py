@@ -1,0 +1,59 @@
+"""Rules between the settings of the model, and what a model's path may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from othink_ray.config.problem import Problem, broken
+from othink_ray.config.schema import Config
+
+VISION_HEAD = 32  # head size of the tiny model's vision tower
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(path: str) -> str:
+    """The Hugging Face folder that a path means: itself, or a run's export; a hub name stays as it is."""
+    export = Path(path) / "export"
+    return str(export) if (export / "config.json").is_file() else path
+
+
+def model_rules(config: Config) -> Iterator[Problem]:
+    """What is wrong with the path of a model, or with the sizes of the one to be made."""
+    tiny, path = config.model.tiny, config.model.path
+    if path is not None:
+        yield from _path(config, "model.path", path)
+    elif tiny is None:
+        rule = "is null, so the embedded model must be made, but model.tiny is null too"
+        yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
+    for path in config.eval.models:
+        yield from _path(config, "eval.models", path)
+    if tiny is not None:
+        yield from _sizes(config)
+
+
+def _path(config: Config, key: str, path: str) -> Iterator[Problem]:
+    on_the_hub = _HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir()
+    if on_the_hub or (Path(model_folder(path)) / "config.json").is_file():
+        return
+    rule = (
+        "must be a folder with a config.json of Hugging Face, a run with an export in it, or owner/name on the hub; "
+        f"{path} is none of these"
+    )
+    yield Problem(subject=f"{key} = {path}", rule=rule, remedy="Check the path: a run has its export when it is done.")
+
+
+def _sizes(config: Config) -> Iterator[Problem]:
+    tiny = config.model.tiny
+    assert tiny is not None
+    heads, left = divmod(tiny.text_width, max(tiny.head_dim, 1))
+    if left:
+        rule = f"must be a multiple of model.tiny.head_dim = {tiny.head_dim}"
+        yield broken(config, "model.tiny.text_width", rule, f"Set model.tiny.text_width={(heads + 1) * tiny.head_dim}.")
+    elif tiny.kv_heads >= 1 and heads % tiny.kv_heads:
+        rule = f"must divide the {heads} heads (model.tiny.text_width / model.tiny.head_dim)"
+        yield broken(config, "model.tiny.kv_heads", rule, f"Set model.tiny.kv_heads={heads} or a divisor of it.")
+    if tiny.vision_width % VISION_HEAD:
+        rule = f"must be a multiple of {VISION_HEAD}, the head size of the vision tower"
+        yield broken(config, "model.tiny.vision_width", rule, "Set model.tiny.vision_width=96.")

@@ -91,6 +91,10 @@ def tokens_per_second(metrics: Mapping[str, float]) -> float | None:
 
 def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     """One aligned line without colours; a value that is not measured in this step is a dash."""
+    speed = [
+        ("tok/s", _fixed(tokens_per_second(metrics), "7.0f")),
+        ("s", _fixed(metrics.get("time/step_s"), "6.2f")),
+    ]
     fields = [
         ("reward", _fixed(metrics.get("reward/mean"), "6.3f")),
         ("acc", _fixed(metrics.get("reward/accuracy"), "5.3f")),
@@ -98,10 +102,16 @@ def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
         ("beta", _fixed(metrics.get("kl/beta"), "6.4f")),
         ("kl", _fixed(metrics.get("kl/mean"), "9.2e")),
         ("gap", _fixed(metrics.get("audit/logp_gap_max"), "8.1e")),
-        ("tok/s", _fixed(tokens_per_second(metrics), "7.0f")),
-        ("s", _fixed(metrics.get("time/step_s"), "6.2f")),
     ]
-    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(f"{name} {value}" for name, value in fields)
+    if supervised(metrics):
+        names = {"loss": "loss", "entropy": "entropy", "grad": "grad_norm", "lr": "lr"}
+        fields = [(label, _fixed(metrics.get(name), "8.2e")) for label, name in names.items()]
+    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(f"{name} {value}" for name, value in fields + speed)
+
+
+def supervised(metrics: Mapping[str, float]) -> bool:
+    """Worked answers are not rewarded."""
+    return "reward/mean" not in metrics
 
 
 def _fixed(value: float | None, spec: str) -> str:
@@ -136,15 +146,18 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation
         return [row.get(name) for row in history]
 
     grid = Table.grid(padding=(0, 2))
-    rows = (
+    rows = [
         (cells("reward", named("reward/mean"), ".3f"), cells("beta", named("kl/beta"), ".4f")),
         (cells("accuracy", named("reward/accuracy"), ".3f"), cells("KL", named("kl/mean"), ".2e")),
         (cells("format", named("reward/format"), ".3f"), cells("audit gap", named("audit/logp_gap_max"), ".1e")),
-        (
-            cells("s/step", named("time/step_s"), ".2f"),
-            cells("tokens/s", [tokens_per_second(row) for row in history], ",.0f"),
-        ),
-    )
+    ]
+    if history and supervised(history[-1]):
+        rows = [
+            (cells("loss", named("loss"), ".4f"), cells("entropy", named("entropy"), ".2e")),
+            (cells("gradient", named("grad_norm"), ".2e"), cells("lr", named("lr"), ".1e")),
+        ]
+    speed = [tokens_per_second(row) for row in history]
+    rows.append((cells("s/step", named("time/step_s"), ".2f"), cells("tokens/s", speed, ",.0f")))
     for left, right in rows:
         grid.add_row(*left, *right)
     table = Table.grid()
@@ -153,7 +166,7 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation
     table.add_row("")
     if evaluation is not None:
         table.add_row(
-            Text(f"held-out  {evaluation_text(evaluation)} of {evaluation.data} after step {evaluation.step}")
+            Text(f"held-out {evaluation.data}, step {evaluation.step}: {evaluation_text(evaluation)}")
         )
     if history:
         table.add_row(time_split(history[-1]))

@@ -68,10 +68,12 @@ def warm_started(config: Config, console: Console, open_classroom: OpenClassroom
         untaught, taught = Path(name) / "untaught", Path(name) / "taught"
         with console.phase("making the tiny model"):
             _build(config, untaught)
-        with console.phase("warm start: the tiny model learns to answer, by supervised fine-tuning"):
-            _teach(config, untaught, taught, console, open_classroom)
+        assert config.model.tiny is not None
+        if config.model.tiny.warm_steps:
+            with console.phase("warm start: the tiny model learns to answer, by supervised fine-tuning"):
+                _teach(config, untaught, taught, console, open_classroom)
         shutil.rmtree(folder, ignore_errors=True)
-        taught.rename(folder)
+        (taught if taught.is_dir() else untaught).rename(folder)
     console.say(f"base model: {folder}")
     return folder
 

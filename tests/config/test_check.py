@@ -11,7 +11,7 @@ from othink_ray.config import bounds
 from othink_ray.config.bounds import SCHEDULES
 from othink_ray.config.check import Machine, detect_machine, machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, load
-from othink_ray.core import advantages, kl, losses, packing, schedules
+from othink_ray.core import advantages, kl, losses, packing, rates, schedules
 
 NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
@@ -99,7 +99,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["mode=trian"], "mode = trian must be one of train, check Did you mean mode=train?"),
+        (["mode=trian"], "mode = trian must be one of train, sft, eval, check Did you mean mode=train?"),
         (["algo.group_size=1"], "algo.group_size = 1 must be at least 2: the advantage compares an answer"),
         (["train.steps=0"], "train.steps = 0 must be at least 1 Set train.steps=1 or more."),
         (["algo.kl.beta_min=-1"], "algo.kl.beta_min = -1 must be at least 0"),
@@ -152,7 +152,12 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["data.on_bad_row=ignore"], "must be one of drop, stop"),
         (["model.dtype=float16"], "must be one of float32, bfloat16"),
         (["model.tiny=null"], "model.path = null is null, so the embedded model must be made"),
-        (["model.path=Qwen/Qwen2-VL-2B-Instruct"], "must be null where model.tiny is set"),
+        (["model.path=/nowhere/model"], "/nowhere/model is none of these"),
+        (["model.path=tests/no-such-run"], "tests/no-such-run is none of these"),
+        (["mode=eval", "eval.models=[./nothing]"], "./nothing is none of these"),
+        (["eval.also=[geometri]"], "there is no geometri in the group data Did you mean geometry?"),
+        (["eval.also=[counting]"], "names counting, which is the run's own data set already"),
+        (["learner.lr_schedule=linar"], "Did you mean learner.lr_schedule=linear?"),
         (
             ["model.tiny.text_width=100"],
             "must be a multiple of model.tiny.head_dim = 32 Set model.tiny.text_width=128.",
@@ -219,6 +224,7 @@ def test_gpus_are_counted_and_the_visible_ones_kept(tmp_path: Path, monkeypatch:
 
 def test_schedules_known_here_are_those_of_the_core() -> None:
     assert set(SCHEDULES) == set(kl.SCHEDULES)
+    assert tuple(rates.LR_SCHEDULES) == bounds.LR_SCHEDULES
     assert set(bounds.ADAPTIVE_SCHEDULES) == set(schedules.ADAPTIVE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_unquoted_off_in_a_conf_file_is_not_taken_for_text(own_conf: Path) -> No
 
 def test_yaml_of_a_configuration_reads_back_the_same() -> None:
     config = load(["learner.lr=1e-6", "wandb.project='on'"])
-    assert yaml.safe_load(to_yaml(config)) == dataclasses.asdict(config)
+    assert yaml.safe_load(to_yaml(config)) == json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def test_conf_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_a_pipe_never_sees_an_escape_code(monkeypatch: pytest.MonkeyPatch) -> No
         with console.training(1):
             console.step(1, metrics(1))
             console.sample(1, scored_group("\x1b[2J"))
-        console.eval(1, 0.5, 0.4, 0.6, 100)
+        console.eval(1, "counting", 0.5, 0.4, 0.6, 100)
         console.finish(BEFORE, AFTER, {"report": Path("runs/x/report.html")}, 12.0)
     assert "\x1b" not in stream.getvalue()
     assert "loading engines" in stream.getvalue()
@@ -173,11 +173,12 @@ def test_a_phase_inside_training_keeps_the_live_view() -> None:
 
 
 def test_the_latest_values_show_tokens_time_split_and_evaluation() -> None:
-    evaluation = Evaluation(step=10, accuracy=0.58, lo=0.51, hi=0.65, n=200)
+    evaluation = Evaluation(step=10, data="counting", accuracy=0.58, lo=0.51, hi=0.65, n=200)
     text = rendered(latest_values([metrics(1), metrics(2)], evaluation))
     assert "1,000" in text
     assert "generate 50 %" in text
-    assert "58.0 % (95 % interval 51.0 to 65.0, 200 questions) after step 10" in text
+    assert "58.0 % (95 % interval 51.0 to 65.0, 200 questions)" in text
+    assert "counting, step 10" in text
 
 
 def test_markup_in_a_question_is_shown_as_it_is() -> None:

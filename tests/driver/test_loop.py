@@ -46,6 +46,7 @@ class ScriptedTeam:
     masked: bool = False
     dull: frozenset[int] = frozenset()  # prompts whose answers are all rewarded alike
     kl: float = 0.0
+    rates: list[float] = field(default_factory=list)
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
@@ -79,8 +80,9 @@ class ScriptedTeam:
         self.calls.append(("score", len(scored)))
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
         self.calls.append(("update", [pack.prompt_id for pack in packs], updates, beta))
+        self.rates.append(lr)
         self.weight = sum(pack.loss_weights.sum() for pack in packs)
         names = (
             *("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy"),
@@ -133,6 +135,7 @@ def run(
         recipe=recipe,
         schedule=kl,
         schedule_state=kl.start() if state is None else state,
+        lr=lambda step: 1.0 / (step + 1),
         journal=diary,
     )
     return diary

@@ -16,8 +16,9 @@ from othink_ray.config.schema import Config
 from othink_ray.data import open_source
 from othink_ray.data.stream import PromptStream
 from othink_ray.driver import checkpoint
-from othink_ray.driver.build import beta_schedule, recipe
+from othink_ray.driver.build import beta_schedule, rate, recipe
 from othink_ray.driver.console import Console
+from othink_ray.driver.evaluate import Exam
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.loop import train
 from othink_ray.driver.metrics import RunRecords
@@ -60,7 +61,7 @@ class Pupil:
             )
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float) -> UpdateStats:
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
         self.drift += 0.02 - 0.2 * beta
         names = (
             *("loss", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy", "logp_gap_mean"),
@@ -83,6 +84,7 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
     """Steps from `state` on, as the real run makes them; the lines of metrics.jsonl."""
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop", position=state.data_position)
     schedule = beta_schedule(config)
+    exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
         RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1) as records,
         Console(io.StringIO()) as console,
@@ -94,7 +96,8 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
-            journal=Journal(config, team, stream, [open_source(config.data, "test").prompt(0)], [], records, console),
+            lr=rate(config),
+            journal=Journal(config, team, stream, [exam], records, console),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

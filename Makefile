@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo study test lint clean
 python := .venv/bin/python
 
 # Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
@@ -11,6 +11,10 @@ help:  ## these lines
 demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" changes settings
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main $(ARGS)
+
+study:  ## set up, then the paper's experiments on the embedded model; ARGS="study.size=small" is the short one
+	@launch/setup_env.sh auto
+	@$(python) -m othink_ray.main mode=study 'run.dir=runs/study_$${study.name}_$${study.size}' $(ARGS)
 
 test:  ## set up, then all tests; ARGS="tests/core -k kl" chooses some
 	@launch/setup_env.sh auto dev

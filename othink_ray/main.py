@@ -26,6 +26,7 @@ Modes
   mode=train   GRPO-D from model and data to an exported model (the default)
   mode=sft     supervised training on worked answers, with the same data, learner and records
   mode=eval    questions to any Hugging Face folder or run: accuracy, mean@k, pass@k, a matrix of models and tasks
+  mode=study   the paper's experiments: all their runs, then its tables and figures beside ours (study=paper)
   mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
 
 Groups
@@ -61,10 +62,10 @@ def main() -> int:
         return 0
     if any(argument.startswith("-") for argument in arguments):
         return _through_hydra(arguments)
-    return _launch(*read(arguments))
+    return _launch(*read(arguments), arguments)
 
 
-def _launch(config: Config | None, found: list[Problem]) -> int:
+def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
     if config is None:
         return _report(found)
     machine = machine_for(config)
@@ -74,10 +75,30 @@ def _launch(config: Config | None, found: list[Problem]) -> int:
     if config.mode == "check":
         print(f"configuration is sound\n{plan(config, machine)}")
         return 0
+    if config.mode == "study":
+        return _study(config, overrides)
     from othink_ray.driver.run import run  # Ray and torch load only for a sound configuration
-    from othink_ray.report import write_report
+    from othink_ray.report import write_evaluation_report, write_report
 
-    return run(config, write_report)
+    return run(config, write_evaluation_report if config.mode == "eval" else write_report)
+
+
+def _study(config: Config, overrides: Sequence[str]) -> int:
+    """Many runs, each a process of its own."""
+    import signal
+
+    from othink_ray.driver.console import Console
+    from othink_ray.report import write_study_report
+    from othink_ray.study.conduct import Study
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Console() as console:
+        try:
+            with console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"):
+                return Study(config, overrides).conduct(console, write_study_report)
+        except KeyboardInterrupt:
+            console.say("interrupted: the same command goes on with what is left")
+            return 130
 
 
 def _report(found: Sequence[Problem]) -> int:
@@ -110,7 +131,7 @@ def _through_hydra(arguments: Sequence[str]) -> int:
         if config is not None and settings.mode is RunMode.MULTIRUN:
             folder = Path(config.run.dir) / str(settings.job.num)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
-        codes.append(_launch(config, found))
+        codes.append(_launch(config, found, settings.overrides.task))
 
     sys.argv[1:] = [*overrides, *words]  # Hydra's parser takes overrides only in one piece
     job()

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MODES = ("train", "sft", "eval", "check")
+MODES = ("train", "sft", "eval", "study", "check")
+STUDY_SIZES = ("full", "small")
+EXPERIMENTS = ("alpha", "beta", "same_task", "cross_task", "curves")
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
 ADAPTIVE_SCHEDULES = ("target", "accuracy")
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std")
@@ -40,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.engine": ("vllm", "hf"),
     "weights.transport": ("auto", "shared_memory", "nccl", "ipc"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "study.size": STUDY_SIZES,
     "wandb.mode": ("off", "offline", "online"),
 }
 _TEXTS_OF_FILES = (
@@ -91,7 +94,7 @@ BOUNDS = (
             ),
             *("learner.world_size", "learner.threads", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
-            *("eval.questions",),
+            *("eval.questions", "study.seeds", "study.sweep_seeds", "study.parallel"),
         ),
     ),
     Bound(

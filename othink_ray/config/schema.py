@@ -246,10 +246,40 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudyTask:
+    """One of the paper's two tasks in a study; each list is overrides, as on the command line."""
+
+    data: str  # an option of the group data
+    all: tuple[str, ...]  # of every run that trains on it
+    sft: tuple[str, ...]
+    grpo: tuple[str, ...]
+    grpo_d: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """The paper's experiments as runs; those that two experiments share are made once."""
+
+    name: str
+    size: str  # full | small
+    experiments: tuple[str, ...]  # of othink_ray.study.plan.EXPERIMENTS
+    seeds: int  # of each method where methods are compared
+    sweep_seeds: int  # of each value in a sweep
+    parallel: int  # runs side by side
+    base: tuple[str, ...]  # the run that makes the base model; only where model.path is null
+    all: tuple[str, ...]  # overrides of every other run
+    small: tuple[str, ...]  # what size=small changes in them
+    alphas: tuple[float, ...]  # RQ1a: algo.reward.format_weight
+    betas: tuple[float, ...]  # RQ1b: a constant algo.kl.beta_min
+    counting: StudyTask
+    geometry: StudyTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run, complete."""
 
-    mode: str  # train | sft | eval | check
+    mode: str  # train | sft | eval | study | check
     run: RunConfig
     train: TrainConfig
     algo: AlgoConfig
@@ -262,3 +292,4 @@ class Config:
     eval: EvalConfig
     sft: SftConfig
     wandb: WandbConfig
+    study: StudyConfig

@@ -165,9 +165,7 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation
     table.add_row(grid)
     table.add_row("")
     if evaluation is not None:
-        table.add_row(
-            Text(f"held-out {evaluation.data}, step {evaluation.step}: {evaluation_text(evaluation)}")
-        )
+        table.add_row(Text(f"held-out {evaluation.data}, step {evaluation.step}: {evaluation_text(evaluation)}"))
     if history:
         table.add_row(time_split(history[-1]))
     return table

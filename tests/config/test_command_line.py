@@ -136,7 +136,16 @@ def test_broken_configuration_ends_in_one_short_report(outcomes: dict[str, Outco
 def test_help_names_modes_groups_and_examples_within_a_second(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["help"]
     assert outcome.code == 0
-    for word in ("mode=train", "mode=sft", "mode=eval", "mode=check", "grpo, grpo_d, gspo", "one_node", "algo.kl.beta_min", "--cfg job"):
+    for word in (
+        "mode=train",
+        "mode=sft",
+        "mode=eval",
+        "mode=check",
+        "grpo, grpo_d, gspo",
+        "one_node",
+        "algo.kl.beta_min",
+        "--cfg job",
+    ):
         assert word in outcome.out
     assert outcome.out.count("python -m othink_ray.main") == 7  # the form and six examples
     assert outcome.seconds < 1

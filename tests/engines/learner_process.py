@@ -108,7 +108,10 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     )
     if scenario.load:
         learner.load(scenario.load)
-    stats = [learner.update(shares[rank], beta=scenario.beta, lr=scenario.learner.lr, loss=scenario.loss) for shares in scenario.steps]
+    stats = [
+        learner.update(shares[rank], beta=scenario.beta, lr=scenario.learner.lr, loss=scenario.loss)
+        for shares in scenario.steps
+    ]
     if scenario.save:
         learner.save(scenario.save)
     if scenario.export:

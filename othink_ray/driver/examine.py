@@ -41,8 +41,10 @@ def examine(config: Config, run_dir: Path, console: Console, write_report: Calla
         models = [model_folder(path) for path in config.eval.models]
         for number, model in enumerate(models or [base_model(config, console, open_classroom)]):
             label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
-            for exam, rows in _answered(config, model, run_dir / "answers" / f"{number}-{_slug(label)}", console):
-                results.append({"model": label, "data": exam.name, **_result(rows, exam, config.eval.samples)})
+            folder = Path("answers") / f"{number}-{_slug(label)}"
+            for exam, rows in _answered(config, model, run_dir / folder, console):
+                cell = {"model": label, "data": exam.name, "answers": str(folder / f"{exam.name}.jsonl")}
+                results.append(cell | _result(rows, exam, config.eval.samples))
                 _show(console, results[-1])
                 _write(run_dir, config, results, seconds=time.monotonic() - started)
     console.say(f"report: {write_report(run_dir)}")

@@ -79,7 +79,7 @@ def _answer(answer: Mapping[str, Any], largest_advantage: float) -> Answer:
     advantage = _number(answer["advantage"])
     width = 50 * abs(advantage) / largest_advantage if advantage and is_finite(advantage) else 0.0
     return Answer(
-        pieces=[(bool(TAG.fullmatch(piece)), piece) for piece in TAG.split(answer["text"]) if piece],
+        pieces=pieces_of(answer["text"]),
         reward=_number(answer["reward"]),
         parts=[(name, _number(value)) for name, value in answer["parts"].items()],
         advantage=advantage,
@@ -89,6 +89,11 @@ def _answer(answer: Mapping[str, Any], largest_advantage: float) -> Answer:
         cut=answer["finish"] == "length",
         tokens=answer["tokens"],
     )
+
+
+def pieces_of(text: str) -> list[tuple[bool, str]]:
+    """An answer taken apart at its tags: (is a tag, text)."""
+    return [(bool(TAG.fullmatch(piece)), piece) for piece in TAG.split(text) if piece]
 
 
 def _number(value: float | None) -> float:

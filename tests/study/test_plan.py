@@ -1,0 +1,91 @@
+"""The list of runs: what the paper's experiments need, each run once, each a sound configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from othink_ray.config.bounds import EXPERIMENTS
+from othink_ray.config.check import Machine, problems
+from othink_ray.config.load import load
+from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, for_runs, merged, planned
+
+STUDY = load([]).study
+MACHINE = Machine(cpus=2, gpus=0)
+
+
+def test_the_study_has_every_run_of_the_papers_five_experiments() -> None:
+    runs = planned(STUDY, [])
+    compared = {(run.task, run.method, run.seed) for run in runs if "same_task" in run.experiments}
+    assert compared == {
+        (task, method, seed) for task in (VC, GR) for method in ("grpo", "sft", "grpo_d") for seed in range(3)
+    }
+    assert {run.alpha for run in runs if "alpha" in run.experiments} == {0, 0.25, 0.5, 0.75, 1}
+    assert {run.beta for run in runs if "beta" in run.experiments} == {0, 0.01, 0.02, 0.03, 0.04, 0.05}
+    assert {run.method for run in runs if "curves" in run.experiments} == {"sft", "grpo"}
+    assert {name for run in runs for name in run.experiments} == set(EXPERIMENTS)
+
+
+def test_a_run_that_experiments_share_is_made_once() -> None:
+    runs = planned(STUDY, [])
+    assert len({run.name for run in runs}) == len({frozenset(run.overrides) for run in runs}) == len(runs)
+    [shared] = [
+        run for run in runs if (run.task, run.method, run.seed, run.beta) == (GR, "grpo", 0, 0.01) and run.alpha == 1
+    ]
+    assert set(shared.experiments) == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("study", ["paper", "alpha", "beta"])
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_every_run_is_a_sound_configuration(study: str, size: str) -> None:
+    config = load([f"study={study}", f"study.size={size}"]).study
+    for overrides in {base_overrides(config, []), *(run.overrides for run in planned(config, []))}:
+        assert problems(load(overrides), MACHINE) == []
+
+
+@pytest.mark.parametrize("run", planned(STUDY, []), ids=lambda run: run.name)
+def test_a_runs_configuration_is_what_its_name_says(run: StudyRun) -> None:
+    config = load(run.overrides)
+    assert config.data.name == {VC: "counting", GR: "geometry"}[run.task]
+    assert config.eval.also == ({VC: "geometry", GR: "counting"}[run.task],)
+    assert config.train.seed == run.seed
+    if run.method == "sft":
+        assert config.mode == "sft"
+        return
+    assert config.algo.reward.format_weight == run.alpha
+    bounds = (config.algo.kl.beta_min, config.algo.kl.beta_max)
+    if run.method == "grpo":
+        assert config.algo.kl.schedule == "constant"
+        assert bounds == (run.beta, run.beta)
+    else:
+        assert config.algo.kl.schedule == "paper"
+        assert bounds == {VC: (0.04, 0.1), GR: (0.0, 0.02)}[run.task]
+
+
+def test_what_is_added_to_the_command_goes_to_every_run_but_never_blurs_what_tells_them_apart() -> None:
+    typed = ["mode=study", "study.size=small", "run.dir=x", "train.steps=7", "train.seed=9", "rollout=hf"]
+    extra = for_runs(typed)
+    assert extra == ["train.steps=7", "train.seed=9", "rollout=hf"]
+    runs = planned(STUDY, extra)
+    assert {load(run.overrides).train.steps for run in runs} == {7}
+    assert {load(run.overrides).rollout.engine for run in runs} == {"hf"}
+    assert {run.seed for run in runs} == {load(run.overrides).train.seed for run in runs} == {0, 1, 2}
+    assert load(base_overrides(STUDY, extra)).rollout.engine == "hf"
+    assert load(base_overrides(STUDY, extra)).train.steps == load(STUDY.base).train.steps
+
+
+def test_the_full_size_study_is_the_same_command_with_another_model_and_other_data() -> None:
+    study = load(["study.counting.data=clevr", "study.geometry.data=geoqa"]).study
+    runs = planned(study, ["model=qwen2_vl_2b", "cluster=one_node"])
+    configs = [load(run.overrides) for run in runs]
+    assert {config.model.name for config in configs} == {"qwen2_vl_2b"}
+    assert {config.data.name for config in configs} == {"clevr", "geoqa"}
+
+
+def test_of_two_overrides_of_one_key_the_last_holds() -> None:
+    assert merged(["a=1", "b=2"], ["a=3"]) == ("b=2", "a=3")
+
+
+def test_more_seeds_make_more_runs() -> None:
+    assert len(planned(replace(STUDY, seeds=4), [])) == len(planned(STUDY, [])) + 6

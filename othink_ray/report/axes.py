@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MOST_DECIMALS = 4
 
@@ -59,14 +60,28 @@ def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
     return Axis(first, last, ticks)
 
 
+def level_axis(levels: Sequence[float], *, most_ticks: int = 8) -> Axis:
+    """The x axis of a sweep: a tick at each level tried where they have room, a margin on either side."""
+    ticks: Sequence[float] = sorted(set(levels))
+    if len(ticks) == 1:
+        return Axis(ticks[0] - 0.5, ticks[0] + 0.5, ticks)
+    span = ticks[-1] - ticks[0]
+    if len(ticks) > most_ticks or min(b - a for a, b in pairwise(ticks)) < span / most_ticks:
+        ticks = linear_axis(ticks, from_zero=False).ticks
+    low, high = min(ticks[0], *levels), max(ticks[-1], *levels)
+    return Axis(low - 0.06 * (high - low), high + 0.06 * (high - low), ticks)
+
+
 def tick_labels(axis: Axis, *, percent: bool = False) -> list[str]:
     """Labels of at most seven characters, with the same number of decimals all along an axis."""
     if axis.log:
         return [f"1e{round(math.log10(tick))}" for tick in axis.ticks]
     ticks = [100 * tick for tick in axis.ticks] if percent else list(axis.ticks)
     unit = " %" if percent else ""
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    decimals = next((d for d in range(MOST_DECIMALS + 1) if abs(round(step, d) - step) < 1e-6 * step), None)
+    step = min((b - a for a, b in pairwise(ticks)), default=1.0)
+    decimals = next(
+        (d for d in range(MOST_DECIMALS + 1) if all(abs(round(tick, d) - tick) < 1e-6 * step for tick in ticks)), None
+    )
     if decimals is None or max(map(abs, ticks)) >= 1e5:
         return [_scientific(tick) + unit for tick in ticks]
     return [f"{tick:,.{decimals}f}{unit}" for tick in ticks]

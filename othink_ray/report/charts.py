@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
-from othink_ray.report.axes import Axis, linear_axis, log_axis, short, step_axis, tick_labels
+from othink_ray.report.axes import Axis, level_axis, linear_axis, log_axis, short, step_axis, tick_labels
 
 WIDTH, HEIGHT = 400, 220
 LEFT, TOP, BOTTOM = 50, 10, 26
@@ -20,13 +20,13 @@ MOST_AREA_BINS = 120
 MOST_HOVERS = 100
 SMOOTHED_FROM = 40  # points; fewer are few enough to be seen one by one
 
-Point = tuple[int, float]
+Point = tuple[float, float]
 Reduce = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One measured quantity over steps; steps without a value are simply absent."""
+    """One measured quantity over steps or levels of a sweep; those without a value are simply absent."""
 
     label: str
     colour: int
@@ -35,7 +35,8 @@ class Series:
     smooth: bool = False
     dots: bool = False
     reduce: Reduce = fmean  # how several steps become one point of a long run
-    intervals: Sequence[tuple[int, float, float]] = ()
+    intervals: Sequence[tuple[float, float, float]] = ()
+    band: bool = False  # intervals as a band along the curve instead of bars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +50,19 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A drawn curve: the bold path, the faint raw one under it, dots and vertical interval bars."""
+    """A drawn curve: the bold path, the faint raw one under it, dots, vertical interval bars or a band of them."""
 
     path: str
     raw_path: str
     colour: int
     dots: Sequence[tuple[float, float]]
     bars: Sequence[tuple[float, float, float]]
+    band: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """A legend entry with the latest value."""
+    """A legend entry with the value that stands for its curve."""
 
     label: str
     value: str
@@ -93,6 +95,7 @@ class Chart:
     reference_y: float | None = None
     hovers: Sequence[Hover] = ()
     right: float = WIDTH - RIGHT
+    against: str = "training step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,9 @@ class Scale:
         margin = max(0.0, self.least_span - (max(values) - min(values))) / 2
         if margin > 0:
             low, high = min(values) - margin, max(values) + margin
-            values = [max(low, 0.0), min(high, 1.0)] if self.percent else [low, high]
+            if self.percent:
+                low, high = min(min(values), max(low, 0.0)), max(max(values), min(high, 1.0))
+            values = [low, high]
         return linear_axis(values, from_zero=self.from_zero)
 
     def text(self, value: float) -> str:
@@ -121,18 +126,22 @@ def line_chart(
     title: str,
     series: Sequence[Series],
     *,
-    steps: tuple[int, int],
+    steps: tuple[int, int] | None = None,
+    levels: str = "",
     left: Scale,
     right: Scale | None = None,
     reference: tuple[str, float] | None = None,
 ) -> Chart | None:
-    """Curves over at least `steps` (first, last), with a second axis when `right` is given; None without any point."""
+    """Curves over at least `steps` (first, last) or over the `levels` of what this names; None without any point."""
     series = [one for one in series if one.points]
     if not series:
         return None
     right_edge = WIDTH - (RIGHT if right is None else RIGHT_WITH_AXIS)
-    ends = [*steps, *(one.points[i][0] for one in series for i in (0, -1))]
-    x_axis = step_axis(min(ends), max(ends))
+    if levels:
+        x_axis = level_axis([level for one in series for level, _ in one.points])
+    else:
+        ends = [*(steps or ()), *(one.points[i][0] for one in series for i in (0, -1))]
+        x_axis = step_axis(round(min(ends)), round(max(ends)))
     scales = {"left": left, "right": right or left}
     axes: dict[str, Axis] = {}
     for side, scale in scales.items():
@@ -141,7 +150,7 @@ def line_chart(
             values.append(reference[1])
         if values:
             axes[side] = scale.axis(values)
-    keys = [Key(label=one.label, value=scales[one.side].text(one.points[-1][1]), colour=one.colour) for one in series]
+    keys = [_key(one, scales[one.side], levels) for one in series]
     if reference is not None:
         keys.append(Key(label=reference[0], value=left.text(reference[1]), colour=0, dashed=True))
     return Chart(
@@ -154,8 +163,9 @@ def line_chart(
         right_colour=_side_colour(series, "right"),
         lines=[_line(one, x_axis, axes[one.side], right_edge) for one in series],
         reference_y=_y(axes["left"], reference[1]) if reference is not None else None,
-        hovers=_hovers(series, scales, x_axis, right_edge),
+        hovers=_hovers(series, scales, x_axis, right_edge, name=levels or "step"),
         right=right_edge,
+        against=levels or "training step",
     )
 
 
@@ -168,7 +178,7 @@ def area_chart(title: str, series: Sequence[Series], *, scale: Scale) -> Chart |
     blocks = [binned(one, MOST_AREA_BINS) for one in series]
     steps = [step for step, _ in blocks[0]]
     totals = [0.0] * len(steps)
-    x_axis = step_axis(series[0].points[0][0], series[0].points[-1][0])
+    x_axis = step_axis(round(series[0].points[0][0]), round(series[0].points[-1][0]))
     edges = [x_axis.low, *((a + b) / 2 for a, b in pairwise(steps)), x_axis.high]
     corners = [_x(x_axis, edge, right_edge) for edge in edges]
     tops: list[list[float]] = [totals]
@@ -228,16 +238,32 @@ def _line(series: Series, x_axis: Axis, y_axis: Axis, right_edge: float) -> Line
 
     points = binned(series, MOST_POINTS)
     smoothed = series.smooth and len(points) >= SMOOTHED_FROM
+    lows = [at(step, low) for step, low, _ in series.intervals]
+    highs = [at(step, high) for step, _, high in series.intervals]
+    band = series.band and len(lows) > 1
     return Line(
         path=path(moving_average(points) if smoothed else points),
         raw_path=path(points) if smoothed else "",
         colour=series.colour,
         dots=[at(*point) for point in points] if series.dots or len(points) == 1 else [],
-        bars=[(at(step, low)[0], at(step, low)[1], at(step, high)[1]) for step, low, high in series.intervals],
+        bars=[] if band else [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)],
+        band=f"M{' '.join(f'{x},{y}' for x, y in lows + highs[::-1])}Z" if band else "",
     )
 
 
-def _hovers(series: Sequence[Series], scales: dict[str, Scale], x_axis: Axis, right_edge: float) -> list[Hover]:
+def _key(series: Series, scale: Scale, levels: str) -> Key:
+    """The latest value of a curve over steps; the highest one of a sweep, where no value is the latest."""
+    if not levels:
+        return Key(label=series.label, value=scale.text(series.points[-1][1]), colour=series.colour)
+    level, value = max(series.points, key=lambda point: point[1])
+    return Key(
+        label=f"highest {series.label}", value=f"{scale.text(value)} at {levels} {level:g}", colour=series.colour
+    )
+
+
+def _hovers(
+    series: Sequence[Series], scales: dict[str, Scale], x_axis: Axis, right_edge: float, *, name: str = "step"
+) -> list[Hover]:
     """One strip for every shown step, at most MOST_HOVERS; each tells the values of all series there."""
     steps = sorted({step for one in series for step, _ in one.points})
     values = [dict(one.points) for one in series]
@@ -252,7 +278,7 @@ def _hovers(series: Sequence[Series], scales: dict[str, Scale], x_axis: Axis, ri
             if step in by_step
         ]
         x = _x(x_axis, start, right_edge)
-        text = "\n".join([f"step {step:,}", *known])
+        text = "\n".join([f"{name} {step:,.10g}", *known])
         hovers.append(Hover(x=round(x, 1), width=round(_x(x_axis, end, right_edge) - x, 1), text=text))
     return hovers
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from othink_ray.report.axes import short, signed
+from othink_ray.report.axes import short
 from othink_ray.report.cards import cards
-from othink_ray.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH
 from othink_ray.report.figures import column, figures
 from othink_ray.report.records import RunFiles, is_finite, read_run
+from othink_ray.report.rendering import date, duration, write_page
 
 MOST_DROPPED_ROWS = 100
 
@@ -35,18 +31,18 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html into the run's folder from what is in it, and return its path."""
     run = read_run(run_dir)
     started = column(run.rows, "time/unix_s")
-    page = _environment().from_string(_package_text("page.html.j2"))
-    html = page.render(
-        style=_package_text("style.css.j2"),
+    return write_page(
+        run_dir,
+        "page.html.j2",
+        styles=("style.css.j2",),
         title=" · ".join(str(_named(run, key)) for key in ("algo", "model", "data")),
-        date=_date(started[0][1] if started else (run_dir / "config.yaml").stat().st_mtime),
+        date=date(started[0][1] if started else (run_dir / "config.yaml").stat().st_mtime),
         finished=bool(run.summary),
         progress=(run.rows[-1]["step"] if run.rows else 0, run.config.get("train", {}).get("steps")),
         results=_results(run),
         latest_accuracy=column(run.rows, "eval/accuracy")[-1:],
         facts=_facts(run),
         charts=figures(run),
-        plot={"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HEIGHT - BOTTOM},
         cards=cards(run.samples),
         table=_metrics_table(run.rows),
         dropped=run.summary.get("dropped") or [],
@@ -55,30 +51,11 @@ def write_report(run_dir: Path) -> Path:
         versions=run.summary.get("versions") or {},
         unreadable_lines=run.unreadable_lines,
     )
-    path = run_dir / "report.html"
-    unfinished = run_dir / "report.html.part"
-    unfinished.write_text(html, encoding="utf-8", errors="replace")
-    unfinished.replace(path)
-    return path
-
-
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": short, "signed": signed}
-    return environment
-
-
-def _package_text(name: str) -> str:
-    return files("othink_ray.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _named(run: RunFiles, key: str) -> object:
     """The name of the run's model, data or algorithm."""
     return run.summary.get(key) or run.config.get(key, {}).get("name", f"unnamed {key}")
-
-
-def _date(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %B %Y, %H:%M UTC")
 
 
 def _results(run: RunFiles) -> list[Result]:
@@ -95,7 +72,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     summary = run.summary
     steps = summary.get("steps", run.rows[-1]["step"] if run.rows else 0)
     seconds = summary.get("seconds", sum(value for _, value in column(run.rows, "time/step_s")))
-    facts = [("steps", f"{steps:,}", ""), ("duration", _duration(seconds), "")]
+    facts = [("steps", f"{steps:,}", ""), ("duration", duration(seconds), "")]
     before, after = run.evaluation("before"), run.evaluation("after")
     if before is not None and after is not None:
         facts += [
@@ -112,13 +89,6 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
         facts.append(("largest audit gap", short(gap), "nats"))
     facts.append(("seed", str(summary.get("seed", run.config.get("train", {}).get("seed", "?"))), ""))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, whole_seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {whole_seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _metrics_table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:

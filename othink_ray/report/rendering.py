@@ -1,0 +1,54 @@
+"""What every page is made with: the templates of this package, and the writing of the file."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from othink_ray.report.axes import short, signed
+from othink_ray.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH
+
+PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HEIGHT - BOTTOM}
+
+
+def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values: object) -> Path:
+    """Write the rendered template as the folder's report.html, replacing the old one at once, and return its path."""
+    style = "\n".join(map(_package_text, styles))
+    html = _environment().get_template(template).render(style=style, plot=PLOT, **values)
+    path = folder / "report.html"
+    unfinished = folder / "report.html.part"
+    unfinished.write_text(html, encoding="utf-8", errors="replace")
+    unfinished.replace(path)
+    return path
+
+
+def date(unix_seconds: float) -> str:
+    """9 October 2025, 08:53 UTC."""
+    return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %B %Y, %H:%M UTC")
+
+
+def duration(seconds: float) -> str:
+    """48 s, 6 min 12 s or 1 h 24 min."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {whole_seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_package_text),
+    )
+    environment.filters |= {"short": short, "signed": signed}
+    return environment
+
+
+def _package_text(name: str) -> str:
+    return files("othink_ray.report").joinpath(name).read_text(encoding="utf-8")

@@ -58,6 +58,13 @@ def held_out_curve(runs: Sequence[Measured]) -> list[tuple[int, float, float, fl
     return points
 
 
+def mean_curve(runs: Sequence[Measured], name: str) -> Curve:
+    """The mean of a metric over runs at each step that all of them logged."""
+    curves = [dict(run.curve(name)) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(step, sum(curve[step] for curve in curves) / len(curves)) for step in steps]
+
+
 def _single(evaluation: dict[str, float], name: str) -> Single:
     if name == "accuracy":
         return Single(share=evaluation["accuracy"], lo=evaluation["lo"], hi=evaluation["hi"])

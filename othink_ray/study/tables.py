@@ -9,7 +9,7 @@ from typing import Any
 from othink_ray.config.schema import StudyConfig
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
 from othink_ray.study.plan import GR, METHODS, VC, own_beta
-from othink_ray.study.results import Measured, held_out_curve, over_seeds
+from othink_ray.study.results import Measured, held_out_curve, mean_curve, over_seeds
 from othink_ray.study.values import Value
 
 Row = dict[str, Any]
@@ -93,9 +93,8 @@ class Tables:
     def _fig_5(self) -> list[Row]:
         rows = []
         for alpha in self.study.alphas:
-            first = self._swept(alpha=alpha)[:1]
-            curves = {name: [point for one in first for point in one.curve(f"reward/{name}")] for name in _REWARDS}
-            rows.append({"alpha": alpha, **curves})
+            runs = self._swept(alpha=alpha)
+            rows.append({"alpha": alpha, **{name: mean_curve(runs, f"reward/{name}") for name in _REWARDS}})
         return rows
 
     def _fig_7(self) -> list[Row]:

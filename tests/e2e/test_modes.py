@@ -1,0 +1,109 @@
+"""Supervised training, evaluation and a study, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Run, StartRun
+
+
+@pytest.fixture(scope="module")
+def taught_run(start_run: StartRun) -> Run:
+    """Supervised training of an untaught model, on both tasks."""
+    return start_run(
+        "mode=sft",
+        "data=both",
+        "model.tiny.warm_steps=0",
+        "train.steps=6",
+        "train.prompts_per_step=32",
+        "learner.lr=2e-3",
+        "learner.lr_schedule=linear",
+        "eval.also=[counting]",
+        "eval.every=3",
+    )
+
+
+def test_supervised_training_is_logged_by_its_loss(taught_run: Run) -> None:
+    losses = [line["loss"] for line in taught_run.steps]
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+    assert not any(name.startswith(("reward/", "kl/", "ratio/")) for line in taught_run.steps for name in line)
+    rates = [line["lr"] for line in taught_run.steps]
+    assert rates == pytest.approx([2e-3 * (1 - step / 6) for step in range(6)])
+
+
+def test_it_is_examined_saved_and_exported_like_any_run(taught_run: Run) -> None:
+    assert taught_run.summary["mode"] == "sft"
+    assert set(taught_run.summary["also"]) == {"counting"}
+    assert [line["step"] for line in taught_run.steps if "eval/accuracy/counting" in line] == [2, 5]
+    for name in ("report.html", "export/config.json", "checkpoints/step_6/state.json"):
+        assert (taught_run.folder / name).is_file()
+
+
+@pytest.fixture(scope="module")
+def examined(plain_run: Run, taught_run: Run, start_run: StartRun) -> Run:
+    models = f"eval.models=[{plain_run.folder},{taught_run.folder}]"
+    return start_run("mode=eval", models, "eval.samples=2", "data=counting")
+
+
+def cells(run: Run) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run.folder / "evaluation.json").read_text())["results"]
+    return found
+
+
+def test_evaluation_of_a_run_gives_the_accuracy_that_the_run_ended_with(examined: Run, plain_run: Run) -> None:
+    [first, second] = cells(examined)
+    assert (first["model"], first["data"]) == (str(plain_run.folder), "counting")
+    assert {name: first[name] for name in ("accuracy", "format", "n", "tokens_mean")} == {
+        name: plain_run.summary["after"][name] for name in ("accuracy", "format", "n", "tokens_mean")
+    }
+    assert 0 <= first["mean_at"]["2"] == pytest.approx(first["pass_at"]["1"]) <= first["pass_at"]["2"] <= 1
+    assert second["n"] == 16
+
+
+def test_every_question_is_a_line_with_its_answers(examined: Run) -> None:
+    for cell in cells(examined):
+        _, *lines = (examined.folder / cell["answers"]).read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len({row["id"] for row in rows}) == 16
+        assert all(len(row["sampled"]) == 2 and row["question"] and row["answer"] for row in rows)
+        assert sum(row["greedy"]["accuracy"] for row in rows) / 16 == cell["accuracy"]
+    page = (examined.folder / "report.html").read_text()
+    assert all(cell["model"] in page for cell in cells(examined))
+
+
+def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartRun, plain_run: Run) -> None:
+    file = examined.folder / cells(examined)[0]["answers"]
+    whole = file.read_text()
+    file.write_text(whole[: whole.rindex("{") + 40])  # torn in its last line
+    config = (examined.folder / "config.yaml").read_text()
+    models = next(line for line in config.splitlines() if line.strip().startswith("- /"))
+    assert str(plain_run.folder) in models
+    before = cells(examined)
+    again = start_run(
+        "mode=eval",
+        f"eval.models=[{','.join(cell['model'] for cell in before)}]",
+        "eval.samples=2",
+        "data=counting",
+        "run.resume=auto",
+        folder=examined.folder,
+    )
+    assert "asking 1 questions of counting" in again.screen and "asking 16" not in again.screen
+    assert cells(again) == before
+    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_a_study_makes_its_runs_once_and_shows_them(start_run: StartRun, tmp_path: Path) -> None:
+    command = ("mode=study", "study=beta", "study.betas=[0,0.01]", "study.sweep_seeds=1", "study.size=small")
+    command = (*command, 'study.base=["mode=sft","data=both","model.tiny.warm_steps=0","train.steps=2"]')
+    first = start_run(*command, "train.steps=1", folder=tmp_path)
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert study["finished"] and [run["status"] for run in study["runs"]] == ["done"] * 3
+    assert [row["accuracy"]["mean"] for row in study["fig6"]] == [0.0, 0.0]
+    assert "base: done" in first.screen
+    again = start_run(*command, "train.steps=1", folder=tmp_path)
+    assert "done in" not in again.screen.replace("study beta", "")
+    assert json.loads((tmp_path / "study.json").read_text())["fig6"] == study["fig6"]

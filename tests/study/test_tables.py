@@ -1,0 +1,170 @@
+"""Tables, figures and verdicts from made-up runs whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from othink_ray.config.load import load
+from othink_ray.driver.evaluate import wilson
+from othink_ray.report import write_study_report
+from othink_ray.study.claims import HELD, NOT_HELD, NOT_RUN, OPEN, claims
+from othink_ray.study.plan import GR, VC, StudyRun, planned
+from othink_ray.study.results import Measured, read
+from othink_ray.study.tables import Tables, relative
+
+STUDY = load([]).study
+QUESTIONS = 200
+
+
+def evaluation(accuracy: float) -> dict[str, float]:
+    lo, hi = wilson(accuracy * QUESTIONS, QUESTIONS)
+    return {"accuracy": accuracy, "lo": lo, "hi": hi, "format": 0.9, "n": QUESTIONS, "tokens_mean": 20.0}
+
+
+def finished(folder: Path, run: StudyRun, own: float, other: float) -> Measured:
+    """The files that such a run leaves, read back."""
+    folder.mkdir()
+    also = {"the other": {"before": evaluation(0.2), "after": evaluation(other)}}
+    summary = {"steps": 2, "before": evaluation(0.4), "after": evaluation(own), "also": also}
+    lines = [
+        {"step": 0, "reward/accuracy": 0.1, "reward/format": 0.5, "eval/accuracy": None},
+        {"step": 1, "reward/accuracy": own, "reward/format": 1.0, "eval/accuracy": own},
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read(folder, run)
+
+
+Score = Callable[[StudyRun], tuple[float, float]]
+
+
+@pytest.fixture
+def tables_of(tmp_path: Path) -> Callable[[Score], Tables]:
+    def make(score: Score) -> Tables:
+        runs = planned(STUDY, [])
+        return Tables(STUDY, [finished(tmp_path / run.name, run, *score(run)) for run in runs])
+
+    return make
+
+
+def as_in_the_paper(run: StudyRun) -> tuple[float, float]:
+    """GRPO-D above SFT above GRPO by five points, the same spread over seeds; SFT forgets the other task."""
+    wobble = 0.01 * run.seed
+    if run.method == "grpo" and (run.alpha != 1 or run.beta not in (0.01, 0.04)):
+        assert run.beta is not None
+        return 0.3 + 0.2 * run.alpha - 60 * (run.beta - 0.02) ** 2 * 4, 0.2
+    level = {"grpo": 0.5, "sft": 0.55, "grpo_d": 0.6}[run.method]
+    return level + wobble, {"grpo": 0.25, "sft": 0.05, "grpo_d": 0.3}[run.method] + wobble
+
+
+def verdicts(tables: Tables, experiment: str) -> list[str]:
+    return [claim["verdict"] for claim in claims(tables) if claim["experiment"] == experiment]
+
+
+def test_table_1_has_base_and_every_method_beside_the_papers_numbers(tables_of: Callable[[Score], Tables]) -> None:
+    rows = tables_of(as_in_the_paper).all()["table1"]
+    assert [(row["task"], row["method"]) for row in rows] == [
+        (task, method) for task in (VC, GR) for method in ("base", "grpo", "sft", "grpo_d")
+    ]
+    found = {(row["task"], row["method"]): row for row in rows}
+    assert found[VC, "grpo_d"]["ours"]["mean"] == pytest.approx(0.61)
+    assert found[VC, "grpo_d"]["ours"]["values"] == pytest.approx((0.6, 0.61, 0.62))
+    assert found[GR, "base"]["ours"]["mean"] == 0.4
+    assert (found[VC, "grpo_d"]["paper"], found[GR, "sft"]["paper_7b"]) == (76.5, 43.5)
+
+
+def test_a_claim_holds_when_the_interval_of_the_difference_is_above_zero(tables_of: Callable[[Score], Tables]) -> None:
+    tables = tables_of(as_in_the_paper)
+    assert verdicts(tables, "RQ2") == [HELD] * 6
+    assert verdicts(tables, "RQ3") == [HELD] * 5
+
+
+def test_a_claim_does_not_hold_when_it_is_below(tables_of: Callable[[Score], Tables]) -> None:
+    def turned_round(run: StudyRun) -> tuple[float, float]:
+        own, other = as_in_the_paper(run)
+        return 0.9 - own, 0.5 - other if run.method == "grpo_d" else 0.45
+
+    tables = tables_of(turned_round)
+    assert verdicts(tables, "RQ2") == [NOT_HELD] * 6
+    assert verdicts(tables, "RQ3")[1] == NOT_HELD
+
+
+def test_seeds_that_disagree_settle_nothing(tables_of: Callable[[Score], Tables]) -> None:
+    def noisy(run: StudyRun) -> tuple[float, float]:
+        return 0.4 + (0.3 if (run.seed + len(run.method)) % 3 == 0 else 0.0), 0.2
+
+    assert verdicts(tables_of(noisy), "RQ2") == [OPEN] * 6
+
+
+def test_what_was_not_run_is_said_to_be_so_and_the_page_is_still_made(tmp_path: Path) -> None:
+    tables = Tables(STUDY, [])
+    assert {claim["verdict"] for claim in claims(tables)} == {NOT_RUN}
+    (tmp_path / "study.json").write_text(json.dumps(study_json(tables)))
+    assert "not run" in write_study_report(tmp_path).read_text()
+
+
+def test_sweeps_give_figures_4_to_6(tables_of: Callable[[Score], Tables]) -> None:
+    tables = tables_of(as_in_the_paper)
+    figures = tables.all()
+    assert [row["alpha"] for row in figures["fig4"]] == list(STUDY.alphas)
+    assert all(len(row["accuracy"]["values"]) == STUDY.sweep_seeds for row in figures["fig4"])
+    assert figures["fig5"][0]["format"] == [(1, 0.5), (2, 1.0)]
+    assert [row["beta"] for row in figures["fig6"]] == list(STUDY.betas)
+
+
+def test_figure_1_follows_sft_and_grpo_from_the_base_model_on(tables_of: Callable[[Score], Tables]) -> None:
+    [sft, grpo] = tables_of(as_in_the_paper).all()["fig1"]
+    assert (sft["method"], grpo["method"]) == ("sft", "grpo")
+    assert [point[0] for point in sft["points"]] == [0, 2]
+    assert sft["points"][0][1] == pytest.approx(0.4)
+    assert sft["points"][1][1] == pytest.approx(0.56)
+
+
+def test_figure_7_is_the_relative_change_on_the_other_task(tables_of: Callable[[Score], Tables]) -> None:
+    rows = tables_of(as_in_the_paper).all()["fig7"]
+    [row] = [one for one in rows if (one["train"], one["method"]) == (GR, "grpo_d")]
+    assert row["over_base"] == pytest.approx(0.31 / 0.2 - 1)
+    assert row["over_sft"] == pytest.approx(0.31 / 0.06 - 1)
+    assert (row["paper_over_base"], row["paper_over_sft"]) == (63.53, 61.63)
+    assert relative(None, None) is None
+
+
+def test_a_study_of_one_experiment_has_its_figures_alone(tables_of: Callable[[Score], Tables]) -> None:
+    whole = tables_of(as_in_the_paper)
+    alone = Tables(replace(STUDY, experiments=("beta",)), whole.done)
+    assert [name for name, rows in alone.all().items() if rows] == ["fig6"]
+    assert {claim["experiment"] for claim in claims(alone)} == {"RQ1b"}
+
+
+def test_the_page_takes_what_the_tables_give(tables_of: Callable[[Score], Tables], tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps(study_json(tables_of(as_in_the_paper))))
+    page = write_study_report(tmp_path).read_text()
+    assert "not run yet" not in page
+    assert page.count("GRPO-D is better than") == 10
+
+
+def study_json(tables: Tables) -> dict[str, Any]:
+    """As a study writes it, with one run in its list."""
+    run = {"name": "GR-grpo-seed0", "status": "done", "reason": None, "seconds": 9.0, "folder": "runs/GR-grpo-seed0"}
+    run |= {"command": "python", "experiments": ["beta"], "accuracy": 0.5, "has_report": False}
+    return {
+        "name": "paper",
+        "size": "full",
+        "finished": True,
+        "seconds": 1.0,
+        "command": "python -m othink_ray.main mode=study",
+        "model": "tiny",
+        "seeds": [0, 1, 2],
+        "steps": 2,
+        "questions": QUESTIONS,
+        "tasks": {"VC": "counting", "GR": "geometry"},
+        "runs": [run],
+        **tables.all(),
+        "claims": claims(tables),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ PARTS_OF_A_STEP = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("p
 FRACTION = Scale(percent=True)
 PLAIN = Scale()
 FREE = Scale(from_zero=False)
+OTHER = "eval/accuracy/"
 
 
 def figures(run: RunFiles) -> list[Chart]:
@@ -36,7 +37,12 @@ def figures(run: RunFiles) -> list[Chart]:
             ],
             left=PLAIN,
         ),
-        lines("Held-out accuracy", [held_out(run)], left=Scale(percent=True, from_zero=False, least_span=0.2)),
+        *supervised(run, curve, lines),
+        lines(
+            "Held-out accuracy",
+            [held_out(run), *other_tasks(run)],
+            left=Scale(percent=True, from_zero=False, least_span=0.2),
+        ),
         lines(
             "KL weight and KL",
             [curve("β(s)", "kl/beta", BLUE), curve("KL", "kl/mean", ORANGE, side="right", smooth=True)],
@@ -80,6 +86,28 @@ def figures(run: RunFiles) -> list[Chart]:
         ),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def supervised(run: RunFiles, curve: Callable[..., Series], lines: Callable[..., Chart | None]) -> list[Chart | None]:
+    """What supervised training has instead of rewards."""
+    if column(run.rows, "reward/mean"):
+        return []
+    loss, rate = curve("loss, nats", "loss", BLUE, smooth=True), curve("learning rate", "lr", ORANGE, side="right")
+    return [lines("Loss", [loss, rate], left=PLAIN, right=PLAIN)]
+
+
+def other_tasks(run: RunFiles) -> list[Series]:
+    """Accuracy on the data sets of eval.also; the one before training is in the summary alone."""
+    found = []
+    colours = (ORANGE, GREEN, VIOLET)
+    names = sorted({name.removeprefix(OTHER) for row in run.rows for name in row if name.startswith(OTHER)})
+    for name, colour in zip(names, colours, strict=False):
+        points = dict(column(run.rows, OTHER + name))
+        before = (run.summary.get("also") or {}).get(name, {}).get("before", {}).get("accuracy")
+        if is_finite(before):
+            points.setdefault(0, before)
+        found.append(Series(label=name, colour=colour, points=sorted(points.items()), dots=True))
+    return found
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
-from othink_ray.driver.evaluate import held_out_prompts, wilson
-from othink_ray.types import Prompt
+from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise, wilson
+from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 
 
 class EveryThirdIsBad:
@@ -63,3 +66,27 @@ def test_rows_that_the_screen_refuses_are_bad_rows_and_a_set_of_them_is_refused(
 
     with pytest.raises(SourceError, match=r"all 256 held-out rows are bad, the first one: row scenes/test/0+: too"):
         held_out_prompts(source, 2, "drop", never)
+
+
+@pytest.mark.parametrize(("sampled", "right"), [(1, 0), (1, 1), (4, 0), (4, 1), (5, 3), (6, 6)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(sampled: int, right: int) -> None:
+    answers = [place < right for place in range(sampled)]
+    for k in range(1, sampled + 1):
+        draws = list(itertools.combinations(answers, k))
+        assert pass_at(k, right, sampled) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_an_answer_that_could_not_be_scored_counts_as_wrong() -> None:
+    prompt = open_source(load([]).data, "test").prompt(0)
+    answer = Completion(token_ids=np.arange(2), sampler_logprobs=np.zeros(2, np.float32), text="?", finish="stop")
+    group = Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(answer,), version=0)
+    masked = ScoredGroup(group=group, rewards=np.zeros(1), parts={}, valid=np.array([False]))
+    assert [(row["accuracy"], row["format"]) for row in graded(masked)] == [(0.0, 0.0)]
+    assert summarise(graded(masked)).accuracy == 0.0
+
+
+def test_the_runs_own_exam_comes_first_and_further_data_sets_follow() -> None:
+    config = load(["eval.also=[geometry]", "eval.questions=3"])
+    found = exams(config, lambda prompt: None)
+    assert [exam.name for exam in found] == ["counting", "geometry"]
+    assert [{prompt.task for prompt in exam.prompts} for exam in found] == [{"counting"}, {"geometry"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,10 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
         return 0
     if config.mode == "study":
         return _study(config, overrides)
+    # Read when these libraries are imported: the console shows progress, and bars of theirs would cut through it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if config.learner.gpus_per_rank == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no other
     from othink_ray.driver.run import run  # Ray and torch load only for a sound configuration
     from othink_ray.report import write_evaluation_report, write_report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -39,7 +38,6 @@ WriteReport = Callable[[Path], Path]
 def run(config: Config, write_report: WriteReport) -> int:
     """Its exit status. What a user can mend is told in a line, not in a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the console shows progress; libraries' bars would cut through it
     run_dir = Path(config.run.dir)
     go = examine if config.mode == "eval" else _train
     with Console() as console:

@@ -60,7 +60,8 @@ def test_evaluation_of_a_run_gives_the_accuracy_that_the_run_ended_with(examined
     assert {name: first[name] for name in ("accuracy", "format", "n", "tokens_mean")} == {
         name: plain_run.summary["after"][name] for name in ("accuracy", "format", "n", "tokens_mean")
     }
-    assert 0 <= first["mean_at"]["2"] == pytest.approx(first["pass_at"]["1"]) <= first["pass_at"]["2"] <= 1
+    assert first["mean_at"]["2"] == pytest.approx(first["pass_at"]["1"])
+    assert 0 <= first["pass_at"]["1"] <= first["pass_at"]["2"] <= 1
     assert second["n"] == 16
 
 
@@ -75,13 +76,10 @@ def test_every_question_is_a_line_with_its_answers(examined: Run) -> None:
     assert all(cell["model"] in page for cell in cells(examined))
 
 
-def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartRun, plain_run: Run) -> None:
+def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartRun) -> None:
     file = examined.folder / cells(examined)[0]["answers"]
     whole = file.read_text()
     file.write_text(whole[: whole.rindex("{") + 40])  # torn in its last line
-    config = (examined.folder / "config.yaml").read_text()
-    models = next(line for line in config.splitlines() if line.strip().startswith("- /"))
-    assert str(plain_run.folder) in models
     before = cells(examined)
     again = start_run(
         "mode=eval",

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from othink_ray.config.bounds import BOUNDS, CHOICES
-from othink_ray.config.data_rules import data_rules
+from othink_ray.config.data_rules import data_rules, parts_asked
 from othink_ray.config.load import conf_dir, data_named, groups
 from othink_ray.config.model_rules import model_rules
 from othink_ray.config.problem import Problem, broken, value_of
@@ -70,8 +70,11 @@ def _choices(config: Config) -> Iterator[Problem]:
 
 
 def _bounds(config: Config) -> Iterator[Problem]:
+    idle = "data.train." if "train" not in parts_asked(config) else None
     for bound in BOUNDS:
         for key in bound.keys:
+            if idle and key.startswith(idle):
+                continue
             value = value_of(config, key)
             if value is not None and not bound.holds(value):
                 yield broken(config, key, bound.rule, bound.remedy.format(key=key))

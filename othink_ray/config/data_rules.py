@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from othink_ray.config.bounds import GENERATED, SOURCES
 from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config, FilesConfig
 
+Split = Literal["train", "test"]
 # Which keys of a files section a source reads; the others must be null, so that no setting is silently idle.
 READS = {
     "hub": ("subset", "split", "stream_buffer"),
@@ -22,7 +24,7 @@ ONLY_SOME_READ = ("subset", "split", "stream_buffer")
 
 def data_rules(config: Config) -> Iterator[Problem]:
     """What is wrong with the sources of the two parts, and with what they are asked for."""
-    for split in ("train", "test"):
+    for split in parts_asked(config):
         part = config.data.part(split)
         if part.source in GENERATED:
             yield from _generated(config, f"data.{split}")
@@ -40,6 +42,12 @@ def data_rules(config: Config) -> Iterator[Problem]:
     if config.data.test.files is not None and config.data.test.files.stream_buffer is not None:
         rule = "must be null: held-out questions are always the same, the first ones"
         yield broken(config, "data.test.files.stream_buffer", rule, "Set data.test.files.stream_buffer=null.")
+
+
+def parts_asked(config: Config) -> tuple[Split, ...]:
+    """An evaluation needs no training questions, unless it has to teach the embedded model first."""
+    ready = config.model.path is not None or config.eval.models
+    return ("test",) if config.mode == "eval" and ready else ("train", "test")
 
 
 def _generated(config: Config, part: str) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Literal, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from othink_ray.types import Prompt
 
@@ -76,6 +76,9 @@ def _check_image(row_id: str, position: int, data: bytes) -> None:
             width, height = image.size
             if width * height <= MAX_IMAGE_PIXELS:
                 image.load()
+    except UnidentifiedImageError as error:  # its own text tells where in memory the bytes were
+        reason = f"image {position} ({len(data)} bytes) cannot be decoded: it is neither PNG nor JPEG"
+        raise BadRow(row_id, reason, "replace it by a sound PNG or JPEG, or remove the row") from error
     # Pillow's decoders raise almost anything on hostile bytes: OSError, SyntaxError, struct.error, its bomb error.
     except Exception as error:
         reason = f"image {position} ({len(data)} bytes) cannot be decoded: {type(error).__name__}: {error}"

@@ -15,7 +15,16 @@ from rich.console import Console as Terminal
 from rich.console import Group as Stack
 from rich.console import RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from othink_ray.driver.views import (
@@ -34,6 +43,13 @@ from othink_ray.types import ScoredGroup
 PLAIN_PROGRESS_LINES = 10
 LINES_FOR_EVERY_STEP = 20
 LINE_SPACING = 10
+
+
+class _Count(MofNCompleteColumn):
+    """Done of all, where it is known how many there are."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 class Console:
@@ -179,7 +195,7 @@ class Console:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[text]}", markup=False),
             console=self._terminal,

@@ -129,3 +129,6 @@ class Qwen2VL:
         target: Any = network
         target.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
+        readable = (folder / "config.json").stat().st_mode
+        for weights in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
+            weights.chmod(readable)

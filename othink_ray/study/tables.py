@@ -103,7 +103,6 @@ class Tables:
             base, sft = self.cross_task(train, "base"), self.cross_task(train, "sft")
             for method in METHODS:
                 ours = self.cross_task(train, method)
-                over_base, over_sft = FIG_7.get((train, method), (None, None))
                 rows.append(
                     {
                         "train": train,
@@ -113,8 +112,8 @@ class Tables:
                         "base": _plain(base),
                         "over_base": relative(ours, base),
                         "over_sft": relative(ours, sft) if method != "sft" else None,
-                        "paper_over_base": over_base,
-                        "paper_over_sft": over_sft,
+                        "paper_over_base": FIG_7.get((train, method, "base")),
+                        "paper_over_sft": FIG_7.get((train, method, "sft")),
                     }
                 )
         return rows

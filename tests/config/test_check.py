@@ -53,6 +53,15 @@ def test_a_data_set_of_files_is_sound_once_they_are_there(option: str, tmp_path:
     assert said([option, *here]) == []
 
 
+def test_an_evaluation_of_a_model_that_is_there_needs_no_training_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "test.jsonl").write_text("{}")
+    asked = ["mode=eval", "data=own", f"data.test.files.path={tmp_path}/test.jsonl"]
+    assert said([*asked, f"model.path={tmp_path}"]) == said([*asked, f"eval.models=[{tmp_path}]"]) == []
+    [problem] = said(asked)
+    assert problem.startswith("data.train.files.path")
+
+
 OWN = ["data=own", "data.train.files.path=.", "data.test.files.path=."]
 
 
@@ -99,7 +108,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["mode=trian"], "mode = trian must be one of train, sft, eval, check Did you mean mode=train?"),
+        (["mode=trian"], "mode = trian must be one of train, sft, eval, study, check Did you mean mode=train?"),
         (["algo.group_size=1"], "algo.group_size = 1 must be at least 2: the advantage compares an answer"),
         (["train.steps=0"], "train.steps = 0 must be at least 1 Set train.steps=1 or more."),
         (["algo.kl.beta_min=-1"], "algo.kl.beta_min = -1 must be at least 0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,3 +136,4 @@ class TrainState:
     data_position: int
     schedule_state: Mapping[str, float]
     seed: int
+    before: Mapping[str, Mapping[str, Any]]  # the evaluations of the untrained model, by data set

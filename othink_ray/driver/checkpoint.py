@@ -46,7 +46,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
 
 def fresh(seed: int) -> TrainState:
     """Nothing done yet."""
-    return TrainState(step=0, data_position=0, schedule_state={}, seed=seed)
+    return TrainState(step=0, data_position=0, schedule_state={}, seed=seed, before={})
 
 
 def read(folder: Path, seed: int) -> TrainState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,11 +37,12 @@ class Journal:
         exams: Sequence[Exam],
         records: RunRecords,
         console: Console,
+        before: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config, self.team, self.stream, self.exams = config, team, stream, exams
         self.records, self.console = records, console
         self.measures = taught_measures if config.mode == "sft" else measures
-        self.before: dict[str, Evaluation] = {}
+        self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
         self.audit_gap_max = 0.0
         self.dropped = [(row.row_id, row.reason) for exam in exams for row in exam.bad_rows]
@@ -49,8 +50,9 @@ class Journal:
         self._say_drops(self.dropped)
 
     def begin(self, step: int) -> None:
-        """The engines have the weights after `step` steps and nothing is trained yet."""
-        self.before = self._evaluate(step)
+        """The engines have the weights after `step` steps; a run that goes on knows how it began."""
+        if not self.before:
+            self.before = self._evaluate(step)
 
     def step(self, seen: Step) -> None:
         done = seen.step + 1
@@ -99,6 +101,7 @@ class Journal:
             data_position=self.stream.position,
             schedule_state=seen.schedule_state,
             seed=self.config.train.seed,
+            before={name: asdict(result) for name, result in self.before.items()},
         )
 
     def summary(self) -> dict[str, Any]:

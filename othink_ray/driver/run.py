@@ -88,7 +88,7 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: WriteR
             RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1)
         )
         present = students(config, path, team)
-        journal = Journal(config, present, stream, held_out, records, console)
+        journal = Journal(config, present, stream, held_out, records, console, state.before)
         stack.enter_context(console.training(config.train.steps, done=state.step))
         schedule = beta_schedule(config)
         train(

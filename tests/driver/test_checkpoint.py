@@ -9,7 +9,9 @@ import pytest
 from othink_ray.driver import checkpoint
 from othink_ray.types import TrainState
 
-STATE = TrainState(step=7, data_position=112, schedule_state={"beta": 0.05}, seed=3)
+STATE = TrainState(
+    step=7, data_position=112, schedule_state={"beta": 0.05}, seed=3, before={"counting": {"accuracy": 0.5}}
+)
 
 
 class Saves:
@@ -31,7 +33,7 @@ def test_a_checkpoint_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_could_not_be_finished_is_never_found(tmp_path: Path) -> None:
     whole = checkpoint.write(tmp_path, STATE, Saves())
-    later = TrainState(step=8, data_position=128, schedule_state={}, seed=3)
+    later = TrainState(step=8, data_position=128, schedule_state={}, seed=3, before={})
     with pytest.raises(OSError, match="no space"):
         checkpoint.write(tmp_path, later, RunsOutOfDisk())
     assert checkpoint.find(tmp_path, "auto") == whole
@@ -39,7 +41,9 @@ def test_a_checkpoint_that_could_not_be_finished_is_never_found(tmp_path: Path) 
 
 def test_the_newest_is_the_one_of_the_latest_step_and_not_of_the_last_letter(tmp_path: Path) -> None:
     for step in (9, 10, 2):
-        checkpoint.write(tmp_path, TrainState(step=step, data_position=0, schedule_state={}, seed=0), Saves())
+        checkpoint.write(
+            tmp_path, TrainState(step=step, data_position=0, schedule_state={}, seed=0, before={}), Saves()
+        )
     found = checkpoint.find(tmp_path, "auto")
     assert found is not None
     assert found.name == "step_10"

@@ -97,7 +97,7 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
             lr=rate(config),
-            journal=Journal(config, team, stream, [exam], records, console),
+            journal=Journal(config, team, stream, [exam], records, console, state.before),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

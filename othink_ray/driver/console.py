@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console as Terminal
 from rich.console import Group as Stack
@@ -34,6 +34,7 @@ from othink_ray.driver.views import (
     duration,
     evaluation_text,
     latest_values,
+    matrix,
     plain_line,
     printable,
     sample_panel,
@@ -176,6 +177,12 @@ class Console:
         for name, path in paths.items():
             self.say(f"{name:<{width}}  {path}")
         self.say(f"done in {duration(seconds)}")
+
+    def matrix(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Print what an evaluation found, models by data sets."""
+        self._terminal.print()
+        self._terminal.print(matrix(results, boxed=self.interactive))
+        self._terminal.print()
 
     def _line_is_due(self, step: int) -> bool:
         first = len(self._history) == 1

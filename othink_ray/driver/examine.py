@@ -47,6 +47,7 @@ def examine(config: Config, run_dir: Path, console: Console, write_report: Calla
                 results.append(cell | _result(rows, exam, config.eval.samples))
                 _show(console, results[-1])
                 _write(run_dir, config, results, seconds=time.monotonic() - started)
+    console.matrix(results)
     console.say(f"report: {write_report(run_dir)}")
     console.say(f"all questions with their answers: {run_dir / 'answers'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 from rich import box
 from rich.panel import Panel
@@ -197,25 +197,42 @@ def sample_panel(sample: Sample) -> Panel:
     return Panel(grid, title=f"latest sample, step {sample.step}", title_align="left", border_style="dim")
 
 
+def matrix(results: Sequence[Mapping[str, Any]], *, boxed: bool) -> Table:
+    """Greedy accuracy of each model on each data set, with its 95 % interval."""
+    cells = {(result["model"], result["data"]): result for result in results}
+    tasks = dict.fromkeys(result["data"] for result in results)
+    table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
+    table.add_column("greedy accuracy")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for model in dict.fromkeys(result["model"] for result in results):
+        row = [cells.get((model, task)) for task in tasks]
+        shares = ("" if cell is None else f"{_share(cell['accuracy'])} ({_range(cell)})" for cell in row)
+        table.add_row(model, *shares)
+    return table
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _range(result: Mapping[str, Any]) -> str:
+    return f"{100 * result['lo']:.1f} to {100 * result['hi']:.1f}"
+
+
 def closing_table(before: Mapping[str, float], after: Mapping[str, float], *, boxed: bool) -> Table:
     """Before and after on the same held-out questions; fractions of 1 are shown in percent."""
 
-    def percent(value: float) -> str:
-        return f"{100 * value:.1f} %"
-
     def points(name: str) -> str:
         return f"{100 * (after[name] - before[name]):+.1f} points"
-
-    def interval(result: Mapping[str, float]) -> str:
-        return f"{100 * result['lo']:.1f} to {100 * result['hi']:.1f}"
 
     table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
     table.add_column("held-out")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    table.add_row("accuracy", percent(before["accuracy"]), percent(after["accuracy"]), points("accuracy"), style="bold")
-    table.add_row("95 % interval", interval(before), interval(after), "")
-    table.add_row("format", percent(before["format"]), percent(after["format"]), points("format"))
+    table.add_row("accuracy", _share(before["accuracy"]), _share(after["accuracy"]), points("accuracy"), style="bold")
+    table.add_row("95 % interval", _range(before), _range(after), "")
+    table.add_row("format", _share(before["format"]), _share(after["format"]), points("format"))
     lengths = before["tokens_mean"], after["tokens_mean"]
     table.add_row("answer tokens", *(f"{length:.1f}" for length in lengths), f"{lengths[1] - lengths[0]:+.1f}")
     table.add_row("questions", f"{before['n']:.0f}", f"{after['n']:.0f}", "")

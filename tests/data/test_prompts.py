@@ -131,6 +131,12 @@ def test_the_worked_answer_is_built_from_a_plain_or_a_tagged_solution(answer: st
     assert worked_answer(ask(answer=answer)) == "<think> I count 3 items. </think><answer> 3 </answer>"
 
 
+def test_a_worked_answer_may_do_without_its_thought() -> None:
+    own = replace(ask(answer="3"), thought="One, two, three.")
+    assert worked_answer(own) == "<think> One, two, three. </think><answer> 3 </answer>"
+    assert worked_answer(own, reasoning=False) == "<answer> 3 </answer>"
+
+
 def test_a_task_without_worked_answers_is_named() -> None:
     with pytest.raises(
         BadRow, match="task 'poetry' has no worked answers; use a task that has them: counting, geometry"

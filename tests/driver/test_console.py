@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from othink_ray.driver.console import Console
-from othink_ray.driver.views import Evaluation, Sample, latest_values, plain_line, sample_panel, sparkline
+from othink_ray.driver.views import Evaluation, Sample, latest_values, matrix, plain_line, sample_panel, sparkline
 from othink_ray.types import Completion, Group, Message, Prompt, ScoredGroup
 
 BEFORE = {"accuracy": 0.46, "lo": 0.392, "hi": 0.529, "format": 0.88, "n": 200, "tokens_mean": 24.1}
@@ -275,3 +275,16 @@ def test_ctrl_c_gives_the_cursor_back() -> None:
         os.close(ours)
     assert b"\x1b[?25l" in started
     assert b"\x1b[?25h" in ended
+
+
+def test_the_matrix_has_a_row_a_model_and_a_column_a_data_set() -> None:
+    cell = {"lo": 0.4, "hi": 0.6}
+    results = [
+        cell | {"model": "runs/a", "data": "counting", "accuracy": 0.5},
+        cell | {"model": "runs/a", "data": "geometry", "accuracy": 0.25},
+        cell | {"model": "runs/b", "data": "counting", "accuracy": 1.0},
+    ]
+    header, first, second = rendered(matrix(results, boxed=False)).splitlines()[:3]
+    assert header.split() == ["greedy", "accuracy", "counting", "geometry"]
+    assert first.split("  ")[0] == "runs/a" and "50.0 % (40.0 to 60.0)" in first and "25.0 %" in first
+    assert "100.0 %" in second and second.count("%") == 1

@@ -94,7 +94,7 @@ BOUNDS = (
             ),
             *("learner.world_size", "learner.threads", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
-            *("eval.questions", "study.seeds", "study.sweep_seeds", "study.parallel"),
+            *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
         ),
     ),
     Bound(

@@ -265,6 +265,7 @@ class StudyConfig:
     experiments: tuple[str, ...]  # of othink_ray.study.plan.EXPERIMENTS
     seeds: int  # of each method where methods are compared
     sweep_seeds: int  # of each value in a sweep
+    small_seeds: int  # of everything where size=small
     parallel: int  # runs side by side
     base: tuple[str, ...]  # the run that makes the base model; only where model.path is null
     all: tuple[str, ...]  # overrides of every other run

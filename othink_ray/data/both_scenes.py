@@ -1,4 +1,4 @@
-"""Counting and geometry in turn: for a model that is to be examined in both."""
+"""Counting and geometry mixed: for a model that is to be examined in both."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from othink_ray.data.scenes import SceneCounting
 from othink_ray.types import Prompt
 
 
+GEOMETRY_ROWS = 3  # after each counting row: geometry takes so much longer to learn
+
+
 class BothScenes:
-    """Even rows count, odd rows are geometry; they are the first ones of the two tasks."""
+    """One counting row, three of geometry, and so on; they are the first ones of the two tasks."""
 
     def __init__(self, data: DataConfig, split: Split) -> None:
         size = data.part(split).size
         assert size is not None, "config.check: generated questions have a size"
         self._size = size
-        self._tasks = (SceneCounting(data, split), GeometryScenes(data, split))
+        self._counting, self._geometry = SceneCounting(data, split), GeometryScenes(data, split)
 
     def __len__(self) -> int:
         return self._size
@@ -24,5 +27,5 @@ class BothScenes:
     def prompt(self, index: int) -> Prompt:
         if not 0 <= index < self._size:
             raise IndexError(f"both_scenes has rows 0 to {self._size - 1}, not {index}")
-        number, task = divmod(index, len(self._tasks))
-        return self._tasks[task].prompt(number)
+        turn, place = divmod(index, 1 + GEOMETRY_ROWS)
+        return self._geometry.prompt(turn * GEOMETRY_ROWS + place - 1) if place else self._counting.prompt(turn)

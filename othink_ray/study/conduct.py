@@ -14,7 +14,7 @@ from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.study.claims import claims
 from othink_ray.study.launch import Job, Outcome, Workshop
-from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, for_runs, merged, planned
+from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, compared_seeds, for_runs, merged, planned
 from othink_ray.study.results import Measured, read
 from othink_ray.study.tables import Tables
 
@@ -127,7 +127,7 @@ class Study:
             "seconds": seconds,
             "command": shlex.join(["python", "-m", "othink_ray.main", *self.overrides]),
             "model": self.config.model.path or self.config.model.name,
-            "seeds": list(range(study.seeds)),
+            "seeds": list(compared_seeds(study)),
             "steps": max(steps, default=None),
             "questions": max((one.summary["before"]["n"] for one in measured), default=None),
             "tasks": {VC: study.counting.data, GR: study.geometry.data},

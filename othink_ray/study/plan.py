@@ -38,6 +38,16 @@ def planned(study: StudyConfig, extra: Sequence[str]) -> list[StudyRun]:
     return list(found.values())
 
 
+def compared_seeds(study: StudyConfig) -> range:
+    """Of each method where methods are compared."""
+    return range(study.seeds if study.size == "full" else study.small_seeds)
+
+
+def swept_seeds(study: StudyConfig) -> range:
+    """Of each value in a sweep."""
+    return range(study.sweep_seeds if study.size == "full" else study.small_seeds)
+
+
 def base_overrides(study: StudyConfig, extra: Sequence[str]) -> tuple[str, ...]:
     """The run that makes the base model."""
     return merged(study.base, [one for one in extra if key_of(one) not in map(key_of, study.base)])
@@ -45,7 +55,7 @@ def base_overrides(study: StudyConfig, extra: Sequence[str]) -> tuple[str, ...]:
 
 def _wanted(study: StudyConfig, extra: Sequence[str]) -> Iterator[StudyRun]:
     """Every run of every experiment, the same one possibly several times."""
-    compared, swept = range(study.seeds), range(study.sweep_seeds)
+    compared, swept = compared_seeds(study), swept_seeds(study)
     for experiment in study.experiments:
         if experiment in ("same_task", "cross_task"):
             for seed in compared:

@@ -8,7 +8,7 @@ from typing import Any
 
 from othink_ray.config.schema import StudyConfig
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
-from othink_ray.study.plan import GR, METHODS, VC, own_beta
+from othink_ray.study.plan import GR, METHODS, VC, own_beta, swept_seeds
 from othink_ray.study.results import Measured, held_out_curve, mean_curve, over_seeds
 from othink_ray.study.values import Value
 
@@ -48,7 +48,7 @@ class Tables:
 
     def _swept(self, *, alpha: float = 1.0, beta: float | None = None) -> list[Measured]:
         """The seeds that every value of a sweep has."""
-        return [one for one in self.runs(GR, "grpo", alpha=alpha, beta=beta) if one.run.seed < self.study.sweep_seeds]
+        return [one for one in self.runs(GR, "grpo", alpha=alpha, beta=beta) if one.run.seed in swept_seeds(self.study)]
 
     def all(self) -> Row:
         """Every table and figure of the experiments that are part of the study."""

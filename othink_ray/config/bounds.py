@@ -111,7 +111,7 @@ BOUNDS = (
                 "model.tiny.warm_steps",
             ),
             *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
-            *("rollout.cpus_per_actor", "learner.cpus_per_rank"),
+            *("rollout.cpus_per_actor", "learner.cpus_per_rank", "learner.warmup_steps"),
         ),
     ),
     Bound(

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 
 
-def learning_rate(name: str, step: int, total: int, peak: float) -> float:
-    """The rate at `step` (from 0) of `total` under the named schedule."""
+def learning_rate(name: str, step: int, total: int, peak: float, warmup: int = 0) -> float:
+    """The rate at `step` (from 0) of `total`: a straight rise over the `warmup` steps, then the named schedule."""
     if name not in LR_SCHEDULES:
         raise ValueError(f"learner.lr_schedule = {name!r} is not a schedule: use one of {', '.join(LR_SCHEDULES)}")
-    return peak * LR_SCHEDULES[name](step / total)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * LR_SCHEDULES[name]((step - warmup) / (total - warmup))
 
 
 def constant(done: float) -> float:
@@ -27,5 +29,5 @@ def cosine(done: float) -> float:
     return (1.0 + math.cos(math.pi * done)) / 2
 
 
-# share of the run that is done, 0 to 1 -> share of the peak
+# share of the run after the warm-up that is done, 0 to 1 -> share of the peak
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

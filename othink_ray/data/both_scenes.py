@@ -8,7 +8,6 @@ from othink_ray.data.prompts import Split
 from othink_ray.data.scenes import SceneCounting
 from othink_ray.types import Prompt
 
-
 GEOMETRY_ROWS = 3  # after each counting row: geometry takes so much longer to learn
 
 

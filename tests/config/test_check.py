@@ -166,6 +166,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["mode=eval", "eval.models=[./nothing]"], "./nothing is none of these"),
         (["eval.also=[geometri]"], "there is no geometri in the group data Did you mean geometry?"),
         (["eval.also=[counting]"], "names counting, which is the run's own data set already"),
+        (["learner.warmup_steps=9", "train.steps=9"], "must be less than train.steps = 9"),
         (["learner.lr_schedule=linar"], "Did you mean learner.lr_schedule=linear?"),
         (
             ["model.tiny.text_width=100"],

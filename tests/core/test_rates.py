@@ -24,6 +24,11 @@ def test_cosine_is_half_a_wave() -> None:
     assert rates == pytest.approx([1 + math.cos(math.pi * step / 10) for step in range(11)])
 
 
+def test_a_warm_up_rises_to_the_peak_and_leaves_the_rest_to_the_schedule() -> None:
+    rates = [learning_rate("linear", step, 7, 4.0, warmup=3) for step in range(8)]
+    assert rates == pytest.approx([1, 2, 3, 4, 3, 2, 1, 0])
+
+
 def test_constant_is_constant() -> None:
     assert {learning_rate("constant", step, 7, 0.5) for step in range(7)} == {0.5}
 

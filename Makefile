@@ -14,7 +14,7 @@ demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=2
 
 study:  ## set up, then the paper's experiments on the embedded model; ARGS="study.size=small" is the short one
 	@launch/setup_env.sh auto
-	@$(python) -m othink_ray.main mode=study 'run.dir=runs/study_$${study.name}_$${study.size}' $(ARGS)
+	@$(python) -m othink_ray.main mode=study $(ARGS)
 
 test:  ## set up, then all tests, two files at a time; ARGS="tests/core -k kl" chooses some
 	@launch/setup_env.sh auto dev

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,8 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
         return _report(found)
     machine = machine_for(config)
     found = found + problems(config, machine)
+    if config.mode == "study" and not found:
+        config, found = _study_of(config, overrides)
     if found:
         return _report(found)
     if config.mode == "check":
@@ -88,6 +90,20 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     return run(config, write_evaluation_report if config.mode == "eval" else write_report)
 
 
+def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+    """The study with a folder that the same command finds again, and the problems of all its runs."""
+    from othink_ray.study.plan import base_overrides, for_runs, key_of, planned
+
+    if "run.dir" not in map(key_of, overrides):
+        folder = f"runs/study_{config.study.name}_{config.study.size}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+    extra = for_runs(overrides)
+    runs = [run.overrides for run in planned(config.study, extra) if run.seed == 0]
+    if config.model.path is None:
+        runs.append(base_overrides(config.study, extra))
+    return config, _foresee_all(runs, starts_runs=True)
+
+
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Many runs, each a process of its own."""
     import signal
@@ -95,12 +111,17 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
     from othink_ray.driver.console import Console
     from othink_ray.report import write_study_report
     from othink_ray.study.conduct import Study
+    from othink_ray.study.launch import StudyError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs would ignore the first
+        signal.signal(ending, signal.default_int_handler)
     with Console() as console:
         try:
             with console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"):
                 return Study(config, overrides).conduct(console, write_study_report)
+        except StudyError as error:
+            console.say(f"stopped: {error}")
+            return 1
         except KeyboardInterrupt:
             console.say("interrupted: the same command goes on with what is left")
             return 130
@@ -145,8 +166,12 @@ def _through_hydra(arguments: Sequence[str]) -> int:
 
 def _foresee(overrides: Sequence[str], *, starts_runs: bool) -> list[Problem]:
     """The problems of all runs of a sweep, before the first one starts."""
+    return _foresee_all(sweep_jobs(overrides), starts_runs=starts_runs)
+
+
+def _foresee_all(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Problem]:
     found: list[Problem] = []
-    for run in sweep_jobs(overrides):
+    for run in runs:
         config, problems_here = read(run)
         found += problems_here
         if config is not None and starts_runs:

@@ -12,11 +12,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from othink_ray.config.bounds import BOUNDS, CHOICES
-from othink_ray.config.data_rules import data_rules, parts_asked
+from othink_ray.config.data_rules import data_rules, parts_asked, test_rules
 from othink_ray.config.load import conf_dir, data_named, groups
 from othink_ray.config.model_rules import model_rules
 from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config
+from othink_ray.config.study_rules import study_rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ def _grading(config: Config) -> Iterator[Problem]:
 
 
 def _batches(config: Config) -> Iterator[Problem]:
+    if config.mode == "eval":
+        return
     prompts, updates, ranks = config.train.prompts_per_step, config.algo.updates_per_step, config.learner.world_size
     if min(prompts, updates, ranks) < 1 or prompts % (updates * ranks) == 0:
         return
@@ -145,18 +148,18 @@ def _lengths(config: Config) -> Iterator[Problem]:
 def _examined(config: Config) -> Iterator[Problem]:
     """The further data sets: each must exist, and be as sound as the run's own."""
     known = groups(conf_dir())["data"]
-    for name in config.eval.also:
+    subject = f"eval.also = [{', '.join(config.eval.also)}]"
+    for place, name in enumerate(config.eval.also):
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             rule = f"there is no {name} in the group data"
-            subject = f"eval.also = [{', '.join(config.eval.also)}]"
             yield Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(known)}.")
-        elif name == config.data.name:
-            rule = f"names {name}, which is the run's own data set already"
-            yield broken(config, "eval.also", rule, "Leave it out.")
+        elif name in (config.data.name, *config.eval.also[:place]):
+            rule = f"names {name}, which is asked already"
+            yield Problem(subject=subject, rule=rule, remedy="Leave it out.")
         else:
-            for problem in data_rules(dataclasses.replace(config, data=data_named(name))):
+            for problem in test_rules(dataclasses.replace(config, data=data_named(name))):
                 yield dataclasses.replace(problem, subject=f"eval.also, {name}: {problem.subject}")
 
 
@@ -194,7 +197,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *(_kl, _grading, _batches, _rates, _lengths, data_rules),
-    *(model_rules, _examined, _transport, _places),
+    *(model_rules, _examined, study_rules, _transport, _places),
 )
 
 
@@ -217,12 +220,14 @@ def _capacity(config: Config, machine: Machine) -> Iterator[Problem]:
             f"{lower}; rollout=vllm learner=deepspeed need no GPU.",
         ),
     ):
-        needed = rollout.num_actors * each_actor + learner.world_size * each_rank
+        learning = 0 if config.mode == "eval" and "train" not in parts_asked(config) else learner.world_size * each_rank
+        side_by_side = config.study.parallel if config.mode == "study" else 1
+        needed = side_by_side * (rollout.num_actors * each_actor + learning)
         if needed > there:
             subject = (
                 f"rollout.num_actors = {rollout.num_actors}, rollout.{unit}s_per_actor = {each_actor:g}, "
                 f"learner.world_size = {learner.world_size}, learner.{unit}s_per_rank = {each_rank:g}"
-            )
+            ) + (f", study.parallel = {side_by_side}" if config.mode == "study" else "")
             rule = f"need {needed:g} {unit.upper()}s together, but there are {there:g}"
             yield Problem(subject=subject, rule=rule, remedy=remedy)
 

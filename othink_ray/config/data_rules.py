@@ -25,11 +25,7 @@ ONLY_SOME_READ = ("subset", "split", "stream_buffer")
 def data_rules(config: Config) -> Iterator[Problem]:
     """What is wrong with the sources of the two parts, and with what they are asked for."""
     for split in parts_asked(config):
-        part = config.data.part(split)
-        if part.source in GENERATED:
-            yield from _generated(config, f"data.{split}")
-        elif part.source in SOURCES:
-            yield from _files(config, f"data.{split}", part.source, part.files)
+        yield from _part(config, split)
     scenes, size = config.data.scenes, config.data.test.size
     if config.data.test.source in GENERATED and size is not None and config.eval.questions > size:
         rule = f"must be at most data.test.size = {size}: there are no more held-out questions"
@@ -42,6 +38,23 @@ def data_rules(config: Config) -> Iterator[Problem]:
     if config.data.test.files is not None and config.data.test.files.stream_buffer is not None:
         rule = "must be null: held-out questions are always the same, the first ones"
         yield broken(config, "data.test.files.stream_buffer", rule, "Set data.test.files.stream_buffer=null.")
+
+
+def test_rules(config: Config) -> Iterator[Problem]:
+    """What is wrong with a data set that is only asked, never trained on."""
+    yield from _part(config, "test")
+    files = config.data.test.files
+    if files is not None and not files.path:
+        rule = "is empty: a data set of files is asked along where its conf file says where they are"
+        yield broken(config, "data.test.files.path", rule, f"Write it in conf/data/{config.data.name}.yaml.")
+
+
+def _part(config: Config, split: Split) -> Iterator[Problem]:
+    part = config.data.part(split)
+    if part.source in GENERATED:
+        yield from _generated(config, f"data.{split}")
+    elif part.source in SOURCES:
+        yield from _files(config, f"data.{split}", part.source, part.files)
 
 
 def parts_asked(config: Config) -> tuple[Split, ...]:

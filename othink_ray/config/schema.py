@@ -263,7 +263,7 @@ class StudyConfig:
 
     name: str
     size: str  # full | small
-    experiments: tuple[str, ...]  # of othink_ray.study.plan.EXPERIMENTS
+    experiments: tuple[str, ...]  # of othink_ray.config.bounds.EXPERIMENTS
     seeds: int  # of each method where methods are compared
     sweep_seeds: int  # of each value in a sweep
     small_seeds: int  # of everything where size=small

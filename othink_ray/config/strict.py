@@ -34,7 +34,8 @@ def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Probl
     path = config.model.path
     model = dataclasses.replace(config.model, path=None if path is None else _expand(path))
     data = dataclasses.replace(config.data, train=_at_home(config.data.train), test=_at_home(config.data.test))
-    return dataclasses.replace(config, run=run, model=model, data=data), []
+    examined = dataclasses.replace(config.eval, models=tuple(map(_expand, config.eval.models)))
+    return dataclasses.replace(config, run=run, model=model, data=data, eval=examined), []
 
 
 def problems_of_value(key: str, value: Any, origin: str) -> Iterable[Problem]:

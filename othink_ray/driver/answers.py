@@ -12,6 +12,7 @@ from typing import Any
 from othink_ray.config.schema import Config
 from othink_ray.driver.checkpoint import ResumeError
 from othink_ray.driver.evaluate import Exam
+from othink_ray.whole_file import write_whole
 
 
 class Answers:
@@ -24,7 +25,7 @@ class Answers:
         if resume and file.is_file():
             self._read(belongs_to)
         else:
-            file.write_text(json.dumps({"belongs_to": belongs_to}) + "\n", encoding="utf-8")
+            self._write(belongs_to, [])
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
@@ -35,14 +36,18 @@ class Answers:
         """The lines so far; one that was torn when the evaluation stopped is asked again."""
         first, *lines = self.file.read_text(encoding="utf-8", errors="replace").split("\n")
         whole = [row for row in map(_parsed, lines) if row is not None]
-        if _parsed(first) != {"belongs_to": belongs_to}:
+        head = _parsed(first)
+        stopped_at_once = head is None and not whole
+        if head != {"belongs_to": belongs_to} and not stopped_at_once:
             raise ResumeError(
                 f"{self.file} was answered by another model, or under other settings: take another run.dir, or set "
                 "run.resume=never to ask again"
             )
         self.rows = {row["id"]: row for row in whole}
-        text = "".join(json.dumps(row) + "\n" for row in ({"belongs_to": belongs_to}, *whole))
-        self.file.write_text(text, encoding="utf-8")
+        self._write(belongs_to, whole)
+
+    def _write(self, belongs_to: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in ({"belongs_to": belongs_to}, *rows)))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -58,10 +63,16 @@ def belongs_to(config: Config, model: str, exam: Exam) -> str:
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(model).glob("*.safetensors")
     )
-    questions = [(prompt.id, [message.text for message in prompt.messages], prompt.answer) for prompt in exam.prompts]
+    questions = [
+        (
+            *(prompt.id, [message.text for message in prompt.messages], prompt.answer),
+            [hashlib.sha256(image).hexdigest() for image in prompt.images],
+        )
+        for prompt in exam.prompts
+    ]
     rollout = asdict(config.rollout)
     sampling = {name: rollout[name] for name in ("engine", "temperature", "max_tokens", "max_model_len")}
     pixels = (config.model.min_pixels, config.model.max_pixels, config.model.dtype)
-    shaped: list[Any] = [model, weights, questions, sampling, pixels, asdict(config.algo.reward)]
+    shaped: list[Any] = [model, weights, questions, sampling, pixels, config.algo.reward.without_tag]
     shaped += [config.eval.samples, config.train.seed]
     return hashlib.sha256(json.dumps(shaped, sort_keys=True).encode()).hexdigest()[:16]

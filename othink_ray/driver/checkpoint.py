@@ -51,7 +51,13 @@ def fresh(seed: int) -> TrainState:
 
 def read(folder: Path, seed: int) -> TrainState:
     """The driver's state of a checkpoint; the run must go on with the seed it began with."""
-    state = TrainState(**json.loads((folder / _STATE).read_text()))
+    try:
+        state = TrainState(**json.loads((folder / _STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(
+            f"run.resume: {folder} holds no checkpoint that can be read ({type(error).__name__}: {error}); name a "
+            "checkpoints/step_N folder, or set run.resume=never to start afresh"
+        ) from error
     if state.seed != seed:
         raise ResumeError(
             f"train.seed = {seed}, but {folder} was made with train.seed = {state.seed}: data order and samples would "

@@ -11,6 +11,7 @@ import numpy as np
 
 from othink_ray.config.load import data_named
 from othink_ray.config.schema import Config
+from othink_ray.core.intervals import wilson
 from othink_ray.data import BadRow, Screen, Source, SourceError, open_source
 from othink_ray.types import Prompt, ScoredGroup
 
@@ -96,15 +97,6 @@ def held_out_prompts(
     if not good:
         raise SourceError(f"all {len(source)} held-out rows are bad, the first one: {bad[0]}; check data.test")
     return good, bad
-
-
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share: sound at 0, at 1 and for few trials."""
-    share = successes / trials
-    scale = 1 + z**2 / trials
-    centre = (share + z**2 / (2 * trials)) / scale
-    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at(k: int, right: int, sampled: int) -> float:

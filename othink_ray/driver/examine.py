@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -18,6 +19,7 @@ from othink_ray.config.model_rules import model_folder
 from othink_ray.config.schema import Config
 from othink_ray.driver.answers import Answers, belongs_to
 from othink_ray.driver.build import open_classroom, open_examiners, screen
+from othink_ray.driver.checkpoint import ResumeError
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Exam, exams, graded, pass_at, summarise
 from othink_ray.driver.metrics import question_text, thumbnail_uri
@@ -25,6 +27,7 @@ from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.cluster import ray_session
 from othink_ray.runtime.team import Examiners
 from othink_ray.types import Prompt, ScoredGroup
+from othink_ray.whole_file import write_whole
 
 WITH_PICTURE = 12  # so many questions of an exam keep a small picture of their images, for the report
 
@@ -33,7 +36,9 @@ def examine(config: Config, run_dir: Path, console: Console, write_report: Calla
     """Asks what is not answered yet; evaluation.json grows by one model and exam at a time."""
     started = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    if (run_dir / "metrics.jsonl").is_file():
+        raise ResumeError(f"{run_dir} holds a training run: give the evaluation a folder of its own, run.dir=…")
+    write_whole(run_dir / "config.yaml", to_yaml(config))
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         with console.phase("starting Ray"):
@@ -41,7 +46,7 @@ def examine(config: Config, run_dir: Path, console: Console, write_report: Calla
         models = [model_folder(path) for path in config.eval.models]
         for number, model in enumerate(models or [base_model(config, console, open_classroom)]):
             label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
-            folder = Path("answers") / f"{number}-{_slug(label)}"
+            folder = Path("answers") / _folder_of(label)
             for exam, rows in _answered(config, model, run_dir / folder, console):
                 cell = {"model": label, "data": exam.name, "answers": str(folder / f"{exam.name}.jsonl")}
                 results.append(cell | _result(rows, exam, config.eval.samples))
@@ -128,9 +133,11 @@ def _show(console: Console, result: dict[str, Any]) -> None:
 
 def _write(run_dir: Path, config: Config, results: Sequence[dict[str, Any]], seconds: float) -> None:
     whole = {"engine": config.rollout.engine, "samples": config.eval.samples, "seconds": seconds, "results": results}
-    (run_dir / "evaluation.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    write_whole(run_dir / "evaluation.json", json.dumps(whole, indent=2) + "\n")
 
 
-def _slug(label: str) -> str:
-    """A file name that still tells which model it was."""
-    return re.sub(r"[^\w.-]+", "-", label).strip("-")[-60:] or "model"
+def _folder_of(label: str) -> str:
+    """A name that still tells which model it was, and no other model has."""
+    digest = hashlib.sha256(label.encode()).hexdigest()[:6]
+    readable = re.sub(r"[^\w.-]+", "-", label).strip("-")[-60:]
+    return f"{readable}-{digest}"

@@ -44,7 +44,7 @@ class Journal:
         self.measures = taught_measures if config.mode == "sft" else measures
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
-        self.audit_gap_max = 0.0
+        self.audit_gap_max: float | None = None  # as long as nothing was compared
         self.dropped = [(row.row_id, row.reason) for exam in exams for row in exam.bad_rows]
         self._stream_drops = 0
         self._say_drops(self.dropped)
@@ -53,11 +53,14 @@ class Journal:
         """The engines have the weights after `step` steps; a run that goes on knows how it began."""
         if not self.before:
             self.before = self._evaluate(step)
+        elif step >= self.config.train.steps:  # it stopped after its last step: all that is missing is its result
+            self.after = self._evaluate(step)
 
     def step(self, seen: Step) -> None:
         done = seen.step + 1
         found = self.measures(seen)
-        self.audit_gap_max = max(self.audit_gap_max, seen.audit.gap_max)
+        if seen.audit.tokens:
+            self.audit_gap_max = max(self.audit_gap_max or 0.0, seen.audit.gap_max)
         last = done == self.config.train.steps
         if last or (self.config.eval.every and done % self.config.eval.every == 0):
             self.after = self._evaluate(done)
@@ -112,7 +115,7 @@ class Journal:
             "mode": config.mode,
             "model": config.model.name,
             "data": config.data.name,
-            "algo": config.algo.name,
+            "algo": "sft" if config.mode == "sft" else config.algo.name,
             "seed": config.train.seed,
             "steps": config.train.steps,
             "before": asdict(self.before[own]),

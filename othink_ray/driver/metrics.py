@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from numbers import Real
@@ -21,6 +20,7 @@ from PIL import Image
 from othink_ray.config.schema import WandbConfig
 from othink_ray.driver.tracking import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
+from othink_ray.whole_file import write_whole
 
 THUMBNAIL_PX = 256
 
@@ -46,7 +46,7 @@ class RunRecords:
 
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._run_dir / "config.yaml", self._config_yaml)
+        write_whole(self._run_dir / "config.yaml", self._config_yaml)
         self._metrics = _open_after(self._run_dir / "metrics.jsonl", self._keep_up_to)
         self._samples = _open_after(self._run_dir / "samples.jsonl", self._keep_up_to)
         self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml)
@@ -73,7 +73,7 @@ class RunRecords:
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
-        _write_whole(self._run_dir / "summary.json", json.dumps(_jsonable(values), indent=2) + "\n")
+        write_whole(self._run_dir / "summary.json", json.dumps(_jsonable(values), indent=2) + "\n")
 
 
 def _number(name: str, value: object) -> float:
@@ -161,15 +161,6 @@ def _append(file: TextIO, record: Mapping[str, object]) -> None:
     file.flush()
 
 
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
 def _open_after(path: Path, last_kept_step: int) -> TextIO:
     """Open a JSONL file for appending after the lines up to `last_kept_step`; later and torn lines are set aside."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -180,7 +171,7 @@ def _open_after(path: Path, last_kept_step: int) -> TextIO:
             aside.writelines(line + "\n" for line in discarded)
     kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
     if kept != text:
-        _write_whole(path, kept)
+        write_whole(path, kept)
     return path.open("a", encoding="utf-8")
 
 

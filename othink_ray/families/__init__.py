@@ -11,6 +11,17 @@ from othink_ray.families.qwen2_vl import Qwen2VL
 FAMILIES: dict[str, Callable[..., Family]] = {"qwen2_vl": Qwen2VL}
 
 
+class ModelError(ValueError):
+    """A folder or hub name that holds no model of the family, or cannot be reached."""
+
+
 def open_family(model: ModelConfig, path: str) -> Family:
     """The family of `model`, bound to the folder or hub name `path`."""
-    return FAMILIES[model.family](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    try:
+        return FAMILIES[model.family](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"model.path = {path} cannot be opened as {model.family}: {reason}; check the path, or for a name on the "
+            "hub the network and the spelling"
+        ) from error

@@ -10,6 +10,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from othink_ray.report.axes import short, signed
 from othink_ray.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH
+from othink_ray.whole_file import write_whole
 
 PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HEIGHT - BOTTOM}
 
@@ -19,9 +20,7 @@ def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values
     style = "\n".join(map(_package_text, styles))
     html = _environment().get_template(template).render(style=style, plot=PLOT, **values)
     path = folder / "report.html"
-    unfinished = folder / "report.html.part"
-    unfinished.write_text(html, encoding="utf-8", errors="replace")
-    unfinished.replace(path)
+    write_whole(path, html)
     return path
 
 

@@ -208,7 +208,10 @@ def _missing_levels(rows: Sequence[Row], symbol: str, level: str, is_there: Call
 
 
 def _interval_note(seeds: Sequence[int], *, cut: bool) -> str:
-    several, one = "mean over the seeds, 95 % t interval", "one seed, 95 % Wilson interval"
+    several, one = (
+        "mean of the seeds, with its 95 % interval",
+        "one seed, with its 95 % interval",
+    )
     counts = [count for count in seeds if count > 1]
     note = one if not counts else f"{_counted(counts)} seeds: {several}"
     if counts and len(counts) < len(seeds):

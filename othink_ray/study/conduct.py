@@ -6,17 +6,18 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.study.claims import claims
-from othink_ray.study.launch import Job, Outcome, Workshop
-from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, compared_seeds, for_runs, merged, planned
-from othink_ray.study.results import Measured, read
+from othink_ray.study.launch import NOT_YET, Job, Outcome, Workshop
+from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, compared_seeds, for_runs, planned
+from othink_ray.study.results import FinishedRun, read
 from othink_ray.study.tables import Tables
+from othink_ray.whole_file import write_whole
 
 BASE = "base"
 
@@ -45,18 +46,23 @@ class Study:
         self.folder = Path(config.run.dir)
         self.workshop = Workshop(self.folder)
         extra = for_runs(overrides)
-        needs_base = config.model.path is None
-        self.base = Job(name=BASE, overrides=base_overrides(config.study, extra)) if needs_base else None
-        start = [f"model.path={self.workshop.path(self.base)}"] if self.base else []
+        self.base: Job | None = None
+        if config.model.path is None:
+            self.base = Job(name=BASE, overrides=base_overrides(config.study, extra), leaves="export/config.json")
+        stands_on = self.base.overrides if self.base else ()
+        self.start_from = self.workshop.path(self.base) if self.base else None
         self.entries = [
-            Entry(run=run, job=Job(name=run.name, overrides=merged(run.overrides, start)))
+            Entry(
+                run=run,
+                job=Job(name=run.name, overrides=run.overrides, leaves="summary.json", stands_on=stands_on),
+            )
             for run in planned(config.study, extra)
         ]
 
     def conduct(self, screen: Screen, write_report: Callable[[Path], Path]) -> int:
         """Its exit status: 0 when every run is done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_whole(self.folder / "config.yaml", to_yaml(self.config))
         started = time.monotonic()
         before = _read_seconds(self.folder)
 
@@ -70,7 +76,8 @@ class Study:
             if self.base:
                 self.workshop.make([self.base], 1, seen)
             if self.base is None or self.workshop.outcome(self.base).status == "done":
-                self.workshop.make([entry.job for entry in self.entries], self.config.study.parallel, seen)
+                jobs = [entry.job for entry in self.entries]
+                self.workshop.make(jobs, self.config.study.parallel, seen, self.start_from)
         finally:
             self._write(before + time.monotonic() - started, at_rest=True)
             screen.say(f"report: {write_report(self.folder)}")
@@ -107,7 +114,7 @@ class Study:
         before, after = (100 * summary[when]["accuracy"] for when in ("before", "after"))
         return f"{job.name}: done in {took}, accuracy {before:.1f} -> {after:.1f} %"
 
-    def _measured(self) -> list[Measured]:
+    def _measured(self) -> list[FinishedRun]:
         return [
             read(self.workshop.path(entry.job), entry.run)
             for entry in self.entries
@@ -118,7 +125,7 @@ class Study:
         """study.json, whole; `at_rest`: nothing runs any more."""
         study, measured = self.config.study, self._measured()
         tables = Tables(study, measured)
-        accuracy = {one.run.name: one.own("after").share for one in measured}
+        accuracy = {one.run.name: one.own("after") for one in measured}
         steps = {one.summary["steps"] for one in measured}
         whole = {
             "name": study.name,
@@ -135,22 +142,20 @@ class Study:
             **tables.all(),
             "claims": claims(tables),
         }
-        unfinished = self.folder / "study.json.part"
-        unfinished.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self.folder / "study.json")
+        write_whole(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
 
     def _record(self, job: Job, accuracy: float | None, *, at_rest: bool) -> dict[str, Any]:
         outcome = self.workshop.outcome(job)
         if at_rest and outcome.status == "running":
-            outcome = replace(outcome, status="waiting")
+            outcome = NOT_YET
         experiments = [one for entry in self.entries if entry.job == job for one in entry.run.experiments]
         return {
             "name": job.name,
             "status": outcome.status,
             "reason": outcome.reason,
             "seconds": outcome.seconds,
-            "folder": str(self.workshop.path(job).relative_to(self.folder)),
-            "command": self.workshop.shown_command(job),
+            "folder": f"runs/{job.name}",
+            "command": self.workshop.shown_command(job, None if job == self.base else self.start_from),
             "experiments": experiments,
             "accuracy": accuracy,
             "has_report": (self.workshop.path(job) / "report.html").is_file(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -11,13 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from othink_ray.whole_file import write_whole
 
 LAST_LINES = 3  # of a failed run's output, as its reason
 STOP_SECONDS = 60  # for an interrupted run to clean up
 POLL_SECONDS = 0.5
+
+
+class StudyError(RuntimeError):
+    """The study cannot go on in this folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +33,13 @@ class Job:
 
     name: str
     overrides: tuple[str, ...]
+    leaves: str  # the file that a run which is done has left in its folder
+    stands_on: tuple[str, ...] = ()  # the overrides of the job whose model it starts from
+
+    @property
+    def identity(self) -> list[str]:
+        """What makes it this run: the same overrides in any order, on the same base."""
+        return [*sorted(self.overrides), *(f"base {one}" for one in sorted(self.stands_on))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,76 +51,113 @@ class Outcome:
     seconds: float | None
 
 
+NOT_YET = Outcome(status="waiting", reason=None, seconds=None)
+Running = dict[Job, tuple[subprocess.Popen[bytes], float]]
+
+
 class Workshop:
     """The study's folder with its runs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
 
     def path(self, job: Job) -> Path:
         return self.folder / "runs" / job.name
 
-    def command(self, job: Job) -> list[str]:
+    def command(self, job: Job, start_from: Path | None = None) -> list[str]:
         """The run as a command; it goes on from its newest checkpoint where there is one."""
-        own = [f"run.dir={self.path(job)}", "run.resume=auto"]
+        own = [assigned("run.dir", self.path(job)), "run.resume=auto"]
+        own += [assigned("model.path", start_from)] if start_from else []
         return [sys.executable, "-m", "othink_ray.main", *job.overrides, *own]
 
-    def shown_command(self, job: Job) -> str:
-        return shlex.join(["python", *self.command(job)[1:]])
+    def shown_command(self, job: Job, start_from: Path | None = None) -> str:
+        return shlex.join(["python", *self.command(job, start_from)[1:]])
 
     def outcome(self, job: Job) -> Outcome:
         """What an earlier or the present study made of it; other overrides make it another run."""
-        record = _read(self.path(job) / "outcome.json")
-        if record is None or record.get("overrides") != list(job.overrides):
-            return Outcome(status="waiting", reason=None, seconds=None)
+        record = self._record_of(job)
+        if record is None or record["identity"] != job.identity:
+            return NOT_YET
+        if record["status"] == "done" and not (self.path(job) / job.leaves).is_file():
+            return NOT_YET
         return Outcome(status=record["status"], reason=record["reason"], seconds=record["seconds"])
 
-    def make(self, jobs: Sequence[Job], parallel: int, watch: Callable[[Job, Outcome], None]) -> None:
+    def make(
+        self,
+        jobs: Sequence[Job],
+        parallel: int,
+        watch: Callable[[Job, Outcome], None],
+        start_from: Path | None = None,
+    ) -> None:
         """Runs those that are not done; a failed one does not stop the others, an interrupt stops all."""
         waiting = [job for job in jobs if self.outcome(job).status != "done"]
-        running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+        for job in waiting:
+            self._refuse_a_living_one(job)
+        running: Running = {}
         with _stopping(running):
             while waiting or running:
                 while waiting and len(running) < parallel:
                     job = waiting.pop(0)
-                    running[job] = (self._start(job), time.monotonic())
+                    running[job] = (self._start(job, start_from), time.monotonic())
                     watch(job, Outcome(status="running", reason=None, seconds=None))
                 for job, (process, started) in list(running.items()):
                     if process.poll() is not None:
                         del running[job]
-                        outcome = self._finish(job, process.returncode, time.monotonic() - started)
-                        watch(job, outcome)
+                        watch(job, self._finish(job, process.returncode, time.monotonic() - started))
                 time.sleep(POLL_SECONDS)
 
-    def _start(self, job: Job) -> subprocess.Popen[bytes]:
+    def _start(self, job: Job, start_from: Path | None) -> subprocess.Popen[bytes]:
         folder = self.path(job)
-        record = _read(folder / "outcome.json")
-        if record is None or record.get("overrides") != list(job.overrides):
-            shutil.rmtree(folder, ignore_errors=True)  # its checkpoints belong to another run
+        record = self._record_of(job)
+        if record is not None and record["identity"] != job.identity:
+            _set_aside(folder)  # its checkpoints belong to another run
         folder.mkdir(parents=True, exist_ok=True)
-        self._record(job, Outcome(status="running", reason=None, seconds=None))
         with (folder / "screen.txt").open("wb") as screen:
-            # In a session of its own, so that Ctrl-C reaches it once, from here.
-            return subprocess.Popen(
-                self.command(job),
+            process = subprocess.Popen(
+                self.command(job, start_from),
                 stdout=screen,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True,  # so that Ctrl-C reaches it once, from here
             )
+        self._write(job, Outcome(status="running", reason=None, seconds=None), pid=process.pid)
+        return process
 
     def _finish(self, job: Job, code: int, seconds: float) -> Outcome:
+        done = code == 0
         outcome = Outcome(
-            status="done" if code == 0 else "failed",
-            reason=None if code == 0 else self._last_words(job, code),
-            seconds=seconds,
+            status="done" if done else "failed", reason=None if done else self._last_words(job, code), seconds=seconds
         )
-        self._record(job, outcome)
+        self._write(job, outcome, pid=None)
+        if done:
+            shutil.rmtree(self.path(job) / "checkpoints", ignore_errors=True)  # its export is what a study needs
         return outcome
 
-    def _record(self, job: Job, outcome: Outcome) -> None:
-        record = asdict(outcome) | {"overrides": list(job.overrides)}
-        (self.path(job) / "outcome.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    def _write(self, job: Job, outcome: Outcome, *, pid: int | None) -> None:
+        record = {
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "seconds": outcome.seconds,
+            "pid": pid,
+            "identity": job.identity,
+        }
+        write_whole(self.path(job) / "outcome.json", json.dumps(record, indent=2) + "\n")
+
+    def _record_of(self, job: Job) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] = json.loads((self.path(job) / "outcome.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record
+
+    def _refuse_a_living_one(self, job: Job) -> None:
+        """A study that was killed leaves its runs alive; two writers would spoil one folder."""
+        record = self._record_of(job)
+        pid = record and record["pid"]
+        if pid and str(self.path(job)) in _command_line(pid):
+            raise StudyError(
+                f"{job.name} still runs, left by an earlier study, as process {pid}: wait for it, or end it"
+            )
 
     def _last_words(self, job: Job, code: int) -> str:
         lines = (self.path(job) / "screen.txt").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -115,25 +166,38 @@ class Workshop:
         return f"exit status {code}: " + " | ".join(stopped[-1:] or said[-LAST_LINES:])
 
 
+def assigned(key: str, path: Path) -> str:
+    """The override key=path, quoted: a path may hold what Hydra's grammar gives a meaning to."""
+    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def _set_aside(folder: Path) -> None:
+    """Keeps what another run left under the same name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 @contextmanager
-def _stopping(running: dict[Job, tuple[subprocess.Popen[bytes], float]]) -> Iterator[None]:
-    """Leaves no run behind, whatever ends the study."""
+def _stopping(running: Running) -> Iterator[None]:
+    """Leaves no run behind, whatever ends the study: asked to stop, then killed with all that it started."""
     try:
         yield
     finally:
         for process, _ in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process, _ in running.values():
             try:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None

@@ -9,7 +9,7 @@ from typing import Any
 from othink_ray.config.schema import StudyConfig
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
 from othink_ray.study.plan import GR, METHODS, VC, own_beta, swept_seeds
-from othink_ray.study.results import Measured, held_out_curve, mean_curve, over_seeds
+from othink_ray.study.results import FinishedRun, held_out_curve, mean_curve, over_seeds
 from othink_ray.study.values import Value
 
 Row = dict[str, Any]
@@ -18,10 +18,10 @@ Row = dict[str, Any]
 class Tables:
     """What is asked of the finished runs, by task, method and swept value."""
 
-    def __init__(self, study: StudyConfig, done: Sequence[Measured]) -> None:
+    def __init__(self, study: StudyConfig, done: Sequence[FinishedRun]) -> None:
         self.study, self.done = study, done
 
-    def runs(self, task: str, method: str, *, alpha: float = 1.0, beta: float | None = None) -> list[Measured]:
+    def runs(self, task: str, method: str, *, alpha: float = 1.0, beta: float | None = None) -> list[FinishedRun]:
         """Of all seeds; a constant KL weight that is not given is the baseline's own."""
         if method == "grpo" and beta is None:
             beta = own_beta(self.study.counting if task == VC else self.study.geometry)
@@ -46,7 +46,7 @@ class Tables:
     def of_beta(self, beta: float) -> Value | None:
         return over_seeds(self._swept(beta=beta), lambda one: one.own("after"))
 
-    def _swept(self, *, alpha: float = 1.0, beta: float | None = None) -> list[Measured]:
+    def _swept(self, *, alpha: float = 1.0, beta: float | None = None) -> list[FinishedRun]:
         """The seeds that every value of a sweep has."""
         return [one for one in self.runs(GR, "grpo", alpha=alpha, beta=beta) if one.run.seed in swept_seeds(self.study)]
 

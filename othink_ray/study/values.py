@@ -1,14 +1,12 @@
-"""Numbers of several seeds as one value with its interval, and the difference of two such values."""
+"""Shares of right answers over several seeds as one value with its interval, and the difference of two such values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom; above ten the normal one is near enough.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL95 = 1.960
+from othink_ray.core.intervals import mean_and_half, wilson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,45 +16,46 @@ class Value:
     mean: float
     lo: float
     hi: float
-    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]  # one a seed
+    questions: int  # the same ones for every seed
+
+    @property
+    def of_questions(self) -> tuple[float, float]:
+        """The interval for having asked these questions and no others; more seeds do not narrow it."""
+        return wilson(self.mean * self.questions, self.questions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Single:
-    """One run's share of right answers with its own interval."""
-
-    share: float
-    lo: float
-    hi: float
-
-
-def value(runs: Sequence[Single]) -> Value | None:
-    """A t interval over seeds; of one seed alone, the interval of its questions."""
-    if not runs:
+def value(shares: Mapping[int, float], questions: int) -> Value | None:
+    """Of the shares by seed. The interval covers both chances: which seeds were run, and which questions were asked."""
+    if not shares:
         return None
-    if len(runs) == 1:
-        [run] = runs
-        return Value(mean=run.share, lo=run.lo, hi=run.hi, values=(run.share,))
-    shares = tuple(run.share for run in runs)
-    mean, half = mean_and_half(shares)
-    return Value(mean=mean, lo=max(0.0, mean - half), hi=min(1.0, mean + half), values=shares)
-
-
-def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of at least two values, and half the width of its 95 % t interval."""
-    count = len(values)
-    mean = sum(values) / count
-    variance = sum((one - mean) ** 2 for one in values) / (count - 1)
-    quantile = T95[count - 2] if count - 2 < len(T95) else NORMAL95
-    return mean, quantile * math.sqrt(variance / count)
+    seeds = tuple(sorted(shares))
+    values = tuple(shares[seed] for seed in seeds)
+    mean, half = mean_and_half(values) if len(values) > 1 else (values[0], 0.0)
+    lo, hi = wilson(mean * questions, questions)
+    return Value(
+        mean=mean,
+        lo=max(0.0, min(lo, mean - half)),
+        hi=min(1.0, max(hi, mean + half)),
+        seeds=seeds,
+        values=values,
+        questions=questions,
+    )
 
 
 def difference(a: Value, b: Value) -> tuple[float, float, float]:
-    """a - b with its 95 % interval: paired over the seeds, or, of one seed each, Newcombe's of two shares."""
-    if len(a.values) == len(b.values) > 1:
-        mean, half = mean_and_half([x - y for x, y in zip(a.values, b.values, strict=True)])
-        return mean, mean - half, mean + half
-    gap = a.mean - b.mean
-    low = math.hypot(a.mean - a.lo, b.hi - b.mean)
-    high = math.hypot(a.hi - a.mean, b.mean - b.lo)
+    """a - b with its 95 % interval: the wider, on each side, of that over paired seeds and that over the questions."""
+    gap, (a_lo, a_hi), (b_lo, b_hi) = a.mean - b.mean, a.of_questions, b.of_questions
+    # Newcombe's interval for the difference of two shares (1998, method 10).
+    low, high = math.hypot(a.mean - a_lo, b_hi - b.mean), math.hypot(a_hi - a.mean, b.mean - b_lo)
+    both = [
+        (x, y)
+        for seed, x in zip(a.seeds, a.values, strict=True)
+        for other, y in zip(b.seeds, b.values, strict=True)
+        if seed == other
+    ]
+    if len(both) > 1:
+        _, half = mean_and_half([x - y for x, y in both])
+        low, high = max(low, half), max(high, half)
     return gap, gap - low, gap + high

@@ -59,3 +59,11 @@ def test_going_on_with_another_seed_is_refused(tmp_path: Path) -> None:
     folder = checkpoint.write(tmp_path, STATE, Saves())
     with pytest.raises(checkpoint.ResumeError, match=r"Set train\.seed=3"):
         checkpoint.read(folder, seed=4)
+
+
+@pytest.mark.parametrize("content", [None, '{"step": 3', '{"step": 3, "colour": "red"}', "[]"])
+def test_a_folder_that_holds_no_checkpoint_is_named_with_a_way_out(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "state.json").write_text(content)
+    with pytest.raises(checkpoint.ResumeError, match=r"holds no checkpoint that can be read .* run\.resume=never"):
+        checkpoint.read(tmp_path, 0)

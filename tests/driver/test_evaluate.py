@@ -9,7 +9,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
-from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise, wilson
+from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 
 
@@ -42,13 +42,6 @@ def test_the_first_bad_row_stops_a_run_that_wants_it_so() -> None:
 def test_a_short_source_gives_what_it_has() -> None:
     prompts, _ = held_out_prompts(EveryThirdIsBad(), 10_000, "drop")
     assert len(prompts) == 256 - 86
-
-
-@pytest.mark.parametrize(
-    ("right", "trials", "lo", "hi"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (127, 256, 0.4353, 0.5570)]
-)
-def test_intervals_are_wilsons(right: int, trials: int, lo: float, hi: float) -> None:
-    assert wilson(right, trials) == pytest.approx((lo, hi), abs=1e-3)
 
 
 def test_rows_that_the_screen_refuses_are_bad_rows_and_a_set_of_them_is_refused() -> None:

@@ -18,7 +18,7 @@ from othink_ray.data.stream import PromptStream
 from othink_ray.driver import checkpoint
 from othink_ray.driver.build import beta_schedule, rate, recipe
 from othink_ray.driver.console import Console
-from othink_ray.driver.evaluate import Exam
+from othink_ray.driver.evaluate import Evaluation, Exam
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.loop import train
 from othink_ray.driver.metrics import RunRecords
@@ -129,3 +129,19 @@ def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, s
     assert [line["kl/beta"] for line in rest] == betas[3:]
     for name in ("reward/mean", "groups/asked", "kl/mean"):
         assert [line[name] for line in rest] == [line[name] for line in whole[3:]]
+
+
+def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tmp_path: Path) -> None:
+    config = load([f"train.steps={STEPS}", "train.prompts_per_step=4", f"run.dir={tmp_path}"])
+    live(config, tmp_path, Pupil(), checkpoint.fresh(0), STEPS)
+    state = checkpoint.read(tmp_path / "checkpoints" / f"step_{STEPS}", 0)
+    exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
+    stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop")
+    with (
+        RunRecords(tmp_path, wandb=config.wandb, config_yaml="", resume_step=STEPS - 1) as records,
+        Console(io.StringIO()) as console,
+    ):
+        journal = Journal(config, Pupil(version=STEPS), stream, [exam], records, console, state.before)
+        journal.begin(STEPS)
+        assert journal.before == {"counting": Evaluation(**state.before["counting"])}
+        assert journal.after.keys() == {"counting"}

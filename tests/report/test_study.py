@@ -292,10 +292,13 @@ def value_of_seeds(count: int, *, cut: bool = False) -> Value:
     ("counts", "note"),
     [
         ([], ""),
-        ([3, 3], "3 seeds: mean over the seeds, 95 % t interval"),
-        ([2, 3], "2 to 3 seeds: mean over the seeds, 95 % t interval"),
-        ([1, 1], "one seed, 95 % Wilson interval"),
-        ([1, 3], "3 seeds: mean over the seeds, 95 % t interval; elsewhere one seed, 95 % Wilson interval"),
+        ([3, 3], "3 seeds: mean of the seeds, with its 95 % interval"),
+        ([2, 3], "2 to 3 seeds: mean of the seeds, with its 95 % interval"),
+        ([1, 1], "one seed, with its 95 % interval"),
+        (
+            [1, 3],
+            "3 seeds: mean of the seeds, with its 95 % interval; elsewhere one seed, with its 95 % interval",
+        ),
     ],
 )
 def test_the_note_tells_the_seeds_and_their_interval(counts: list[int], note: str) -> None:
@@ -375,10 +378,10 @@ def test_curves_take_their_seeds_from_the_values_of_the_same_runs(tmp_path: Path
     for row in record["fig4"]:
         row["accuracy"] = value(0.5, seeds=2)
     drawn = figures(read_study(write_study(tmp_path, table1=record["table1"], fig4=record["fig4"])))
-    assert drawn["fig1"].note == "one seed, 95 % Wilson interval"
+    assert drawn["fig1"].note == "one seed, with its 95 % interval"
     assert drawn["fig5"].note.startswith("2 seeds: mean over the seeds, no interval")
 
 
 def test_curves_without_such_values_take_the_seeds_of_the_study(tmp_path: Path) -> None:
     drawn = figures(read_study(write_study(tmp_path, table1=[], fig4=None)))
-    assert drawn["fig1"].note == "3 seeds: mean over the seeds, 95 % t interval"
+    assert drawn["fig1"].note == "3 seeds: mean of the seeds, with its 95 % interval"

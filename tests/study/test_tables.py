@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.evaluate import wilson
+from othink_ray.core.intervals import wilson
 from othink_ray.report import write_study_report
 from othink_ray.study.claims import HELD, NOT_HELD, NOT_RUN, OPEN, claims
 from othink_ray.study.plan import GR, VC, StudyRun, planned
-from othink_ray.study.results import Measured, read
+from othink_ray.study.results import FinishedRun, read
 from othink_ray.study.tables import Tables, relative
 
 STUDY = load([]).study
-QUESTIONS = 200
+QUESTIONS = 20_000
 
 
 def evaluation(accuracy: float) -> dict[str, float]:
@@ -27,7 +27,7 @@ def evaluation(accuracy: float) -> dict[str, float]:
     return {"accuracy": accuracy, "lo": lo, "hi": hi, "format": 0.9, "n": QUESTIONS, "tokens_mean": 20.0}
 
 
-def finished(folder: Path, run: StudyRun, own: float, other: float) -> Measured:
+def finished(folder: Path, run: StudyRun, own: float, other: float) -> FinishedRun:
     """The files that such a run leaves, read back."""
     folder.mkdir()
     also = {"the other": {"before": evaluation(0.2), "after": evaluation(other)}}
@@ -107,6 +107,36 @@ def test_what_was_not_run_is_said_to_be_so_and_the_page_is_still_made(tmp_path: 
     assert {claim["verdict"] for claim in claims(tables)} == {NOT_RUN}
     (tmp_path / "study.json").write_text(json.dumps(study_json(tables)))
     assert "not run" in write_study_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("at_zero", "peak", "at_end", "verdict"),
+    [(0.2, 0.6, 0.2, HELD), (0.8, 0.5, 0.2, NOT_HELD), (0.5, 0.502, 0.5, OPEN)],
+    ids=["peak inside", "falls from the start", "flat"],
+)
+def test_a_rise_and_fall_needs_a_peak_inside_that_is_above_both_ends(
+    tables_of: Callable[[Score], Tables], at_zero: float, peak: float, at_end: float, verdict: str
+) -> None:
+    def swept(run: StudyRun) -> tuple[float, float]:
+        return {0.0: at_zero, 0.02: peak, 0.05: at_end}.get(run.beta or 0.0, (at_zero + at_end) / 2), 0.2
+
+    [found] = verdicts(tables_of(swept), "RQ1b")
+    assert found == verdict
+
+
+@pytest.mark.parametrize(("with_format", "verdict"), [(0.8, HELD), (0.2, NOT_HELD), (0.5, OPEN)])
+def test_the_format_reward_helps_when_alpha_1_beats_alpha_0(
+    tables_of: Callable[[Score], Tables], with_format: float, verdict: str
+) -> None:
+    tables = tables_of(lambda run: (with_format if run.alpha == 1 else 0.5, 0.2))
+    [found] = verdicts(tables, "RQ1a")
+    assert found == verdict
+
+
+def test_a_sentence_says_whether_each_claim_held_with_its_numbers(tables_of: Callable[[Score], Tables]) -> None:
+    first = next(claim for claim in claims(tables_of(as_in_the_paper)) if claim["experiment"] == "RQ2")
+    assert first["ours"].startswith("It held here: 61.0 % against 40.0 %, +21.0 points (95 % interval ")
+    assert first["ours"].endswith("3 seeds)")
 
 
 def test_sweeps_give_figures_4_to_6(tables_of: Callable[[Score], Tables]) -> None:

@@ -1,0 +1,33 @@
+"""95 % intervals against published values and against chance itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from othink_ray.core.intervals import mean_and_half, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "trials", "lo", "hi"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (127, 256, 0.4353, 0.5570)]
+)
+def test_intervals_are_wilsons(right: int, trials: int, lo: float, hi: float) -> None:
+    assert wilson(right, trials) == pytest.approx((lo, hi), abs=1e-3)
+
+
+def test_three_values_have_students_t() -> None:
+    mean, half = mean_and_half([0.5, 0.6, 0.7])
+    assert mean == pytest.approx(0.6)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 40])
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says(count: int) -> None:
+    rng = np.random.default_rng(count)
+    covered = 0
+    for values in rng.normal(0.5, 0.05, (3000, count)):
+        mean, half = mean_and_half(values.tolist())
+        covered += abs(mean - 0.5) <= half
+    assert 0.935 < covered / 3000 < 0.965

@@ -237,7 +237,7 @@ def _transfer(study: Study, train: str, test: str) -> Transfer | None:
             Change(
                 label=label,
                 colour=method_colour(text(row, "method", "?")),
-                ours=NOT_RUN if ours is None else f"{100 * ours:+,.1f} %",
+                ours=_absent(row) if ours is None else f"{100 * ours:+,.1f} %",
                 paper="" if paper is None else f"{100 * paper:+,.2f} %",
                 bar=None if ours is None else (min(zero, end), abs(end - zero)),
                 mark=None if paper is None else 100 * axis.place(paper),
@@ -252,6 +252,11 @@ def _transfer(study: Study, train: str, test: str) -> Transfer | None:
         ticks=ticks,
         zero=zero,
     )
+
+
+def _absent(row: Row) -> str:
+    """Why there is no relative change: nothing was measured, or what it would be relative to is 0."""
+    return NOT_RUN if row.get("accuracy") is None else "from 0 %"
 
 
 def _both(row: Row, key: str) -> tuple[float | None, float | None]:

@@ -312,9 +312,12 @@ def test_relative_changes_are_drawn_on_one_scale_with_the_papers(tmp_path: Path)
     assert panel.title == "Trained on VC (counting), tested on GR (geometry)"
     assert [(change.label, change.ours, change.paper) for change in panel.changes] == [
         ("SFT over base", "-50.0 %", "-77.77 %"),
-        ("GRPO-D over base", "not run yet", "+4.25 %"),
+        ("GRPO-D over base", "from 0 %", "+4.25 %"),
         ("GRPO-D over SFT", "+100.0 %", "+368.99 %"),
     ]
+    missing = transfer("VC", "GR", "sft", accuracy=None, over_base=None, paper_over_base=-77.77)
+    [panel_of_missing] = transfers(read_study(write_study(tmp_path, fig7=[missing])))
+    assert [change.ours for change in panel_of_missing.changes] == ["not run yet"]
     left, nothing, right = (change.bar for change in panel.changes)
     assert nothing is None and left is not None and right is not None
     assert sum(left) == pytest.approx(panel.zero) and right[0] == pytest.approx(panel.zero)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 SMALL = (
-    "model.tiny.warm_steps=40",
+    "model.tiny.warm_steps=60",
+    "model.tiny.warm_lr=2e-3",
     "model.tiny.warm_batch=32",
     "train.steps=4",
     "train.prompts_per_step=4",

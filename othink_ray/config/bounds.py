@@ -83,6 +83,7 @@ BOUNDS = (
                 "model.tiny.text_layers",
             ),
             *("model.tiny.kv_heads", "model.tiny.vision_width", "model.tiny.vision_layers", "model.tiny.warm_batch"),
+            "model.tiny.warm_questions",
             *("data.train.size", "data.test.size", "data.scenes.max_items", "data.scenes.image_cells"),
             *("data.train.files.stream_buffer", "data.test.files.stream_buffer"),
             *(

@@ -78,6 +78,7 @@ class TinyConfig:
     vision_width: int
     vision_layers: int
     seed: int
+    warm_questions: int  # the first so many of the training questions, again and again
     warm_steps: int
     warm_batch: int
     warm_lr: float

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from othink_ray.config.model_rules import model_folder
-from othink_ray.config.schema import Config
+from othink_ray.config.schema import Config, DataConfig
 from othink_ray.core.rates import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
@@ -82,25 +82,26 @@ def _build(config: Config, folder: Path) -> None:
     from othink_ray.families.tiny import build_tiny
 
     texts: list[str] = []
-    for prompt in _lessons(config).take(_TOKENIZER_ROWS):
+    for prompt in _lessons(config.data, config).take(_TOKENIZER_ROWS):
         texts += [message.text for message in prompt.messages] + [worked_answer(prompt)]
     build_tiny(folder, config.model, texts)
 
 
-def _lessons(config: Config) -> PromptStream:
+def _lessons(data: DataConfig, config: Config) -> PromptStream:
     assert config.model.tiny is not None
-    return PromptStream(open_training(config.data), seed=config.model.tiny.seed, on_bad_row=config.data.on_bad_row)
+    return PromptStream(open_training(data), seed=config.model.tiny.seed, on_bad_row=data.on_bad_row)
 
 
 def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_classroom: OpenClassroom) -> None:
     tiny = config.model.tiny
     assert tiny is not None
     steps = tiny.warm_steps
+    few = replace(config.data, train=replace(config.data.train, size=tiny.warm_questions))
     thinking = replace(config, sft=replace(config.sft, reasoning=True))
     with open_classroom(thinking, untaught) as room:
         train(
             room.students,
-            _lessons(config),
+            _lessons(few, config),
             steps=range(steps),
             recipe=supervised(tiny.warm_batch),
             schedule=NO_KL,

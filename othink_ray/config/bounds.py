@@ -112,7 +112,7 @@ BOUNDS = (
                 "model.tiny.warm_steps",
             ),
             *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
-            *("rollout.cpus_per_actor", "learner.cpus_per_rank", "learner.warmup_steps"),
+            *("rollout.cpus_per_actor", "learner.cpus_per_rank"),
         ),
     ),
     Bound(
@@ -131,6 +131,12 @@ BOUNDS = (
         lambda value: 0 <= value <= 1,
         "Set {key}=0.3, the paper's value.",
         ("algo.kl.explore_frac",),
+    ),
+    Bound(
+        "must be at least 0 and less than 1, as a share of all steps",
+        lambda value: 0 <= value < 1,
+        "Set {key}=0.05.",
+        ("learner.warmup_frac",),
     ),
     Bound(
         "must be more than 0 and at most 1: the share of the way to go in one step",

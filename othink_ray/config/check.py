@@ -129,13 +129,6 @@ def _batches(config: Config) -> Iterator[Problem]:
     yield broken(config, "train.prompts_per_step", rule, f"Set train.prompts_per_step={above}.")
 
 
-def _rates(config: Config) -> Iterator[Problem]:
-    steps = config.train.steps
-    if config.learner.warmup_steps >= steps >= 1:
-        rule = f"must be less than train.steps = {steps}: the rate would never reach learner.lr"
-        yield broken(config, "learner.warmup_steps", rule, f"Set learner.warmup_steps={steps // 10}.")
-
-
 def _lengths(config: Config) -> Iterator[Problem]:
     if config.rollout.max_tokens >= config.rollout.max_model_len:
         rule = f"must be less than rollout.max_model_len = {config.rollout.max_model_len}, which holds the prompt too"
@@ -196,7 +189,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    *(_kl, _grading, _batches, _rates, _lengths, data_rules),
+    *(_kl, _grading, _batches, _lengths, data_rules),
     *(model_rules, _examined, study_rules, _transport, _places),
 )
 

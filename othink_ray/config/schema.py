@@ -185,7 +185,7 @@ class LearnerConfig:
     threads: int | None  # OpenMP threads of one rank on CPU; null: the cores divided by the ranks
     lr: float  # at its peak
     lr_schedule: str  # a key of othink_ray.core.rates.LR_SCHEDULES
-    warmup_steps: int  # in which the rate rises to lr
+    warmup_frac: float  # share of the steps in which the rate rises to lr
     weight_decay: float
     adam_beta1: float
     adam_beta2: float

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 
 
-def learning_rate(name: str, step: int, total: int, peak: float, warmup: int = 0) -> float:
-    """The rate at `step` (from 0) of `total`: a straight rise over the `warmup` steps, then the named schedule."""
+def learning_rate(name: str, step: int, total: int, peak: float, warmup_frac: float = 0.0) -> float:
+    """The rate at `step` (from 0) of `total`: a straight rise over a share of the steps, then the named schedule."""
     if name not in LR_SCHEDULES:
         raise ValueError(f"learner.lr_schedule = {name!r} is not a schedule: use one of {', '.join(LR_SCHEDULES)}")
+    warmup = round(warmup_frac * total)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * LR_SCHEDULES[name]((step - warmup) / (total - warmup))

@@ -69,7 +69,7 @@ def beta_schedule(config: Config) -> BetaSchedule:
 def rate(config: Config) -> Callable[[int], float]:
     """Step -> learning rate."""
     learner = config.learner
-    return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_steps)
+    return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_frac)
 
 
 def clip_range(config: Config) -> tuple[float, float]:

@@ -173,7 +173,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["mode=study", "study.alphas=[-1]"], "study.alphas = [-1.0] must be numbers of 0 or more"),
         (["mode=study", 'study.geometry.grpo=["algo=grpo"]'], "must set algo.kl.beta_min once"),
         (["mode=study", "study.geometry.data=counting"], "must not be that of study.counting"),
-        (["learner.warmup_steps=9", "train.steps=9"], "must be less than train.steps = 9"),
+        (["learner.warmup_frac=1.0"], "must be at least 0 and less than 1, as a share of all steps"),
         (["learner.lr_schedule=linar"], "Did you mean learner.lr_schedule=linear?"),
         (
             ["model.tiny.text_width=100"],

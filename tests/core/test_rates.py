@@ -25,7 +25,7 @@ def test_cosine_is_half_a_wave() -> None:
 
 
 def test_a_warm_up_rises_to_the_peak_and_leaves_the_rest_to_the_schedule() -> None:
-    rates = [learning_rate("linear", step, 7, 4.0, warmup=3) for step in range(8)]
+    rates = [learning_rate("linear", step, 7, 4.0, warmup_frac=3 / 7) for step in range(8)]
     assert rates == pytest.approx([1, 2, 3, 4, 3, 2, 1, 0])
 
 

@@ -12,6 +12,7 @@ from othink_ray.driver.warm_start import base_model_folder
     "override",
     [
         "model.tiny.warm_steps=7",
+        "model.tiny.warm_questions=12",
         "model.tiny.seed=1",
         "data.scenes.max_items=4",
         "learner.adam_eps=1e-9",

@@ -16,9 +16,9 @@ study:  ## set up, then the paper's experiments on the embedded model; ARGS="stu
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main mode=study $(ARGS)
 
-test:  ## set up, then all tests, two files at a time; ARGS="tests/core -k kl" chooses some
+test:  ## set up, then all tests; ARGS="tests/core -k kl" chooses some
 	@launch/setup_env.sh auto dev
-	@$(python) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(python) -m pytest $(ARGS)
 
 lint:  ## set up, then style, types, import contracts, shell and Docker files
 	@launch/setup_env.sh auto dev

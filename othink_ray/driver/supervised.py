@@ -34,8 +34,6 @@ class Engines(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
-    def export(self, folder: Path) -> None: ...
-
 
 class Class:
     """A teacher and a learner alone, as a team: there is nobody to push to."""
@@ -76,9 +74,6 @@ class ExaminedClass(Class):
 
     def save(self, folder: Path) -> None:
         self.engines.save(folder)
-
-    def export(self, folder: Path) -> None:
-        self.engines.export(folder)
 
 
 def supervised(batch: int) -> Recipe:

@@ -54,9 +54,8 @@ Hydra's flags: --cfg job, --info, -m (sweep), --hydra-help.
 """
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Runs what the command line says; 2 for a configuration that is not sound."""
-    arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
         print(HELP.format(groups="\n".join(rows)), end="")
@@ -84,7 +83,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     os.environ.setdefault("TQDM_DISABLE", "1")
     if config.learner.gpus_per_rank == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no other
-    from othink_ray.driver.run import run  # Ray and torch load only for a sound configuration
+    from othink_ray.driver.run import run
     from othink_ray.report import write_evaluation_report, write_report
 
     return run(config, write_evaluation_report if config.mode == "eval" else write_report)
@@ -180,4 +179,4 @@ def _foresee_all(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Pr
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
+from othink_ray.runtime.cluster import ray_session
 from othink_ray.types import Prompt
 from tests.engines.samples import fresh_policy, row_of
 
@@ -111,6 +112,13 @@ def vllm_engine(config: Config, family: Family, model_folder: Path) -> VLLMRollo
 @pytest.fixture(scope="session")
 def hf_engine(config: Config, family: Family) -> HFRollout:
     return HFRollout(config.rollout, config.model, family)
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for all runs and actors; its cores are counted twice, so that a team may stay while another one comes."""
+    with ray_session(replace(load([]).cluster, num_cpus=4)):
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -83,23 +84,26 @@ def to_yaml(config: Config) -> str:
 
 def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
     """Where a dotted key was set: the command line, else the last conf file that has it or its section."""
-    files: list[tuple[str, dict[str, Any]]] = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
-    for group, option in choices.items():
-        file = folder / group / f"{option}.yaml"
-        if file.is_file():
-            files += _group_files(folder, group, file)
-    files.sort(key=lambda named: len(named[1]) > 1)  # files of several sections are composed last
     typed = {text.lstrip("+").partition("=")[0] for text in overrides}
+
+    @functools.cache  # read again only for a message
+    def files() -> list[tuple[str, dict[str, Any]]]:
+        found = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
+        for group, option in choices.items():
+            file = folder / group / f"{option}.yaml"
+            if file.is_file():
+                found += _group_files(folder, group, file)
+        return sorted(found, key=lambda named: len(named[1]) > 1)  # files of several sections are composed last
 
     def origin(key: str) -> str:
         parts = key.split(".")
         for size in range(len(parts), 0, -1):
             if ".".join(parts[:size]) in typed - set(choices):
                 return COMMAND_LINE
-            for name, content in files[::-1]:
+            for name, content in files()[::-1]:
                 if _has(content, parts[:size]):
                     return name
-        return files[0][0]
+        return files()[0][0]
 
     return origin
 
@@ -157,7 +161,7 @@ def _vet(text: str, options: Mapping[str, list[str]]) -> list[Problem]:
     value: Any = override.value()
     if key in options and not isinstance(value, dict):
         return _vet_option(subject, key, str(value), options[key])
-    problems = list(problems_of_value(key, value, COMMAND_LINE))
+    problems = list(problems_of_value(key, value, lambda _: COMMAND_LINE))
     if override.is_add() and not problems:
         remedy = f"Write it without the plus: {text.lstrip('+')}"
         problems.append(Problem(subject=subject, rule="adds a key that is there already", remedy=remedy))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher, get_close_matches
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # omegaconf is imported where it is used, so that importing t
     from omegaconf import DictConfig
 
 Origin = Callable[[str], str]  # dotted key -> where it was set
+_kinds = functools.cache(get_type_hints)
 
 
 def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Problem]]:
@@ -38,7 +40,7 @@ def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Probl
     return dataclasses.replace(config, run=run, model=model, data=data, eval=examined), []
 
 
-def problems_of_value(key: str, value: Any, origin: str) -> Iterable[Problem]:
+def problems_of_value(key: str, value: Any, origin: Origin) -> Iterable[Problem]:
     """What is wrong with setting this dotted key to this value, before anything is composed."""
     kind: Any = Config
     done: list[str] = []
@@ -68,11 +70,11 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
     from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    kinds = get_type_hints(section)
+    kinds = _kinds(section)
     strangers = [str(name) for name in node if name not in kinds]
     for name in strangers:
         key = f"{path}{name}"
-        yield _unknown(key, None, origin(key), path.rstrip("."), list(kinds))
+        yield _unknown(key, None, origin, path.rstrip("."), list(kinds))
     # A misspelt key is one mistake, not two: its right spelling is not reported as missing as well.
     meant = {match for name in strangers for match in get_close_matches(name, kinds, n=1)}
     for name, kind in kinds.items():
@@ -93,12 +95,12 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
             yield from _problems_of_section(value, inner, f"{key}.", origin)
         else:
             plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
-            yield from _mismatch(key, plain, kind, origin(key))
+            yield from _mismatch(key, plain, kind, origin)
 
 
 def _build(node: DictConfig, section: Any) -> Any:
     values: dict[str, Any] = {}
-    for name, kind in get_type_hints(section).items():
+    for name, kind in _kinds(section).items():
         inner, _ = _unwrap(kind)
         value = node[name]
         if value is not None and dataclasses.is_dataclass(inner):
@@ -137,7 +139,7 @@ def _fits(value: Any, inner: Any) -> bool:
         return False
 
 
-def _mismatch(key: str, value: Any, kind: Any, origin: str) -> Iterable[Problem]:
+def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Problem]:
     inner, optional = _unwrap(kind)
     if value is None and optional:
         return
@@ -160,10 +162,10 @@ def _mismatch(key: str, value: Any, kind: Any, origin: str) -> Iterable[Problem]
     yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=remedy)
 
 
-def _unknown(key: str, value: Any, origin: str, level: str, names: list[str]) -> Problem:
+def _unknown(key: str, value: Any, origin: Origin, level: str, names: list[str]) -> Problem:
     near = _closest(key)
     hint = f"Did you mean {near}? " if near else ""
-    subject = f"{key} ({origin})" if value is None else _subject(key, value, origin)
+    subject = f"{key} ({origin(key)})" if value is None else _subject(key, value, origin)
     where = f"Keys of {level}" if level else "Top level keys"
     return Problem(subject=subject, rule="there is no such key", remedy=f"{hint}{where}: {', '.join(names)}.")
 
@@ -180,14 +182,14 @@ def _closest(key: str) -> str | None:
 
 
 def _all_keys(section: Any, path: str) -> Iterable[str]:
-    for name, kind in get_type_hints(section).items():
+    for name, kind in _kinds(section).items():
         yield f"{path}{name}"
         if dataclasses.is_dataclass(_unwrap(kind)[0]):
             yield from _all_keys(_unwrap(kind)[0], f"{path}{name}.")
 
 
-def _subject(key: str, value: Any, origin: str) -> str:
-    return f"{key} = {_show(value)} ({origin})"
+def _subject(key: str, value: Any, origin: Origin) -> str:
+    return f"{key} = {_show(value)} ({origin(key)})"
 
 
 def _show(value: Any) -> str:

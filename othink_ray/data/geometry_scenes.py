@@ -44,7 +44,7 @@ Labels = tuple[tuple[int, str], ...]  # (cell, text), in cell order
 # Figures of angles stand in the two upper rows of cells, on this floor; their angles are written below it.
 LEFT, RIGHT, TOP, FLOOR = 4, WIDTH - 5, 4, 2 * CELL
 LOWER_LEFT, LOWER_RIGHT = 8, 11  # the cells of the written angles
-ANGLES = tuple(range(20, 100, 10))
+ANGLES = (30, 40, 60, 80, 90)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

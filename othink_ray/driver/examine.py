@@ -24,7 +24,6 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Exam, exams, graded, pass_at, summarise
 from othink_ray.driver.metrics import question_text, thumbnail_uri
 from othink_ray.driver.warm_start import base_model
-from othink_ray.runtime.cluster import ray_session
 from othink_ray.runtime.team import Examiners
 from othink_ray.types import Prompt, ScoredGroup
 from othink_ray.whole_file import write_whole
@@ -33,25 +32,22 @@ WITH_PICTURE = 12  # so many questions of an exam keep a small picture of their 
 
 
 def examine(config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path]) -> None:
-    """Asks what is not answered yet; evaluation.json grows by one model and exam at a time."""
+    """On a Ray that is up: asks what is not answered yet; evaluation.json grows by one model and exam at a time."""
     started = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "metrics.jsonl").is_file():
         raise ResumeError(f"{run_dir} holds a training run: give the evaluation a folder of its own, run.dir=…")
     write_whole(run_dir / "config.yaml", to_yaml(config))
     results: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        with console.phase("starting Ray"):
-            stack.enter_context(ray_session(config.cluster))
-        models = [model_folder(path) for path in config.eval.models]
-        for number, model in enumerate(models or [base_model(config, console, open_classroom)]):
-            label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
-            folder = Path("answers") / _folder_of(label)
-            for exam, rows in _answered(config, model, run_dir / folder, console):
-                cell = {"model": label, "data": exam.name, "answers": str(folder / f"{exam.name}.jsonl")}
-                results.append(cell | _result(rows, exam, config.eval.samples))
-                _show(console, results[-1])
-                _write(run_dir, config, results, seconds=time.monotonic() - started)
+    models = [model_folder(path) for path in config.eval.models]
+    for number, model in enumerate(models or [base_model(config, console, open_classroom)]):
+        label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
+        folder = Path("answers") / _folder_of(label)
+        for exam, rows in _answered(config, model, run_dir / folder, console):
+            cell = {"model": label, "data": exam.name, "answers": str(folder / f"{exam.name}.jsonl")}
+            results.append(cell | _result(rows, exam, config.eval.samples))
+            _show(console, results[-1])
+            _write(run_dir, config, results, seconds=time.monotonic() - started)
     console.matrix(results)
     console.say(f"report: {write_report(run_dir)}")
     console.say(f"all questions with their answers: {run_dir / 'answers'}")

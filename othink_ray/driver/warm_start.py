@@ -20,7 +20,7 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.loop import Step, train
 from othink_ray.driver.supervised import NO_KL, Class, supervised
 
-_RECIPE = 3  # raise it when the code makes another model of the same configuration
+_RECIPE = 4  # raise it when the code makes another model of the same configuration
 _OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _TOKENIZER_ROWS = 256
 

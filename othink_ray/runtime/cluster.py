@@ -17,11 +17,17 @@ class ClusterError(RuntimeError):
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Ray for the time of a run; without `cluster.address` it starts here, unless a submitted job is inside one."""
+    """Ray for the time of a run; without `cluster.address` it starts here, unless a submitted job is inside one.
+
+    A process that is connected already stays so: that Ray is its owner's.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU actor keeps its view of the GPUs
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": None}
     if address is None:
@@ -36,12 +42,19 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         settings["address"] = address
     try:
         ray.init(**settings)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"cluster.address = {address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "
-            "or set cluster.address=null to start Ray on this machine."
-        ) from error
+    except Exception as error:  # Ray has no kind of its own for this
+        raise ClusterError(_why_not_up(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _why_not_up(address: str | None, error: Exception) -> str:
+    first_line = str(error).partition("\n")[0]
+    if address is None:
+        return f"Ray did not start on this machine: {first_line} A busy machine can be too slow for it: try again."
+    return (
+        f"cluster.address = {address}: no Ray cluster answers there ({first_line}). Start one with `ray start --head`, "
+        "or set cluster.address=null to start Ray on this machine."
+    )

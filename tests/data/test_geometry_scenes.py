@@ -41,8 +41,8 @@ from othink_ray.rewards import accuracy, format_reward
 
 DATA = load(["data=geometry"]).data
 GOLDEN = [
-    ("train", 0, "9a6618a929b4fd17b610e5646b47c4ef3acd2ccd23c24639f73b3a6410ccef9b"),
-    ("train", 4095, "0d25c01560206800bc689ae01bb85bc2fc3fa1b1f60deb374983773ec5b41df4"),
+    ("train", 0, "750a0c16cfe0a7d8c83c35814410ccb172404d09c4e2f469b17a9a3c9adc1b03"),
+    ("train", 4095, "675708f5d0d69c67aaabe19648868117ae51e49a3d83be14c7b790c4bc781767"),
     ("test", 0, "8e7a85010224ce46c519a4335c90702b638dc9a79aa28ab0777836db047f93a6"),
     ("test", 123, "9e3f44d05adfc2e48c8310ef8135c405af527257fc0bd98f5c477587e0181bbb"),
 ]

@@ -1,21 +1,22 @@
-"""Whole runs through the command line, as a user starts them; they share one warm-started model."""
+"""Whole runs, as a user starts them; they share one Ray and one warm-started model."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from othink_ray.main import main
+
 SMALL = (
-    "model.tiny.warm_steps=60",
+    "model.tiny.warm_steps=40",
     "model.tiny.warm_lr=2e-3",
-    "model.tiny.warm_batch=32",
+    "model.tiny.warm_batch=16",
     "train.steps=4",
     "train.prompts_per_step=4",
     "train.checkpoint_every=2",
@@ -46,17 +47,22 @@ StartRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def start_run(tmp_path_factory: pytest.TempPathFactory) -> StartRun:
-    cache = tmp_path_factory.mktemp("cache")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs find the base model that the first of them makes."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def start_run(ray_here: None, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> StartRun:
+    """A whole run on the shared Ray, through the entry point of the command line."""
 
     def start(*overrides: str, folder: Path | None = None) -> Run:
         run_dir = folder or tmp_path_factory.mktemp("run")
-        command = [sys.executable, "-m", "othink_ray.main", *SMALL, f"run.dir={run_dir}", f"run.cache_dir={cache}"]
-        done = subprocess.run(
-            [*command, *overrides], capture_output=True, text=True, timeout=280, env=os.environ | {"CI": "true"}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return Run(folder=run_dir, screen=done.stdout)
+        screen = io.StringIO()
+        with redirect_stdout(screen):
+            status = main([*SMALL, f"run.dir={run_dir}", f"run.cache_dir={cache}", *overrides])
+        assert status == 0, screen.getvalue()
+        return Run(folder=run_dir, screen=screen.getvalue())
 
     return start
 

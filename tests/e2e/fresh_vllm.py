@@ -42,7 +42,7 @@ def main(folder: str, count: int) -> None:
         }
         for prompt in prompts
     ]
-    outputs = engine.generate(asked, greedy)
+    outputs = engine.generate(asked, greedy, use_tqdm=False)
     right = [accuracy(out.outputs[0].text, prompt.answer) for out, prompt in zip(outputs, prompts, strict=True)]
     print(f"accuracy {sum(right) / count}")
 

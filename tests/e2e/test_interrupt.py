@@ -38,10 +38,9 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def test_ctrl_c_ends_the_run_with_a_report_and_without_orphans(plain_run: Run, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_with_a_report_and_without_orphans(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    """As a process with a Ray of its own, for that Ray must go too."""
     mark = uuid.uuid4().hex
-    [base] = [line for line in plain_run.screen.splitlines() if line.startswith("base model: ")]
-    cache = Path(base.removeprefix("base model: ").split(" (")[0]).parent
     command = [sys.executable, "-m", "othink_ray.main", *SMALL, "train.steps=500", f"run.dir={tmp_path}"]
     run = subprocess.Popen(
         [*command, f"run.cache_dir={cache}"],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Run, StartRun
+
+STUDY = (
+    *("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small"),
+    *("study.geometry.data=counting", "study.counting.data=both", "train.steps=2", "rollout=hf"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +98,24 @@ def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartR
     assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
 
 
-def test_a_study_makes_its_runs_once_and_shows_them(plain_run: Run, start_run: StartRun, tmp_path: Path) -> None:
-    command = ("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small", "train.steps=1")
-    command = (*command, f"model.path={plain_run.folder}", "study.geometry.data=counting", "study.counting.data=both")
-    first = start_run(*command, folder=tmp_path)
-    study = json.loads((tmp_path / "study.json").read_text())
-    assert study["finished"] and [run["status"] for run in study["runs"]] == ["done"]
-    assert all(0 <= row["accuracy"]["mean"] <= 1 for row in study["fig6"])
-    assert first.screen.count(": done in") == 1 and (tmp_path / "report.html").is_file()
-    again = start_run(*command, folder=tmp_path)
+@pytest.fixture(scope="module")
+def study(plain_run: Run, start_run: StartRun) -> Run:
+    """One run of two steps, by the plain engine, in a process of its own."""
+    return start_run(*STUDY, f"model.path={plain_run.folder}")
+
+
+def test_a_study_makes_its_runs_once_and_shows_them(study: Run, plain_run: Run, start_run: StartRun) -> None:
+    found = json.loads((study.folder / "study.json").read_text())
+    assert found["finished"] and [run["status"] for run in found["runs"]] == ["done"]
+    assert all(0 <= row["accuracy"]["mean"] <= 1 for row in found["fig6"])
+    assert study.screen.count(": done in") == 1 and (study.folder / "report.html").is_file()
+    again = start_run(*STUDY, f"model.path={plain_run.folder}", folder=study.folder)
     assert ": done in" not in again.screen
-    assert json.loads((tmp_path / "study.json").read_text())["fig6"] == study["fig6"]
+    assert json.loads((study.folder / "study.json").read_text())["fig6"] == found["fig6"]
+
+
+def test_the_plain_engine_samples_from_the_same_policy(study: Run) -> None:
+    [run] = (Run(folder=folder, screen="") for folder in (study.folder / "runs").iterdir())
+    assert len(run.steps) == 2
+    assert all(line["audit/logp_gap_mean"] < 1e-4 for line in run.steps)
+    assert all(line["sampler/logp_gap_max"] < 1e-3 for line in run.steps)

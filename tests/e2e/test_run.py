@@ -85,21 +85,24 @@ def test_all_weights_have_moved(plain_run: Run) -> None:
 def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(plain_run: Run) -> None:
     config = load(["eval.questions=16"])
     export = str(plain_run.folder / "export")
-    plain = AutoModelForImageTextToText.from_pretrained(export)
-    assert AutoProcessor.from_pretrained(export).tokenizer.eos_token_id == plain.generation_config.eos_token_id
-    source = open_source(config.data, "test")
-    prompts = [source.prompt(index) for index in range(16)]
-    greedy = Sampling(answers=1, max_tokens=config.rollout.max_tokens, temperature=0.0, seed=0)
-    family = open_family(config.model, export)
-    groups = list(HFRollout(config.rollout, config.model, family).generate(prompts, greedy))
-    right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
-    assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
-
-    fresh = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.fresh_vllm", export, "16"], capture_output=True, text=True, timeout=200
-    )
-    assert fresh.returncode == 0, fresh.stderr
-    assert float(fresh.stdout.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.fresh_vllm", export, "16"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as fresh:
+        plain = AutoModelForImageTextToText.from_pretrained(export)
+        assert AutoProcessor.from_pretrained(export).tokenizer.eos_token_id == plain.generation_config.eos_token_id
+        source = open_source(config.data, "test")
+        prompts = [source.prompt(index) for index in range(16)]
+        greedy = Sampling(answers=1, max_tokens=config.rollout.max_tokens, temperature=0.0, seed=0)
+        family = open_family(config.model, export)
+        groups = list(HFRollout(config.rollout, config.model, family).generate(prompts, greedy))
+        right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
+        assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
+        said, complaint = fresh.communicate(timeout=200)
+    assert fresh.returncode == 0, complaint
+    assert float(said.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
 def test_ranks_actors_and_sharding_do_not_change_the_run(plain_run: Run, start_run: StartRun) -> None:
@@ -121,9 +124,3 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_like_one_that_never_stopped(
         assert one["kl/beta"] == other["kl/beta"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-6)
     assert furthest_apart(weights(plain_run.folder), weights(resumed.folder)) < 1e-4
-
-
-def test_the_plain_engine_samples_from_the_same_policy(start_run: StartRun) -> None:
-    run = start_run("rollout=hf", "train.steps=2")
-    assert all(line["audit/logp_gap_mean"] < 1e-4 for line in run.steps)
-    assert all(line["sampler/logp_gap_max"] < 1e-3 for line in run.steps)

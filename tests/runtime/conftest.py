@@ -1,4 +1,4 @@
-"""One Ray for all tests of this room, and one real team on it: vLLM, DeepSpeed and rewards in their actors."""
+"""One real team on the shared Ray: vLLM, DeepSpeed and rewards in their actors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from othink_ray.data import open_source
 from othink_ray.driver.build import open_team
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
-from othink_ray.runtime.cluster import ray_session
 from othink_ray.runtime.team import Team
 from othink_ray.types import Prompt
-
-
-@pytest.fixture(scope="session")
-def ray_here() -> Iterator[None]:
-    with ray_session(load([]).cluster):
-        yield
 
 
 @pytest.fixture(scope="session")

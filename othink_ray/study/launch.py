@@ -20,7 +20,7 @@ from othink_ray.whole_file import write_whole
 
 LAST_LINES = 3  # of a failed run's output, as its reason
 STOP_SECONDS = 60  # for an interrupted run to clean up
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 
 
 class StudyError(RuntimeError):

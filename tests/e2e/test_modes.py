@@ -17,9 +17,10 @@ STUDY = (
 
 @pytest.fixture(scope="module")
 def taught_run(start_run: StartRun) -> Run:
-    """Supervised training of an untaught model, on both tasks."""
+    """Supervised training of an untaught model, on both tasks; the plain engine asks."""
     return start_run(
         "mode=sft",
+        "rollout=hf",
         "data=both",
         "model.tiny.warm_steps=0",
         "train.steps=6",

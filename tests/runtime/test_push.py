@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
 
-from othink_ray.config.schema import Config
 from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack
-from othink_ray.driver.build import open_team
 from othink_ray.runtime.pools import LearnerPool, RolloutPool, WorkerFailed
 from othink_ray.runtime.team import Team
 from othink_ray.types import Prompt
@@ -117,21 +114,6 @@ def test_keys_and_values_kept_over_a_push_are_caught(
     team.push(version())
 
 
-def test_image_features_kept_over_a_push_are_caught(
-    ray_here: None,
-    team_config: Config,
-    taught_folder: Path,
-    asked: list[Prompt],
-    version: Callable[[], int],
-) -> None:
-    with open_team(team_config, str(taught_folder), asked) as own_team:  # its engine does not survive this
-        own_team.push(version())
-        keep(own_team, "reset_encoder_cache")
-        train_one_step(own_team, asked, version())
-        with pytest.raises((AuditError, WorkerFailed)):
-            own_team.push(version())
-
-
 def test_engines_that_report_another_version_are_named(team: Team, version: Callable[[], int]) -> None:
     class Deaf(TamperedPush):
         def send(self, version: int) -> list[int]:
@@ -142,3 +124,14 @@ def test_engines_that_report_another_version_are_named(team: Team, version: Call
     with pytest.raises(AuditError, match="engines report weights versions"):
         push(version())
     team.push(version())
+
+
+def test_image_features_kept_over_a_push_are_caught(
+    team: Team, asked: list[Prompt], version: Callable[[], int]
+) -> None:
+    """The last one of this team: its engine does not survive it."""
+    team.push(version())
+    keep(team, "reset_encoder_cache")
+    train_one_step(team, asked, version())
+    with pytest.raises((AuditError, WorkerFailed)):
+        team.push(version())

@@ -77,6 +77,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     if config.mode == "check":
         print(f"configuration is sound\n{plan(config, machine)}")
         return 0
+    _interrupt_at_any_ending()
     if config.mode == "study":
         return _study(config, overrides)
     # Read when these libraries are imported: the console shows progress, and bars of theirs would cut through it.
@@ -87,6 +88,15 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     from othink_ray.report import write_evaluation_report, write_report
 
     return run(config, write_evaluation_report if config.mode == "eval" else write_report)
+
+
+def _interrupt_at_any_ending() -> None:
+    """Ctrl-C, `kill` and a closed terminal end a run in good order; under `nohup` it outlives the terminal."""
+    import signal
+
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs would ignore the first
+        if ending != signal.SIGHUP or signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
 
 
 def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
@@ -105,15 +115,11 @@ def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Pr
 
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Many runs, each a process of its own."""
-    import signal
-
     from othink_ray.driver.console import Console
     from othink_ray.report import write_study_report
     from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
 
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs would ignore the first
-        signal.signal(ending, signal.default_int_handler)
     with Console() as console:
         try:
             with console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"):

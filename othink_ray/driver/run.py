@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +17,6 @@ WriteReport = Callable[[Path], Path]
 
 def run(config: Config, write_report: WriteReport) -> int:
     """Its exit status. What a user can mend is told in a line, not in a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_dir = Path(config.run.dir)
     made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     with Console() as console:

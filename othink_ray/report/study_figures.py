@@ -158,7 +158,7 @@ def _figure(
     columns: Sequence[str] = (),
 ) -> Figure:
     drawn = [panel for panel in panels if panel is not None]
-    absent = f"not run yet: {', '.join(missing)}" if missing and drawn else "" if drawn else "not run yet"
+    absent = f"no run done: {', '.join(missing)}" if missing and drawn else "" if drawn else "no run done"
     return Figure(
         number=number,
         title=title,

@@ -13,7 +13,7 @@ from othink_ray.report.rendering import duration
 from othink_ray.report.study_figures import method_colour, method_name
 from othink_ray.report.study_records import Row, Study, Value, number, text, value_of
 
-NOT_RUN = "not run yet"
+NOT_RUN = "no run done"
 VERDICTS = {"held": "good", "did not hold": "bad", "not settled": "unsure", "not run": "none"}
 STATUSES = {"done": "good", "failed": "bad", "running": "unsure", "waiting": "none"}
 INSIDE_THE_STUDY = re.compile(r"(?!.*(?:^|/)\.\.(?:/|$))[\w.-][\w./ -]*")

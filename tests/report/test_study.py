@@ -124,7 +124,7 @@ def test_a_complete_study_shows_everything_in_the_papers_order(tmp_path: Path) -
     for fact in ("tiny", "0, 1, 2", "120", "256", "12 of 12", "1 h 23 min", "python -m othink_ray.main mode=study"):
         assert fact in page.text
     assert "not finished" not in page.text
-    assert page.text.count("not run yet") == 1  # the one claim without our numbers
+    assert page.text.count("no run done") == 1  # the one claim without our numbers
     assert drawn_labels(page) == [
         "Test accuracy against training step",
         "Accuracy against α",
@@ -158,7 +158,7 @@ def test_the_best_method_of_a_task_is_marked_once_all_are_measured(tmp_path: Pat
 def test_an_empty_study_says_not_run_yet_in_every_part(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps({key: [] if key in LISTS else None for key in whole_study()}))
     page = page_of(tmp_path)
-    assert page.text.count("not run yet") == 8
+    assert page.text.count("no run done") == 8
     assert "not finished" in page.text
     assert not drawn_labels(page)
     assert "None" not in page.text
@@ -166,7 +166,7 @@ def test_an_empty_study_says_not_run_yet_in_every_part(tmp_path: Path) -> None:
 
 def test_an_object_without_any_key_is_a_study_too(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
-    assert page_of(tmp_path).text.count("not run yet") == 8
+    assert page_of(tmp_path).text.count("no run done") == 8
 
 
 @pytest.mark.parametrize("key", list(whole_study()))
@@ -190,8 +190,8 @@ def test_levels_not_run_yet_are_named(tmp_path: Path) -> None:
     for row in record["fig4"][1:3]:
         row |= {"accuracy": None, "format": None}
     page = page_of(write_study(tmp_path, fig4=record["fig4"], fig1=record["fig1"][:1]))
-    assert "not run yet: α 0.25, α 0.5" in page.text
-    assert "not run yet: GRPO" in page.text
+    assert "no run done: α 0.25, α 0.5" in page.text
+    assert "no run done: GRPO" in page.text
 
 
 def test_a_failed_run_is_shown_with_its_reason_and_without_a_link(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_numbers_that_are_not_finite_count_as_not_run(tmp_path: Path) -> None:
     )
     page = page_of(tmp_path)
     assert "nan" not in page.text.lower()
-    assert "not run yet" in part(page, "Fig. 6", "Fig. 7")
+    assert "no run done" in part(page, "Fig. 6", "Fig. 7")
 
 
 def value_of_seeds(count: int, *, cut: bool = False) -> Value:
@@ -317,7 +317,7 @@ def test_relative_changes_are_drawn_on_one_scale_with_the_papers(tmp_path: Path)
     ]
     missing = transfer("VC", "GR", "sft", accuracy=None, over_base=None, paper_over_base=-77.77)
     [panel_of_missing] = transfers(read_study(write_study(tmp_path, fig7=[missing])))
-    assert [change.ours for change in panel_of_missing.changes] == ["not run yet"]
+    assert [change.ours for change in panel_of_missing.changes] == ["no run done"]
     left, nothing, right = (change.bar for change in panel.changes)
     assert nothing is None and left is not None and right is not None
     assert sum(left) == pytest.approx(panel.zero) and right[0] == pytest.approx(panel.zero)

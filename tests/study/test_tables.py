@@ -175,7 +175,7 @@ def test_a_study_of_one_experiment_has_its_figures_alone(tables_of: Callable[[Sc
 def test_the_page_takes_what_the_tables_give(tables_of: Callable[[Score], Tables], tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps(study_json(tables_of(as_in_the_paper))))
     page = write_study_report(tmp_path).read_text()
-    assert "not run yet" not in page
+    assert "no run done" not in page
     assert page.count("GRPO-D is better than") == 10
 
 

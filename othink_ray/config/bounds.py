@@ -13,6 +13,7 @@ SCHEDULES = ("paper", "linear", "cosine", "exponential", "constant")
 ADAPTIVE_SCHEDULES = ("target", "accuracy")
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std")
 LOSSES = ("grpo", "gspo")
+ATTENTIONS = ("auto", "dense", "grouped", "flex")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 ESTIMATORS = ("k1", "k2", "k3")
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.advantage": ADVANTAGES,
     "algo.loss": LOSSES,
     "algo.loss_weights": LOSS_WEIGHTS,
+    "learner.attention": ATTENTIONS,
     "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
     "algo.kl.estimator": ESTIMATORS,
     "algo.reward.without_tag": WITHOUT_TAG,
@@ -93,7 +95,7 @@ BOUNDS = (
                 "rollout.max_num_seqs",
                 "rollout.max_images",
             ),
-            *("learner.world_size", "learner.threads", "learner.micro_tokens"),
+            *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
             *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
         ),

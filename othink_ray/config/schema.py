@@ -191,7 +191,12 @@ class LearnerConfig:
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
-    micro_tokens: int  # at most this many tokens (padding included) in one forward pass of one rank
+    freeze_vision: bool  # the vision tower stays as it is
+    share_features: bool  # of a frozen tower: images are encoded once for policy, old policy and reference
+    shared_prefix: bool  # a group is one row; otherwise one row an answer, each with its own prompt and images
+    attention: str  # auto | a key of othink_ray.core.attention.ATTENTIONS
+    logit_rows: int  # at most this many rows of [rows, vocabulary] logits exist at a time
+    micro_tokens: int  # at most this many tokens in one forward pass of one rank
     gradient_checkpointing: bool
     load_timeout_s: float
     step_timeout_s: float

@@ -47,6 +47,7 @@ def recipe(config: Config) -> Recipe:
             updates=algo.updates_per_step,
             loss_weights=LOSS_WEIGHTS[algo.loss_weights],
             max_tokens=config.rollout.max_tokens,
+            shared_prefix=config.learner.shared_prefix,
         ),
     )
 

@@ -83,7 +83,7 @@ def supervised(batch: int) -> Recipe:
         updates_per_step=1,
         sampling_rounds=1,
         advantages=lambda rewards, valid: np.ones_like(rewards),
-        pack=partial(pack_step, updates=1, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=1),
+        pack=partial(pack_step, updates=1, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=1, shared_prefix=True),
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
+from othink_ray.core.attention import attention_for
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
@@ -60,12 +61,19 @@ class DeepSpeedLearner:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
-        self.engine = self._initialise(Policy(family.load_network(DTYPES[dtype]), family, temperature), train=True)
+        self.attend = attention_for(learner.attention, self.device)
+        self.engine = self._initialise(self._open_policy(DTYPES[dtype], temperature), train=True)
         self.reference: Any = None
         if with_reference:
-            frozen = Policy(family.load_network(DTYPES[dtype]), family, temperature).requires_grad_(False).eval()
+            frozen = self._open_policy(DTYPES[dtype], temperature).requires_grad_(False).eval()
             sharded = learner.zero_stage == 3
             self.reference = self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
+
+    def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
+        network = self.family.load_network(dtype)
+        if self.learner.freeze_vision:
+            self.family.vision_tower(network).requires_grad_(False)
+        return Policy(network, self.family, temperature, self.learner.logit_rows)
 
     def _initialise(self, policy: Policy, *, train: bool) -> Any:
         """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""
@@ -85,7 +93,8 @@ class DeepSpeedLearner:
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
-            optimizer = torch.optim.AdamW(policy.parameters(), **self._hyperparameters())
+            trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
             model=policy.to(self.device), config=settings, optimizer=optimizer, dist_init_required=False
         )
@@ -101,18 +110,23 @@ class DeepSpeedLearner:
 
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
-        micro_batches = [[collate(packs, self.family, self.device) for packs in update] for update in updates]
+        micro_batches = [[self._collate(packs) for packs in update] for update in updates]
+        features = [[self._shared_features(batch) for batch in update] for update in micro_batches]
         several = len(updates) > 1
-        old = [[self._no_grad(self.engine, batch) if several else None for batch in update] for update in micro_batches]
+        old = [
+            [self._no_grad(self.engine, *one) if several else None for one in zip(batches, shared, strict=True)]
+            for batches, shared in zip(micro_batches, features, strict=True)
+        ]
         totals = _Totals(self.device)
         grad_norm = 0.0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        for update, old_of_update in zip(micro_batches, old, strict=True):
-            for index, (batch, old_logprobs) in enumerate(zip(update, old_of_update, strict=True)):
-                reference = self._no_grad(self.reference, batch) if beta > 0 and self.reference is not None else None
-                self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
-                logprobs, entropy = self.engine(batch)
+        for update in zip(micro_batches, features, old, strict=True):
+            for index, (batch, shared, old_logprobs) in enumerate(zip(*update, strict=True)):
+                wants_reference = beta > 0 and self.reference is not None
+                reference = self._no_grad(self.reference, batch, shared) if wants_reference else None
+                self.engine.set_gradient_accumulation_boundary(index == len(update[0]) - 1)
+                logprobs, entropy = self.engine(batch, features=shared)
                 value, terms = LOSSES[loss](
                     logprobs,
                     logprobs.detach() if old_logprobs is None else old_logprobs,
@@ -126,21 +140,43 @@ class DeepSpeedLearner:
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)
-                totals.add(batch, value, terms, logprobs.detach(), entropy, reference is not None)
+                totals.add(batch, value, terms, logprobs.detach(), entropy, wants_reference)
             self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return totals.stats(grad_norm=grad_norm, lr=lr)
+        return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes())
+
+    def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
+        return collate(packs, self.family, self.attend, self.device)
+
+    def _shared_features(self, batch: MicroBatch) -> Tensor | None:
+        """The images as a frozen tower sees them: the same for the policy, the old one and the reference."""
+        if not (self.learner.freeze_vision and self.learner.share_features):
+            return None
+        with torch.no_grad():
+            features: Tensor = self.engine(batch, wanted="features")
+        return features
 
     @staticmethod
-    def _no_grad(policy: Any, batch: MicroBatch) -> Tensor:
+    def _no_grad(policy: Any, batch: MicroBatch, features: Tensor | None) -> Tensor:
         with torch.no_grad():
-            logprobs: Tensor = policy(batch)[0]
+            logprobs: Tensor = policy(batch, features=features)[0]
         return logprobs
 
+    def _take_encodes(self) -> int:
+        """How many images went through a vision tower since the last call."""
+        policies: list[Policy] = [
+            getattr(one, "module", one) for one in (self.engine, self.reference) if one is not None
+        ]
+        encodes = sum(policy.encoded_images for policy in policies)
+        for policy in policies:
+            policy.encoded_images = 0
+        return encodes
+
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        batch = collate([_row(probe.group) for probe in probes], self.family, self.device)
+        batch = self._collate([_row(probe.group) for probe in probes])
         with torch.no_grad():
-            log_p = self.engine(batch, whole=True).cpu()
+            log_p = self.engine(batch, wanted="distributions").cpu()
+        self._take_encodes()
         results, start = [], 0
         for probe in probes:
             candidates = torch.from_numpy(probe.candidates)
@@ -196,7 +232,7 @@ class _Totals:
     """Sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(10, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(
@@ -205,7 +241,6 @@ class _Totals:
         active = batch.loss_weights > 0
         gap = (logprobs - batch.sampler_logprobs)[active].double()
         ratio = gap.exp()
-        zero = gap.new_zeros(())
         self.sums += torch.stack(
             [
                 value.detach().double(),
@@ -215,18 +250,17 @@ class _Totals:
                 entropy[active].double().sum(),
                 gap.abs().sum(),
                 active.sum().double(),
-                zero + batch.encoded_images,
-                zero + referenced,
-                zero + 1,
+                gap.new_tensor(float(referenced)),
             ]
         )
         if len(gap):
             self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
 
-    def stats(self, *, grad_norm: float, lr: float) -> UpdateStats:
-        dist.all_reduce(self.sums)
+    def stats(self, *, grad_norm: float, lr: float, vision_encodes: int) -> UpdateStats:
+        sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
+        dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
-        loss, kl, ratio, clipped, entropy, gap, tokens, encodes, references, _ = self.sums.tolist()
+        loss, kl, ratio, clipped, entropy, gap, tokens, references, encodes = sums.tolist()
         count = max(tokens, 1.0)
         return UpdateStats(
             loss=loss,

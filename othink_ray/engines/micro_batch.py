@@ -1,67 +1,68 @@
-"""Rows to tensors: a few shared-prefix rows, padded to one length, with positions and images of their family."""
+"""Rows to tensors: a few shared-prefix rows on one line, with positions and images of their family."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core.packing import PADDING, answer_index, attention_mask, position_offsets, predictor_index
+from othink_ray.core.attention import Attention
+from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """B rows of L tokens; the N answer tokens of all rows are flat, in row order."""
+    """A line of N tokens, of which M are answers', in the same order."""
 
-    token_ids: Tensor  # (B, L)
-    position_ids: Tensor  # (3, B, L)
-    mask: Tensor  # (B, 1, L, L)
+    token_ids: Tensor  # (N,)
+    position_ids: Tensor  # (3, N)
+    attention: Attention
     images: ImageTensors
-    predictors: Tensor  # (N,) index into the B * L hidden states
-    targets: Tensor  # (N,)
-    answers: Tensor  # (N,) which answer a token belongs to
-    loss_weights: Tensor  # (N,)
-    advantages: Tensor  # (N,)
-    sampler_logprobs: Tensor  # (N,)
-    encoded_images: int
+    predictors: Tensor  # (M,) places of the hidden states that predict the answer tokens
+    targets: Tensor  # (M,)
+    answers: Tensor  # (M,) which answer a token belongs to
+    loss_weights: Tensor  # (M,)
+    advantages: Tensor  # (M,)
+    sampler_logprobs: Tensor  # (M,)
 
 
-def collate(packs: Sequence[Pack], family: Family, device: torch.device) -> MicroBatch:
-    """Pad, place and check `packs`; where none has an image, a row of weight 0 with the smallest image joins them."""
+def collate(
+    packs: Sequence[Pack],
+    family: Family,
+    attend: Callable[[Line, torch.device], Attention],
+    device: torch.device,
+) -> MicroBatch:
+    """Lay out, place and check `packs`; where none has an image, a row of weight 0 with the smallest one joins them."""
     if not any(pack.images for pack in packs):
         packs = [*packs, _weightless(family)]
     images = [family.encode_images(pack.images) for pack in packs]
-    token_ids = _pad([pack.token_ids for pack in packs], family.pad_token_id)
-    segments = _pad([pack.segments for pack in packs], PADDING)
+    token_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
+    line = line_up([pack.segments for pack in packs])
     prompts = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
     answer_start = torch.stack([prompt.max() + 1 for prompt in prompts])
-    position_ids = (answer_start[:, None] + position_offsets(segments)).expand(3, -1, -1).clone()
-    for row, prompt in enumerate(prompts):
-        position_ids[:, row, : prompt.shape[1]] = prompt
-    is_answer = segments > 0
-    row_start = torch.arange(len(packs))[:, None] * segments.shape[1]
-    grids = [image.grids for image in images]
-    pixels = [image.pixels for image in images if len(image.grids)]
+    position_ids = (answer_start[line.rows] + offsets(line)).expand(3, -1).clone()
+    position_ids[:, ~line.is_answer] = torch.cat(prompts, dim=1)
+    shown = [image for image in images if len(image.grids)]
     return MicroBatch(
         token_ids=token_ids.to(device),
         position_ids=position_ids.to(device),
-        mask=attention_mask(segments.to(device)),
-        images=ImageTensors(pixels=torch.cat(pixels).to(device), grids=torch.cat(grids).to(device)),
-        predictors=(predictor_index(segments) + row_start)[is_answer].to(device),
-        targets=token_ids[is_answer].to(device),
-        answers=answer_index(segments).to(device),
+        attention=attend(line, device),
+        images=ImageTensors(
+            pixels=torch.cat([image.pixels for image in shown]).to(device),
+            grids=torch.cat([image.grids for image in shown]).to(device),
+        ),
+        predictors=predictors(line).to(device),
+        targets=token_ids[line.is_answer].to(device),
+        answers=answer_index(line).to(device),
         loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]).to(device),
         advantages=_of_answers(packs, [pack.advantages for pack in packs]).to(device),
         sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]).to(device),
-        encoded_images=sum(map(len, grids)),
     )
 
 
@@ -94,12 +95,7 @@ def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tenso
     return family.prompt_positions(prompt, images)
 
 
-def _pad(rows: Sequence[NDArray[Any]], value: int) -> Tensor:
-    """Rows of any length -> (B, longest), int64."""
-    return pad_sequence([torch.from_numpy(row).long() for row in rows], batch_first=True, padding_value=value)
-
-
-def _of_answers(packs: Sequence[Pack], rows: Sequence[NDArray[Any]]) -> Tensor:
+def _of_answers(packs: Sequence[Pack], rows: Sequence[NDArray[np.floating]]) -> Tensor:
     """The values that stand on answer tokens, flat, as float32."""
     kept = [row[pack.segments > 0] for pack, row in zip(packs, rows, strict=True)]
     return torch.from_numpy(np.concatenate(kept)).float()

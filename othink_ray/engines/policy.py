@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -14,48 +16,65 @@ BANNED_BIAS = -100.0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_LOGIT_ROWS = 1024  # rows of [*, vocabulary] logits that exist at a time
+Wanted = Literal["logprobs", "features", "distributions"]
 
 
 class Policy(nn.Module):
     """A causal network with the sampler's temperature and its ban on vision tokens built in."""
 
-    def __init__(self, network: nn.Module, family: Family, temperature: float) -> None:
+    def __init__(self, network: nn.Module, family: Family, temperature: float, logit_rows: int) -> None:
         super().__init__()
         self.network = network
         self.family = family
         self.temperature = temperature
+        self.logit_rows = logit_rows
+        self.encoded_images = 0
 
-    def forward(self, batch: MicroBatch, *, whole: bool = False) -> tuple[Tensor, Tensor] | Tensor:
-        """Logprobs (N,) and detached entropies (N,) of the answer tokens, in nats; `whole`: see log_distributions."""
-        if whole:
-            return self.log_distributions(batch)
-        weight = self.family.output_weight(self.network)
-        return token_logprobs(
-            self.predicting_states(batch),
-            weight,
-            batch.targets,
-            temperature=self.temperature,
-            logit_bias=logit_bias(self.family, weight),
-            chunk=_LOGIT_ROWS,
-        )
+    def forward(self, batch: MicroBatch, *, features: Tensor | None = None, wanted: Wanted = "logprobs") -> Any:
+        """One door for all that runs the network: a wrapper that gathers sharded weights stands before it.
 
-    def log_distributions(self, batch: MicroBatch) -> Tensor:
-        """Log probabilities (N, V) of every token at every answer place: for a few rows, such as an audit's."""
-        weight = self.family.output_weight(self.network)
-        logits = self.predicting_states(batch).float() @ weight.float().T + logit_bias(self.family, weight)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        `features` are the batch's own, where they are known already.
+        """
+        if features is None:
+            features = self.image_features(batch)
+        if wanted == "features":
+            return features
+        states = self.predicting_states(batch, features)
+        return self.logprobs(batch, states) if wanted == "logprobs" else self.distributions(states)
 
-    def predicting_states(self, batch: MicroBatch) -> Tensor:
-        """Hidden states (N, H) that predict the answer tokens."""
+    def image_features(self, batch: MicroBatch) -> Tensor:
+        """(image tokens, H) of all images."""
+        self.encoded_images += len(batch.images.grids)
+        return self.family.image_features(self.network, batch.images)
+
+    def predicting_states(self, batch: MicroBatch, features: Tensor) -> Tensor:
+        """Hidden states (M, H) that predict the answer tokens."""
         hidden = self.family.hidden_states(
             self.network,
             token_ids=batch.token_ids,
             position_ids=batch.position_ids,
-            mask=batch.mask,
-            images=batch.images,
+            features=features,
+            attention=batch.attention,
         )
-        return hidden.flatten(0, 1)[batch.predictors]
+        return hidden[batch.predictors]
+
+    def logprobs(self, batch: MicroBatch, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Logprobs (M,) and detached entropies (M,) of the answer tokens, in nats."""
+        weight = self.family.output_weight(self.network)
+        return token_logprobs(
+            states,
+            weight,
+            batch.targets,
+            temperature=self.temperature,
+            logit_bias=logit_bias(self.family, weight),
+            chunk=self.logit_rows,
+        )
+
+    def distributions(self, states: Tensor) -> Tensor:
+        """Log probabilities (M, V) of every token at every answer place: for a few rows, such as an audit's."""
+        weight = self.family.output_weight(self.network)
+        logits = states.float() @ weight.float().T + logit_bias(self.family, weight)
+        return torch.log_softmax(logits / self.temperature, dim=-1)
 
 
 def logit_bias(family: Family, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from othink_ray.core.attention import Attention
 from othink_ray.types import Prompt
 
 
@@ -63,10 +64,16 @@ class Family(Protocol):
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 
+    def vision_tower(self, network: nn.Module) -> nn.Module: ...
+
+    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
+        """(image tokens, H), image after image: what stands in for their placeholders."""
+        ...
+
     def hidden_states(
-        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, mask: Tensor, images: ImageTensors
+        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
     ) -> Tensor:
-        """Last hidden states (B, L, H) of rows token_ids (B, L), position_ids (3, B, L), mask (B, 1, L, L)."""
+        """Last hidden states (N, H) of one line of tokens (N,) at positions (3, N)."""
         ...
 
     def output_weight(self, network: nn.Module) -> Tensor:

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from othink_ray.core.attention import Attention
 from othink_ray.families.base import ImageTensors
+from othink_ray.families.line_attention import LINE_ATTENTION
 from othink_ray.types import Prompt
 
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -101,23 +103,35 @@ class Qwen2VL:
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
         network: nn.Module = AutoModelForImageTextToText.from_pretrained(
-            self.path, dtype=dtype, attn_implementation="sdpa"
+            self.path,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": "sdpa"},
         )
         return network
 
+    def vision_tower(self, network: nn.Module) -> nn.Module:
+        body: Any = network.model
+        tower: nn.Module = body.visual
+        return tower
+
+    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
+        tower: Any = self.vision_tower(network)
+        features: Tensor = tower(images.pixels.type(tower.dtype), grid_thw=images.grids).pooler_output
+        return features
+
     def hidden_states(
-        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, mask: Tensor, images: ImageTensors
+        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
     ) -> Tensor:
         body: Any = network.model
-        output = body(
-            input_ids=token_ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            pixel_values=images.pixels,
-            image_grid_thw=images.grids,
+        embedded = body.get_input_embeddings()(token_ids)
+        is_image = token_ids == self.image_token_id
+        output = body.language_model(
+            inputs_embeds=embedded.masked_scatter(is_image[:, None], features.to(embedded.dtype))[None],
+            position_ids=position_ids[:, None],
+            attention_mask={"full_attention": attention},
             use_cache=False,
         )
-        hidden: Tensor = output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
     def output_weight(self, network: nn.Module) -> Tensor:

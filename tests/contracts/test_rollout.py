@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import RolloutEngine, Sampling
-from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Prompt
-from tests.engines.samples import ask, group_of, picture, row_of, sent_weights
+from tests.engines.samples import ask, batch_of, group_of, picture, row_of, sent_weights
 
 CPU = torch.device("cpu")
 WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
@@ -52,7 +51,7 @@ def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.floa
     """|sampler's - learner's| logprob of each sampled token, in nats."""
     row = row_of(group)
     with torch.no_grad():
-        logprobs, _ = policy(collate([row], family, CPU))
+        logprobs, _ = policy(batch_of([row], family))
     own = logprobs[: int((row.segments > 0).sum())].numpy()
     gap: NDArray[np.float32] = np.abs(own - row.sampler_logprobs[row.segments > 0])
     return gap
@@ -63,7 +62,8 @@ def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -
     rigged = copy.deepcopy(policy)
     row = row_of(group_of(family, prompt, [1], seed=0))
     with torch.no_grad():
-        [hidden] = rigged.predicting_states(collate([row], family, CPU))[:1]
+        batch = batch_of([row], family)
+        [hidden] = rigged.predicting_states(batch, rigged(batch, wanted="features"))[:1]
         head = rigged.network.get_parameter("lm_head.weight")
         head[token_id] = 60.0 * hidden / hidden.dot(hidden)
     return rigged
@@ -335,7 +335,7 @@ def test_a_probe_holds_the_likeliest_tokens_of_each_place_in_order(
         assert probe.logprobs.dtype == np.float32
         row = row_of(probe.group)
         with torch.no_grad():
-            own = taught.log_distributions(collate([row], family, CPU))[:places]
+            own = taught(batch_of([row], family), wanted="distributions")[:places]
         assert own.topk(8).values.numpy() == pytest.approx(probe.logprobs, abs=1e-4)
         for tokens, logprobs in zip(probe.candidates, probe.logprobs, strict=True):
             assert len(set(tokens.tolist())) == 8

@@ -6,29 +6,23 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from othink_ray.core.packing import (
     LOSS_WEIGHTS,
-    answer_index,
-    attention_mask,
     pack,
     pack_step,
     plan,
-    position_offsets,
-    predictor_index,
 )
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
-from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 LENGTHS = st.lists(st.integers(0, 4), min_size=2, max_size=5)
 
 
-def scored_group(prompt_len: int, lengths: list[int], valid: list[bool]) -> ScoredGroup:
+def scored_group(prompt_len: int, lengths: list[int], valid: list[bool], name: str = "q7") -> ScoredGroup:
     """Prompt tokens 1, 2, ...; token j of answer k is 10 k + j, with sampler logprob -k - j / 10."""
     completions = tuple(
         Completion(
@@ -40,21 +34,15 @@ def scored_group(prompt_len: int, lengths: list[int], valid: list[bool]) -> Scor
         for k, length in enumerate(lengths, start=1)
     )
     prompt = Prompt(
-        id="q7", messages=(Message(role="user", text="How many?"),), images=(b"png",), answer="3", task="counting"
+        id=name, messages=(Message(role="user", text="How many?"),), images=(b"png",), answer="3", task="counting"
     )
     group = Group(prompt=prompt, prompt_token_ids=np.arange(1, prompt_len + 1), completions=completions, version=0)
     return ScoredGroup(group=group, rewards=np.zeros(len(lengths)), parts={}, valid=np.array(valid))
 
 
-def packed(prompt_len: int, lengths: list[int], *, groups_in_step: int = 1) -> Pack:
-    scored = scored_group(prompt_len, lengths, [True] * len(lengths))
+def packed(prompt_len: int, lengths: list[int], *, groups_in_step: int = 1, name: str = "q7") -> Pack:
+    scored = scored_group(prompt_len, lengths, [True] * len(lengths), name)
     return pack(scored, np.arange(1, len(lengths) + 1, dtype=np.float64), groups_in_step)
-
-
-def segments_of(rows: list[tuple[int, list[int]]]) -> torch.Tensor:
-    """Right-padded segments (B, L) of rows given as (prompt length, answer lengths)."""
-    segments = [torch.from_numpy(packed(prompt_len, lengths).segments) for prompt_len, lengths in rows]
-    return torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1)
 
 
 def test_a_pack_is_the_row_written_by_hand() -> None:
@@ -99,7 +87,9 @@ def weights_of(name: str, groups: list[tuple[list[int], list[bool]]], updates: i
     """Of the answer tokens of each row, where answers are at most 10 tokens long."""
     scored = [scored_group(2, lengths, valid) for lengths, valid in groups]
     advantages = [np.zeros(len(lengths)) for lengths, _ in groups]
-    rows = pack_step(scored, advantages, updates=updates, loss_weights=LOSS_WEIGHTS[name], max_tokens=10)
+    rows = pack_step(
+        scored, advantages, updates=updates, loss_weights=LOSS_WEIGHTS[name], max_tokens=10, shared_prefix=True
+    )
     assert all(not row.loss_weights[row.segments == 0].any() for row in rows)
     return [row.loss_weights[row.segments > 0].tolist() for row in rows]
 
@@ -139,103 +129,8 @@ def test_a_row_alone_weighs_as_it_does_in_its_step(groups: list[list[int]], upda
         assert found[place] == pytest.approx(alone.loss_weights[alone.segments > 0].tolist())
 
 
-def test_answers_are_counted_over_all_rows_and_empty_ones_left_out() -> None:
-    segments = segments_of([(2, [2, 0, 1]), (1, [1, 3])])
-    assert answer_index(segments).tolist() == [0, 0, 1, 2, 3, 3, 3]
-
-
-def test_mask_of_a_small_row_is_the_one_drawn_by_hand() -> None:
-    drawn = """
-        x.....
-        xx....
-        xxx...
-        xxxx..
-        xx..x.
-        .....x
-    """.split()
-    expected = torch.tensor([[mark == "x" for mark in line] for line in drawn])
-    mask = attention_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
-    assert mask.shape == (1, 1, 6, 6)
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask[0, 0], expected)
-
-
-@REPEATABLE
-@given(st.lists(st.tuples(st.integers(1, 4), LENGTHS), min_size=1, max_size=3), st.booleans())
-def test_mask_predictors_and_offsets_equal_the_slow_reference(
-    rows: list[tuple[int, list[int]]], padding_first: bool
-) -> None:
-    segments = segments_of(rows)
-    if padding_first:
-        padding = (segments == -1).sum(1).tolist()
-        segments = torch.stack([row.roll(shift) for row, shift in zip(segments, padding, strict=True)])
-    mask, predictors, offsets = attention_mask(segments), predictor_index(segments), position_offsets(segments)
-    for b, row in enumerate(segments.tolist()):
-        for i, segment in enumerate(row):
-            assert [grpo_d.sees(row, i, j) for j in range(len(row))] == mask[b, 0, i].tolist()
-            assert predictors[b, i] == (grpo_d.predictor(row, i) if segment > 0 else 0)
-            assert offsets[b, i] == (grpo_d.offset(row, i) if segment > 0 else 0)
-
-
-class OneLayer(torch.nn.Module):
-    """A one-layer attention language model with learned positions: enough to tell a right mask from a wrong one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens, self.positions = torch.nn.Embedding(60, 8), torch.nn.Embedding(12, 8)
-        self.qkv, self.head = torch.nn.Linear(8, 24), torch.nn.Linear(8, 60)
-        self.double()
-
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.tokens(token_ids) + self.positions(positions)
-        query, key, value = self.qkv(hidden).chunk(3, dim=-1)
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        log_p: torch.Tensor = self.head(hidden + attended).log_softmax(-1)
-        return log_p
-
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(self.parameters()))])
-
-
-def shared_prefix_logprobs(model: OneLayer, row: Pack, padding: int) -> torch.Tensor:
-    """Logprobs of the answer tokens of one row, run as a shared-prefix row with some padding after it."""
-    token_ids = torch.nn.functional.pad(torch.from_numpy(row.token_ids), (0, padding))[None]
-    segments = torch.nn.functional.pad(torch.from_numpy(row.segments), (0, padding), value=-1)[None]
-    columns = torch.arange(segments.shape[1])
-    positions = torch.where(segments > 0, row.prompt_len + position_offsets(segments), columns.clamp(max=11))
-    log_p = model(token_ids, positions, attention_mask(segments)[:, 0])[0]
-    answers = segments[0] > 0
-    logprobs: torch.Tensor = log_p[predictor_index(segments)[0]][columns, token_ids[0]][answers]
-    return logprobs
-
-
-def padded_row_logprobs(model: OneLayer, row: Pack) -> torch.Tensor:
-    """The same logprobs from one padded row an answer."""
-    prompt = row.token_ids[row.segments == 0].tolist()
-    answers = [row.token_ids[row.segments == k].tolist() for k in range(1, row.segments.max() + 1)]
-    rows, is_answer = grpo_d.padded_rows(prompt, answers, pad=0)
-    token_ids = torch.tensor(rows)
-    width = token_ids.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    log_p = model(token_ids, torch.arange(width).expand_as(token_ids), causal)
-    next_token = log_p[:, :-1].gather(2, token_ids[:, 1:, None]).squeeze(2)
-    logprobs: torch.Tensor = next_token[torch.tensor(is_answer)[:, 1:]]
-    return logprobs
-
-
-@pytest.mark.parametrize("lengths", [[1, 1], [3, 1, 4], [2, 0, 3], [4, 4, 4, 4]])
-@pytest.mark.parametrize("padding", [0, 3])
-def test_a_shared_prefix_row_gives_the_logprobs_and_gradients_of_padded_rows(lengths: list[int], padding: int) -> None:
-    model, row = OneLayer(), packed(3, lengths)
-    shared, padded = shared_prefix_logprobs(model, row, padding), padded_row_logprobs(model, row)
-    torch.testing.assert_close(shared, padded)
-    weights = torch.linspace(-1, 2, len(shared), dtype=torch.float64)
-    torch.testing.assert_close(model.gradient((weights * shared).sum()), model.gradient((weights * padded).sum()))
-
-
 def rows_of(lengths: list[int]) -> list[Pack]:
-    return [packed(length, [0, 0]) for length in lengths]
+    return [packed(length, [0, 0], name=f"q{place}") for place, length in enumerate(lengths)]
 
 
 def token_counts(update: list[list[list[int]]], lengths: list[int]) -> list[int]:
@@ -259,7 +154,7 @@ def test_a_plan_holds_every_row_once_within_budget_and_the_same_micro_batches_on
         assert len({len(rank) for rank in update}) == 1
         assert any(all(rank_micros) for rank_micros in update)
         for micro in (micro for rank in update for micro in rank if len(micro) > 1):
-            assert len(micro) * max(lengths[row] for row in micro) <= micro_tokens
+            assert sum(lengths[row] for row in micro) <= micro_tokens
         counts = token_counts(update, lengths)
         assert max(counts) - min(counts) <= max(lengths)
 
@@ -278,14 +173,15 @@ def test_a_rank_with_less_to_do_gets_dummy_micro_batches() -> None:
     assert update == [[[0]], [[]], [[]]]
 
 
-def test_the_micro_token_budget_counts_padding() -> None:
-    rows = rows_of([10, 4, 4])
-    assert plan(rows, ranks=1, updates=1, micro_tokens=29) == [[[[0, 1], [2]]]]
-    assert plan(rows, ranks=1, updates=1, micro_tokens=30) == [[[[0, 1, 2]]]]
+def test_micro_batches_are_as_few_as_the_budget_allows_and_about_equal() -> None:
+    rows = rows_of([10, 4, 4, 2])
+    assert plan(rows, ranks=1, updates=1, micro_tokens=20) == [[[[0, 1, 2, 3]]]]
+    assert plan(rows, ranks=1, updates=1, micro_tokens=19) == [[[[0], [1, 2, 3]]]]
+    assert plan(rows, ranks=1, updates=1, micro_tokens=9) == [[[[0], [1, 3], [2]]]]
 
 
 def test_a_row_above_the_budget_runs_alone() -> None:
-    assert plan(rows_of([100, 3, 3]), ranks=1, updates=1, micro_tokens=6) == [[[[0], [1, 2]]]]
+    assert plan(rows_of([100, 3, 3]), ranks=1, updates=1, micro_tokens=60) == [[[[0], [1, 2]]]]
 
 
 def test_mini_batches_keep_the_order_of_the_step() -> None:
@@ -296,7 +192,27 @@ def test_mini_batches_keep_the_order_of_the_step() -> None:
 def test_equal_plans_come_from_equal_steps() -> None:
     rows = rows_of([5, 5, 5, 5, 5])
     plans = [plan(rows, ranks=2, updates=1, micro_tokens=10) for _ in range(2)]
-    assert plans[0] == plans[1] == [[[[0, 2], [4]], [[1, 3], []]]]
+    assert plans[0] == plans[1] == [[[[0, 4], [2]], [[1, 3], []]]]
+
+
+def test_without_a_shared_prefix_each_answer_is_a_row_of_the_same_weight() -> None:
+    groups = [scored_group(2, [2, 0, 1], [True, True, False], "a"), scored_group(1, [3], [True], "b")]
+    advantages = [np.array([0.5, 0.0, -0.5]), np.array([1.0])]
+    settings = {"updates": 1, "loss_weights": LOSS_WEIGHTS["token_mean"], "max_tokens": 10}
+    shared = pack_step(groups, advantages, **settings, shared_prefix=True)
+    apart = pack_step(groups, advantages, **settings, shared_prefix=False)
+    assert [row.token_ids.tolist() for row in apart] == [[1, 2, 10, 11], [1, 2], [1, 2, 30], [1, 10, 11, 12]]
+    assert [row.segments.tolist() for row in apart] == [[0, 0, 1, 1], [0, 0], [0, 0, 1], [0, 1, 1, 1]]
+    for field in ("loss_weights", "sampler_logprobs", "advantages"):
+        found, expected = (
+            np.concatenate([getattr(row, field)[row.segments > 0] for row in rows]) for rows in (apart, shared)
+        )
+        assert found.tolist() == expected.tolist()
+
+
+def test_the_rows_of_a_group_stay_in_one_optimiser_step() -> None:
+    rows = [packed(1, [1], name=name) for name in "aaaabb"]
+    assert plan(rows, ranks=1, updates=2, micro_tokens=100) == [[[[0, 1, 2, 3]]], [[[4, 5]]]]
 
 
 def test_more_updates_than_groups_is_refused() -> None:

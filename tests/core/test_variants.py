@@ -13,8 +13,9 @@ import torch
 from othink_ray.config.load import conf_dir, groups, load
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import ESTIMATORS
+from othink_ray.core.line import answer_index, line_up
 from othink_ray.core.losses import LOSSES
-from othink_ray.core.packing import LOSS_WEIGHTS, answer_index, pack_step
+from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
 from tests.reference import golden, variants
 from tests.reference.variants import Variant
@@ -62,6 +63,7 @@ def packs_of(step: Step, variant: Variant, updates: int) -> list[Pack]:
         updates=updates,
         loss_weights=LOSS_WEIGHTS[variant.weights],
         max_tokens=golden.MAX_TOKENS,
+        shared_prefix=True,
     )
 
 
@@ -76,9 +78,6 @@ def loss_of(
     lengths = [sum(len(one["old"]) for one in group) for group in step]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     places = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    segments = torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(packs[row].segments) for row in rows], batch_first=True, padding_value=-1
-    )
     on_answers = [packs[row].segments > 0 for row in rows]
     advantages = np.concatenate([packs[row].advantages[own] for row, own in zip(rows, on_answers, strict=True)])
     weights = np.concatenate([packs[row].loss_weights[own] for row, own in zip(rows, on_answers, strict=True)])
@@ -88,7 +87,7 @@ def loss_of(
         flat(step, "ref")[places],
         torch.from_numpy(advantages),
         torch.from_numpy(weights),
-        answers=answer_index(segments),
+        answers=answer_index(line_up([packs[row].segments for row in rows])),
         beta=golden.BETA,
         clip_eps=(variant.low, variant.high),
         estimator=variant.estimator,

@@ -126,7 +126,9 @@ def run(
         updates_per_step=updates,
         sampling_rounds=rounds,
         advantages=ADVANTAGES["group_std"],
-        pack=partial(pack_step, updates=updates, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=8),
+        pack=partial(
+            pack_step, updates=updates, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=8, shared_prefix=True
+        ),
     )
     train(
         team,

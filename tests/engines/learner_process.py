@@ -129,6 +129,8 @@ def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:
 
     moments = {}
     for name, parameter in learner.engine.module.network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         moments[name] = safe_get_full_optimizer_state(parameter, "exp_avg").float().numpy().copy()
     return moments
 

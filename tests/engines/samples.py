@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from othink_ray.core.attention import attention_for
 from othink_ray.core.packing import pack
+from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
@@ -73,4 +75,9 @@ def sent_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:
-    return Policy(family.load_network(torch.float32), family, temperature).eval()
+    return Policy(family.load_network(torch.float32), family, temperature, logit_rows=64).eval()
+
+
+def batch_of(packs: Sequence[Pack], family: Family, attention: str = "auto") -> MicroBatch:
+    cpu = torch.device("cpu")
+    return collate(packs, family, attention_for(attention, cpu), cpu)

@@ -16,14 +16,13 @@ from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack, plan
-from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
 from othink_ray.types import Group, Pack, Probe, UpdateStats
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
-from tests.engines.samples import ask, fresh_policy, group_of, picture, scored
+from tests.engines.samples import ask, batch_of, fresh_policy, group_of, picture, scored
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
 BETA = 0.1
@@ -134,6 +133,9 @@ def alone(
         "stage 2, a row at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
         "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
         "all at once": training(small, batches, 1, micro_tokens=10**6),
+        "dense attention, few logits": training(small, batches, 1, attention="dense", logit_rows=7),
+        "frozen tower": training(small, batches, 1, freeze_vision=True),
+        "frozen tower, encoded each time": training(small, batches, 1, freeze_vision=True, share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
@@ -157,6 +159,7 @@ def pair(
     scenarios = {
         "stage 1, uneven": replace(plain, steps=lopsided),
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
+        "stage 3, frozen tower": training(small, batches, 2, zero_stage=3, freeze_vision=True),
         "gspo": replace(stage_3, loss="gspo"),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
         "stage 3": replace(
@@ -215,7 +218,9 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
     assert distance(found.weights, slow.weights)[0] < 2e-5
 
 
-@pytest.mark.parametrize("name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once"])
+@pytest.mark.parametrize(
+    "name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense attention, few logits"]
+)
 def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]
     assert_same_stats(found.stats, expected.stats)
@@ -266,7 +271,7 @@ def test_the_gap_to_the_sampler_is_measured_before_any_update(
     family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
     packs = packs_of(batches[0], updates=1)
-    batch = collate(packs, family, torch.device("cpu"))
+    batch = batch_of(packs, family)
     with torch.no_grad():
         logprobs, entropy = fresh_policy(family, TEMPERATURE)(batch)
     gap = (logprobs - batch.sampler_logprobs).double()
@@ -279,8 +284,26 @@ def test_the_gap_to_the_sampler_is_measured_before_any_update(
 
 
 def test_an_image_is_encoded_once_for_all_answers_of_its_prompt(alone: dict[str, Outcome]) -> None:
-    assert alone["all at once"].stats[0].vision_encodes == 3
-    assert alone["gradient"].stats[0].vision_encodes <= 3 + 1  # a batch without images brings a stand-in
+    passes = 3  # the old policy, the reference, the policy
+    assert alone["all at once"].stats[0].vision_encodes == 3 * passes
+
+
+def test_a_frozen_tower_encodes_an_image_once_for_all_passes_and_stays_as_it_was(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
+) -> None:
+    shared, apart = alone["frozen tower"], alone["frozen tower, encoded each time"]
+    assert 0 < shared.stats[0].vision_encodes == apart.stats[0].vision_encodes / 3
+    start, free = alone["untouched"], alone["stage 1"]
+    assert shared.stats[0].loss == pytest.approx(apart.stats[0].loss, rel=1e-6)
+    assert distance(moved(shared, start), moved(apart, start))[0] < 1e-5
+    changes = moved(shared, start)
+    assert {name for name, change in changes.items() if not change.any()} == {
+        name for name in changes if "visual" in name
+    }
+    assert distance(moved(shared, start), moved(free, start))[0] > 1e-3
+    for outcomes in pair:
+        assert_same_stats(outcomes["stage 3, frozen tower"].stats, shared.stats)
+        assert distance(moved(outcomes["stage 3, frozen tower"], start), changes)[0] < 1e-4
 
 
 def test_the_reference_runs_only_where_beta_asks_for_it(alone: dict[str, Outcome]) -> None:
@@ -345,7 +368,7 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
         for probe, found in zip(probes, outcome.candidate_logprobs, strict=True):
             packed = pack(scored(probe.group, [0.0]), np.zeros(1), 1)
             with torch.no_grad():
-                whole = policy.log_distributions(collate([packed], family, torch.device("cpu")))
+                whole = policy(batch_of([packed], family), wanted="distributions")
             expected = whole[: len(probe.candidates)].gather(1, torch.from_numpy(probe.candidates)).numpy()
             assert found.shape == probe.candidates.shape
             assert found == pytest.approx(expected, abs=1e-4)

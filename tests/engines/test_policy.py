@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from othink_ray.core.losses import grpo_loss
-from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Prompt
 from tests.engines.plain_rows import plain_logprobs
-from tests.engines.samples import ask, group_of, picture, row_of
+from tests.engines.samples import ask, batch_of, group_of, picture, row_of
 
-CPU = torch.device("cpu")
 TEMPERATURE = 0.8
 
 CASES: dict[str, tuple[tuple[Prompt, Sequence[int]], ...]] = {
@@ -46,15 +44,15 @@ CASES: dict[str, tuple[tuple[Prompt, Sequence[int]], ...]] = {
 @pytest.fixture
 def learner(family: Family, policy: Policy) -> Policy:
     """A network of its own, whose gradients nobody else reads."""
-    return Policy(copy.deepcopy(policy.network), family, TEMPERATURE)
+    return Policy(copy.deepcopy(policy.network), family, TEMPERATURE, logit_rows=16)
 
 
 def groups_of(family: Family, case: str) -> list[Group]:
     return [group_of(family, prompt, lengths, seed) for seed, (prompt, lengths) in enumerate(CASES[case])]
 
 
-def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack]) -> Tensor:
-    logprobs: Tensor = policy(collate(packs, family, CPU))[0]
+def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attention: str = "auto") -> Tensor:
+    logprobs: Tensor = policy(batch_of(packs, family, attention))[0]
     return logprobs[: sum(int((pack.segments > 0).sum()) for pack in packs)]
 
 
@@ -77,12 +75,13 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
         assert (found[name] - gradient).norm() / size < tolerance, name
 
 
+@pytest.mark.parametrize("attention", ["grouped", "dense"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
-    learner: Policy, family: Family, case: str
+    learner: Policy, family: Family, case: str, attention: str
 ) -> None:
     groups = groups_of(family, case)
-    own = own_logprobs(learner, family, [row_of(group) for group in groups])
+    own = own_logprobs(learner, family, [row_of(group) for group in groups], attention)
     plain = plain_logprobs(learner, family, groups)
     assert own.shape == plain.shape
     assert (own - plain).abs().max() < 1e-5
@@ -92,10 +91,10 @@ def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
 
 
 def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, family: Family) -> None:
-    batch = collate([row_of(group) for group in groups_of(family, "images of several sizes")], family, CPU)
+    batch = batch_of([row_of(group) for group in groups_of(family, "images of several sizes")], family)
     with torch.no_grad():
         logprobs, entropy = policy(batch)
-        whole = policy(batch, whole=True)
+        whole = policy(batch, wanted="distributions")
     assert torch.allclose(whole.exp().sum(-1), torch.ones(len(whole)), atol=1e-5)
     assert torch.allclose(whole.gather(1, batch.targets[:, None])[:, 0], logprobs, atol=1e-5)
     assert torch.allclose(-(whole.exp() * whole).sum(-1), entropy, atol=1e-4)
@@ -118,7 +117,7 @@ def loss_and_gradient(
     """Summed over the micro-batches, as the learner does."""
     parts = []
     for packs in micro_batches:
-        batch = collate(packs, family, CPU)
+        batch = batch_of(packs, family)
         logprobs, _ = policy(batch)
         reference = logprobs.detach() - 0.3
         value, _ = grpo_loss(
@@ -155,20 +154,29 @@ def test_loss_and_gradient_do_not_depend_on_how_rows_are_batched(learner: Policy
         assert_same_gradients(other_gradient, gradient, 1e-5)
 
 
-def test_padding_changes_no_logprob(policy: Policy, family: Family) -> None:
+def test_no_row_is_touched_by_those_beside_it(policy: Policy, family: Family) -> None:
     short, long = (row_of(group) for group in groups_of(family, "two images in one prompt"))
     longer = row_of(group_of(family, ask("z", picture(84, 84, 9), text="3 " * 60), [40, 40], 9))
     with torch.no_grad():
         alone = own_logprobs(policy, family, [short, long])
-        padded = own_logprobs(policy, family, [short, long, longer])
-    assert collate([short, long, longer], family, CPU).token_ids.shape[1] > 2 * len(short)
-    assert (padded[: len(alone)] - alone).abs().max() < 1e-5
+        beside = own_logprobs(policy, family, [short, long, longer])
+    assert len(longer) > 2 * len(short)
+    assert (beside[: len(alone)] - alone).abs().max() < 1e-5
+
+
+def test_features_known_beforehand_change_nothing(policy: Policy, family: Family) -> None:
+    batch = batch_of([row_of(group) for group in groups_of(family, "two images in one prompt")], family)
+    encoded = policy.encoded_images
+    with torch.no_grad():
+        features = policy(batch, wanted="features")
+        assert torch.equal(policy(batch, features=features)[0], policy(batch)[0])
+    assert policy.encoded_images - encoded == 2 * 3
 
 
 def test_a_batch_without_images_runs_the_vision_tower_and_changes_nothing(learner: Policy, family: Family) -> None:
     packs = [row_of(group_of(family, ask(name), lengths, 3)) for name, lengths in (("a", [4, 2]), ("b", [5]))]
-    batch = collate(packs, family, CPU)
-    assert batch.encoded_images == 1
+    batch = batch_of(packs, family)
+    assert len(batch.images.grids) == 1
     assert (batch.loss_weights != 0).sum() == sum(int((pack.loss_weights != 0).sum()) for pack in packs)
     _, gradient = loss_and_gradient(learner, family, [packs])
     vision = [value for name, value in gradient.items() if ".visual." in name]
@@ -191,13 +199,13 @@ def test_a_row_whose_image_tokens_are_not_the_processors_is_refused_by_name(fami
     at = int((ids == family.image_token_id).argmax())
     shorter = replace(group, prompt_token_ids=ids[[place for place in range(len(ids)) if place != at]])
     with pytest.raises(ValueError, match=r"q17.* to 8 tokens.* to 9: .*model\.max_pixels"):
-        collate([row_of(shorter)], family, CPU)
+        batch_of([row_of(shorter)], family)
 
 
 def test_tokens_that_stand_for_pixels_have_no_chance_at_any_place(policy: Policy, family: Family) -> None:
-    batch: MicroBatch = collate([row_of(group_of(family, ask("a", picture(84, 84, 0)), [3], 0))], family, CPU)
+    batch = batch_of([row_of(group_of(family, ask("a", picture(84, 84, 0)), [3], 0))], family)
     with torch.no_grad():
-        whole = policy(batch, whole=True)
+        whole = policy(batch, wanted="distributions")
     assert len(set(family.banned_token_ids)) == 5
     assert whole[:, list(family.banned_token_ids)].max() < -90
     assert whole[:, family.eos_token_id].min() > -20

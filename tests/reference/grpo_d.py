@@ -106,12 +106,8 @@ def padded_rows(prompt: list[int], answers: list[list[int]], pad: int) -> tuple[
 
 
 def sees(segments: list[int], viewer: int, seen: int) -> bool:
-    """Whether a token of a shared-prefix row may look at another (0 prompt, k answer k, -1 padding)."""
-    if viewer == seen:
-        return True
-    if segments[viewer] == -1 or segments[seen] == -1 or seen > viewer:
-        return False
-    return segments[seen] == 0 or segments[seen] == segments[viewer]
+    """Whether a token of a shared-prefix row may look at another (0 prompt, k answer k)."""
+    return seen <= viewer and segments[seen] in (0, segments[viewer])
 
 
 def predictor(segments: list[int], token: int) -> int:

@@ -16,14 +16,13 @@ from othink_ray.config.schema import Config
 from othink_ray.data import open_source
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.micro_batch import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, compare, require
-from tests.engines.samples import ask, group_of, row_of, sent_weights
+from tests.engines.samples import ask, batch_of, group_of, row_of, sent_weights
 
 CPU = torch.device("cpu")
 # A mean gap of float32 engines that is no rounding: they agree to less than 2e-6 on the tiny model.
@@ -82,7 +81,7 @@ def test_probes_and_answers_must_match_in_number(family: Family) -> None:
 
 def learner_logprobs(policy: Policy, family: Family, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
     with torch.no_grad():
-        whole = policy.log_distributions(collate([row_of(probe.group) for probe in probes], family, CPU))
+        whole = policy(batch_of([row_of(probe.group) for probe in probes], family), wanted="distributions")
     places = [len(probe.candidates) for probe in probes]
     return [
         rows.gather(1, torch.from_numpy(probe.candidates)).numpy()
@@ -113,7 +112,7 @@ def audit(config: Config, family: Family) -> Auditor:
 def stepped(taught: Policy, family: Family, scenes: Sequence[Prompt], config: Config) -> Policy:
     """`taught` after Adam's first step, which is as long as any: every weight moves by the learning rate."""
     moved = copy.deepcopy(taught)
-    logprobs, _ = moved(collate([row_of(group) for group in Teacher(family).generate(scenes[:8])], family, CPU))
+    logprobs, _ = moved(batch_of([row_of(group) for group in Teacher(family).generate(scenes[:8])], family))
     moved.zero_grad()
     (-logprobs.mean()).backward()
     with torch.no_grad():

@@ -1,0 +1,133 @@
+"""Attention over a line of shared-prefix rows, three ways with one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from othink_ray.core.line import Line, visibility
+
+
+class Attention(Protocol):
+    """One line's attention, prepared once and used in every layer."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """(1, heads, N, D) and twice (1, key heads, N, D) -> (1, N, heads, D); heads are a multiple of key heads."""
+        ...
+
+
+class DenseAttention:
+    """One mask over the whole line: plain to read, and quadratic in all answers of all rows together."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        self.mask = visibility(line)[None, None].to(device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+
+class GroupedAttention:
+    """Prompts among themselves, then each answer against its prompt and itself: answers never meet.
+
+    Short prompts and answers are padded at their end, where causality hides the padding from all others.
+    """
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        (rows, segments), lengths = torch.stack([line.rows, line.segments]).unique_consecutive(
+            dim=1, return_counts=True
+        )
+        blocks = torch.arange(len(line)).split(lengths.tolist())
+        of_answer = segments > 0
+        prompts = [block for block, answers in zip(blocks, of_answer.tolist(), strict=True) if not answers]
+        answers = [block for block, answers in zip(blocks, of_answer.tolist(), strict=True) if answers]
+        self.prompts = pad_sequence(prompts, batch_first=True).to(device)
+        self.answers = pad_sequence(answers or [torch.empty(0, dtype=torch.long)], batch_first=True).to(device)
+        # Every row begins with its prompt, so a row's number is its prompt's place among the prompts.
+        owners = rows[of_answer] if answers else torch.zeros(1, dtype=torch.long)
+        self.owners = owners.to(device)
+        self.mask = _seen_by_answers(lengths[~of_answer][owners], *self.prompts.shape[1:], *self.answers.shape[1:])
+        self.mask = self.mask.to(device)
+        self.homes = _homes(len(line), prompts, answers).to(device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        tokens = [heads[0].transpose(0, 1) for heads in (query, key, value)]
+        asked, prompt_key, prompt_value = (own[self.prompts].transpose(1, 2) for own in tokens)
+        answered, own_key, own_value = (own[self.answers].transpose(1, 2) for own in tokens)
+        seen_key = torch.cat([prompt_key[self.owners], own_key], dim=2)
+        seen_value = torch.cat([prompt_value[self.owners], own_value], dim=2)
+        settings: dict[str, Any] = {"scale": scale, "enable_gqa": True}
+        attended = [
+            scaled_dot_product_attention(asked, prompt_key, prompt_value, is_causal=True, **settings),
+            scaled_dot_product_attention(answered, seen_key, seen_value, attn_mask=self.mask, **settings),
+        ]
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[self.homes][None]
+
+
+def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
+    """(A, 1, longest answer, longest prompt + longest answer): all of the own prompt, then the answer's past."""
+    prompt = torch.arange(longest_prompt) < prompt_lengths[:, None, None]
+    past = torch.ones(longest_answer, longest_answer, dtype=torch.bool).tril()
+    answers = len(prompt_lengths)
+    return torch.cat([prompt.expand(-1, longest_answer, -1), past.expand(answers, -1, -1)], dim=2)[:, None]
+
+
+def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
+    """For each token of the line, where it stands when the padded prompts and answers are laid end to end."""
+    home = torch.empty(length, dtype=torch.long)
+    start = 0
+    for blocks in (prompts, answers):
+        width = max(map(len, blocks), default=0)
+        for block in blocks:
+            home[block] = start + torch.arange(len(block))
+            start += width
+    return home
+
+
+class FlexAttention:
+    """One fused kernel that skips the blocks of the mask in which nobody sees anybody."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, segments = line.rows.to(device), line.segments.to(device)
+
+        def sees(_batch: Tensor, _head: Tensor, viewer: Tensor, seen: Tensor) -> Tensor:
+            shared = (segments[seen] == 0) | (segments[seen] == segments[viewer])
+            return (viewer >= seen) & (rows[seen] == rows[viewer]) & shared
+
+        self.mask = create_block_mask(sees, None, None, len(line), len(line), device=str(device))
+        self.attend = _flex_kernel(device.type)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        attended: Tensor = self.attend(query, key, value, block_mask=self.mask, scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+
+@cache
+def _flex_kernel(device_type: str) -> Callable[..., Any]:
+    """Compiled on GPUs, where it is a kernel; on CPUs it runs as plain operations, for comparison."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
+
+
+ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
+    "dense": DenseAttention,
+    "grouped": GroupedAttention,
+    "flex": FlexAttention,
+}
+
+
+def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
+    """`auto`: flex on GPUs, grouped elsewhere."""
+    if name == "auto":
+        name = "flex" if device.type == "cuda" else "grouped"
+    return ATTENTIONS[name]

@@ -1,0 +1,71 @@
+"""Shared-prefix rows back to back, without padding: where a token stands, what it sees, what predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The row of each of the N tokens, counted from 0 along the line, and its segment: 0 the prompt, k answer k."""
+
+    rows: torch.Tensor
+    segments: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def is_answer(self) -> torch.Tensor:
+        return self.segments > 0
+
+
+def line_up(segments: Sequence[NDArray[np.int32]]) -> Line:
+    """The segments of each row, a prompt first."""
+    assert all(len(own) and own[0] == 0 for own in segments)
+    lengths = torch.tensor([len(own) for own in segments])
+    return Line(
+        rows=torch.arange(len(segments)).repeat_interleave(lengths),
+        segments=torch.from_numpy(np.concatenate(segments)).long(),
+    )
+
+
+def visibility(line: Line) -> torch.Tensor:
+    """(N, N), True where token i sees token j: the prompt of i's row and i's own answer, up to i."""
+    viewer, seen = line.segments[:, None], line.segments[None, :]
+    same_row = line.rows[:, None] == line.rows[None, :]
+    return (same_row & ((seen == 0) | (seen == viewer))).tril()
+
+
+def predictors(line: Line) -> torch.Tensor:
+    """Place of the token whose hidden state predicts each answer token, in the order of the answer tokens.
+
+    It is the token before in the same answer, or the last prompt token for an answer's first one.
+    """
+    places = torch.arange(len(line))
+    last_prompt = torch.where(line.segments == 0, places, 0).cummax(0).values
+    return torch.where(_starts(line), last_prompt, places - 1)[line.is_answer]
+
+
+def offsets(line: Line) -> torch.Tensor:
+    """(N,): how far past the prompt's end an answer token stands (its first has 0); 0 on prompts."""
+    places = torch.arange(len(line))
+    own_start = torch.where(_starts(line), places, 0).cummax(0).values
+    return torch.where(line.is_answer, places - own_start, 0)
+
+
+def answer_index(line: Line) -> torch.Tensor:
+    """The answer of each answer token, in order; answers count from 0 along the line, empty ones left out."""
+    return _starts(line)[line.is_answer].cumsum(0) - 1
+
+
+def _starts(line: Line) -> torch.Tensor:
+    """(N,): True on the first token of each segment."""
+    starts = torch.ones(len(line), dtype=torch.bool)
+    starts[1:] = (line.segments[1:] != line.segments[:-1]) | (line.rows[1:] != line.rows[:-1])
+    return starts

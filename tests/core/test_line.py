@@ -1,0 +1,124 @@
+"""Shared-prefix rows on a line: who sees whom, who predicts whom, and attention computed three ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from othink_ray.core.attention import ATTENTIONS, Attention, DenseAttention
+from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors, visibility
+from tests.reference import grpo_d
+
+REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
+ROWS = st.lists(
+    st.tuples(st.integers(1, 4), st.lists(st.integers(0, 4), min_size=1, max_size=5)), min_size=1, max_size=3
+)
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+
+
+def segments_of(prompt: int, answers: list[int]) -> list[int]:
+    return [0] * prompt + [k for k, length in enumerate(answers, start=1) for _ in range(length)]
+
+
+def line_of(rows: list[tuple[int, list[int]]]) -> Line:
+    return line_up([np.array(segments_of(*row), dtype=np.int32) for row in rows])
+
+
+def test_visibility_of_a_small_line_is_the_one_drawn_by_hand() -> None:
+    drawn = """
+        x.......
+        xx......
+        xxx.....
+        xxxx....
+        xx..x...
+        .....x..
+        .....xx.
+        .....xxx
+    """.split()
+    expected = torch.tensor([[mark == "x" for mark in row] for row in drawn])
+    assert torch.equal(visibility(line_of([(2, [2, 1]), (1, [2])])), expected)
+
+
+def test_answers_are_counted_over_all_rows_and_empty_ones_left_out() -> None:
+    assert answer_index(line_of([(2, [2, 0, 1]), (1, [1, 3])])).tolist() == [0, 0, 1, 2, 3, 3, 3]
+
+
+@REPEATABLE
+@given(ROWS)
+def test_visibility_predictors_and_offsets_equal_the_slow_reference(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    seen, found_predictors, found_offsets = visibility(line), predictors(line).tolist(), offsets(line).tolist()
+    start = 0
+    for row in rows:
+        segments = segments_of(*row)
+        own = slice(start, start + len(segments))
+        assert not seen[own, : own.start].any()
+        assert not seen[own, own.stop :].any()
+        for i, segment in enumerate(segments):
+            assert seen[own, own][i].tolist() == [grpo_d.sees(segments, i, j) for j in range(len(segments))]
+            assert found_offsets[start + i] == (grpo_d.offset(segments, i) if segment else 0)
+            if segment:
+                assert found_predictors.pop(0) == start + grpo_d.predictor(segments, i)
+        start = own.stop
+    assert not found_predictors
+
+
+def states(length: int) -> list[Tensor]:
+    """Query, key and value."""
+    rng = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(1, heads, length, WIDTH, generator=rng, dtype=torch.float64).requires_grad_()
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+
+
+def attended(attention: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What comes out, and the gradients of a random direction in it."""
+    inputs = states(length)
+    out = attention(*inputs, 0.4)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return out.detach(), torch.autograd.grad((out * direction).sum(), inputs)
+
+
+def slow_attention(line: Line) -> Tensor:
+    """Token by token, head by head."""
+    query, key, value = (own.detach() for own in states(len(line)))
+    seen = visibility(line)
+    out = torch.empty(1, len(line), HEADS, WIDTH, dtype=torch.float64)
+    for head in range(HEADS):
+        source = head // (HEADS // KEY_HEADS)
+        for token in range(len(line)):
+            keys, values = key[0, source, seen[token]], value[0, source, seen[token]]
+            out[0, token, head] = torch.softmax(0.4 * keys @ query[0, head, token], dim=0) @ values
+    return out
+
+
+@REPEATABLE
+@given(ROWS)
+def test_every_attention_is_the_slow_one(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    expected = slow_attention(line)
+    for name in ("dense", "grouped"):
+        torch.testing.assert_close(attended(ATTENTIONS[name](line, CPU), len(line))[0], expected)
+
+
+@REPEATABLE
+@given(ROWS)
+def test_grouped_and_dense_attention_have_the_same_gradients(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    _, found = attended(ATTENTIONS["grouped"](line, CPU), len(line))
+    _, expected = attended(DenseAttention(line, CPU), len(line))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [[(3, [2, 4]), (1, [5])], [(4, [0, 0])]])
+def test_the_fused_kernels_mask_is_the_same(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    with torch.no_grad():
+        found = ATTENTIONS["flex"](line, CPU)(*(own.detach() for own in states(len(line))), 0.4)
+    torch.testing.assert_close(found, slow_attention(line))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
+from othink_ray.core.correction import RatioTerms, importance
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
@@ -35,12 +36,13 @@ class DeepSpeedLearner:
         temperature: float,
         clip_eps: tuple[float, float],
         kl_estimator: str,
+        correction_cap: float,
         with_reference: bool,
         seed: int,
         place: Place,
     ) -> None:
         self.learner, self.family, self.place = learner, family, place
-        self.clip_eps, self.kl_estimator = clip_eps, kl_estimator
+        self.clip_eps, self.kl_estimator, self.correction_cap = clip_eps, kl_estimator, correction_cap
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -99,7 +101,15 @@ class DeepSpeedLearner:
             "weight_decay": self.learner.weight_decay,
         }
 
-    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str) -> UpdateStats:
+    def update(
+        self,
+        updates: Sequence[Sequence[Sequence[Pack]]],
+        *,
+        beta: float,
+        lr: float,
+        loss: str,
+        correction: str,
+    ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         micro_batches = [[collate(packs, self.family, self.device) for packs in update] for update in updates]
         several = len(updates) > 1
@@ -113,11 +123,20 @@ class DeepSpeedLearner:
                 reference = self._no_grad(self.reference, batch) if beta > 0 and self.reference is not None else None
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 logprobs, entropy = self.engine(batch)
+                before = logprobs.detach() if old_logprobs is None else old_logprobs
+                used, ratios = importance(
+                    correction,
+                    before,
+                    batch.sampler_logprobs,
+                    batch.loss_weights,
+                    batch.answers,
+                    cap=self.correction_cap,
+                )
                 value, terms = LOSSES[loss](
                     logprobs,
-                    logprobs.detach() if old_logprobs is None else old_logprobs,
+                    before,
                     reference,
-                    batch.advantages,
+                    batch.advantages * used,
                     batch.loss_weights,
                     answers=batch.answers,
                     beta=beta,
@@ -126,7 +145,7 @@ class DeepSpeedLearner:
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)
-                totals.add(batch, value, terms, logprobs.detach(), entropy, reference is not None)
+                totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, reference is not None)
             self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return totals.stats(grad_norm=grad_norm, lr=lr)
@@ -196,11 +215,18 @@ class _Totals:
     """Sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(10, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(17, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(
-        self, batch: MicroBatch, value: Tensor, terms: LossTerms, logprobs: Tensor, entropy: Tensor, referenced: bool
+        self,
+        batch: MicroBatch,
+        value: Tensor,
+        terms: LossTerms,
+        ratios: RatioTerms,
+        logprobs: Tensor,
+        entropy: Tensor,
+        referenced: bool,
     ) -> None:
         active = batch.loss_weights > 0
         gap = (logprobs - batch.sampler_logprobs)[active].double()
@@ -218,6 +244,13 @@ class _Totals:
                 zero + batch.encoded_images,
                 zero + referenced,
                 zero + 1,
+                ratios.used,
+                ratios.truncated,
+                ratios.cut.double(),
+                ratios.sequence_raw,
+                ratios.sequence_truncated,
+                ratios.sequence_cut.double(),
+                ratios.answers,
             ]
         )
         if len(gap):
@@ -226,14 +259,21 @@ class _Totals:
     def stats(self, *, grad_norm: float, lr: float) -> UpdateStats:
         dist.all_reduce(self.sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
-        loss, kl, ratio, clipped, entropy, gap, tokens, encodes, references, _ = self.sums.tolist()
-        count = max(tokens, 1.0)
+        loss, kl, ratio, clipped, entropy, gap, tokens, encodes, references, _, *corrected = self.sums.tolist()
+        used, truncated, cut, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
+        count, sequences = max(tokens, 1.0), max(answers, 1.0)
         return UpdateStats(
             loss=loss,
             kl_mean=kl / count if references else float("nan"),
             ratio_raw_mean=ratio / count,
             ratio_raw_max=self.maxima[0].item(),
             ratio_clip_frac=clipped / count,
+            ratio_used_mean=used / count,
+            ratio_truncated_mean=truncated / count,
+            ratio_truncated_frac=cut / count,
+            ratio_sequence_raw_mean=sequence_raw / sequences,
+            ratio_sequence_truncated_mean=sequence_truncated / sequences,
+            ratio_sequence_truncated_frac=sequence_cut / sequences,
             entropy=entropy / count,
             logp_gap_mean=gap / count,
             logp_gap_max=self.maxima[1].item(),

@@ -92,13 +92,23 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStats:
-    """What one learner update measured, already reduced over ranks; means are over answer tokens (each token once)."""
+    """What one learner update measured, already reduced over ranks; means are over answer tokens (each token once).
+
+    `ratio_raw_*` compare the policy with the sampler; all that is truncated, used or of a sequence compares the policy
+    before the first optimiser step with it. Sequence means are over answers.
+    """
 
     loss: float
     kl_mean: float
     ratio_raw_mean: float
     ratio_raw_max: float
     ratio_clip_frac: float
+    ratio_used_mean: float  # what gains were multiplied by: 1 where nothing is corrected
+    ratio_truncated_mean: float
+    ratio_truncated_frac: float  # tokens above the cap
+    ratio_sequence_raw_mean: float
+    ratio_sequence_truncated_mean: float
+    ratio_sequence_truncated_frac: float
     entropy: float
     logp_gap_mean: float
     logp_gap_max: float

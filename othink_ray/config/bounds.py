@@ -16,6 +16,7 @@ LOSSES = ("grpo", "gspo")
 ATTENTIONS = ("auto", "dense", "grouped", "flex")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
+CORRECTIONS = ("none", "token", "sequence")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
 WITHOUT_TAG = ("strict", "whole_text", "last_number")
@@ -31,6 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.loss": LOSSES,
     "algo.loss_weights": LOSS_WEIGHTS,
     "learner.attention": ATTENTIONS,
+    "algo.correction": CORRECTIONS,
     "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
     "algo.kl.estimator": ESTIMATORS,
     "algo.reward.without_tag": WITHOUT_TAG,
@@ -151,6 +153,12 @@ BOUNDS = (
         lambda value: 0 < value < 1,
         "Set {key}=0.2.",
         ("algo.clip_eps",),
+    ),
+    Bound(
+        "must be at least 1: an answer that is as likely as when it was sampled counts in full",
+        lambda value: value >= 1,
+        "Set {key}=2.",
+        ("algo.correction_cap",),
     ),
     Bound(
         "must be at least 0 and less than 1",

@@ -243,7 +243,8 @@ def plan(config: Config, machine: Machine | None) -> str:
         "learner": f"{learner.world_size} x DeepSpeed ZeRO-{learner.zero_stage}: {learner.cpus_per_rank:g} CPUs and "
         f"{learner.gpus_per_rank:g} GPUs each",
         "step": f"{train.prompts_per_step} prompts x {config.algo.group_size} answers = {answers}, "
-        f"{config.algo.updates_per_step} update(s); {train.steps} steps",
+        f"{config.algo.updates_per_step} update(s); {train.steps} steps"
+        + (", each generated while the one before is learned" if train.overlap else ""),
         "algo": f"{config.algo.name}: {config.algo.loss} loss, {config.algo.advantage} advantages, "
         f"{config.algo.loss_weights} weights",
         "beta": f"{kl.schedule}, {kl.beta_min:g} to {kl.beta_max:g}",

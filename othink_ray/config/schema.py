@@ -23,6 +23,7 @@ class TrainConfig:
     prompts_per_step: int  # P; every prompt gets algo.group_size answers
     seed: int
     checkpoint_every: int  # steps; 0 saves only at the end
+    overlap: bool  # mode=train: generate the next step while this one is learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,8 @@ class AlgoConfig:
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
+    correction: str  # a key of othink_ray.core.correction.CORRECTIONS, for answers that older weights sampled
+    correction_cap: float  # it multiplies a gain by this at most
     kl: KLConfig
     reward: RewardConfig
 

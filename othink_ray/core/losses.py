@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from othink_ray.core.kl import ESTIMATORS, MAX_LOG_RATIO, kl_k3
+from othink_ray.core.tokens import blank_inactive, sums_by_answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +95,9 @@ def sft_loss(
 ) -> tuple[torch.Tensor, LossTerms]:
     """Negative log likelihood: the sum over tokens of -weight * logprob; the other inputs do not matter to it."""
     active = loss_weights != 0
-    policy = _blank_inactive(policy_logprobs, active)
+    policy = blank_inactive(policy_logprobs, active)
     nothing = torch.zeros_like(policy).sum()
-    loss = -(_blank_inactive(loss_weights, active) * policy).sum()
+    loss = -(blank_inactive(loss_weights, active) * policy).sum()
     return loss, LossTerms(kl_sum=nothing, clipped=nothing)
 
 
@@ -115,7 +116,7 @@ def _clipped_loss(
 ) -> tuple[torch.Tensor, LossTerms]:
     """The clipped gain and the KL, for whatever ratio each token has."""
     active = loss_weights != 0
-    advantage = _blank_inactive(advantages, active)
+    advantage = blank_inactive(advantages, active)
     low, high = clip_eps
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     gain = ratio * advantage
@@ -124,31 +125,24 @@ def _clipped_loss(
 
     kl_sum = torch.zeros_like(ratio).sum()
     if ref_logprobs is not None:
-        policy, ref = _blank_inactive(policy_logprobs, active), _blank_inactive(ref_logprobs, active)
+        policy, ref = blank_inactive(policy_logprobs, active), blank_inactive(ref_logprobs, active)
         kl_sum = kl_k3(policy.detach(), ref).sum()
         if beta != 0:
             token_loss = token_loss + beta * ESTIMATORS[estimator](policy, ref)
 
     # An inactive token's advantage is blank, so it is never clipped.
     terms = LossTerms(kl_sum=kl_sum, clipped=(clipped_gain < gain).sum())
-    return (_blank_inactive(loss_weights, active) * token_loss).sum(), terms
+    return (blank_inactive(loss_weights, active) * token_loss).sum(), terms
 
 
 def _log_ratio(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, loss_weights: torch.Tensor) -> torch.Tensor:
     """log pi/old of each token; 0 where inactive."""
     active = loss_weights != 0
-    return _blank_inactive(policy_logprobs, active) - _blank_inactive(old_logprobs, active)
+    return blank_inactive(policy_logprobs, active) - blank_inactive(old_logprobs, active)
 
 
 def _answer_means(values: torch.Tensor, active: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """Each token's answer's mean over its active tokens, in the shape of `values`, which is 0 where inactive."""
-    flat, answer = values.flatten(), answers.flatten()
-    # As many places as tokens are enough for any number of answers, and need no look at the data.
-    sums = torch.zeros_like(flat).index_add(0, answer, flat)
-    counts = torch.zeros_like(flat).index_add(0, answer, active.flatten().to(flat.dtype))
-    return (sums / counts.clamp(min=1))[answer].view(values.shape)
-
-
-def _blank_inactive(values: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """0 where a token is inactive: chosen before any exp, since 0 * inf is NaN and so is its gradient."""
-    return torch.where(active, values, torch.zeros_like(values))
+    counts = sums_by_answer(active.to(values.dtype), answers)
+    means = sums_by_answer(values, answers) / counts.clamp(min=1)
+    return means[answers.flatten()].view(values.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.core.rates import learning_rate
 from othink_ray.core.schedules import BetaSchedule
 from othink_ray.data import Screen
-from othink_ray.driver.loop import Recipe
+from othink_ray.driver.loop import Recipe, train
+from othink_ray.driver.overlap import SIDES, train_overlapped
 from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, supervised
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine
 from othink_ray.runtime.placement import Placement, learner_seats, rollout_seats
@@ -73,6 +75,19 @@ def rate(config: Config) -> Callable[[int], float]:
     return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_frac)
 
 
+@contextmanager
+def open_loop(config: Config) -> Iterator[Callable[..., None]]:
+    """`loop.train`, or its overlapped sibling with its threads, which are waited for.
+
+    Open it before the team: threads that a failure leaves waiting for the team's processes end when those do.
+    """
+    if config.mode == "train" and config.train.overlap:
+        with ThreadPoolExecutor(max_workers=SIDES) as sides:
+            yield partial(train_overlapped, sides)
+    else:
+        yield train
+
+
 def clip_range(config: Config) -> tuple[float, float]:
     """How far the ratio may go below and above 1."""
     low, high = config.algo.clip_eps, config.algo.clip_eps_high
@@ -104,6 +119,7 @@ def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt]) -> Ite
             temperature=config.rollout.temperature,
             seed=config.train.seed,
             loss=config.algo.loss,
+            correction=config.algo.correction,
         )
 
 
@@ -189,6 +205,7 @@ def _learner_engine(config: Config, path: str, place: Place, *, with_reference: 
         temperature=config.rollout.temperature,
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
+        correction_cap=config.algo.correction_cap,
         with_reference=with_reference,
         seed=config.train.seed,
         place=place,

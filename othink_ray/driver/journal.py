@@ -101,7 +101,7 @@ class Journal:
     def _state(self, seen: Step) -> TrainState:
         return TrainState(
             step=seen.step + 1,
-            data_position=self.stream.position,
+            data_position=seen.data_position,
             schedule_state=seen.schedule_state,
             seed=self.config.train.seed,
             before={name: asdict(result) for name, result in self.before.items()},

@@ -1,6 +1,6 @@
 """GRPO-D as the paper writes it. Everything that is distributed, slow or may fail is behind four verbs.
 
-generate -> score -> update -> push          (one turn is one training step, on-policy)
+generate -> score -> update -> push          (one turn is one training step, on-policy; overlap.py samples ahead)
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 
 class Stream(Protocol):
+    @property
+    def position(self) -> int:
+        """Where the next question begins."""
+        ...
+
     def take(self, count: int) -> list[Prompt]: ...
 
 
@@ -31,7 +36,9 @@ class Team(Protocol):
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]: ...
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats: ...
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        """`stale`: older weights than those being trained sampled the answers."""
+        ...
 
     def push(self, version: int) -> Audit:
         """Returns when every engine has the version and answers like the learner."""
@@ -64,12 +71,14 @@ class Step:
     step: int
     beta: float
     schedule_state: Mapping[str, float]  # for the step after this one
+    data_position: int  # where the questions of that step begin
     asked: Sequence[ScoredGroup]
     scored: Sequence[ScoredGroup]  # those of them that were trained
     advantages: Sequence[NDArray[np.float64]]  # of `scored`
     stats: UpdateStats
     audit: Audit
     times: dict[str, float]
+    hidden_s: float  # of sampling for the step after this one, while this one was learned
 
 
 class Watches(Protocol):
@@ -99,11 +108,10 @@ def train(
     for step in steps:
         clock = Clock()
         beta = schedule.beta(step, schedule_state)
-        sampled = sample(team, stream, step, recipe.prompts_per_step, recipe.sampling_rounds, clock)
-        rewards = np.stack([one.rewards for one in sampled.trained])
-        advantages = list(recipe.advantages(rewards, np.stack([one.valid for one in sampled.trained])))
+        sampled = sample(team, stream, recipe, clock, step=step, version=step)
+        advantages = compared(sampled.trained, recipe)
         packs = recipe.pack(sampled.trained, advantages)
-        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step))
+        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=False)
         clock.lap("update")
         audit = team.push(step + 1)
         clock.lap("push")
@@ -113,36 +121,45 @@ def train(
                 step=step,
                 beta=beta,
                 schedule_state=schedule_state,
+                data_position=stream.position,
                 asked=sampled.asked,
                 scored=sampled.trained,
                 advantages=advantages,
                 stats=stats,
                 audit=audit,
                 times=clock.times,
+                hidden_s=0.0,
             )
         )
 
 
-def sample(team: Team, stream: Stream, step: int, count: int, rounds: int, clock: Clock) -> Sampled:
-    """`count` scored groups to train on.
+def sample(team: Team, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
+    """The scored groups that `step` trains on, all of them answered by the weights after `version` steps.
 
     DAPO's dynamic sampling: a group of equal rewards teaches nothing, so as many new questions as there are such groups
-    are asked, up to `rounds` times in all. Those still missing then are made up from the first groups of equal rewards.
+    are asked, in up to `sampling_rounds` rounds. Those still missing then are made up from the first groups of equal
+    rewards.
     """
     asked: list[ScoredGroup] = []
-    missing = count
-    for _ in range(rounds):
+    missing = recipe.prompts_per_step
+    for _ in range(recipe.sampling_rounds):
         prompts = stream.take(missing)
         groups = clock.lap_at_end("generate", team.generate(prompts, step))
         scored = in_order(team.score(groups), prompts)
         clock.lap("score")
-        assert all(one.group.version == step for one in scored), "sampled with other weights than those being trained"
+        assert all(one.group.version == version for one in scored), f"sampled with other weights than version {version}"
         asked += scored
         missing -= sum(map(teaches, scored))
         if not missing:
             break
     fillers = [place for place, one in enumerate(asked) if not teaches(one)][:missing]
     return Sampled(asked=asked, trained=[one for place, one in enumerate(asked) if teaches(one) or place in fillers])
+
+
+def compared(scored: Sequence[ScoredGroup], recipe: Recipe) -> list[NDArray[np.float64]]:
+    """The advantages of each group's answers."""
+    rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
+    return list(recipe.advantages(rewards, valid))
 
 
 def teaches(scored: ScoredGroup) -> bool:

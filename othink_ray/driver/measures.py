@@ -52,9 +52,16 @@ def measures(step: Step) -> dict[str, float]:
         "audit/logp_gap_max": step.audit.gap_max,
         "sampler/logp_gap_mean": step.stats.logp_gap_mean,
         "sampler/logp_gap_max": step.stats.logp_gap_max,
+        "sampler/staleness": float(np.mean([step.step - one.group.version for one in step.scored])),
         "ratio/raw_mean": step.stats.ratio_raw_mean,
         "ratio/raw_max": step.stats.ratio_raw_max,
         "ratio/clip_frac": step.stats.ratio_clip_frac,
+        "ratio/used_mean": step.stats.ratio_used_mean,
+        "ratio/truncated_mean": step.stats.ratio_truncated_mean,
+        "ratio/truncated_frac": step.stats.ratio_truncated_frac,
+        "ratio/sequence_raw_mean": step.stats.ratio_sequence_raw_mean,
+        "ratio/sequence_truncated_mean": step.stats.ratio_sequence_truncated_mean,
+        "ratio/sequence_truncated_frac": step.stats.ratio_sequence_truncated_frac,
         "entropy": step.stats.entropy,
         "grad_norm": step.stats.grad_norm,
         "lr": step.stats.lr,
@@ -67,6 +74,7 @@ def measures(step: Step) -> dict[str, float]:
         "throughput/samples_per_s": len(answers) / seconds,
         "throughput/tokens_per_s": float(lengths.sum()) / seconds,
         "time/step_s": seconds,
+        "time/hidden_s": step.hidden_s,
     }
     for layer, name in _GRADED.items():
         found[name] = float(sum(one.graded.get(layer, 0) for one in asked))

@@ -22,7 +22,9 @@ class Teaches(Protocol):
 
 
 class Learns(Protocol):
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str) -> UpdateStats: ...
+    def update(
+        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
+    ) -> UpdateStats: ...
 
 
 class Engines(Protocol):
@@ -47,8 +49,8 @@ class Class:
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         return [_right(group) for group in groups]
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
-        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss="sft")
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss="sft", correction="none")
 
     def push(self, version: int) -> Audit:
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=0)

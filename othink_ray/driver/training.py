@@ -13,11 +13,10 @@ from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
 from othink_ray.driver import checkpoint
-from othink_ray.driver.build import beta_schedule, open_classroom, open_team, rate, recipe, screen, students
+from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, open_team, rate, recipe, screen, students
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import exams
 from othink_ray.driver.journal import Journal
-from othink_ray.driver.loop import train
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.warm_start import base_model
 
@@ -51,6 +50,7 @@ def train_model(
         for exam in held_out:
             if len(exam.prompts) < config.eval.questions:
                 console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")
+        loop = stack.enter_context(open_loop(config))
         with console.phase("loading the rollout engines and the learner"):
             team = stack.enter_context(open_team(config, path, held_out[0].prompts[: config.weights.audit_prompts]))
             if resumed:
@@ -62,7 +62,7 @@ def train_model(
         journal = Journal(config, present, stream, held_out, records, console, state.before)
         stack.enter_context(console.training(config.train.steps, done=state.step))
         schedule = beta_schedule(config)
-        train(
+        loop(
             present,
             stream,
             steps=range(state.step, config.train.steps),

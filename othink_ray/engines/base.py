@@ -74,7 +74,15 @@ class RolloutEngine(Protocol):
 class LearnerEngine(Protocol):
     """One rank of the learner; every rank is called with its own share, all at the same time."""
 
-    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str) -> UpdateStats:
+    def update(
+        self,
+        updates: Sequence[Sequence[Sequence[Pack]]],
+        *,
+        beta: float,
+        lr: float,
+        loss: str,
+        correction: str,
+    ) -> UpdateStats:
         """Optimiser steps over [update][micro-batch][row]; an empty one keeps this rank in step with others."""
         ...
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
+from othink_ray.core.correction import RatioTerms, importance
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
@@ -36,12 +37,13 @@ class DeepSpeedLearner:
         temperature: float,
         clip_eps: tuple[float, float],
         kl_estimator: str,
+        correction_cap: float,
         with_reference: bool,
         seed: int,
         place: Place,
     ) -> None:
         self.learner, self.family, self.place = learner, family, place
-        self.clip_eps, self.kl_estimator = clip_eps, kl_estimator
+        self.clip_eps, self.kl_estimator, self.correction_cap = clip_eps, kl_estimator, correction_cap
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -108,30 +110,42 @@ class DeepSpeedLearner:
             "weight_decay": self.learner.weight_decay,
         }
 
-    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str) -> UpdateStats:
+    def update(
+        self,
+        updates: Sequence[Sequence[Sequence[Pack]]],
+        *,
+        beta: float,
+        lr: float,
+        loss: str,
+        correction: str,
+    ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
-        micro_batches = [[self._collate(packs) for packs in update] for update in updates]
-        features = [[self._shared_features(batch) for batch in update] for update in micro_batches]
         several = len(updates) > 1
-        old = [
-            [self._no_grad(self.engine, *one) if several else None for one in zip(batches, shared, strict=True)]
-            for batches, shared in zip(micro_batches, features, strict=True)
-        ]
+        prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
         totals = _Totals(self.device)
         grad_norm = 0.0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        for update in zip(micro_batches, features, old, strict=True):
-            for index, (batch, shared, old_logprobs) in enumerate(zip(*update, strict=True)):
+        for update in prepared:
+            for index, (batch, features, old) in enumerate(update):
                 wants_reference = beta > 0 and self.reference is not None
-                reference = self._no_grad(self.reference, batch, shared) if wants_reference else None
-                self.engine.set_gradient_accumulation_boundary(index == len(update[0]) - 1)
-                logprobs, entropy = self.engine(batch, features=shared)
+                reference = self._no_grad(self.reference, batch, features) if wants_reference else None
+                self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
+                logprobs, entropy = self.engine(batch, features=features)
+                before = logprobs.detach() if old is None else old
+                used, ratios = importance(
+                    correction,
+                    before,
+                    batch.sampler_logprobs,
+                    batch.loss_weights,
+                    batch.answers,
+                    cap=self.correction_cap,
+                )
                 value, terms = LOSSES[loss](
                     logprobs,
-                    logprobs.detach() if old_logprobs is None else old_logprobs,
+                    before,
                     reference,
-                    batch.advantages,
+                    batch.advantages * used,
                     batch.loss_weights,
                     answers=batch.answers,
                     beta=beta,
@@ -140,10 +154,16 @@ class DeepSpeedLearner:
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)
-                totals.add(batch, value, terms, logprobs.detach(), entropy, wants_reference)
+                totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
             self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes())
+
+    def _prepare(self, packs: Sequence[Pack], *, with_old: bool) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
+        """What is known before any optimiser step: the batch, its shared image features, the policy's logprobs."""
+        batch = self._collate(packs)
+        features = self._shared_features(batch)
+        return batch, features, self._no_grad(self.engine, batch, features) if with_old else None
 
     def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
         return collate(packs, self.family, self.attend, self.device)
@@ -232,11 +252,18 @@ class _Totals:
     """Sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(8, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(15, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(
-        self, batch: MicroBatch, value: Tensor, terms: LossTerms, logprobs: Tensor, entropy: Tensor, referenced: bool
+        self,
+        batch: MicroBatch,
+        value: Tensor,
+        terms: LossTerms,
+        ratios: RatioTerms,
+        logprobs: Tensor,
+        entropy: Tensor,
+        referenced: bool,
     ) -> None:
         active = batch.loss_weights > 0
         gap = (logprobs - batch.sampler_logprobs)[active].double()
@@ -251,6 +278,13 @@ class _Totals:
                 gap.abs().sum(),
                 active.sum().double(),
                 gap.new_tensor(float(referenced)),
+                ratios.used,
+                ratios.truncated,
+                ratios.cut.double(),
+                ratios.sequence_raw,
+                ratios.sequence_truncated,
+                ratios.sequence_cut.double(),
+                ratios.answers,
             ]
         )
         if len(gap):
@@ -260,14 +294,21 @@ class _Totals:
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
-        loss, kl, ratio, clipped, entropy, gap, tokens, references, encodes = sums.tolist()
-        count = max(tokens, 1.0)
+        loss, kl, ratio, clipped, entropy, gap, tokens, references, *corrected, encodes = sums.tolist()
+        used, truncated, cut, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
+        count, sequences = max(tokens, 1.0), max(answers, 1.0)
         return UpdateStats(
             loss=loss,
             kl_mean=kl / count if references else float("nan"),
             ratio_raw_mean=ratio / count,
             ratio_raw_max=self.maxima[0].item(),
             ratio_clip_frac=clipped / count,
+            ratio_used_mean=used / count,
+            ratio_truncated_mean=truncated / count,
+            ratio_truncated_frac=cut / count,
+            ratio_sequence_raw_mean=sequence_raw / sequences,
+            ratio_sequence_truncated_mean=sequence_truncated / sequences,
+            ratio_sequence_truncated_frac=sequence_cut / sequences,
             entropy=entropy / count,
             logp_gap_mean=gap / count,
             logp_gap_max=self.maxima[1].item(),

@@ -64,8 +64,10 @@ class LearnerActor:
         self.engine = make_engine(place)
         return os.getpid()
 
-    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, lr: float, loss: str) -> UpdateStats:
-        return self.engine.update(updates, beta=beta, lr=lr, loss=loss)
+    def update(
+        self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, lr: float, loss: str, correction: str
+    ) -> UpdateStats:
+        return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
 
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs(probes)

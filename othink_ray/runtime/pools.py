@@ -137,13 +137,15 @@ class LearnerPool:
     def wait(self, started: Sequence[Any]) -> None:
         self._all(started, "loading", self.learner.load_timeout_s)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str) -> UpdateStats:
+    def update(
+        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
+    ) -> UpdateStats:
         """One batch of rows, balanced over ranks."""
         shares = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
         calls = []
         for rank, actor in enumerate(self.ranks):
             own = [[[packs[row] for row in micro] for micro in update[rank]] for update in shares]
-            calls.append(actor.update.remote(own, beta, lr, loss))
+            calls.append(actor.update.remote(own, beta, lr, loss, correction))
         stats: UpdateStats = self._all(calls, "update")[0]
         return stats
 

@@ -46,6 +46,7 @@ class Team(Examiners):
     pusher: AuditedPush
     answers: int
     loss: str
+    correction: str  # of answers that older weights sampled
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
         sampling = Sampling(
@@ -59,8 +60,9 @@ class Team(Examiners):
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         return self.rewards.score(groups)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
-        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss)
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        correction = self.correction if stale else "none"
+        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction)
 
     def push(self, version: int) -> Audit:
         return self.pusher(version)

@@ -11,7 +11,7 @@ from othink_ray.config import bounds
 from othink_ray.config.bounds import SCHEDULES
 from othink_ray.config.check import Machine, detect_machine, machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, load
-from othink_ray.core import advantages, kl, losses, packing, rates, schedules
+from othink_ray.core import advantages, correction, kl, losses, packing, rates, schedules
 
 NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
@@ -123,6 +123,8 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["algo.loss=sft"], "algo.loss = sft must be one of grpo, gspo"),
         (["algo.loss_weights=tokens_mean"], "Did you mean algo.loss_weights=token_mean?"),
         (["algo.sampling_rounds=0"], "algo.sampling_rounds = 0 must be at least 1"),
+        (["algo.correction=tokens"], "must be one of none, token, sequence Did you mean algo.correction=token?"),
+        (["algo.correction_cap=0.5"], "algo.correction_cap = 0.5 must be at least 1: an answer that is as likely"),
         (["algo.kl.estimator=k4"], "algo.kl.estimator = k4 must be one of k1, k2, k3"),
         (["algo.kl.schedule=acuracy"], "Did you mean algo.kl.schedule=accuracy?"),
         (["algo.kl.target=0"], "algo.kl.target = 0 must be more than 0"),
@@ -200,6 +202,14 @@ def test_several_broken_rules_are_all_named() -> None:
     assert len(said(["algo.group_size=1", "train.prompts_per_step=0", "learner.lr=-1", "wandb.mode=on"])) == 4
 
 
+@pytest.mark.parametrize("name", bounds.CORRECTIONS)
+def test_an_overlapped_run_is_sound_with_any_correction_and_said_to_be_one(name: str) -> None:
+    overrides = ["train.overlap=true", f"algo.correction={name}"]
+    assert said(overrides) == []
+    assert "generated while the one before is learned" in plan(load(overrides), LARGE)
+    assert "generated while" not in plan(load([]), LARGE)
+
+
 def test_suggested_batch_is_sound() -> None:
     overrides = ["algo.updates_per_step=2", "learner.world_size=3"]
     assert "Set train.prompts_per_step=18." in said(overrides)[0]
@@ -250,6 +260,7 @@ def test_parts_of_an_algorithm_known_here_are_those_of_the_core() -> None:
     assert set(bounds.LOSSES) == set(losses.LOSSES) - {"sft"}  # sft is a mode, not an algorithm
     assert tuple(packing.LOSS_WEIGHTS) == bounds.LOSS_WEIGHTS
     assert tuple(kl.ESTIMATORS) == bounds.ESTIMATORS
+    assert tuple(correction.CORRECTIONS) == bounds.CORRECTIONS
 
 
 @pytest.mark.parametrize("schedule", ["target", "accuracy"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from othink_ray.config.schema import Config
 from othink_ray.data import open_source
 from othink_ray.data.stream import PromptStream
 from othink_ray.driver import checkpoint
-from othink_ray.driver.build import beta_schedule, rate, recipe
+from othink_ray.driver.build import beta_schedule, open_loop, rate, recipe
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Evaluation, Exam
 from othink_ray.driver.journal import Journal
-from othink_ray.driver.loop import train
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
+from tests.driver.fakes import stats_of
 
 STEPS = 6
 
@@ -33,8 +33,13 @@ class Pupil:
 
     version: int = -1
     drift: float = 0.0
+    asked: dict[int, list[str]] = field(default_factory=dict)  # by step
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+        self.asked.setdefault(step, []).extend(prompt.id for prompt in prompts)
+        return self._answers(prompts)
+
+    def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
         for prompt in prompts:
             completion = Completion(
                 token_ids=np.arange(3), sampler_logprobs=np.zeros(3, np.float32), text="", finish="stop"
@@ -49,8 +54,8 @@ class Pupil:
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []
         for group in groups:
-            dice = np.random.default_rng([self.version, *group.prompt.id.encode()])
-            right = (dice.random(len(group.completions)) < 0.2 + 0.1 * self.version).astype(np.float64)
+            dice = np.random.default_rng([group.version, *group.prompt.id.encode()])
+            right = (dice.random(len(group.completions)) < 0.2 + 0.1 * group.version).astype(np.float64)
             scored.append(
                 ScoredGroup(
                     group=group,
@@ -61,20 +66,16 @@ class Pupil:
             )
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self.drift += 0.02 - 0.2 * beta
-        names = (
-            *("loss", "ratio_raw_mean", "ratio_raw_max", "ratio_clip_frac", "entropy", "logp_gap_mean"),
-            *("logp_gap_max", "grad_norm", "lr", "tokens", "vision_encodes", "reference_passes"),
-        )
-        return UpdateStats(**dict.fromkeys(names, 1), kl_mean=self.drift)
+        return stats_of(kl_mean=self.drift)
 
     def push(self, version: int) -> Audit:
         self.version = version
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        return self.score(self.generate(prompts, 0))
+        return self.score(self._answers(prompts))
 
     def save(self, folder: Path) -> None:
         (folder / "drift").write_text(repr(self.drift))
@@ -88,8 +89,9 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
     with (
         RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1) as records,
         Console(io.StringIO()) as console,
+        open_loop(config) as loop,
     ):
-        train(
+        loop(
             team,
             stream,
             steps=range(state.step, until),
@@ -129,6 +131,23 @@ def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, s
     assert [line["kl/beta"] for line in rest] == betas[3:]
     for name in ("reward/mean", "groups/asked", "kl/mean"):
         assert [line[name] for line in rest] == [line[name] for line in whole[3:]]
+
+
+@pytest.mark.parametrize("algo", ["grpo_d", "dapo"])
+def test_a_resumed_overlapped_run_asks_again_what_was_asked_ahead(tmp_path: Path, algo: str) -> None:
+    overrides = [
+        *(f"algo={algo}", f"train.steps={STEPS}", "train.prompts_per_step=4", "train.checkpoint_every=3"),
+        *("eval.every=0", "train.overlap=true"),
+    ]
+    whole, rest = Pupil(), Pupil()
+    live(load([*overrides, f"run.dir={tmp_path / 'whole'}"]), tmp_path / "whole", whole, checkpoint.fresh(0), STEPS)
+    state = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step_3", 0)
+    lines = live(load([*overrides, f"run.dir={tmp_path / 'rest'}"]), tmp_path / "rest", rest, state, STEPS)
+    assert rest.asked.keys() == {3, 4, 5}
+    assert rest.asked[3][:4] == whole.asked[3][:4]
+    assert [line["sampler/staleness"] for line in lines] == [0, 1, 1]
+    if algo == "grpo_d":
+        assert rest.asked == {step: whole.asked[step] for step in (3, 4, 5)}
 
 
 def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import SMALL, Run
 
 MARK = "OTHINK_RAY_TEST_RUN"
@@ -38,12 +40,15 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-def test_ctrl_c_ends_the_run_with_a_report_and_without_orphans(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", ["false", "true"])
+def test_ctrl_c_ends_the_run_with_a_report_and_without_orphans(
+    plain_run: Run, cache: Path, tmp_path: Path, overlap: str
+) -> None:
     """As a process with a Ray of its own, for that Ray must go too."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "othink_ray.main", *SMALL, "train.steps=500", f"run.dir={tmp_path}"]
+    command = [sys.executable, "-m", "othink_ray.main", *SMALL, "train.steps=500", f"train.overlap={overlap}"]
     run = subprocess.Popen(
-        [*command, f"run.cache_dir={cache}"],
+        [*command, f"run.dir={tmp_path}", f"run.cache_dir={cache}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

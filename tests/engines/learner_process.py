@@ -36,6 +36,7 @@ class Scenario:
     steps: Sequence[Shares] = ()
     beta: float = 0.1
     loss: str = "grpo"
+    correction: str = "none"
     temperature: float = 1.0
     with_reference: bool = True
     load: Path | None = None
@@ -93,7 +94,7 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     from othink_ray.engines.base import Place
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
-    from tests.engines.slow_training import CLIP_EPS
+    from tests.engines.slow_training import CLIP_EPS, CORRECTION_CAP
 
     learner = DeepSpeedLearner(
         scenario.learner,
@@ -102,6 +103,7 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         temperature=scenario.temperature,
         clip_eps=(CLIP_EPS, CLIP_EPS),
         kl_estimator="k3",
+        correction_cap=CORRECTION_CAP,
         with_reference=scenario.with_reference,
         seed=0,
         place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
@@ -109,7 +111,13 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     if scenario.load:
         learner.load(scenario.load)
     stats = [
-        learner.update(shares[rank], beta=scenario.beta, lr=scenario.learner.lr, loss=scenario.loss)
+        learner.update(
+            shares[rank],
+            beta=scenario.beta,
+            lr=scenario.learner.lr,
+            loss=scenario.loss,
+            correction=scenario.correction,
+        )
         for shares in scenario.steps
     ]
     if scenario.save:

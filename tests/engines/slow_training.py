@@ -16,9 +16,12 @@ from othink_ray.families.base import Family
 from othink_ray.types import Group
 from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import fresh_policy
+from tests.reference import correction as importance
 from tests.reference import grpo_d
+from tests.reference.variants import Variant
 
-TEMPERATURE, CLIP_EPS = 0.9, 0.2
+TEMPERATURE, CLIP_EPS, CORRECTION_CAP = 0.9, 0.2, 1.0
+GRPO = Variant("group_std", "grpo", "answer_mean", "k3", CLIP_EPS, CLIP_EPS)
 
 # [group][answer]
 Rewards = Sequence[Sequence[float]]
@@ -46,6 +49,7 @@ def slow_training(
     *,
     updates: int,
     beta: float,
+    correction: str = "none",
 ) -> Slow:
     """One step for each of `batches`, whose groups are shared out over `updates` in order."""
     policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
@@ -74,7 +78,12 @@ def slow_training(
                         for reward, p, o, r in zip(rewards[i], own, old[i], ref[i], strict=True)
                     ]
                 )
-            value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
+            if correction == "none":
+                value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
+            else:
+                own_groups = groups[update * share : (update + 1) * share]
+                samplers = [[list(map(float, c.sampler_logprobs)) for c in group.completions] for group in own_groups]
+                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, CORRECTION_CAP)
             optimizer.zero_grad()
             value.backward()
             if not first_gradient:

@@ -26,6 +26,7 @@ from tests.engines.samples import ask, batch_of, fresh_policy, group_of, picture
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
 BETA = 0.1
+SEQUENCE_RATIOS = ("raw_mean", "truncated_mean", "truncated_frac")
 REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
 SMALL = (
     "model.tiny.text_width=64",
@@ -137,6 +138,10 @@ def alone(
         "frozen tower": training(small, batches, 1, freeze_vision=True),
         "frozen tower, encoded each time": training(small, batches, 1, freeze_vision=True, share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
+        **{name: replace(plain, correction=name) for name in ("token", "sequence")},
+        "sequence, a row at a time": replace(
+            training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="sequence"
+        ),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
         "gspo": replace(plain, loss="gspo"),
@@ -161,6 +166,7 @@ def pair(
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
         "stage 3, frozen tower": training(small, batches, 2, zero_stage=3, freeze_vision=True),
         "gspo": replace(stage_3, loss="gspo"),
+        "sequence": replace(stage_3, correction="sequence"),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
         "stage 3": replace(
             stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
@@ -236,6 +242,28 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
+@pytest.mark.parametrize("name", ["token", "sequence"])
+def test_corrected_updates_train_the_weights_of_the_slow_reference(
+    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
+) -> None:
+    slow = slow_training(small.learner, family, batches, REWARDS, updates=2, beta=BETA, correction=name)
+    found, start = alone[name], alone["untouched"]
+    assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
+    assert distance(found.weights, slow.weights)[0] < 2e-5
+    assert distance(moved(found, start), moved(alone["stage 1"], start))[0] > 1e-3
+    assert all(stats.ratio_used_mean < 1 and 0 < stats.ratio_truncated_frac < 1 for stats in found.stats)
+    assert all(stats.ratio_used_mean == 1 for stats in alone["stage 1"].stats)
+
+
+def test_ranks_and_micro_batches_do_not_change_a_corrected_run(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
+) -> None:
+    expected, start = alone["sequence"], alone["untouched"]
+    for found in (alone["sequence, a row at a time"], *(outcomes["sequence"] for outcomes in pair)):
+        assert_same_stats(found.stats, expected.stats)
+        assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
+
+
 def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], pair: list[dict[str, Outcome]]) -> None:
     expected, start = alone["gspo"], alone["untouched"]
     assert distance(moved(expected, start), moved(alone["stage 1"], start))[0] > 1e-3
@@ -249,6 +277,8 @@ def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateSta
         assert own.tokens == other.tokens
         for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
+        for field in ("used_mean", "truncated_mean", "truncated_frac", *(f"sequence_{one}" for one in SEQUENCE_RATIOS)):
+            assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
         for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field
 

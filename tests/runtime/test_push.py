@@ -44,7 +44,7 @@ def train_one_step(team: Team, prompts: list[Prompt], step: int) -> None:
     scored = team.score(team.generate(prompts, step))
     rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
     packs = [pack(one, group_advantages(one.rewards, one.valid), len(rigged)) for one in rigged]
-    team.update(packs, updates=1, beta=0.04, lr=2e-4)
+    team.update(packs, updates=1, beta=0.04, lr=2e-4, stale=False)
 
 
 def tampered(team: Team, fault: Callable[[Weights], Weights]) -> Callable[[int], object]:

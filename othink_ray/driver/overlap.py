@@ -1,0 +1,87 @@
+"""The loop with sampling and learning side by side: each step's answers are of the weights one step older.
+
+generate and score step k+1 | update with step k          then push, and only then the journal looks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any, TypeVar
+
+from othink_ray.core.schedules import BetaSchedule
+from othink_ray.driver.clock import Clock
+from othink_ray.driver.loop import Recipe, Step, Stream, Team, Watches, compared, measured, sample
+
+SIDES = 2  # threads that `train_overlapped` needs
+_WAKE_S = 1.0  # a Ctrl-C that comes just before a thread falls asleep is heard only when it wakes
+
+T = TypeVar("T")
+
+
+def train_overlapped(
+    sides: Executor,
+    team: Team,
+    stream: Stream,
+    *,
+    steps: range,
+    recipe: Recipe,
+    schedule: BetaSchedule,
+    schedule_state: Mapping[str, float],
+    lr: Callable[[int], float],
+    journal: Watches,
+) -> None:
+    """As `loop.train`. The first step alone has answers of its own weights: nothing was learned before it.
+
+    When it raises, the other side may still be at work: whoever ends the team's processes ends that too.
+    """
+    team.push(steps.start)
+    journal.begin(steps.start)
+    for step in steps:
+        clock = Clock()
+        if step == steps.start:
+            following = sides.submit(sample, team, stream, recipe, clock, step=step, version=step)
+        sampled = _result(following)
+        data_position = stream.position
+        ahead = Clock()
+        if step + 1 in steps:
+            following = sides.submit(sample, team, stream, recipe, ahead, step=step + 1, version=step)
+        beta = schedule.beta(step, schedule_state)
+        advantages = compared(sampled.trained, recipe)
+        packs = recipe.pack(sampled.trained, advantages)
+        stale = any(one.group.version < step for one in sampled.trained)
+        learning = sides.submit(
+            team.update, packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
+        )
+        stats = _result(learning, following)
+        clock.lap("update")
+        _result(following)
+        clock.lap("generate")
+        audit = team.push(step + 1)
+        clock.lap("push")
+        schedule_state = schedule.after(schedule_state, measured(sampled, stats))
+        journal.step(
+            Step(
+                step=step,
+                beta=beta,
+                schedule_state=schedule_state,
+                data_position=data_position,
+                asked=sampled.asked,
+                scored=sampled.trained,
+                advantages=advantages,
+                stats=stats,
+                audit=audit,
+                times={"score": 0.0} | clock.times,  # waiting for the other side's scores is in `generate`
+                hidden_s=min(sum(ahead.times.values()), clock.times["update"]),
+            )
+        )
+
+
+def _result(wanted: Future[T], *meanwhile: Future[Any]) -> T:
+    """That of `wanted`; what goes wrong with the others before is raised at once."""
+    pending: set[Future[Any]] = {wanted, *meanwhile}
+    while not wanted.done():
+        done, pending = wait(pending, timeout=_WAKE_S, return_when=FIRST_COMPLETED)
+        for one in done:
+            one.result()
+    return wanted.result()

@@ -1,0 +1,125 @@
+"""A team that only remembers what it was asked, endless numbered questions, and a diary of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from othink_ray.core.advantages import ADVANTAGES
+from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
+from othink_ray.core.schedules import BetaSchedule
+from othink_ray.driver.loop import Recipe, Step
+from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup, UpdateStats
+
+ANSWERS = 3
+
+
+class Numbers:
+    """An endless stream of prompts."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        first, self.position = self.position, self.position + count
+        message = Message(role="user", text="?")
+        return [
+            Prompt(id=f"p{number}", messages=(message,), images=(), answer="1", task="counting")
+            for number in range(first, self.position)
+        ]
+
+
+def stats_of(**known: float) -> UpdateStats:
+    """Of one token; what is not known is 0."""
+    nothing: dict[str, Any] = dict.fromkeys((one.name for one in fields(UpdateStats)), 0)
+    return UpdateStats(**nothing | {"tokens": 1} | known)
+
+
+@dataclass
+class ScriptedTeam:
+    """Answers with `version`, the weights it was given last; finishes groups in reverse."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    version: int = -1
+    lag: int = 0
+    masked: bool = False
+    dull: frozenset[int] = frozenset()  # prompts whose answers are all rewarded alike
+    kl: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    stale: list[bool] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+        self.calls.append(("generate", step))
+        for prompt in reversed(prompts):
+            answers = tuple(
+                Completion(
+                    token_ids=np.arange(1, length + 2),
+                    sampler_logprobs=np.zeros(length + 1, np.float32),
+                    text="",
+                    finish="stop",
+                )
+                for length in range(ANSWERS)
+            )
+            ids = np.arange(2)
+            yield Group(prompt=prompt, prompt_token_ids=ids, completions=answers, version=self.version - self.lag)
+
+    def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
+        scored = []
+        for group in groups:
+            rewards = np.arange(ANSWERS, dtype=float) * (int(group.prompt.id[1:]) not in self.dull)
+            valid = np.array([not self.masked] * ANSWERS)
+            scored.append(
+                ScoredGroup(
+                    group=group,
+                    rewards=rewards,
+                    parts={"accuracy": rewards},
+                    valid=valid,
+                    graded={"rules": 2, "timeout": 1},
+                )
+            )
+        self.calls.append(("score", len(scored)))
+        return scored
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        self.calls.append(("update", [pack.prompt_id for pack in packs], updates, beta))
+        self.rates.append(lr)
+        self.stale.append(stale)
+        self.weight = sum(pack.loss_weights.sum() for pack in packs)
+        return stats_of(kl_mean=self.kl)
+
+    def push(self, version: int) -> Audit:
+        self.calls.append(("push", version))
+        self.version = version
+        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
+
+
+class Diary:
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.steps: list[Step] = []
+
+    def begin(self, step: int) -> None:
+        self.begun.append(step)
+
+    def step(self, seen: Step) -> None:
+        self.steps.append(seen)
+
+
+PAPER = BetaSchedule(name="paper", total=10, beta_min=0.04, beta_max=0.1, explore_frac=0.3, target=0.01, adapt_rate=0.1)
+
+
+def recipe_of(*, updates: int = 1, rounds: int = 1) -> Recipe:
+    """Four prompts a step."""
+    return Recipe(
+        prompts_per_step=4,
+        updates_per_step=updates,
+        sampling_rounds=rounds,
+        advantages=ADVANTAGES["group_std"],
+        pack=partial(
+            pack_step, updates=updates, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=8, shared_prefix=True
+        ),
+    )

@@ -1,0 +1,56 @@
+"""One real run in which the next step is generated while this one is learned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.e2e.conftest import Run, StartRun
+
+
+@pytest.fixture(scope="module")
+def overlapped(start_run: StartRun) -> Run:
+    return start_run("train.overlap=true", "train.steps=3")
+
+
+def samples(run: Run) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_each_step_but_the_first_trains_answers_of_older_weights_corrected(overlapped: Run) -> None:
+    assert [line["sampler/staleness"] for line in overlapped.steps] == [0, 1, 1]
+    assert [sample["version"] for sample in samples(overlapped)] == [0, 0, 1]
+    first, *stale = overlapped.steps
+    assert first["ratio/used_mean"] == 1.0
+    assert first["sampler/logp_gap_max"] < 1e-3
+    for line in stale:
+        assert line["sampler/logp_gap_max"] > 1e-3
+        assert line["ratio/used_mean"] == pytest.approx(line["ratio/truncated_mean"]) != 1.0
+        assert line["ratio/truncated_mean"] <= line["ratio/raw_mean"] * (1 + 1e-6)
+        assert line["ratio/sequence_truncated_mean"] <= line["ratio/sequence_raw_mean"]
+
+
+def test_engines_and_learner_agree_after_every_push(overlapped: Run) -> None:
+    assert all(line["audit/logp_gap_mean"] < 1e-4 for line in overlapped.steps)
+
+
+def test_its_first_step_is_that_of_the_plain_run(overlapped: Run, plain_run: Run) -> None:
+    for name in ("reward/mean", "loss", "kl/beta", "ratio/raw_mean", "grad_norm"):
+        assert overlapped.steps[0][name] == pytest.approx(plain_run.steps[0][name], rel=1e-6)
+
+
+def test_what_sampling_was_hidden_is_not_part_of_the_steps_time(overlapped: Run) -> None:
+    for line in overlapped.steps:
+        laps = [line[f"time/{name}_s"] for name in ("generate", "score", "update", "push")]
+        assert line["time/step_s"] == pytest.approx(sum(laps))
+        assert line["time/hidden_s"] <= line["time/update_s"]
+    assert [line["time/hidden_s"] > 0 for line in overlapped.steps] == [True, True, False]
+
+
+def test_it_goes_on_from_a_checkpoint_with_the_questions_of_the_next_step(overlapped: Run, start_run: StartRun) -> None:
+    half = overlapped.folder / "checkpoints" / "step_2"
+    assert json.loads((half / "state.json").read_text())["data_position"] == 8
+    resumed = start_run("train.overlap=true", "train.steps=3", f"run.resume={half}")
+    assert [line["step"] for line in resumed.steps] == [2]
+    assert samples(resumed)[0]["prompt_id"] == samples(overlapped)[2]["prompt_id"]

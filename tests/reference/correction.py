@@ -1,0 +1,53 @@
+"""Truncated importance sampling, slowly: plain loops over answers and tokens, nothing shared with othink_ray.core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tests.reference import variants
+from tests.reference.grpo_d import Answer
+from tests.reference.variants import Variant
+
+# [group][answer][token]: the logprobs under the weights that sampled
+Samplers = Sequence[Sequence[Sequence[float]]]
+
+
+def factors(kind: str, old: Sequence[float], sampler: Sequence[float], cap: float) -> list[float]:
+    """What the gain of each token of one answer is multiplied by."""
+    ratios = [math.exp(own) / math.exp(other) for own, other in zip(old, sampler, strict=True)]
+    if kind == "token":
+        return [ratio if ratio < cap else cap for ratio in ratios]
+    assert kind == "sequence"
+    product = 1.0
+    for ratio in ratios:
+        product = product * ratio
+    return [product if product < cap else cap] * len(ratios)
+
+
+def loss(
+    step: Sequence[Sequence[Answer]],
+    samplers: Samplers,
+    variant: Variant,
+    beta: float,
+    max_tokens: int,
+    kind: str,
+    cap: float,
+) -> torch.Tensor:
+    """As `variants.loss` of one optimiser step, with the gains corrected and the KL left alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for g, group in enumerate(step):
+        for i, answer in enumerate(group):
+            if not answer.valid:
+                continue
+            worth = variants.advantage(variant.advantage, step, g, i)
+            weight = variants.token_weight(variant.weights, step, g, i, max_tokens)
+            own = factors(kind, [float(one) for one in answer.old], samplers[g][i], cap)
+            ratios = variants.ratios(variant.ratio, answer)
+            for t, ratio in enumerate(ratios):
+                kl = variants.token_kl(variant.estimator, answer.policy[t], answer.ref[t])
+                gain = variants.gain(ratio, worth, variant.low, variant.high)
+                total = total + weight * (beta * kl - own[t] * gain)
+    return total

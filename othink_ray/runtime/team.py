@@ -57,7 +57,9 @@ class Team(Examiners):
         return self.rollout.generate(prompts, sampling)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
-        return self.rewards.score(groups)
+        scored = self.rewards.score(groups)
+        self.rollout.note(one.group for one in scored)
+        return scored
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float) -> UpdateStats:
         return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from othink_ray.config.schema import Config
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.vllm_rollout import VLLMRollout
+from othink_ray.families.base import Family
 from othink_ray.types import Prompt
-from tests.engines.samples import ask, picture, sent_weights
+from tests.engines.samples import ask, give, picture, sent_weights
 
 SAMPLING = Sampling(answers=4, max_tokens=3, temperature=1.0, seed=0)
 BLOCK = 32  # tokens that vLLM's prefix cache keeps or drops together
@@ -47,7 +50,7 @@ class Work:
 
 @pytest.fixture
 def engine(vllm_engine: VLLMRollout, policy: Policy) -> VLLMRollout:
-    vllm_engine.load_weights(sent_weights(policy.network), 0)
+    give(vllm_engine, sent_weights(policy.network), 0)
     return vllm_engine
 
 
@@ -63,11 +66,10 @@ def work(engine: VLLMRollout) -> Iterator[Work]:
 def test_an_image_is_encoded_once_for_all_answers_and_again_for_new_weights(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
-    list(engine.generate(scenes[:6], SAMPLING))
-    assert work.take()[0] == 6
-    engine.load_weights(sent_weights(policy.network), 1)
-    list(engine.generate(scenes[:6], SAMPLING))
-    assert work.take()[0] == 6
+    for version in (1, 2):
+        groups = list(engine.generate(scenes[:6], SAMPLING))
+        assert work.take()[0] == sum(group.image_encodes for group in groups) == 6
+        give(engine, sent_weights(policy.network), version)
 
 
 def test_images_of_one_prompt_are_each_encoded_once(engine: VLLMRollout, work: Work) -> None:
@@ -86,6 +88,27 @@ def test_answers_of_a_group_share_the_blocks_of_their_prompt(
     assert work.take()[1] == length + (SAMPLING.answers - 1) * (length - shared) + fed_back
 
 
+@pytest.fixture(scope="module")
+def forgetful(config: Config, family: Family, model_folder: Path) -> VLLMRollout:
+    """An engine that reads a prompt anew for every answer."""
+    rollout = replace(config.rollout, prefix_caching=False)
+    return VLLMRollout(rollout, config.model, family, str(model_folder), transport="shared_memory", max_logprobs=20)
+
+
+def test_answers_are_the_same_without_prefix_caching_for_more_work(
+    engine: VLLMRollout, forgetful: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
+) -> None:
+    give(forgetful, sent_weights(policy.network), 0)
+    more = Work()
+    forgetful.engine.collective_rpc(more.watch)
+    found = [
+        {group.prompt.id: [c.token_ids.tolist() for c in group.completions] for group in one.generate(scenes, SAMPLING)}
+        for one in (engine, forgetful)
+    ]
+    assert found[0] == found[1]
+    assert more.take()[1] > 1.5 * work.take()[1]
+
+
 def test_nothing_of_a_prompt_outlives_its_weights(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
@@ -94,6 +117,6 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     first = work.take()[1]
     list(engine.generate(scenes[:1], SAMPLING))
     kept = work.take()[1]
-    engine.load_weights(sent_weights(policy.network), 1)
+    give(engine, sent_weights(policy.network), 1)
     list(engine.generate(scenes[:1], SAMPLING))
     assert work.take()[1] == first > kept >= once

@@ -61,7 +61,13 @@ class ScriptedTeam:
                 for length in range(ANSWERS)
             )
             ids = np.arange(2)
-            yield Group(prompt=prompt, prompt_token_ids=ids, completions=answers, version=self.version - self.lag)
+            yield Group(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=answers,
+                version=self.version - self.lag,
+                image_encodes=2,
+            )
 
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []
@@ -197,6 +203,11 @@ def test_the_layers_of_grading_are_counted_over_all_groups() -> None:
     found = measures(seen)
     assert (found["reward/graded_by_rules"], found["reward/grader_timeouts"]) == (8, 4)
     assert (found["reward/graded_symbolically"], found["reward/grader_crashes"], found["reward/untagged"]) == (0, 0, 0)
+
+
+def test_images_that_the_engines_looked_at_are_counted_over_all_groups() -> None:
+    [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
+    assert measures(seen)["rollout/image_encodes"] == 2 * len(seen.asked) == 14
 
 
 def test_the_laps_of_a_step_add_up_to_its_time() -> None:

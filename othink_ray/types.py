@@ -49,6 +49,7 @@ class Group:
     prompt_token_ids: NDArray[np.int64]
     completions: tuple[Completion, ...]
     version: int
+    image_encodes: int = 0  # images that the engine's vision tower saw from the group before to this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,6 +173,8 @@ class RolloutConfig:
     kv_cache_gb: float  # on CPU; on GPU see gpu_memory_utilization
     gpu_memory_utilization: float
     enforce_eager: bool
+    prefix_caching: bool  # a prompt is read once for all its answers
+    balance: bool  # prompts go to actors by how long their answers were; false: one after the other
     load_timeout_s: float
     step_timeout_s: float
 

@@ -70,6 +70,7 @@ def measures(step: Step) -> dict[str, float]:
         "groups/constant_frac": float(np.mean([not teaches(one) for one in asked])),
         "groups/asked": float(len(asked)),
         "groups/masked": float((~valid).sum()),
+        "rollout/image_encodes": float(sum(one.group.image_encodes for one in asked)),
         "vision/encodes": float(step.stats.vision_encodes),
         "throughput/samples_per_s": len(answers) / seconds,
         "throughput/tokens_per_s": float(lengths.sum()) / seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,53 @@ class RolloutEngine(Protocol):
         """Groups in the order in which they finish."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace all weights and forget everything computed with the old ones."""
-        ...
+    def begin_push(self) -> None: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def finish_push(self, version: int, buckets: int) -> None: ...
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]: ...
+
+
+class UnfinishedPush(RuntimeError):
+    """An engine holds parts of two policies."""
+
+
+_UNFINISHED = -2  # the version of an engine during a push
+
+
+class Receiver(ABC):
+    """The receiving end of a push. Until all of its buckets have arrived, an engine refuses to answer."""
+
+    version = -1  # the weights of the folder that the engine was opened with
+    _arrived = 0
+
+    def begin_push(self) -> None:
+        self.version, self._arrived = _UNFINISHED, 0
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """One bucket of a push; weights that are in none of them stay as they are."""
+        assert self.version == _UNFINISHED, "weights outside of a push"
+        self._write(weights)
+        self._arrived += 1
+
+    def finish_push(self, version: int, buckets: int) -> None:
+        """The policy is whole again: everything computed with older weights is forgotten."""
+        if self._arrived != buckets:
+            raise UnfinishedPush(f"of the {buckets} buckets of weights version {version}, {self._arrived} arrived")
+        self._forget()
+        self.version = version
+
+    def _require_whole(self) -> None:
+        if self.version == _UNFINISHED:
+            raise UnfinishedPush("a push of weights did not finish: this engine holds parts of two policies")
+
+    @abstractmethod
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    @abstractmethod
+    def _forget(self) -> None: ...
 
 
 class LearnerEngine(Protocol):
@@ -91,7 +134,7 @@ class LearnerEngine(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All trained weights, whole, one after the other, under their Hugging Face module names."""
+        """The weights that are trained, whole, one after the other, under their Hugging Face module names."""
         ...
 
     def export(self, folder: Path) -> None:

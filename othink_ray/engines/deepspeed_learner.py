@@ -206,18 +206,14 @@ class DeepSpeedLearner:
         return results
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._parameters()
-        policy: Any = self.engine.module
-        if policy.network.config.tie_word_embeddings:
-            head = self.family.output_weight(policy.network)
-            with self._whole([head]):
-                yield "lm_head.weight", head.detach()  # engines that pack weights hold a second copy
+        return self._parameters(trained_only=True)
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def _parameters(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
         policy: Any = self.engine.module
         for name, parameter in policy.network.named_parameters():
-            with self._whole([parameter]):
-                yield name, parameter.detach()
+            if parameter.requires_grad or not trained_only:
+                with self._whole([parameter]):
+                    yield name, parameter.detach()
 
     def _whole(self, parameters: list[Tensor]) -> Any:
         """Under ZeRO-3 a parameter lives in pieces; inside this context it is whole on every rank."""
@@ -225,7 +221,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         policy: Any = self.engine.module
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._parameters()}
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._parameters(trained_only=False)}
         if self.place.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.family.save(folder, policy.network, state)

@@ -11,18 +11,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling, require_room, share_of_cores
+from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
 
 
-class HFRollout:
+class HFRollout(Receiver):
     """One prompt at a time: its image and text are computed once, its answers side by side."""
 
     def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family) -> None:
         self.family = family
-        self.version = -1
         self.max_model_len = rollout.max_model_len
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
         if self.device.type == "cpu":
@@ -30,18 +29,22 @@ class HFRollout:
         self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.network.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, weight in weights:
                 own[name].copy_(weight)
-        self.version = version
+
+    def _forget(self) -> None:
+        """Nothing outlives a prompt here."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        self._require_whole()
         for prompt in prompts:
             yield self._answer(prompt, sampling)[0]
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
+        self._require_whole()
         probes = []
         for prompt in prompts:
             group, log_p = self._answer(prompt, sampling)
@@ -113,5 +116,6 @@ class HFRollout:
             prompt_token_ids=np.array(prompt_ids, dtype=np.int64),
             completions=tuple(completions),
             version=self.version,
+            image_encodes=len(prompt.images),
         )
         return group, log_p

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Sampling, require_room, share_of_cores
+from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import BANNED_BIAS
+from othink_ray.engines.vllm_worker import Worker, keep_weights
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
 
 
-class VLLMRollout:
+class VLLMRollout(Receiver):
     """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
 
     def __init__(
@@ -32,8 +34,7 @@ class VLLMRollout:
         max_logprobs: int,
     ) -> None:
         self.family = family
-        self.version = -1
-        self.limit = rollout.max_model_len
+        self.limit, self.prefix_caching = rollout.max_model_len, rollout.prefix_caching
         on_gpu = rollout.gpus_per_actor > 0
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -62,6 +63,7 @@ class VLLMRollout:
             "max_num_batched_tokens": max(8192, rollout.max_model_len),
             "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
             "mm_processor_kwargs": {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels},
+            "mm_processor_cache_gb": 0,  # it would keep the pixels of gigabytes of images that never come again
             "max_logprobs": max_logprobs,
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
             "enable_prefix_caching": True,
@@ -75,46 +77,53 @@ class VLLMRollout:
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
+            keep_weights()
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
+        [self.worker] = self.engine.collective_rpc(Worker)
+        self.probed: dict[Prompt, Any] = {}  # what vLLM was given for the prompts of the last probe
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        for index, output in self._outputs(prompts, sampling, logprobs=0):
-            yield self._group(prompts[index], output)
+        self._require_whole()
+        encodes = self.worker.image_encodes
+        inputs = [self._input(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
+        for index, output in self._outputs(prompts, inputs, sampling, logprobs=0):
+            before, encodes = encodes, self.worker.image_encodes
+            yield self._group(prompts[index], output, encodes - before)
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
-        outputs = dict(self._outputs(prompts, sampling, logprobs=candidates))
-        return [self._probe(prompt, outputs[index], candidates) for index, prompt in enumerate(prompts)]
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
-        self.adopt(version)
+        """The prompts are prepared once, as long as they are the same ones."""
+        self._require_whole()
+        self.probed = {prompt: self.probed.get(prompt) or self._input(prompt) for prompt in prompts}
+        inputs = [self.probed[prompt] for prompt in prompts]
+        outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
+        return [self._probe(prompt, outputs[index]) for index, prompt in enumerate(prompts)]
 
     def transfer(self, verb: str, *arguments: Any) -> None:
         """One call of vLLM's own weight transfer, made by the learner's sender."""
+        if verb == "start_weight_update":
+            self.begin_push()
         self.engine.collective_rpc(verb, args=arguments)
 
-    def adopt(self, version: int) -> None:
-        """The weights that were transferred are whole now."""
-        self.forget()
-        self.version = version
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.worker.write(weights)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to drop its prefix cache: requests were still running during a push")
         self.engine.reset_encoder_cache()
-        self.engine.reset_mm_cache()
 
-    def _outputs(self, prompts: Sequence[Prompt], sampling: Sampling, *, logprobs: int) -> Iterator[tuple[int, Any]]:
+    def _outputs(
+        self, prompts: Sequence[Prompt], inputs: Sequence[Any], sampling: Sampling, *, logprobs: int
+    ) -> Iterator[tuple[int, Any]]:
         """(index of a prompt, its output) as they finish; named by index, since a prompt may come twice."""
-        requests = [self._request(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
         waiting = {str(index) for index in range(len(prompts))}
         try:
-            for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-                self.engine.add_request(str(index), request, self._parameters(prompt, sampling, logprobs))
+            for index, (prompt, given) in enumerate(zip(prompts, inputs, strict=True)):
+                self.engine.add_request(str(index), given, self._parameters(prompt, sampling, logprobs))
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
                     waiting.remove(output.request_id)
@@ -131,26 +140,27 @@ class VLLMRollout:
             seed=sampling.seed_of(prompt),
             logprobs=logprobs,
             logit_bias=dict.fromkeys(self.family.banned_token_ids, BANNED_BIAS),
+            flat_logprobs=True,
+            skip_reading_prefix_cache=not self.prefix_caching,
             detokenize=False,
             output_kind=self._final_only,
         )
 
-    def _request(self, prompt: Prompt) -> dict[str, Any]:
+    def _input(self, prompt: Prompt) -> Any:
+        """The prompt as vLLM takes it in: expanded tokens, processed pixels."""
         token_ids = self.family.prompt_token_ids(prompt)
         require_room(prompt, self.family.expand(token_ids, self.family.image_token_counts(prompt.images)), self.limit)
         images = [Image.open(io.BytesIO(image)).convert("RGB") for image in prompt.images]
-        return {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
+        asked = {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
+        return self.engine.renderer.render_cmpl([asked])[0]
 
-    def _group(self, prompt: Prompt, output: Any) -> Group:
+    def _group(self, prompt: Prompt, output: Any, image_encodes: int) -> Group:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
         texts = self.family.decode([answer.token_ids for answer in answers])
         completions = tuple(
             Completion(
                 token_ids=np.array(answer.token_ids, dtype=np.int64),
-                sampler_logprobs=np.array(
-                    [place[token].logprob for place, token in zip(answer.logprobs, answer.token_ids, strict=True)],
-                    dtype=np.float32,
-                ),
+                sampler_logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 0].astype(np.float32),
                 text=text,
                 finish="length" if answer.finish_reason == "length" else "stop",
             )
@@ -161,15 +171,18 @@ class VLLMRollout:
             prompt_token_ids=np.array(output.prompt_token_ids, dtype=np.int64),
             completions=completions,
             version=self.version,
+            image_encodes=image_encodes,
         )
 
-    def _probe(self, prompt: Prompt, output: Any, candidates: int) -> Probe:
+    def _probe(self, prompt: Prompt, output: Any) -> Probe:
         [answer] = output.outputs
-        likeliest = [
-            sorted(place.items(), key=lambda item: (item[1].rank, item[0]))[:candidates] for place in answer.logprobs
-        ]
         return Probe(
-            group=self._group(prompt, output),
-            candidates=np.array([[token for token, _ in place] for place in likeliest], dtype=np.int64),
-            logprobs=np.array([[item.logprob for _, item in place] for place in likeliest], dtype=np.float32),
+            group=self._group(prompt, output, image_encodes=0),
+            candidates=_by_place(answer.logprobs.token_ids, answer)[:, 1:].astype(np.int64),
+            logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 1:].astype(np.float32),
         )
+
+
+def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:
+    """vLLM's flat lists as (T, 1 + K): at each place the sampled token, then the K likeliest ones."""
+    return np.array(values).reshape(len(answer.token_ids), -1)

@@ -30,19 +30,20 @@ class RolloutActor:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         yield from self.engine.generate(prompts, sampling)
 
-    def load_weights(self, version: int, *chunks: Chunk) -> int:
-        self.engine.load_weights(from_chunks(chunks), version)
+    def begin_push(self) -> None:
+        self.engine.begin_push()
+
+    def load_weights(self, bucket: Chunk) -> None:
+        self.engine.load_weights(from_chunks([bucket]))
+
+    def finish_push(self, version: int, buckets: int) -> int:
+        self.engine.finish_push(version, buckets)
         return self.engine.version
 
     def transfer(self, verb: str, *arguments: Any) -> None:
         """vLLM's own weight transfer; only engines opened for it are asked."""
         engine: Any = self.engine
         engine.transfer(verb, *arguments)
-
-    def adopt(self, version: int) -> int:
-        engine: Any = self.engine
-        engine.adopt(version)
-        return self.engine.version
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         return self.engine.probe(prompts, sampling, candidates)
@@ -69,11 +70,11 @@ class LearnerActor:
     ) -> UpdateStats:
         return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
 
-    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        return self.engine.candidate_logprobs(probes)
+    def candidate_logprobs(self, *probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+        return self.engine.candidate_logprobs([probe for of_engine in probes for probe in of_engine])
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk]:
-        """The whole policy in buckets; under ZeRO-3 every rank must iterate, one must keep."""
+        """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
         yield from to_chunks(self.engine.named_weights(), bucket_bytes)
 
     def open_sender(self, make_sender: Callable[[LearnerEngine], Sender]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from othink_ray.config.schema import LearnerConfig, RewardConfig, RolloutConfig
@@ -17,9 +16,10 @@ from othink_ray.core.packing import plan
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
 from othink_ray.engines.vllm_transfer import Sender
 from othink_ray.runtime.actors import LearnerActor, RolloutActor
+from othink_ray.runtime.balance import AnswerLengths, deal
 from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_actor import RewardActor
-from othink_ray.types import Group, Pack, Probe, Prompt, ScoredGroup, UpdateStats
+from othink_ray.types import Group, Pack, Prompt, ScoredGroup, UpdateStats
 
 
 class WorkerFailed(RuntimeError):
@@ -39,11 +39,24 @@ def gather(references: Sequence[Any], who: str, timeout_s: float) -> list[Any]:
         raise WorkerFailed(f"{who} died: {error}") from error
 
 
+def arriving(streams: list[Any], who: str, timeout_s: float) -> Iterator[Any]:
+    """References to what Ray's streams give, as it comes from any of them; none of it is fetched."""
+    while streams:
+        ready, _ = ray.wait(streams, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not ready:
+            raise WorkerFailed(f"{who} gave nothing within {timeout_s:.0f} s")
+        try:
+            yield next(ready[0])
+        except StopIteration:
+            streams.remove(ready[0])
+
+
 class RolloutPool:
     """The sampling engines. Groups come as references, so that images and answers need not pass through the driver."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine], rollout: RolloutConfig, placement: Placement) -> None:
         self.step_timeout_s, self.load_timeout_s = rollout.step_timeout_s, rollout.load_timeout_s
+        self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [
             placement.start(RolloutActor, "rollout", index, make_engine) for index in range(rollout.num_actors)
         ]
@@ -54,31 +67,40 @@ class RolloutPool:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Any]:
         """References to groups, as they finish on any actor."""
         streams = [
-            actor.generate.options(num_returns="streaming").remote(prompts[index :: len(self.actors)], sampling)
-            for index, actor in enumerate(self.actors)
+            actor.generate.options(num_returns="streaming").remote(own, sampling)
+            for actor, own in zip(self.actors, self._shares(prompts, sampling.answers), strict=True)
         ]
-        while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=self.step_timeout_s, fetch_local=False)
-            if not ready:
-                raise WorkerFailed(f"{len(streams)} rollout actors gave no group within {self.step_timeout_s:.0f} s")
-            try:
-                yield next(ready[0])
-            except StopIteration:
-                streams.remove(ready[0])
+        yield from arriving(streams, "a rollout actor", self.step_timeout_s)
 
-    def load_weights(self, version: int, chunks: Sequence[Any]) -> list[int]:
-        """Every engine's version after loading."""
-        loads = [actor.load_weights.remote(version, *chunks) for actor in self.actors]
-        return gather(loads, "a rollout actor (loading weights)", self.step_timeout_s)
+    def _shares(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
+        """The prompts of each actor; answers do not depend on where they are sampled."""
+        if self.lengths is None or len(self.actors) == 1:
+            return [prompts[index :: len(self.actors)] for index in range(len(self.actors))]
+        work = [self.lengths.work(prompt, answers) for prompt in prompts]
+        return [[prompts[index] for index in own] for own in deal(work, len(self.actors))]
 
-    def adopt(self, version: int) -> list[int]:
-        """Every engine's version after a transfer of its own."""
-        return gather([actor.adopt.remote(version) for actor in self.actors], "a rollout actor", self.step_timeout_s)
+    def note(self, groups: Iterable[Group]) -> None:
+        """What was answered, for a fair share of the next prompts."""
+        if self.lengths is not None:
+            for group in groups:
+                self.lengths.note(group)
 
-    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
-        """Every engine's probes, one engine after the other."""
-        asked = [actor.probe.remote(prompts, sampling, candidates) for actor in self.actors]
-        return [probe for probes in gather(asked, "a rollout actor (probe)", self.step_timeout_s) for probe in probes]
+    def begin_push(self) -> list[Any]:
+        return [actor.begin_push.remote() for actor in self.actors]
+
+    def load_weights(self, bucket: Any) -> list[Any]:
+        return [actor.load_weights.remote(bucket) for actor in self.actors]
+
+    def finish_push(self, version: int, buckets: int) -> list[Any]:
+        """A reference to each engine's version after it."""
+        return [actor.finish_push.remote(version, buckets) for actor in self.actors]
+
+    def probe(self, prompts: Any, sampling: Sampling, candidates: int) -> list[Any]:
+        """A reference to each engine's list of probes."""
+        return [actor.probe.remote(prompts, sampling, candidates) for actor in self.actors]
+
+    def wait_for(self, calls: Sequence[Any], doing: str) -> list[Any]:
+        return gather(calls, f"a rollout actor ({doing})", self.step_timeout_s)
 
 
 class RewardPool:
@@ -125,7 +147,7 @@ class LearnerPool:
 
     def start(self) -> list[Any]:
         """Begin loading; wait for the references to know that it is done."""
-        [(address, port)] = self._all([self.ranks[0].address.remote()], "loading", self.learner.load_timeout_s)
+        [(address, port)] = self.wait_for([self.ranks[0].address.remote()], "loading", self.learner.load_timeout_s)
         self.places = [
             Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
@@ -135,7 +157,7 @@ class LearnerPool:
         ]
 
     def wait(self, started: Sequence[Any]) -> None:
-        self._all(started, "loading", self.learner.load_timeout_s)
+        self.wait_for(started, "loading", self.learner.load_timeout_s)
 
     def update(
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
@@ -146,41 +168,41 @@ class LearnerPool:
         for rank, actor in enumerate(self.ranks):
             own = [[[packs[row] for row in micro] for micro in update[rank]] for update in shares]
             calls.append(actor.update.remote(own, beta, lr, loss, correction))
-        stats: UpdateStats = self._all(calls, "update")[0]
+        stats: UpdateStats = self.wait_for(calls, "update")[0]
         return stats
 
-    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        shared = ray.put(list(probes))
-        calls = [actor.candidate_logprobs.remote(shared) for actor in self.ranks]
-        logprobs: list[NDArray[np.float32]] = self._all(calls, "audit")[0]
-        return logprobs
+    def candidate_logprobs(self, probes: Sequence[Any]) -> list[Any]:
+        """For references to each engine's probes: one to each rank's logprobs of all of them, which are the same."""
+        return [actor.candidate_logprobs.remote(*probes) for actor in self.ranks]
 
-    def chunks(self, bucket_bytes: int) -> Iterator[Any]:
-        """References to the policy's buckets, as they are gathered."""
+    def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
+        """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for."""
         following = [actor.follow.remote() for actor in self.ranks[1:]]
-        yield from self.ranks[0].chunks.options(num_returns="streaming").remote(bucket_bytes)
-        self._all(following, "gathering weights")
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
+        stream = self.ranks[0].chunks.options(**streaming).remote(bucket_bytes)
+        yield from arriving([stream], "the learner (gathering weights)", self.learner.step_timeout_s)
+        self.wait_for(following, "gathering weights")
 
     def open_senders(self, make_sender: Callable[[Place, int, LearnerEngine], Sender]) -> None:
         """Meet the engines on a port of their own."""
-        [(_, port)] = self._all([self.ranks[0].address.remote()], "opening the weight transfer")
+        [(_, port)] = self.wait_for([self.ranks[0].address.remote()], "opening the weight transfer")
         opened = [
             actor.open_sender.remote(partial(make_sender, place, port))
             for actor, place in zip(self.ranks, self.places, strict=True)
         ]
-        self._all(opened, "opening the weight transfer", self.learner.load_timeout_s)
+        self.wait_for(opened, "opening the weight transfer", self.learner.load_timeout_s)
 
     def send(self) -> None:
-        self._all([actor.send.remote() for actor in self.ranks], "sending weights")
+        self.wait_for([actor.send.remote() for actor in self.ranks], "sending weights")
 
     def export(self, folder: Path) -> None:
-        self._all([actor.export.remote(folder) for actor in self.ranks], "export")
+        self.wait_for([actor.export.remote(folder) for actor in self.ranks], "export")
 
     def save(self, folder: Path) -> None:
-        self._all([actor.save.remote(folder) for actor in self.ranks], "saving a checkpoint")
+        self.wait_for([actor.save.remote(folder) for actor in self.ranks], "saving a checkpoint")
 
     def load(self, folder: Path) -> None:
-        self._all([actor.load.remote(folder) for actor in self.ranks], "loading a checkpoint")
+        self.wait_for([actor.load.remote(folder) for actor in self.ranks], "loading a checkpoint")
 
-    def _all(self, calls: Sequence[Any], doing: str, timeout_s: float | None = None) -> list[Any]:
+    def wait_for(self, calls: Sequence[Any], doing: str, timeout_s: float | None = None) -> list[Any]:
         return gather(calls, f"the learner ({doing})", timeout_s or self.learner.step_timeout_s)

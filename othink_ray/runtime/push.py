@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import ray
@@ -16,14 +18,34 @@ from othink_ray.types import Audit, Prompt
 from othink_ray.weights.audit import AuditError, compare, require
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """Calls under way on the engines, as references: loading, and then the version that each engine reports."""
+
+    loading: Sequence[Any]
+    versions: Sequence[Any]
+
+
+_BUCKETS_AHEAD = 2  # gathered before they are asked for, and again so many on their way into an engine
+
+
 class SharedMemoryPush:
-    """Buckets through Ray's object store: shared memory on a node, one copy to each other node."""
+    """Buckets through Ray's object store: shared memory on a node, one copy to each other node.
+
+    The engines load one while the learner gathers the next.
+    """
 
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
         self.learner, self.rollout, self.bucket_bytes = learner, rollout, bucket_mb * 2**20
 
-    def send(self, version: int) -> list[int]:
-        return self.rollout.load_weights(version, list(self.learner.chunks(self.bucket_bytes)))
+    def send(self, version: int) -> Sent:
+        loading = [self.rollout.begin_push()]
+        for bucket in self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD):
+            loading.append(self.rollout.load_weights(bucket))
+            if len(loading) > _BUCKETS_AHEAD:
+                self.rollout.wait_for(loading[-1 - _BUCKETS_AHEAD], "loading weights")
+        versions = self.rollout.finish_push(version, buckets=len(loading) - 1)
+        return Sent(loading=list(chain.from_iterable(loading)), versions=versions)
 
 
 class TransferPush:
@@ -36,9 +58,9 @@ class TransferPush:
             partial(_make_sender, backend, engines, receivers=len(rollout.actors), bucket_bytes=bucket_mb * 2**20)
         )
 
-    def send(self, version: int) -> list[int]:
+    def send(self, version: int) -> Sent:
         self.learner.send()
-        return self.rollout.adopt(version)
+        return Sent(loading=[], versions=self.rollout.finish_push(version, buckets=0))
 
 
 def _make_sender(
@@ -88,9 +110,7 @@ class TransferClient:
 class Transport(Protocol):
     """A way for one version of the policy to reach every engine."""
 
-    def send(self, version: int) -> list[int]:
-        """The version that each engine reports afterwards."""
-        ...
+    def send(self, version: int) -> Sent: ...
 
 
 def open_transport(name: str, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> Transport:
@@ -113,15 +133,20 @@ class AuditedPush:
         temperature: float,
     ) -> None:
         self.transport, self.learner, self.rollout, self.weights = transport, learner, rollout, weights
-        self.probe_prompts = list(probe_prompts)
+        self.probe_prompts = ray.put(list(probe_prompts))
         # The same prompts and seed on every push: what an engine wrongly remembers of them shows.
         self.sampling = Sampling(answers=1, max_tokens=weights.audit_tokens, temperature=temperature, seed=0)
 
     def __call__(self, version: int) -> Audit:
-        reached = self.transport.send(version)
+        """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
+        sent = self.transport.send(version)
+        asked = self.rollout.probe(self.probe_prompts, self.sampling, self.weights.audit_candidates)
+        repeated = self.learner.candidate_logprobs(asked)
+        self.rollout.wait_for(sent.loading, "loading weights")  # what failed first says why
+        reached = self.rollout.wait_for(sent.versions, "loading weights")
         if set(reached) != {version}:
             raise AuditError(f"engines report weights versions {reached} after a push of version {version}")
-        probes = self.rollout.probe(self.probe_prompts, self.sampling, self.weights.audit_candidates)
-        audit = compare(probes, self.learner.candidate_logprobs(probes), version)
+        probes = list(chain.from_iterable(self.rollout.wait_for(asked, "probe")))
+        audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], version)
         require(audit, self.weights.audit_tolerance)
         return audit

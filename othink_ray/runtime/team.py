@@ -58,7 +58,9 @@ class Team(Examiners):
         return self.rollout.generate(prompts, sampling)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
-        return self.rewards.score(groups)
+        scored = self.rewards.score(groups)
+        self.rollout.note(one.group for one in scored)
+        return scored
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         correction = self.correction if stale else "none"

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from othink_ray.config.schema import Config
-from othink_ray.engines.base import RolloutEngine, Sampling
+from othink_ray.engines.base import RolloutEngine, Sampling, UnfinishedPush
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Prompt
-from tests.engines.samples import ask, batch_of, group_of, picture, row_of, sent_weights
+from tests.engines.samples import ask, batch_of, give, group_of, picture, row_of, sent_weights
 
 CPU = torch.device("cpu")
 WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
@@ -36,7 +36,7 @@ MIXED = (
 def engine(request: pytest.FixtureRequest, policy: Policy) -> RolloutEngine:
     """Each engine in turn, with the weights of `policy` as version 0."""
     opened: RolloutEngine = request.getfixturevalue(f"{request.param}_engine")
-    opened.load_weights(sent_weights(policy.network), 0)
+    give(opened, sent_weights(policy.network), 0)
     return opened
 
 
@@ -91,7 +91,7 @@ def test_each_prompt_gets_its_answers_with_a_logprob_for_every_token(engine: Rol
 def test_the_text_is_the_sampled_tokens_without_the_end(
     engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
 ) -> None:
-    engine.load_weights(sent_weights(taught.network), 1)
+    give(engine, sent_weights(taught.network), 1)
     for group in engine.generate(scenes[:2], replace(WARM, max_tokens=32)):
         for completion in group.completions:
             assert completion.text == family.decode([completion.token_ids.tolist()])[0]
@@ -123,8 +123,8 @@ def test_images_beyond_the_pixel_bounds_are_resized_as_the_learner_resizes_them(
 def test_sampled_logprobs_are_those_that_the_learner_computes(
     engine: RolloutEngine, family: Family, taught: Policy, temperature: float
 ) -> None:
-    engine.load_weights(sent_weights(taught.network), 1)
-    learner = Policy(taught.network, family, temperature)
+    give(engine, sent_weights(taught.network), 1)
+    learner = Policy(taught.network, family, temperature, logit_rows=64)
     for group in engine.generate(MIXED, replace(WARM, temperature=temperature, max_tokens=24)):
         gap = learner_gap(learner, family, group)
         assert gap.mean() < 1e-4
@@ -189,7 +189,7 @@ def test_an_iteration_that_is_left_early_does_not_disturb_the_next(engine: Rollo
 
 
 def test_greedy_answers_repeat_whatever_the_seed(engine: RolloutEngine, taught: Policy) -> None:
-    engine.load_weights(sent_weights(taught.network), 1)
+    give(engine, sent_weights(taught.network), 1)
     assert answers(engine, MIXED, GREEDY) == answers(engine, MIXED, replace(GREEDY, seed=5))
 
 
@@ -198,7 +198,7 @@ def test_both_engines_agree_on_greedy_answers(
 ) -> None:
     prompts = [*MIXED, *scenes[:8]]
     for opened in (vllm_engine, hf_engine):
-        opened.load_weights(sent_weights(taught.network), 1)
+        give(opened, sent_weights(taught.network), 1)
     by_vllm, by_hf = answers(vllm_engine, prompts, GREEDY), answers(hf_engine, prompts, GREEDY)
     assert by_vllm == by_hf
     assert len({tuple(answer) for [answer] in by_hf.values()}) > 1
@@ -216,7 +216,7 @@ def test_the_end_token_belongs_to_the_answer_and_stops_it(
     engine: RolloutEngine, family: Family, policy: Policy
 ) -> None:
     rigged = always_says(policy, family, MIXED[0], family.eos_token_id)
-    engine.load_weights(sent_weights(rigged.network), 1)
+    give(engine, sent_weights(rigged.network), 1)
     [group] = engine.generate(MIXED[:1], WARM)
     for completion in group.completions:
         assert completion.token_ids.tolist() == [family.eos_token_id]
@@ -226,7 +226,7 @@ def test_the_end_token_belongs_to_the_answer_and_stops_it(
 def test_answers_of_one_group_end_at_their_own_places(
     engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
 ) -> None:
-    engine.load_weights(sent_weights(taught.network), 1)
+    give(engine, sent_weights(taught.network), 1)
     hot = Sampling(answers=8, max_tokens=24, temperature=1.6, seed=3)
     ended = []
     for group in engine.generate(scenes[:4], hot):
@@ -237,7 +237,7 @@ def test_answers_of_one_group_end_at_their_own_places(
             assert completion.finish == ("stop" if stopped else "length")
             assert stopped or len(ids) == hot.max_tokens
             ended.append((completion.finish, len(ids)))
-        assert learner_gap(Policy(taught.network, family, hot.temperature), family, group).mean() < 1e-4
+        assert learner_gap(Policy(taught.network, family, hot.temperature, logit_rows=64), family, group).mean() < 1e-4
     assert {finish for finish, _ in ended} == {"stop", "length"}
     assert len({length for _, length in ended}) > 2
 
@@ -264,7 +264,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused_by_name(engine: RolloutE
 def test_a_vision_token_is_never_sampled_however_likely(engine: RolloutEngine, family: Family, policy: Policy) -> None:
     for token_id in family.banned_token_ids:
         rigged = always_says(policy, family, MIXED[0], token_id)
-        engine.load_weights(sent_weights(rigged.network), 1)
+        give(engine, sent_weights(rigged.network), 1)
         [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=4))
         sampled = {int(token) for completion in group.completions for token in completion.token_ids}
         assert not sampled & set(family.banned_token_ids)
@@ -274,7 +274,7 @@ def test_a_vision_token_is_never_sampled_however_likely(engine: RolloutEngine, f
 def test_rigging_the_head_would_work_on_any_other_token(engine: RolloutEngine, family: Family, policy: Policy) -> None:
     """What makes the test above able to fail."""
     rigged = always_says(policy, family, MIXED[0], 200)
-    engine.load_weights(sent_weights(rigged.network), 1)
+    give(engine, sent_weights(rigged.network), 1)
     [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=1))
     assert {int(token) for completion in group.completions for token in completion.token_ids} == {200}
 
@@ -286,10 +286,10 @@ def test_new_weights_change_the_answers_and_old_ones_bring_them_back(
     engine: RolloutEngine, policy: Policy, taught: Policy
 ) -> None:
     before = list(engine.generate(MIXED, WARM))
-    engine.load_weights(sent_weights(taught.network), 5)
+    give(engine, sent_weights(taught.network), 5)
     changed = list(engine.generate(MIXED, WARM))
     assert (engine.version, {group.version for group in changed}) == (5, {5})
-    engine.load_weights(sent_weights(policy.network), 6)
+    give(engine, sent_weights(policy.network), 6)
     after = list(engine.generate(MIXED, WARM))
     assert {group.version for group in after} == {6}
 
@@ -314,9 +314,81 @@ def test_new_weights_of_either_tower_reach_a_question_already_seen(
             if f".{tower}." in name:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     list(engine.generate(MIXED, WARM))
-    engine.load_weights(sent_weights(moved.network), 1)
+    give(engine, sent_weights(moved.network), 1)
     for group in engine.generate(MIXED, WARM):
         assert learner_gap(moved, family, group).mean() < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_weights_may_come_in_buckets_of_any_size(
+    engine: RolloutEngine, family: Family, taught: Policy, size: int
+) -> None:
+    """Matrices that an engine has fused come apart."""
+    weights = sent_weights(taught.network)
+    buckets = [weights[start : start + size] for start in range(0, len(weights), size)]
+    engine.begin_push()
+    for bucket in buckets:
+        engine.load_weights(iter(bucket))
+    engine.finish_push(3, buckets=len(buckets))
+    assert engine.version == 3
+    for group in engine.generate(MIXED, WARM):
+        assert learner_gap(taught, family, group).mean() < 1e-4
+
+
+@pytest.mark.parametrize("part", [".visual.", ".q_proj.", "embed_tokens"])
+def test_what_is_not_pushed_stays_as_it_was(
+    engine: RolloutEngine, family: Family, policy: Policy, taught: Policy, part: str
+) -> None:
+    mixed = copy.deepcopy(taught)
+    pushed = [(name, weight) for name, weight in sent_weights(policy.network) if part in name]
+    assert pushed
+    with torch.no_grad():
+        for name, weight in pushed:
+            mixed.network.get_parameter(name).copy_(weight)
+    give(engine, sent_weights(taught.network), 1)
+    give(engine, pushed, 2)
+    for group in engine.generate(MIXED, WARM):
+        assert learner_gap(mixed, family, group).mean() < 1e-4
+
+
+def test_an_engine_with_half_a_push_refuses_to_answer_until_it_has_a_whole_one(
+    engine: RolloutEngine, family: Family, taught: Policy
+) -> None:
+    weights = sent_weights(taught.network)
+    half = len(weights) // 2
+    engine.begin_push()
+    engine.load_weights(weights[:half])
+    for _ in range(2):
+        with pytest.raises(UnfinishedPush, match="parts of two policies"):
+            list(engine.generate(MIXED, WARM))
+        with pytest.raises(UnfinishedPush, match="parts of two policies"):
+            engine.probe(MIXED, replace(WARM, answers=1), 3)
+        with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 1, 1 arrived"):
+            engine.finish_push(1, buckets=2)
+    give(engine, weights, 2)
+    assert {group.version for group in engine.generate(MIXED, WARM)} == {2}
+    assert all(learner_gap(taught, family, group).mean() < 1e-4 for group in engine.generate(MIXED, WARM))
+
+
+def test_a_bucket_that_cannot_be_loaded_leaves_the_push_unfinished(
+    engine: RolloutEngine, policy: Policy, taught: Policy
+) -> None:
+    [(name, weight), *_] = sent_weights(taught.network)
+    engine.begin_push()
+    with pytest.raises((AssertionError, RuntimeError)):
+        engine.load_weights([(name, weight[:-1])])
+    with pytest.raises((ValueError, KeyError)):
+        engine.load_weights([("no.such.weight", weight)])
+    with pytest.raises(UnfinishedPush):
+        engine.finish_push(1, buckets=2)
+    with pytest.raises(UnfinishedPush):
+        list(engine.generate(MIXED, WARM))
+    give(engine, sent_weights(policy.network), 2)
+
+
+def test_each_image_is_looked_at_once_for_all_answers(engine: RolloutEngine) -> None:
+    groups = list(engine.generate(MIXED, WARM))
+    assert sum(group.image_encodes for group in groups) == sum(len(prompt.images) for prompt in MIXED) == 5
 
 
 # ---- probes
@@ -325,7 +397,7 @@ def test_new_weights_of_either_tower_reach_a_question_already_seen(
 def test_a_probe_holds_the_likeliest_tokens_of_each_place_in_order(
     engine: RolloutEngine, family: Family, taught: Policy
 ) -> None:
-    engine.load_weights(sent_weights(taught.network), 1)
+    give(engine, sent_weights(taught.network), 1)
     probes = engine.probe(MIXED, Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0), 8)
     assert [probe.group.prompt.id for probe in probes] == [prompt.id for prompt in MIXED]
     for probe in probes:

@@ -12,7 +12,7 @@ from othink_ray.engines.base import Sampling
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.types import Prompt
-from tests.engines.samples import ask, picture, sent_weights
+from tests.engines.samples import ask, give, picture, sent_weights
 
 SAMPLING = Sampling(answers=4, max_tokens=3, temperature=1.0, seed=0)
 BLOCK = 32  # tokens that vLLM's prefix cache keeps or drops together
@@ -47,7 +47,7 @@ class Work:
 
 @pytest.fixture
 def engine(vllm_engine: VLLMRollout, policy: Policy) -> VLLMRollout:
-    vllm_engine.load_weights(sent_weights(policy.network), 0)
+    give(vllm_engine, sent_weights(policy.network), 0)
     return vllm_engine
 
 
@@ -63,11 +63,10 @@ def work(engine: VLLMRollout) -> Iterator[Work]:
 def test_an_image_is_encoded_once_for_all_answers_and_again_for_new_weights(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
-    list(engine.generate(scenes[:6], SAMPLING))
-    assert work.take()[0] == 6
-    engine.load_weights(sent_weights(policy.network), 1)
-    list(engine.generate(scenes[:6], SAMPLING))
-    assert work.take()[0] == 6
+    for version in (1, 2):
+        groups = list(engine.generate(scenes[:6], SAMPLING))
+        assert work.take()[0] == sum(group.image_encodes for group in groups) == 6
+        give(engine, sent_weights(policy.network), version)
 
 
 def test_images_of_one_prompt_are_each_encoded_once(engine: VLLMRollout, work: Work) -> None:
@@ -86,6 +85,19 @@ def test_answers_of_a_group_share_the_blocks_of_their_prompt(
     assert work.take()[1] == length + (SAMPLING.answers - 1) * (length - shared) + fed_back
 
 
+def test_answers_are_the_same_without_prefix_caching_for_more_work(
+    engine: VLLMRollout, work: Work, scenes: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tokens = [], []
+    for caching in (True, False):
+        monkeypatch.setattr(engine, "prefix_caching", caching)
+        groups = list(engine.generate(scenes, SAMPLING))
+        found.append({group.prompt.id: [c.token_ids.tolist() for c in group.completions] for group in groups})
+        tokens.append(work.take()[1])
+    assert found[0] == found[1]
+    assert tokens[1] > 1.5 * tokens[0]
+
+
 def test_nothing_of_a_prompt_outlives_its_weights(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
@@ -94,6 +106,6 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     first = work.take()[1]
     list(engine.generate(scenes[:1], SAMPLING))
     kept = work.take()[1]
-    engine.load_weights(sent_weights(policy.network), 1)
+    give(engine, sent_weights(policy.network), 1)
     list(engine.generate(scenes[:1], SAMPLING))
     assert work.take()[1] == first > kept >= once

@@ -65,7 +65,13 @@ class ScriptedTeam:
                 for length in range(ANSWERS)
             )
             ids = np.arange(2)
-            yield Group(prompt=prompt, prompt_token_ids=ids, completions=answers, version=self.version - self.lag)
+            yield Group(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=answers,
+                version=self.version - self.lag,
+                image_encodes=2,
+            )
 
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []

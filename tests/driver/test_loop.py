@@ -96,6 +96,11 @@ def test_the_layers_of_grading_are_counted_over_all_groups() -> None:
     assert (found["reward/graded_symbolically"], found["reward/grader_crashes"], found["reward/untagged"]) == (0, 0, 0)
 
 
+def test_images_that_the_engines_looked_at_are_counted_over_all_groups() -> None:
+    [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
+    assert measures(seen)["rollout/image_encodes"] == 2 * len(seen.asked) == 14
+
+
 def test_the_laps_of_a_step_add_up_to_its_time() -> None:
     [seen] = run(ScriptedTeam(), range(1)).steps
     found = measures(seen)

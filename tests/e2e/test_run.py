@@ -59,7 +59,7 @@ def test_engine_and_learner_agree_on_every_sampled_token(plain_run: Run) -> None
 
 
 def test_an_image_is_encoded_once_for_its_whole_group(plain_run: Run) -> None:
-    assert all(line["vision/encodes"] == 4 for line in plain_run.steps)
+    assert all(line["vision/encodes"] == line["rollout/image_encodes"] == 4 for line in plain_run.steps)
 
 
 def test_the_folder_holds_all_records(plain_run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from othink_ray.core.attention import attention_for
 from othink_ray.core.packing import pack
+from othink_ray.engines.base import RolloutEngine
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
@@ -69,9 +70,15 @@ def row_of(group: Group, *, groups_in_step: int = 1) -> Pack:
 
 
 def sent_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """What the learner sends: every parameter, and the tied head under its own name."""
-    named = [(name, parameter.detach()) for name, parameter in network.named_parameters()]
-    return [*named, ("lm_head.weight", network.get_parameter("lm_head.weight").detach())]
+    """What the learner sends where all is trained."""
+    return [(name, parameter.detach()) for name, parameter in network.named_parameters()]
+
+
+def give(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    """A whole push, in one bucket."""
+    engine.begin_push()
+    engine.load_weights(weights)
+    engine.finish_push(version, buckets=1)
 
 
 def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
@@ -130,6 +131,9 @@ def alone(
     unclipped = replace(plain.learner, max_grad_norm=1e6)
     scenarios = {
         "untouched": replace(plain, steps=(), probes=probes, with_reference=False),
+        "vision frozen": replace(
+            plain, steps=(), with_reference=False, frozen="model.visual", export=places / "frozen"
+        ),
         "stage 1": replace(plain, export=places / "export_1", probes=probes),
         "stage 2, a row at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
         "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
@@ -358,10 +362,16 @@ def test_every_weight_is_trained(alone: dict[str, Outcome]) -> None:
 # ---- weights out
 
 
-def test_the_tied_head_is_sent_under_its_own_name_too(alone: dict[str, Outcome]) -> None:
+def test_a_matrix_that_head_and_embedding_share_is_sent_once(alone: dict[str, Outcome]) -> None:
     weights = alone["stage 1"].weights
-    assert np.array_equal(weights["lm_head.weight"], weights["model.language_model.embed_tokens.weight"])
-    assert list(weights)[-1] == "lm_head.weight"
+    assert "model.language_model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
+
+
+def test_what_is_frozen_is_not_sent_but_exported(alone: dict[str, Outcome], places: Path) -> None:
+    frozen = alone["vision frozen"]
+    assert set(frozen.weights) == {name for name in alone["untouched"].weights if ".visual." not in name}
+    assert set(frozen.weights) < set(alone["untouched"].weights) == set(load_file(places / "frozen/model.safetensors"))
 
 
 def test_all_ranks_give_out_the_same_whole_weights(pair: list[dict[str, Outcome]]) -> None:
@@ -381,7 +391,7 @@ def test_an_export_is_a_folder_that_transformers_loads_with_the_trained_weights(
     opened = open_family(replace(small.model, path=str(exported)), str(exported))
     network = opened.load_network(torch.float32)
     weights = {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
-    assert set(weights) | {"lm_head.weight"} == set(trained.weights)
+    assert set(weights) == set(trained.weights)
     assert all(np.array_equal(weight, trained.weights[name]) for name, weight in weights.items())
     assert network.get_parameter("lm_head.weight") is network.get_parameter("model.language_model.embed_tokens.weight")
     prompt = ask("q", picture(84, 84, 0))
@@ -394,7 +404,7 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
     for outcome in (alone["untouched"], alone["stage 1"], pair[0]["stage 3"], pair[1]["stage 3"]):
         policy: Policy = fresh_policy(family, TEMPERATURE)
         tied = {name: torch.from_numpy(weight) for name, weight in outcome.weights.items()}
-        policy.network.load_state_dict(tied)
+        assert policy.network.load_state_dict(tied, strict=False).missing_keys == ["lm_head.weight"]
         for probe, found in zip(probes, outcome.candidate_logprobs, strict=True):
             packed = pack(scored(probe.group, [0.0]), np.zeros(1), 1)
             with torch.no_grad():

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 
+from othink_ray.config.schema import Config
 from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack
+from othink_ray.engines.base import Place, Receiver, Sampling
+from othink_ray.runtime.placement import Placement, Seat
 from othink_ray.runtime.pools import LearnerPool, RolloutPool, WorkerFailed
+from othink_ray.runtime.push import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.team import Team
-from othink_ray.types import Prompt
+from othink_ray.types import Group, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
@@ -28,9 +37,11 @@ class TamperedPush:
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, fault: Callable[[Weights], Weights]) -> None:
         self.learner, self.rollout, self.fault = learner, rollout, fault
 
-    def send(self, version: int) -> list[int]:
-        chunks: list[Chunk] = ray.get(list(self.learner.chunks(BUCKET)))
-        return self.rollout.load_weights(version, list(to_chunks(self.fault(from_chunks(chunks)), BUCKET)))
+    def send(self, version: int) -> Sent:
+        chunks: list[Chunk] = ray.get(list(self.learner.chunks(BUCKET, ahead=2)))
+        [bucket] = to_chunks(self.fault(from_chunks(chunks)), BUCKET)
+        loading = [*self.rollout.begin_push(), *self.rollout.load_weights(bucket)]
+        return Sent(loading=loading, versions=self.rollout.finish_push(version, buckets=1))
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +58,16 @@ def train_one_step(team: Team, prompts: list[Prompt], step: int) -> None:
     team.update(packs, updates=1, beta=0.04, lr=2e-4, stale=False)
 
 
-def tampered(team: Team, fault: Callable[[Weights], Weights]) -> Callable[[int], object]:
-    push = team.pusher
-    return type(push)(
-        TamperedPush(team.learner, team.rollout, fault),
-        team.learner,
-        team.rollout,
-        push.weights,
-        push.probe_prompts,
-        team.temperature,
-    )
+def tampered(team: Team, fault: Callable[[Weights], Weights]) -> AuditedPush:
+    push = copy.copy(team.pusher)
+    push.transport = TamperedPush(team.learner, team.rollout, fault)
+    return push
+
+
+def on_engine(team: Team, change: Callable[[Any], object]) -> None:
+    """Changes the one engine where it runs."""
+    [actor] = team.rollout.actors
+    ray.get(actor.__ray_call__.remote(lambda self: (change(self.engine), None)[1]))
 
 
 def test_a_clean_push_leaves_a_gap_of_rounding_only(
@@ -71,11 +82,13 @@ def test_a_clean_push_leaves_a_gap_of_rounding_only(
 
 
 def test_a_stale_lm_head_is_caught(team: Team, asked: list[Prompt], version: Callable[[], int]) -> None:
+    """The kernels have a tied head twice: the embedding's copy is new, the head's is not."""
     team.push(version())
     train_one_step(team, asked, version())
-    without_head = tampered(team, lambda weights: ((n, w) for n, w in weights if n != "lm_head.weight"))
+    on_engine(team, lambda engine: engine.worker.packed.remove(engine.worker.network.language_model.lm_head))
     with pytest.raises(AuditError, match="tied lm_head"):
-        without_head(version())
+        team.push(version())
+    on_engine(team, lambda engine: engine.worker.packed.append(engine.worker.network.language_model.lm_head))
     team.push(version())
 
 
@@ -95,43 +108,148 @@ def test_a_layer_scaled_by_one_percent_is_caught(team: Team, version: Callable[[
     assert team.push(version()).gap_mean < 1e-4
 
 
-def keep(team: Team, cache: str) -> None:
-    """From now on the engine does not drop this cache."""
-    [actor] = team.rollout.actors
-    ray.get(actor.__ray_call__.remote(lambda self: setattr(self.engine.engine, cache, lambda: True)))
-
-
-def test_keys_and_values_kept_over_a_push_are_caught(
-    team: Team, asked: list[Prompt], version: Callable[[], int]
+@pytest.mark.parametrize("cache", ["reset_prefix_cache", "reset_encoder_cache"])
+def test_what_was_cached_before_a_push_is_caught(
+    team: Team, asked: list[Prompt], version: Callable[[], int], cache: str
 ) -> None:
-    keep(team, "reset_prefix_cache")
     team.push(version())
+    on_engine(team, lambda engine: setattr(engine.engine, cache, lambda: True))
     train_one_step(team, asked, version())
     with pytest.raises(AuditError, match="caches kept over the push"):
         team.push(version())
-    [actor] = team.rollout.actors
-    ray.get(actor.__ray_call__.remote(lambda self: delattr(self.engine.engine, "reset_prefix_cache")))
+    on_engine(team, lambda engine: delattr(engine.engine, cache))
     team.push(version())
 
 
 def test_engines_that_report_another_version_are_named(team: Team, version: Callable[[], int]) -> None:
     class Deaf(TamperedPush):
-        def send(self, version: int) -> list[int]:
+        def send(self, version: int) -> Sent:
             return super().send(version - 1)
 
-    push = tampered(team, lambda weights: weights)
-    push.transport = Deaf(team.learner, team.rollout, lambda weights: weights)  # type: ignore[attr-defined]
+    push = copy.copy(team.pusher)
+    push.transport = Deaf(team.learner, team.rollout, lambda weights: weights)
     with pytest.raises(AuditError, match="engines report weights versions"):
         push(version())
     team.push(version())
 
 
-def test_image_features_kept_over_a_push_are_caught(
+def test_a_push_in_many_buckets_is_as_good_as_one(team: Team, version: Callable[[], int]) -> None:
+    push = copy.copy(team.pusher)
+    push.transport = SharedMemoryPush(team.learner, team.rollout, bucket_mb=1)
+    assert len(list(team.learner.chunks(2**20, ahead=2))) > 3
+    assert push(version()).gap_mean < 1e-4
+
+
+def test_after_half_a_push_nobody_answers_until_the_next_whole_one(
     team: Team, asked: list[Prompt], version: Callable[[], int]
 ) -> None:
-    """The last one of this team: its engine does not survive it."""
+    cut = tampered(team, lambda weights: ((name, weight[:-1]) for name, weight in weights))
+    with pytest.raises(WorkerFailed, match="loading weights"):
+        cut(version())
+    with pytest.raises(WorkerFailed, match="parts of two policies"):
+        team.score(team.generate(asked, 0))
     team.push(version())
-    keep(team, "reset_encoder_cache")
-    train_one_step(team, asked, version())
-    with pytest.raises((AuditError, WorkerFailed)):
-        team.push(version())
+    assert len(team.score(team.generate(asked, 0))) == len(asked)
+
+
+# ---- buckets on their way, with engines that only note when they did what
+
+
+WEIGHTS = 8
+WEIGHT_BYTES = 2**20
+
+
+class NotingLearner:
+    """Gathers slowly: a megabyte at a time."""
+
+    def __init__(self, place: Place, seconds: float = 0.0, fails_at: int = WEIGHTS) -> None:
+        self.seconds, self.fails_at = seconds, fails_at
+        self.gathered: list[float] = []
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(WEIGHTS):
+            if number == self.fails_at:
+                raise ValueError("a rank was lost")
+            time.sleep(self.seconds)
+            self.gathered.append(time.monotonic())
+            yield str(number), torch.full((WEIGHT_BYTES,), number, dtype=torch.uint8)
+
+
+class NotingEngine(Receiver):
+    """Loads slowly."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.loaded: list[tuple[str, float]] = []
+
+    def _write(self, weights: Weights) -> None:
+        for name, weight in weights:
+            time.sleep(self.seconds)
+            assert (weight == int(name)).all()
+            self.loaded.append((name, time.monotonic()))
+
+    def _forget(self) -> None: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+        self._require_whole()
+        yield from ()
+
+
+Noting = tuple[LearnerPool, RolloutPool]
+
+
+@pytest.fixture
+def noting(ray_here: None, team_config: Config) -> Iterator[Callable[..., Noting]]:
+    """Pools of one noting learner and two noting engines."""
+    seats = [Seat(role="learner", cpus=0.1, gpus=0), *[Seat(role="rollout", cpus=0.1, gpus=0)] * 2]
+    with Placement(seats, "PACK", 30) as placement:
+
+        def pools(engine: Callable[[], Any], learner: Callable[[Place], Any]) -> Noting:
+            rollout = RolloutPool(engine, replace(team_config.rollout, num_actors=2, step_timeout_s=20), placement)
+            learning = LearnerPool(learner, replace(team_config.learner, step_timeout_s=20), placement)
+            rollout.wait()
+            learning.wait(learning.start())
+            return learning, rollout
+
+        yield pools
+
+
+def noted(learner: LearnerPool, rollout: RolloutPool) -> tuple[list[float], list[list[tuple[str, float]]]]:
+    gathered = ray.get(learner.ranks[0].__ray_call__.remote(lambda self: self.engine.gathered))
+    return gathered, ray.get([actor.__ray_call__.remote(lambda self: self.engine.loaded) for actor in rollout.actors])
+
+
+def test_a_bucket_is_loaded_while_the_next_ones_are_gathered(noting: Callable[..., Noting]) -> None:
+    learner, rollout = noting(NotingEngine, partial(NotingLearner, seconds=0.1))
+    sent = SharedMemoryPush(learner, rollout, bucket_mb=1).send(1)
+    assert ray.get(list(sent.versions)) == [1, 1]
+    gathered, by_engine = noted(learner, rollout)
+    for loaded in by_engine:
+        assert [name for name, _ in loaded] == [str(number) for number in range(WEIGHTS)]
+        ends = [when for _, when in loaded]
+        assert all(ends[number] < gathered[number + 3] for number in range(WEIGHTS - 3))
+
+
+def test_a_learner_does_not_run_ahead_of_slow_engines(noting: Callable[..., Noting]) -> None:
+    """What a push holds in memory does not grow with the model."""
+    learner, rollout = noting(partial(NotingEngine, seconds=0.1), NotingLearner)
+    sent = SharedMemoryPush(learner, rollout, bucket_mb=1).send(1)
+    assert ray.get(list(sent.versions)) == [1, 1]
+    gathered, by_engine = noted(learner, rollout)
+    for loaded in by_engine:
+        ahead = [number - sum(when < moment for _, when in loaded) for number, moment in enumerate(gathered)]
+        assert max(ahead) <= 6 < WEIGHTS
+
+
+def test_a_learner_that_fails_while_gathering_leaves_engines_that_refuse(
+    noting: Callable[..., Noting], asked: list[Prompt], team_config: Config
+) -> None:
+    learner, rollout = noting(NotingEngine, partial(NotingLearner, fails_at=5))
+    sent = SharedMemoryPush(learner, rollout, bucket_mb=1).send(1)
+    with pytest.raises(WorkerFailed, match="a rank was lost"):
+        rollout.wait_for(sent.loading, "loading weights")
+    with pytest.raises(WorkerFailed, match="of the 6 buckets of weights version 1, 5 arrived"):
+        rollout.wait_for(sent.versions, "loading weights")
+    sampling = Sampling(answers=2, max_tokens=4, temperature=1.0, seed=0)
+    with pytest.raises(RayTaskError, match="parts of two policies"):
+        ray.get(list(rollout.generate(asked, sampling)))

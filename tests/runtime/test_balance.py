@@ -1,0 +1,86 @@
+"""Who gets which prompts."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from othink_ray.runtime.balance import AnswerLengths, deal
+from othink_ray.types import Completion, Group, Prompt
+from tests.engines.samples import ask
+
+
+def answered(prompt: Prompt, *lengths: int) -> Group:
+    completions = tuple(
+        Completion(
+            token_ids=np.zeros(length, np.int64), sampler_logprobs=np.zeros(length, np.float32), text="", finish="stop"
+        )
+        for length in lengths
+    )
+    return Group(prompt=prompt, prompt_token_ids=np.zeros(1, np.int64), completions=completions, version=0)
+
+
+def loads(work: list[float], hands: int) -> list[float]:
+    return [sum(work[index] for index in own) for own in deal(work, hands)]
+
+
+def test_every_index_is_dealt_once() -> None:
+    work = [random.Random(3).random() for _ in range(50)]
+    for hands in (1, 2, 3, 7):
+        assert sorted(index for own in deal(work, hands) for index in own) == list(range(50))
+        assert deal(work, hands) == deal(work, hands)
+
+
+def test_equal_work_is_dealt_in_turn() -> None:
+    assert deal([1.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_no_hand_has_a_third_more_than_the_best_deal() -> None:
+    """Graham's bound for the longest first: 4/3 of the optimum, which is at least the mean and the longest."""
+    for seed in range(50):
+        draw = random.Random(seed)
+        work = [draw.paretovariate(1.2) for _ in range(32)]
+        for hands in (2, 4, 8):
+            assert max(loads(work, hands)) <= 4 / 3 * max(sum(work) / hands, max(work)) + 1e-9
+
+
+def test_ragged_lengths_are_dealt_better_than_in_turn() -> None:
+    work = [64.0 if index % 2 == 0 else 8.0 for index in range(16)]
+    assert max(loads(work, 2)) == sum(work) / 2
+    assert sum(work[0::2]) == 512 > sum(work) / 2
+
+
+def test_fewer_prompts_than_hands_leave_some_empty() -> None:
+    assert deal([2.0], 3) == [[0], [], []]
+    assert deal([], 2) == [[], []]
+
+
+def test_a_prompt_is_expected_to_be_answered_as_it_was_last_time() -> None:
+    lengths = AnswerLengths()
+    short, long, new = ask("short"), ask("long"), ask("new")
+    lengths.note(answered(short, 4, 6))
+    lengths.note(answered(long, 90, 110))
+    work = {prompt.id: lengths.work(prompt, 10) for prompt in (short, long, new)}
+    assert work["long"] - work["short"] == pytest.approx(10 * 95)
+    assert work["new"] - work["short"] == pytest.approx(10 * (52.5 - 5))
+    lengths.note(answered(long, 10))
+    assert lengths.work(long, 10) - lengths.work(short, 10) == pytest.approx(10 * 5)
+
+
+def test_an_image_is_some_work_and_less_than_many_answers() -> None:
+    lengths = AnswerLengths()
+    plain, pictured = ask("plain"), ask("pictured", b"", b"")
+    assert 0 < lengths.work(pictured, 8) - lengths.work(plain, 8) < 100
+
+
+def test_lengths_of_more_prompts_than_are_kept_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("othink_ray.runtime.balance._KEPT", 2)
+    lengths = AnswerLengths()
+    for name, length in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):
+        lengths.note(answered(ask(name), length))
+    mean = (1 + 2 + 3 + 4) / 4
+    for name, expected in (("a", 3), ("b", mean), ("c", 4)):
+        nothing = AnswerLengths().work(ask(name), 1)
+        assert lengths.work(ask(name), 1) - nothing == pytest.approx(expected)

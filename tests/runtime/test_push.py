@@ -248,7 +248,7 @@ def test_a_learner_that_fails_while_gathering_leaves_engines_that_refuse(
     sent = SharedMemoryPush(learner, rollout, bucket_mb=1).send(1)
     with pytest.raises(WorkerFailed, match="a rank was lost"):
         rollout.wait_for(sent.loading, "loading weights")
-    with pytest.raises(WorkerFailed, match="of the 6 buckets of weights version 1, 5 arrived"):
+    with pytest.raises(WorkerFailed, match=r"of the \d buckets of weights version 1, \d arrived"):
         rollout.wait_for(sent.versions, "loading weights")
     sampling = Sampling(answers=2, max_tokens=4, temperature=1.0, seed=0)
     with pytest.raises(RayTaskError, match="parts of two policies"):

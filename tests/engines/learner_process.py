@@ -43,7 +43,6 @@ class Scenario:
     save: Path | None = None
     export: Path | None = None
     probes: Sequence[Probe] = ()
-    frozen: str | None = None  # a module of the network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +108,6 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         seed=0,
         place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
     )
-    if scenario.frozen:
-        learner.engine.module.network.get_submodule(scenario.frozen).requires_grad_(False)
     if scenario.load:
         learner.load(scenario.load)
     stats = [

@@ -167,6 +167,7 @@ class RolloutConfig:
     threads: int | None  # OpenMP threads of one actor on CPU; null: the cores divided by the actors
     temperature: float
     max_tokens: int
+    fixed_length: bool  # an end token does not end an answer: each has max_tokens
     max_model_len: int
     max_num_seqs: int
     max_images: int  # per prompt
@@ -199,6 +200,7 @@ class LearnerConfig:
     freeze_vision: bool  # the vision tower stays as it is
     share_features: bool  # of a frozen tower: images are encoded once for policy, old policy and reference
     shared_prefix: bool  # a group is one row; otherwise one row an answer, each with its own prompt and images
+    onednn: bool  # on CPU: float32 matrices are multiplied by oneDNN, not by the BLAS that torch was built with
     attention: str  # auto | a key of othink_ray.core.attention.ATTENTIONS
     logit_rows: int  # at most this many rows of [rows, vocabulary] logits exist at a time
     micro_tokens: int  # at most this many tokens in one forward pass of one rank

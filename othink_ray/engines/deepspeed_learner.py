@@ -21,6 +21,7 @@ from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
 
@@ -56,6 +57,7 @@ class DeepSpeedLearner:
         )
         if not on_gpu:
             torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
+            self.products = products_by_onednn() if learner.onednn and onednn_is_there() else None
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed

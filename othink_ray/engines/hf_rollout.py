@@ -22,7 +22,7 @@ class HFRollout(Receiver):
 
     def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family) -> None:
         self.family = family
-        self.max_model_len = rollout.max_model_len
+        self.max_model_len, self.fixed_length = rollout.max_model_len, rollout.fixed_length
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(share_of_cores(rollout.threads, rollout.num_actors))
@@ -88,12 +88,16 @@ class HFRollout(Receiver):
             chosen = log_p.argmax(-1) if greedy else torch.multinomial(log_p.exp(), 1, generator=draw)[:, 0]
             distributions.append(log_p)
             answers.append(chosen)
-            ended |= chosen == self.family.eos_token_id
+            ended |= self._ends(chosen)
             if bool(ended.all()):
                 break
             token_ids = chosen[:, None].to(self.device)
             position_ids = (positions.max() + 1 + place).expand(3, sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
+
+    def _ends(self, token_ids: Tensor) -> Tensor:
+        """Where an answer ends."""
+        return torch.zeros_like(token_ids, dtype=torch.bool) if self.fixed_length else token_ids == self.family.eos_token_id
 
     def _group(self, prompt: Prompt, prompt_ids: list[int], answers: Tensor, log_p: Tensor) -> tuple[Group, Tensor]:
         """Cut each of the answers (T, G) after its end token."""
@@ -101,7 +105,7 @@ class HFRollout(Receiver):
         completions = []
         for column in range(answers.shape[1]):
             ids = answers[:, column].numpy()
-            ends = np.flatnonzero(ids == self.family.eos_token_id)
+            ends = np.flatnonzero(self._ends(answers[:, column]).numpy())
             length = int(ends[0]) + 1 if len(ends) else len(ids)
             completions.append(
                 Completion(

@@ -35,6 +35,7 @@ class VLLMRollout(Receiver):
     ) -> None:
         self.family = family
         self.limit, self.prefix_caching = rollout.max_model_len, rollout.prefix_caching
+        self.fixed_length = rollout.fixed_length
         on_gpu = rollout.gpus_per_actor > 0
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -137,6 +138,7 @@ class VLLMRollout(Receiver):
             n=sampling.answers,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
+            ignore_eos=self.fixed_length,
             seed=sampling.seed_of(prompt),
             logprobs=logprobs,
             logit_bias=dict.fromkeys(self.family.banned_token_ids, BANNED_BIAS),

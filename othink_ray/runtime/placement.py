@@ -13,10 +13,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from othink_ray.config.schema import LearnerConfig, RolloutConfig
 from othink_ray.runtime.cluster import ClusterError
 
-# Set before the process starts, since OpenMP and malloc read them only then. Threads that wait asleep leave the core
-# to others: on a busy machine that halves the time of a learner step. Freed memory is kept for the next step.
+# Set before the process starts, since OpenMP and malloc read them only then. A thread without work looks out for it for
+# some 30 microseconds, and then sleeps and leaves its core to others. Freed memory is kept for the next step.
 _ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "TOKENIZERS_PARALLELISM": "false",

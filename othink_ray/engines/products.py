@@ -1,0 +1,47 @@
+"""Matrix products in float32 on CPUs by oneDNN: torch asks its BLAS, which is half as fast on processors it was not made for."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+
+def products_by_onednn() -> Library:
+    """As long as what it returns is kept, oneDNN multiplies all float32 matrices of this process, backward included."""
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*other operators may also be overridden")
+        library.impl("mm", _mm, "CPU")
+        library.impl("addmm", _addmm, "CPU")
+    return library
+
+
+def onednn_is_there() -> bool:
+    return torch.backends.mkldnn.is_available()
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    if _suits(left) and _suits(right):
+        turned = not left.is_contiguous() and left.shape[0] > right.shape[1]  # oneDNN copies such a left factor
+        return _product(right.t(), left.t(), None).t() if turned else _product(left, right, None)
+    return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]))  # what torch does otherwise
+
+
+def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta == 1 and alpha == 1 and added.dim() == 1 and all(map(_suits, (left, right))):
+        return _product(left, right, added)
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(added, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def _suits(matrix: Tensor) -> bool:
+    """Neither empty nor expanded nor cut from a larger one crosswise, which oneDNN refuses or copies."""
+    return matrix.dtype == torch.float32 and matrix.numel() > 0 and 1 in matrix.stride()
+
+
+def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), added, "none", [], "")
+    return product

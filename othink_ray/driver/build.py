@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from othink_ray.data import Screen
 from othink_ray.driver.loop import Recipe, train
 from othink_ray.driver.overlap import SIDES, train_overlapped
 from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, supervised
-from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine
+from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, share_of_cores
 from othink_ray.runtime.placement import Placement, learner_seats, rollout_seats
 from othink_ray.runtime.pools import LearnerPool, RewardPool, RolloutPool
 from othink_ray.runtime.push import AuditedPush, open_transport
@@ -94,9 +94,23 @@ def clip_range(config: Config) -> tuple[float, float]:
     return low, low if high is None else high
 
 
+def cores_shared(config: Config) -> Config:
+    """Under overlap both sides work at the same time: without thread counts of their own, all their processes share."""
+    if not (config.mode == "train" and config.train.overlap):
+        return config
+    rollout, learner = config.rollout, config.learner
+    share = share_of_cores(None, rollout.num_actors + learner.world_size)
+    return replace(
+        config,
+        rollout=replace(rollout, threads=rollout.threads or share),
+        learner=replace(learner, threads=learner.threads or share),
+    )
+
+
 @contextmanager
 def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt]) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
+    config = cores_shared(config)
     wanted = learner_seats(config.learner) + rollout_seats(config.rollout)
     with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s) as placement:
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0

@@ -97,7 +97,7 @@ class HFRollout(Receiver):
 
     def _ends(self, token_ids: Tensor) -> Tensor:
         """Where an answer ends."""
-        return torch.zeros_like(token_ids, dtype=torch.bool) if self.fixed_length else token_ids == self.family.eos_token_id
+        return (token_ids == self.family.eos_token_id) & (not self.fixed_length)
 
     def _group(self, prompt: Prompt, prompt_ids: list[int], answers: Tensor, log_p: Tensor) -> tuple[Group, Tensor]:
         """Cut each of the answers (T, G) after its end token."""

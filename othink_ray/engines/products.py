@@ -1,4 +1,4 @@
-"""Matrix products in float32 on CPUs by oneDNN: torch asks its BLAS, which is half as fast on processors it was not made for."""
+"""Float32 matrix products on CPUs by oneDNN: torch asks its BLAS, which is half as fast where it was not made for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def products_by_onednn() -> Library:
 
 
 def onednn_is_there() -> bool:
-    return torch.backends.mkldnn.is_available()
+    there: bool = torch.backends.mkldnn.is_available()
+    return there
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:

@@ -72,6 +72,20 @@ def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -
 # ---- what a group holds
 
 
+def test_an_answer_of_fixed_length_goes_on_after_its_end_token(
+    engine: RolloutEngine, policy: Policy, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = MIXED[0]
+    give(engine, sent_weights(always_says(policy, family, prompt, family.eos_token_id).network), 1)
+    [ended] = engine.generate([prompt], WARM)
+    monkeypatch.setattr(engine, "fixed_length", True)
+    [fixed] = engine.generate([prompt], WARM)
+    for short, long in zip(ended.completions, fixed.completions, strict=True):
+        assert (len(short.token_ids), short.finish) == (1, "stop")
+        assert (len(long.token_ids), long.finish) == (WARM.max_tokens, "length")
+        assert long.token_ids[0] == family.eos_token_id
+
+
 def test_each_prompt_gets_its_answers_with_a_logprob_for_every_token(engine: RolloutEngine) -> None:
     groups = list(engine.generate(MIXED, WARM))
     assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in MIXED)

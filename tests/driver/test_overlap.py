@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.build import open_loop
+from othink_ray.driver.build import cores_shared, open_loop
 from othink_ray.driver.loop import Step, train
 from othink_ray.driver.measures import measures
 from othink_ray.driver.overlap import SIDES, train_overlapped
@@ -269,3 +269,14 @@ def test_the_overlapped_loop_runs_where_it_is_asked_for() -> None:
     with open_loop(load(["train.overlap=true"])) as loop:
         loop(team, Numbers(), journal=diary, **settings(range(3)))
     assert team.stale == [False, True, True]
+
+
+def test_the_two_sides_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    pools = ["rollout.num_actors=2", "learner.world_size=2"]
+    shared = cores_shared(load([*pools, "train.overlap=true"]))
+    assert (shared.rollout.threads, shared.learner.threads) == (2, 2)
+    chosen = cores_shared(load([*pools, "train.overlap=true", "rollout.threads=3"]))
+    assert (chosen.rollout.threads, chosen.learner.threads) == (3, 2)
+    in_turn = load(pools)
+    assert cores_shared(in_turn) is in_turn

@@ -135,6 +135,7 @@ def alone(
         "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
         "all at once": training(small, batches, 1, micro_tokens=10**6),
         "dense attention, few logits": training(small, batches, 1, attention="dense", logit_rows=7),
+        "torch's own products": training(small, batches, 1, onednn=False),
         "frozen tower": replace(training(small, batches, 1, freeze_vision=True), export=places / "export_frozen"),
         "frozen tower, encoded each time": training(small, batches, 1, freeze_vision=True, share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),

@@ -226,7 +226,14 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense attention, few logits"]
+    "name",
+    [
+        "stage 2, a row at a time",
+        "stage 3, checkpointing",
+        "all at once",
+        "dense attention, few logits",
+        "torch's own products",
+    ],
 )
 def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo study test lint clean
+.PHONY: help demo study bench test lint clean
 python := .venv/bin/python
 
 # Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
@@ -15,6 +15,11 @@ demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=2
 study:  ## set up, then the paper's experiments on the embedded model; ARGS="study.size=small" is the short one
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main mode=study $(ARGS)
+
+bench:  ## set up, then the same work here and in TRL, in turn; ARGS="--cells 4 --no-peer" chooses
+	@launch/setup_env.sh auto
+	@$(if $(findstring --no-peer,$(ARGS)),,launch/setup_peer.sh)
+	@$(python) -m othink_ray.bench $(ARGS)
 
 test:  ## set up, then all tests; ARGS="tests/core -k kl" chooses some
 	@launch/setup_env.sh auto dev

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes .venv-peer, the environment of the system that `make bench` compares with: TRL, at versions tested together.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=$PWD/.venv-peer
+key=$(cat launch/setup_peer.sh launch/torchvision_hook.py othink_ray/torchvision_ops.py | sha256sum | cut -d' ' -f1)
+[[ $(cat "$venv/.made" 2>/dev/null) != "$key" ]] || exit 0
+echo "[set-up] TRL in an environment of its own: $venv (two minutes)"
+rm -rf "$venv"
+.venv/bin/python -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q "$@" 2>>"$venv/setup.log"; }
+trap '[[ $? == 0 ]] || { tail -n 20 "$venv/setup.log" >&2; echo "  remedy: make bench ARGS=--no-peer measures our side alone" >&2; }' EXIT
+pip install "torch==2.13.0+cpu" || pip install --index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"
+pip install "trl==1.16.0" "transformers==5.19.0" "accelerate==1.15.0" "datasets==5.2.0" pillow
+pip install --no-deps "torchvision==0.28.0"
+pip uninstall -y torchaudio torchcodec || true
+# PyPI's torchvision is a CUDA build: its missing operators are declared when it is imported.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp launch/torchvision_hook.py "$packages/othink_ray_torchvision_hook.py"
+mkdir -p "$packages/othink_ray"
+cp othink_ray/torchvision_ops.py "$packages/othink_ray/"
+echo "import othink_ray_torchvision_hook" >"$packages/othink_ray_torchvision.pth"
+echo "$key" >"$venv/.made"

@@ -1,0 +1,97 @@
+"""Rounds of both sides in turn, a table, and bench.json:  python -m othink_ray.bench --help"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from othink_ray.bench import ours, peer
+from othink_ray.bench.times import spread
+from othink_ray.bench.work import Work
+
+WAYS = {"plain": (), "overlapped": ("train.overlap=true",)}
+PARTS = ("generate", "score", "update", "push")
+
+
+def main(arguments: Sequence[str]) -> int:
+    asked = _parser().parse_args(arguments)
+    folder = Path(asked.dir or f"runs/bench_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
+    works = [Work(prompts=asked.prompts, answers=asked.answers, tokens=asked.tokens, cells=one) for one in asked.cells]
+    python = None if asked.no_peer else asked.peer.absolute()
+    measured: list[dict[str, Any]] = []
+    try:
+        for work in works:
+            print(f"{work}: {asked.rounds} rounds of {asked.steps} steps", flush=True)
+            measured.append(measure(work, asked.rounds, asked.steps, folder / str(work.image_tokens), python))
+            found = {"machine": platform.processor() or platform.machine(), "works": measured}
+            (folder / "bench.json").write_text(json.dumps(found, indent=1))
+            print(table(measured[-1]), flush=True)
+    except ours.BenchError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"figures {folder / 'bench.json'}")
+    return 0
+
+
+def measure(work: Work, rounds: int, steps: int, folder: Path, python: Path | None) -> dict[str, Any]:
+    """Each side once a round, so that a slow spell of the machine meets all of them."""
+    lines: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    theirs: list[float] = []
+    for number in range(rounds):
+        for way, overrides in WAYS.items():
+            lines[way] += ours.train(work, steps, folder / f"{way}_{number}", overrides)
+        if python is not None:
+            theirs += peer.train(work, steps, folder / f"trl_{number}", python)
+    sides: dict[str, Any] = {way: _figures(found, work) for way, found in lines.items()}
+    if theirs:
+        sides["trl"] = {"step_s": spread(theirs), "samples_per_s": work.samples / spread(theirs)["median"]}
+        for way in WAYS:
+            sides[way]["times_trl"] = sides[way]["samples_per_s"] / sides["trl"]["samples_per_s"]
+    return {"work": work.record(), "sides": sides}
+
+
+def _figures(lines: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
+    step = spread([line["time/step_s"] for line in lines])
+    parts = {f"{part}_s": spread([line[f"time/{part}_s"] for line in lines]) for part in PARTS}
+    return {"step_s": step, **parts, "samples_per_s": work.samples / step["median"]}
+
+
+def table(measured: dict[str, Any]) -> str:
+    """A line a side: seconds a step, samples a second, how many times TRL's, and where the time goes."""
+    rows = [f"  {'':<11}{'step s (min - max)':<24}{'samples/s':>10}{'x TRL':>7}   " + "  ".join(PARTS)]
+    for side, found in measured["sides"].items():
+        step = found["step_s"]
+        times = f"{found['times_trl']:.2f}" if "times_trl" in found else ""
+        parts = "  ".join(f"{found[f'{part}_s']['median']:.3f}" for part in PARTS if f"{part}_s" in found)
+        shown = f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})"
+        rows.append(f"  {side:<11}{shown:<24}{found['samples_per_s']:>10.1f}{times:>7}   {parts}")
+    return "\n".join(rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, nargs="+", default=[4, 12, 24], help="images of so many cells squared")
+    parser.add_argument("--prompts", type=int, default=8, help="P")
+    parser.add_argument("--answers", type=int, default=8, help="G")
+    parser.add_argument("--tokens", type=int, default=64, help="T, of each answer")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="that count, of each side in each round")
+    parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python of the peer")
+    parser.add_argument("--no-peer", action="store_true", help="our side alone")
+    parser.add_argument("--dir", help="folder for bench.json and all runs; else a new one in runs/")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""The peer's side: TRL's GRPOTrainer in an environment of its own, at its best setting on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from othink_ray.bench.ours import model_folder, run
+from othink_ray.bench.times import WARM_UP
+from othink_ray.bench.work import BETA, RATE, Work
+from othink_ray.config.load import read
+from othink_ray.data import PromptStream, open_training
+
+_SCRIPT = Path(__file__).with_name("peer_trl.py")
+_QUESTIONS = 128
+# glibc keeps freed memory: worth a few percent to it, and our processes have it too.
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+
+
+def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
+    """Seconds of `steps` steps that count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": str(model_folder(work)),
+        "questions": str(_questions(work, folder)),
+        "prompts": work.prompts,
+        "answers": work.answers,
+        "tokens": work.tokens,
+        "steps": steps + WARM_UP,
+        "beta": BETA,
+        "lr": RATE,
+        "threads": os.cpu_count(),
+        "output": str(folder),
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(os.cpu_count())}
+    command = [str(python), str(_SCRIPT), str(folder / "settings.json")]
+    run(command, folder.with_suffix(".txt"), {**os.environ, **_MALLOC, **quiet})
+    seconds: list[float] = json.loads((folder / "steps.json").read_text())
+    return seconds[WARM_UP:]
+
+
+def _questions(work: Work, folder: Path) -> Path:
+    """The run's own questions and images, as files that need none of our code."""
+    config, _ = read(work.overrides())
+    assert config is not None
+    stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
+    rows = []
+    for number, prompt in enumerate(stream.take(_QUESTIONS)):
+        image = folder / f"{number}.png"
+        image.write_bytes(prompt.images[0])
+        text = " ".join(message.text for message in prompt.messages)
+        rows.append({"image": str(image), "question": text, "answer": prompt.answer})
+    path = folder / "questions.json"
+    path.write_text(json.dumps(rows))
+    return path

@@ -1,0 +1,84 @@
+"""A program for the peer's environment:  python peer_trl.py settings.json   It writes steps.json, seconds by step."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+
+def main(settings: dict[str, Any]) -> None:
+    import torch
+    from datasets import Dataset, Image
+    from transformers import AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(settings["threads"])
+    rows = json.loads(Path(settings["questions"]).read_text())
+    asked = [
+        {"prompt": [{"role": "user", "content": row["question"]}], "image": row["image"], "answer": row["answer"]}
+        for row in rows
+    ]
+    processor = AutoProcessor.from_pretrained(settings["model"])
+    never = sorted({*processor.tokenizer.all_special_ids, processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")})
+    samples = settings["prompts"] * settings["answers"]
+    config = GRPOConfig(
+        output_dir=settings["output"],
+        per_device_train_batch_size=samples,
+        num_generations=settings["answers"],
+        max_completion_length=settings["tokens"],
+        generation_kwargs={"suppress_tokens": never},  # the end token among them: every answer has all its tokens
+        beta=settings["beta"],
+        learning_rate=settings["lr"],
+        lr_scheduler_type="constant",
+        max_steps=settings["steps"],
+        num_train_epochs=10**6,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        torch_compile=True,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    marks: list[float] = []
+
+    class Marks(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    lengths: set[int] = set()
+
+    def right(completions: Any, answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """The last number of the answer, as ours is graded."""
+        lengths.update(map(len, completion_ids))
+        texts = [one[0]["content"] for one in completions]
+        numbers = [re.findall(r"\d+", text) for text in texts]
+        return [float(found[-1:] == [true]) for found, true in zip(numbers, answer, strict=True)]
+
+    trainer = GRPOTrainer(
+        model=settings["model"],
+        reward_funcs=right,
+        args=config,
+        train_dataset=Dataset.from_list(asked).cast_column("image", Image()),
+        processing_class=processor,
+        callbacks=[Marks()],
+    )
+    trainer.train()
+    assert lengths == {settings["tokens"]}, f"answers of {lengths} tokens"
+    seconds = [after - before for before, after in pairwise(marks)]
+    (Path(settings["output"]) / "steps.json").write_text(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

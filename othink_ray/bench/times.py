@@ -1,0 +1,12 @@
+"""Step times and what is said of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+WARM_UP = 2  # steps that are left out, on both sides
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}

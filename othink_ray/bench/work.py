@@ -1,0 +1,47 @@
+"""W(P, G, T, I): the work of one training step, as overrides of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+CELL = 28  # pixels; one cell of an image is one image token
+BETA = 0.04
+RATE = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """P prompts x G answers of exactly T tokens, each prompt with an image of `cells` x `cells` tokens."""
+
+    prompts: int
+    answers: int
+    tokens: int
+    cells: int
+
+    @property
+    def image_tokens(self) -> int:
+        return self.cells**2
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.answers
+
+    def __str__(self) -> str:
+        return f"W({self.prompts}, {self.answers}, {self.tokens}, {self.image_tokens})"
+
+    def record(self) -> dict[str, int]:
+        return asdict(self) | {"image_tokens": self.image_tokens}
+
+    def overrides(self) -> list[str]:
+        """What makes a run of mode=train this work. The last number counts: an untaught model's answers must differ."""
+        return [
+            "model=bench",
+            f"model.max_pixels={max(self.image_tokens, 4) * CELL**2}",
+            f"train.prompts_per_step={self.prompts}",
+            *(f"algo.group_size={self.answers}", "algo=grpo", f"algo.kl.beta_min={BETA}"),
+            *(f"rollout.max_tokens={self.tokens}", "rollout.fixed_length=true", "rollout.max_model_len=2048"),
+            f"rollout.max_num_seqs={max(128, self.samples)}",
+            f"data.scenes.max_items={min(6, self.image_tokens)}",
+            *("data.prompt_suffix=''", f"data.scenes.image_cells={self.cells}", "algo.reward.without_tag=last_number"),
+            *("eval.every=0", "eval.questions=1", f"learner.lr={RATE}", "learner.warmup_frac=0"),
+        ]

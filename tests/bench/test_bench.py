@@ -1,0 +1,55 @@
+"""The benchmark's bookkeeping; that a run of a work does exactly that work is seen on a real run in e2e."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from othink_ray.bench.__main__ import table
+from othink_ray.bench.ours import BenchError, run
+from othink_ray.bench.peer import _questions
+from othink_ray.bench.times import spread
+from othink_ray.bench.work import Work
+from othink_ray.config.check import machine_for, problems
+from othink_ray.config.load import read
+
+
+def work(cells: int) -> Work:
+    return Work(prompts=8, answers=8, tokens=64, cells=cells)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 4, 12, 24])
+def test_a_work_is_a_sound_run_whose_images_are_not_scaled(cells: int) -> None:
+    config, found = read(work(cells).overrides())
+    assert config is not None
+    assert found + problems(config, machine_for(config)) == []
+    scenes = config.data.scenes
+    assert scenes is not None
+    pixels = (28 * scenes.image_cells) ** 2
+    assert config.model.min_pixels <= pixels <= config.model.max_pixels
+    assert (config.algo.kl.schedule, config.algo.kl.beta_min, config.algo.kl.beta_max) == ("constant", 0.04, 0.04)
+
+
+def test_the_peer_gets_the_questions_of_the_run(tmp_path: Path) -> None:
+    rows = json.loads(_questions(work(2), tmp_path).read_text())
+    assert len(rows) == 128
+    assert len({row["image"] for row in rows}) == 128
+    assert all(Path(row["image"]).is_file() and row["question"] and row["answer"].isdigit() for row in rows)
+
+
+def test_a_side_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"ended with 3; the whole output is in .*said\.txt:\nlast words"):
+        run([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], tmp_path / "said.txt")
+
+
+def test_the_table_says_how_many_times_faster() -> None:
+    part = spread([0.1, 0.2, 0.3])
+    own = {"step_s": spread([1.0, 2.0, 3.0]), "samples_per_s": 32.0, "times_trl": 2.0}
+    own |= {f"{name}_s": part for name in ("generate", "score", "update", "push")}
+    sides = {"plain": own, "trl": {"step_s": spread([4.0]), "samples_per_s": 16.0}}
+    _, plain, trl = table({"sides": sides}).splitlines()
+    assert plain.split() == ["plain", *"2.000 (1.000 - 3.000) 32.0 2.00 0.200 0.200 0.200 0.200".split()]
+    assert trl.split() == ["trl", *"4.000 (4.000 - 4.000) 16.0".split()]

@@ -77,7 +77,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     if config.mode == "check":
         print(f"configuration is sound\n{plan(config, machine)}")
         return 0
-    _interrupt_at_any_ending()
+    interrupt_at_any_ending()
     if config.mode == "study":
         return _study(config, overrides)
     # Read when these libraries are imported: the console shows progress, and bars of theirs would cut through it.
@@ -90,7 +90,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     return run(config, write_evaluation_report if config.mode == "eval" else write_report)
 
 
-def _interrupt_at_any_ending() -> None:
+def interrupt_at_any_ending() -> None:
     """Ctrl-C, `kill` and a closed terminal end a run in good order; under `nohup` it outlives the terminal."""
     import signal
 

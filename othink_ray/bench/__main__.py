@@ -14,16 +14,21 @@ from typing import Any
 from othink_ray.bench import ours, peer
 from othink_ray.bench.times import spread
 from othink_ray.bench.work import Work
+from othink_ray.main import interrupt_at_any_ending
 
 WAYS = {"plain": (), "overlapped": ("train.overlap=true",)}
 PARTS = ("generate", "score", "update", "push")
 
 
 def main(arguments: Sequence[str]) -> int:
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
     folder = Path(asked.dir or f"runs/bench_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
     works = [Work(prompts=asked.prompts, answers=asked.answers, tokens=asked.tokens, cells=one) for one in asked.cells]
     python = None if asked.no_peer else asked.peer.absolute()
+    if python is not None and not python.exists():
+        parser.error(f"--peer: there is no {python}; run launch/setup_peer.sh, or leave TRL out with --no-peer")
+    interrupt_at_any_ending()
     measured: list[dict[str, Any]] = []
     try:
         for work in works:

@@ -13,6 +13,7 @@ from othink_ray.bench.times import WARM_UP
 from othink_ray.bench.work import Work
 from othink_ray.config.load import read
 from othink_ray.driver.warm_start import base_model_folder
+from othink_ray.study.launch import end
 
 
 class BenchError(RuntimeError):
@@ -20,10 +21,21 @@ class BenchError(RuntimeError):
 
 
 def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
-    """Ctrl-C reaches it too, and is waited for."""
+    """To its end, or to ours: an interrupted one is given the time to clean up."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as screen:
-        code = subprocess.call(list(command), stdout=screen, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            list(command),
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait()
+    finally:
+        end([process])
     if code:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise BenchError(f"{' '.join(command[:3])} … ended with {code}; the whole output is in {log}:\n{last}")

@@ -189,15 +189,20 @@ def _command_line(pid: int) -> str:
 
 @contextmanager
 def _stopping(running: Running) -> Iterator[None]:
-    """Leaves no run behind, whatever ends the study: asked to stop, then killed with all that it started."""
+    """Leaves no run behind, whatever ends the study."""
     try:
         yield
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end([process for process, _ in running.values()])
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Those that lead a session of their own: asked to stop, then killed with all that they started."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

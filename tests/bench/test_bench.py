@@ -1,14 +1,18 @@
-"""The benchmark's bookkeeping; that a run of a work does exactly that work is seen on a real run in e2e."""
+"""The benchmark's bookkeeping, and how a side ends; that answers have all their tokens, it checks itself each time."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from othink_ray.bench.__main__ import table
+from othink_ray.bench.__main__ import main, table
 from othink_ray.bench.ours import BenchError, run
 from othink_ray.bench.peer import _questions
 from othink_ray.bench.times import spread
@@ -53,3 +57,33 @@ def test_the_table_says_how_many_times_faster() -> None:
     _, plain, trl = table({"sides": sides}).splitlines()
     assert plain.split() == ["plain", *"2.000 (1.000 - 3.000) 32.0 2.00 0.200 0.200 0.200 0.200".split()]
     assert trl.split() == ["trl", *"4.000 (4.000 - 4.000) 16.0".split()]
+
+
+def test_an_interrupted_side_is_given_the_time_to_clean_up(tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    cleans_up = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    print("up", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("cleaned up", flush=True)
+"""
+
+    def interrupt() -> None:
+        while not (said.exists() and "up" in said.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run([sys.executable, "-c", cleans_up], said)
+    assert said.read_text().splitlines() == ["up", "cleaned up"]
+
+
+def test_a_missing_peer_is_told_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--peer", str(tmp_path / "python")])
+    assert "run launch/setup_peer.sh, or leave TRL out with --no-peer" in capsys.readouterr().err

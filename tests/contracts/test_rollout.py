@@ -10,26 +10,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import RolloutEngine, Sampling, UnfinishedPush
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Prompt
-from tests.engines.samples import ask, batch_of, give, group_of, picture, row_of, sent_weights
+from tests.engines.samples import MIXED, always_says, ask, batch_of, give, learner_gap, picture, row_of, sent_weights
 
 CPU = torch.device("cpu")
 WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
 GREEDY = Sampling(answers=1, max_tokens=24, temperature=0.0, seed=0)
-
-MIXED = (
-    ask("one image", picture(84, 84, 0)),
-    ask("no image"),
-    ask("two images", picture(56, 112, 1), picture(300, 40, 2)),
-    ask("too large", picture(500, 400, 3)),
-    ask("too small", picture(20, 20, 4)),
-)
 
 
 @pytest.fixture(params=["vllm", "hf"])
@@ -45,28 +36,6 @@ def answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
         group.prompt.id: [completion.token_ids.tolist() for completion in group.completions]
         for group in engine.generate(prompts, sampling)
     }
-
-
-def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.float32]:
-    """|sampler's - learner's| logprob of each sampled token, in nats."""
-    row = row_of(group)
-    with torch.no_grad():
-        logprobs, _ = policy(batch_of([row], family))
-    own = logprobs[: int((row.segments > 0).sum())].numpy()
-    gap: NDArray[np.float32] = np.abs(own - row.sampler_logprobs[row.segments > 0])
-    return gap
-
-
-def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -> Policy:
-    """A copy whose head gives `token_id` a logit of 60 at the first answer place of `prompt`: nothing comes near it."""
-    rigged = copy.deepcopy(policy)
-    row = row_of(group_of(family, prompt, [1], seed=0))
-    with torch.no_grad():
-        batch = batch_of([row], family)
-        [hidden] = rigged.predicting_states(batch, rigged(batch, wanted="features"))[:1]
-        head = rigged.network.get_parameter("lm_head.weight")
-        head[token_id] = 60.0 * hidden / hidden.dot(hidden)
-    return rigged
 
 
 # ---- what a group holds

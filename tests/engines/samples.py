@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -88,3 +90,34 @@ def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:
 def batch_of(packs: Sequence[Pack], family: Family, attention: str = "auto") -> MicroBatch:
     cpu = torch.device("cpu")
     return collate(packs, family, attention_for(attention, cpu), cpu)
+
+
+def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.float32]:
+    """|sampler's - learner's| logprob of each sampled token, in nats."""
+    row = row_of(group)
+    with torch.no_grad():
+        logprobs, _ = policy(batch_of([row], family))
+    own = logprobs[: int((row.segments > 0).sum())].numpy()
+    gap: NDArray[np.float32] = np.abs(own - row.sampler_logprobs[row.segments > 0])
+    return gap
+
+
+def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -> Policy:
+    """A copy whose head gives `token_id` a logit of 60 at the first answer place of `prompt`: nothing comes near it."""
+    rigged = copy.deepcopy(policy)
+    row = row_of(group_of(family, prompt, [1], seed=0))
+    with torch.no_grad():
+        batch = batch_of([row], family)
+        [hidden] = rigged.predicting_states(batch, rigged(batch, wanted="features"))[:1]
+        head = rigged.network.get_parameter("lm_head.weight")
+        head[token_id] = 60.0 * hidden / hidden.dot(hidden)
+    return rigged
+
+
+MIXED = (
+    ask("one image", picture(84, 84, 0)),
+    ask("no image"),
+    ask("two images", picture(56, 112, 1), picture(300, 40, 2)),
+    ask("too large", picture(500, 400, 3)),
+    ask("too small", picture(20, 20, 4)),
+)

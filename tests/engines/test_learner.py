@@ -20,13 +20,13 @@ from othink_ray.engines.policy import Policy
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
-from othink_ray.types import Group, Pack, Probe, UpdateStats
+from othink_ray.types import Group, Pack, Probe
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
+from tests.engines.nearness import assert_same_stats, distance, moved
 from tests.engines.samples import ask, batch_of, fresh_policy, group_of, picture, scored
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
 BETA = 0.1
-SEQUENCE_RATIOS = ("raw_mean", "truncated_mean", "truncated_frac")
 REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
 SMALL = (
     "model.tiny.text_width=64",
@@ -182,24 +182,6 @@ def uneven(groups: Sequence[Group]) -> Shares:
     return [[[[a], [b]], [[d], []]], [[[], []], [[], [text]]]]
 
 
-# ---- how near is near
-
-
-def distance(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> tuple[float, str]:
-    """The worst relative distance of a tensor, and its name."""
-    assert set(expected) <= set(found)
-    whole = max(float(np.linalg.norm(value)) for value in expected.values())
-    return max(
-        (float(np.linalg.norm(found[name] - value)) / max(float(np.linalg.norm(value)), 1e-3 * whole), name)
-        for name, value in expected.items()
-    )
-
-
-def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
-    """How far training took each weight: a tighter thing to agree on than the weight itself."""
-    return {name: weight - start.weights[name] for name, weight in outcome.weights.items()}
-
-
 # ---- against the paper
 
 
@@ -278,17 +260,6 @@ def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], p
     for found in (alone["gspo, a row at a time"], *(outcomes["gspo"] for outcomes in pair)):
         assert_same_stats(found.stats, expected.stats)
         assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
-
-
-def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateStats]) -> None:
-    for own, other in zip(found, expected, strict=True):
-        assert own.tokens == other.tokens
-        for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
-            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
-        for field in ("used_mean", "truncated_mean", "truncated_frac", *(f"sequence_{one}" for one in SEQUENCE_RATIOS)):
-            assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
-        for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
-            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field
 
 
 # ---- what is measured

@@ -27,11 +27,13 @@ def matrix(rows: int, columns: int, layout: str) -> torch.Tensor:
         "cut": lambda: torch.randn(rows, columns + 3)[:, 1:-2],
         "crosswise": lambda: torch.randn(2 * rows, 2 * columns)[::2, ::2],
         "expanded": lambda: torch.randn(()).expand(rows, columns),
+        "one row": lambda: torch.randn(columns).expand(rows, columns),
+        "one column": lambda: torch.randn(rows, 1).expand(rows, columns),
     }
     return made[layout]()
 
 
-LAYOUTS = ("rows", "columns", "cut", "crosswise", "expanded")
+LAYOUTS = ("rows", "columns", "cut", "crosswise", "expanded", "one row", "one column")
 
 
 @pytest.mark.parametrize("left", LAYOUTS)

@@ -1,0 +1,40 @@
+"""How near is near, for learners that should have learned the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from othink_ray.types import UpdateStats
+from tests.engines.learner_process import Outcome
+
+SEQUENCE_RATIOS = ("raw_mean", "truncated_mean", "truncated_frac")
+
+
+def distance(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> tuple[float, str]:
+    """The worst relative distance of a tensor, and its name."""
+    assert set(expected) <= set(found)
+    whole = max(float(np.linalg.norm(value)) for value in expected.values())
+    return max(
+        (float(np.linalg.norm(found[name] - value)) / max(float(np.linalg.norm(value)), 1e-3 * whole), name)
+        for name, value in expected.items()
+    )
+
+
+def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
+    """How far training took each weight: a tighter thing to agree on than the weight itself."""
+    return {name: weight - start.weights[name] for name, weight in outcome.weights.items()}
+
+
+def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateStats]) -> None:
+    for own, other in zip(found, expected, strict=True):
+        assert own.tokens == other.tokens
+        for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
+            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6), field
+        for field in ("used_mean", "truncated_mean", "truncated_frac", *(f"sequence_{one}" for one in SEQUENCE_RATIOS)):
+            assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
+        for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
+            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field

@@ -43,10 +43,10 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = 
 
 def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """The metrics of `steps` steps that count."""
-    own = [f"run.dir={folder}", f"train.steps={steps + WARM_UP}"]
+    own = [f"run.dir={folder}", f"train.steps={steps + WARM_UP + 1}"]  # the last one samples nothing ahead
     run([sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *overrides], folder.with_suffix(".txt"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    done = [line for line in lines if "time/step_s" in line][WARM_UP:]
+    done = [line for line in lines if "time/step_s" in line][WARM_UP:-1]
     wrong = {line["tokens/completion_mean"] for line in done} - {work.tokens}
     if wrong:
         raise BenchError(f"{folder}: answers of {sorted(wrong)} tokens on average, not {work.tokens}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
 from othink_ray.core.line import Line, visibility
 
 
@@ -64,10 +65,22 @@ class GroupedAttention:
         seen_value = torch.cat([prompt_value[self.owners], own_value], dim=2)
         settings: dict[str, Any] = {"scale": scale, "enable_gqa": True}
         attended = [
-            scaled_dot_product_attention(asked, prompt_key, prompt_value, is_causal=True, **settings),
+            _causal(asked, prompt_key, prompt_value, scale),
             scaled_dot_product_attention(answered, seen_key, seen_value, attn_mask=self.mask, **settings),
         ]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[self.homes][None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """(B, heads, N, D) and twice (B, key heads, N, D) -> (B, heads, N, D): each token sees its past."""
+    if query.device.type != "cpu" or query.shape[2] < WORTH_IT:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    heads, width = key.shape[1], key.shape[3]
+    shared = query.unflatten(1, (heads, -1)).transpose(2, 3)  # (B, key heads, N, heads of each, D)
+    scale = width**-0.5 if scale is None else scale
+    each = [own.flatten(0, 1) for own in (shared.flatten(2, 3), key, value)]
+    attended = attend_in_blocks(*each, scale=scale, causal=True).view(shared.shape)
+    return attended.transpose(2, 3).flatten(1, 2)
 
 
 def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:

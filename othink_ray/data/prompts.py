@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from PIL import Image, UnidentifiedImageError
@@ -64,6 +65,22 @@ def worked_answer(prompt: Prompt, *, reasoning: bool = True) -> str:
     answer = _plain_answer(prompt.answer)
     thought = prompt.thought or working.format(answer=answer)
     return f"<think> {thought} </think><answer> {answer} </answer>" if reasoning else f"<answer> {answer} </answer>"
+
+
+def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
+    """The same question with images of at most `side` pixels in length: enough to ask, and quick to look at."""
+    return replace(prompt, images=tuple(_thumbnail(image, side) for image in prompt.images))
+
+
+def _thumbnail(image: bytes, side: int) -> bytes:
+    with Image.open(io.BytesIO(image)) as opened:
+        if max(opened.size) <= side:
+            return image
+        small = opened.convert("RGB")
+    small.thumbnail((side, side))
+    written = io.BytesIO()
+    small.save(written, format="PNG")
+    return written.getvalue()
 
 
 def _plain_answer(answer: str) -> str:

@@ -26,6 +26,7 @@ def onednn_is_there() -> bool:
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     if _suits(left) and _suits(right):
+        left, right = _whole(left), _whole(right)
         turned = not left.is_contiguous() and left.shape[0] > right.shape[1]  # oneDNN copies such a left factor
         return _product(right.t(), left.t(), None).t() if turned else _product(left, right, None)
     return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]))  # what torch does otherwise
@@ -33,14 +34,19 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
 
 def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if beta == 1 and alpha == 1 and added.dim() == 1 and all(map(_suits, (left, right))):
-        return _product(left, right, added)
+        return _product(_whole(left), _whole(right), added)
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(added, left, right, beta=beta, alpha=alpha, out=out)
 
 
 def _suits(matrix: Tensor) -> bool:
-    """Neither empty nor expanded nor cut from a larger one crosswise, which oneDNN refuses or copies."""
+    """Neither empty nor expanded nor every other column of a larger one."""
     return matrix.dtype == torch.float32 and matrix.numel() > 0 and 1 in matrix.stride()
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """A copy of what is cut from a larger matrix: oneDNN multiplies such by plain loops, a thousand times as slow."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:

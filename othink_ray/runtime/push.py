@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import ray
 
 from othink_ray.config.schema import WeightsConfig
+from othink_ray.data.prompts import with_thumbnails
 from othink_ray.engines.base import LearnerEngine, Place, Sampling
 from othink_ray.engines.vllm_transfer import Sender, open_sender
 from othink_ray.runtime.pools import LearnerPool, RolloutPool
@@ -26,6 +27,7 @@ class Sent:
     versions: Sequence[Any]
 
 
+_THUMBNAIL = 112  # pixels
 _BUCKETS_AHEAD = 2  # gathered before they are asked for, and again so many on their way into an engine
 
 
@@ -133,14 +135,21 @@ class AuditedPush:
         temperature: float,
     ) -> None:
         self.transport, self.learner, self.rollout, self.weights = transport, learner, rollout, weights
-        self.probe_prompts = ray.put(list(probe_prompts))
+        # Only weights change from push to push: after the first one, which shows that both sides see the same pixels,
+        # small images are enough. They are among the first ones too, so that what an engine keeps of them shows.
+        quick = [with_thumbnails(prompt, _THUMBNAIL) for prompt in probe_prompts]
+        self.quick_prompts = ray.put(quick)
+        self.first_prompts = ray.put([*probe_prompts, *(new for new in quick if new not in probe_prompts)])
+        self.pushed = False
         # The same prompts and seed on every push: what an engine wrongly remembers of them shows.
         self.sampling = Sampling(answers=1, max_tokens=weights.audit_tokens, temperature=temperature, seed=0)
 
     def __call__(self, version: int) -> Audit:
         """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
         sent = self.transport.send(version)
-        asked = self.rollout.probe(self.probe_prompts, self.sampling, self.weights.audit_candidates)
+        prompts = self.quick_prompts if self.pushed else self.first_prompts
+        self.pushed = True
+        asked = self.rollout.probe(prompts, self.sampling, self.weights.audit_candidates)
         repeated = self.learner.candidate_logprobs(asked)
         self.rollout.wait_for(sent.loading, "loading weights")  # what failed first says why
         reached = self.rollout.wait_for(sent.versions, "loading weights")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from othink_ray.core.attention import ATTENTIONS, Attention, DenseAttention
+from othink_ray.core.blocks import WORTH_IT
 from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors, visibility
 from tests.reference import grpo_d
 
@@ -114,6 +115,15 @@ def test_grouped_and_dense_attention_have_the_same_gradients(rows: list[tuple[in
     _, found = attended(ATTENTIONS["grouped"](line, CPU), len(line))
     _, expected = attended(DenseAttention(line, CPU), len(line))
     torch.testing.assert_close(found, expected)
+
+
+def test_long_prompts_are_attended_alike() -> None:
+    line = line_of([(WORTH_IT + 90, [3, 5]), (7, [2]), (WORTH_IT - 30, [4])])
+    (found, gradients), (expected, exact) = (
+        attended(ATTENTIONS[n](line, CPU), len(line)) for n in ("grouped", "dense")
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, exact)
 
 
 @pytest.mark.parametrize("rows", [[(3, [2, 4]), (1, [5])], [(4, [0, 0])]])

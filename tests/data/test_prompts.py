@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from othink_ray.data.prompts import BadRow, validate, worked_answer
+from othink_ray.data.prompts import BadRow, validate, with_thumbnails, worked_answer
 from othink_ray.types import Message, Prompt
 
 
@@ -153,3 +153,11 @@ def test_the_worked_answer_has_the_data_sets_own_thought_where_there_is_one() ->
 def test_an_image_that_no_processor_takes_is_refused_by_its_shape(size: tuple[int, int]) -> None:
     with pytest.raises(BadRow, match="200 times as long as wide"):
         validate(ask(images=(long_picture(size),)))
+
+
+def test_thumbnails_keep_the_question_and_the_shape() -> None:
+    prompt = ask(images=(long_picture((400, 100)), long_picture((50, 20))))
+    small = with_thumbnails(prompt, 80)
+    assert [Image.open(io.BytesIO(image)).size for image in small.images] == [(80, 20), (50, 20)]
+    assert small.images[1] == prompt.images[1]
+    assert replace(small, images=prompt.images) == prompt

@@ -179,3 +179,22 @@ def test_a_saved_network_loads_as_it_was(family: Family, policy: Policy, config:
     prompt = ask("a", picture(84, 84, 0))
     assert again.prompt_token_ids(prompt) == family.prompt_token_ids(prompt)
     assert again.banned_token_ids == family.banned_token_ids
+
+
+def test_images_of_many_patches_look_the_same_to_the_untouched_network(family: Family, model_folder: Path) -> None:
+    """Ours attends in blocks and projects patches by a product."""
+    images = family.encode_images([picture(640, 600, 1), picture(84, 56, 2)])
+    untouched = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
+    own = family.load_network(torch.float32)
+    expected = untouched.model.visual(images.pixels, grid_thw=images.grids).pooler_output
+    found = family.image_features(own, images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    for features in (found, expected):
+        (features * direction).sum().backward()
+    for (name, mine), theirs in zip(
+        own.model.visual.named_parameters(), untouched.model.visual.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,83 @@
+"""Attention in blocks is attention: every shape, every number of queries a token, with its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from othink_ray.core import blocks
+from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
+
+SCALE = 0.3
+
+
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Row by row."""
+    heads, rows = query.shape[:2]
+    each = rows // key.shape[1]
+    attended = []
+    for head in range(heads):
+        for row in range(rows):
+            seen = row // each + 1 if causal else key.shape[1]
+            shares = torch.softmax(SCALE * key[head, :seen] @ query[head, row], dim=0)
+            attended.append(shares @ value[head, :seen])
+    return torch.stack(attended).unflatten(0, (heads, rows))
+
+
+def states(heads: int, tokens: int, each: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value, cut from one tensor as a fused projection gives them."""
+    drawn = torch.randn(
+        tokens, heads, each + 2, 4, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64
+    )
+    whole = drawn.to(dtype).requires_grad_()
+    query = whole[:, :, :each].transpose(0, 1).flatten(1, 2)
+    return [query, whole[:, :, each].transpose(0, 1), whole[:, :, each + 1].transpose(0, 1)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "tokens", "each"), [(1, 1, 1), (2, 5, 1), (1, 8, 3), (3, 13, 2), (2, 16, 1)])
+@pytest.mark.parametrize("height", [1, 4, 100])
+def test_blocks_of_any_height_give_the_slow_result(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, heads: int, tokens: int, each: int, height: int
+) -> None:
+    monkeypatch.setattr(blocks, "_CAUSAL", height)
+    monkeypatch.setattr(blocks, "_SCORES", height * tokens * each)
+    inputs = states(heads, tokens, each)
+    found, expected = attend_in_blocks(*inputs, scale=SCALE, causal=causal), slow_attention(*inputs, causal)
+    assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    assert_close(
+        torch.autograd.grad((found * direction).sum(), inputs, retain_graph=True),
+        torch.autograd.grad((expected * direction).sum(), inputs),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_real_sizes_are_cut_into_several_blocks(causal: bool) -> None:
+    tokens = 2 * WORTH_IT
+    query, key, value = states(2, tokens, 3)
+    assert len(list(blocks._blocks(query, key, causal))) > 4
+    found = attend_in_blocks(query, key, value, scale=SCALE, causal=causal)
+    few = [0, 1, 3 * blocks._CAUSAL, 3 * tokens - 1]
+    assert_close(found[:, few], slow_attention_of(few, query, key, value, causal))
+
+
+def slow_attention_of(rows: list[int], query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    each = query.shape[1] // key.shape[1]
+    attended = []
+    for row in rows:
+        seen = row // each + 1 if causal else key.shape[1]
+        shares = torch.softmax(SCALE * key[:, :seen] @ query[:, row, :, None], dim=1)
+        attended.append((shares * value[:, :seen]).sum(1))
+    return torch.stack(attended, dim=1)
+
+
+def test_half_precision_sums_in_float32() -> None:
+    exact = states(2, 40, 2)
+    half = [own.detach().bfloat16() for own in exact]
+    found = attend_in_blocks(*half, scale=SCALE, causal=True)
+    assert found.dtype == torch.bfloat16
+    wide = attend_in_blocks(*(own.float() for own in half), scale=SCALE, causal=True)
+    assert_close(found, wide.bfloat16(), atol=0, rtol=0)

@@ -19,6 +19,7 @@ from othink_ray.core.correction import RatioTerms, importance
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
+from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
@@ -55,9 +56,10 @@ class DeepSpeedLearner:
             LOCAL_RANK="0",
             DS_ACCELERATOR="cuda" if on_gpu else "cpu",
         )
+        self.by_onednn = not on_gpu and learner.onednn and onednn_is_there()
         if not on_gpu:
             torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
-            self.products = products_by_onednn() if learner.onednn and onednn_is_there() else None
+            self.products = products_by_onednn() if self.by_onednn else None
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed
@@ -77,6 +79,8 @@ class DeepSpeedLearner:
         network = self.family.load_network(dtype)
         if self.learner.freeze_vision:
             self.family.vision_tower(network).requires_grad_(False)
+        if self.learner.compile:
+            compile_layers(self.family, network, by_onednn=self.by_onednn)
         return Policy(network, self.family, temperature, self.learner.logit_rows)
 
     def _initialise(self, policy: Policy, *, train: bool) -> Any:

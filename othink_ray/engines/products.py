@@ -26,10 +26,10 @@ def onednn_is_there() -> bool:
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     if _suits(left) and _suits(right):
-        left, right = _whole(left), _whole(right)
-        turned = not left.is_contiguous() and left.shape[0] > right.shape[1]  # oneDNN copies such a left factor
-        return _product(right.t(), left.t(), None).t() if turned else _product(left, right, None)
-    return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]))  # what torch does otherwise
+        if _across(left, right):
+            return _product(_whole(right).t(), left.t(), None).t()
+        return _product(_whole(left), _whole(right), None)
+    return torch.mm(left, right, out=product_place(left, right))  # what torch does otherwise
 
 
 def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -37,6 +37,23 @@ def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha
         return _product(_whole(left), _whole(right), added)
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(added, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def multiply(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    """As products are while `products_by_onednn` holds."""
+    return _mm(left, right) if added is None else _addmm(added, left, right)
+
+
+def product_place(left: Tensor, right: Tensor) -> Tensor:
+    """Empty memory that lies as the product of the two does."""
+    if _across(left, right):
+        return left.new_empty(right.shape[1], left.shape[0]).t()
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+def _across(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of the factors turned is quicker: oneDNN copies a left one that lies across."""
+    return not left.is_contiguous() and left.t().is_contiguous() and left.shape[0] > right.shape[1]
 
 
 def _suits(matrix: Tensor) -> bool:

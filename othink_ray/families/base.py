@@ -66,6 +66,10 @@ class Family(Protocol):
 
     def vision_tower(self, network: nn.Module) -> nn.Module: ...
 
+    def layers(self, network: nn.Module) -> list[nn.Module]:
+        """The repeated ones of both towers, where nearly all of the work is."""
+        ...
+
     def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
         """(image tokens, H), image after image: what stands in for their placeholders."""
         ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +19,7 @@ from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
 
+@torch.compiler.disable  # what is attended is different in each line
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -34,6 +36,7 @@ def _attend(
     return attention_mask(query, key, value, scaling), None
 
 
+@torch.compiler.disable  # many small products
 def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:

@@ -124,6 +124,10 @@ class Qwen2VL:
         tower: nn.Module = body.visual
         return tower
 
+    def layers(self, network: nn.Module) -> list[nn.Module]:
+        body: Any = network.model
+        return [*body.visual.blocks, *body.language_model.layers]
+
     def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
         tower: Any = self.vision_tower(network)
         features: Tensor = tower(images.pixels.type(tower.dtype), grid_thw=images.grids).pooler_output

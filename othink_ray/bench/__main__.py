@@ -1,9 +1,10 @@
-"""Rounds of both sides in turn, a table, and bench.json:  python -m othink_ray.bench --help"""
+"""Both sides in turn, then this system alone: tables, bench.json and a page:  python -m othink_ray.bench --help"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -12,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from othink_ray.bench import ours, peer
+from othink_ray.bench.lines import LINES, Runs
+from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import spread
 from othink_ray.bench.work import Work
 from othink_ray.main import interrupt_at_any_ending
 
-WAYS = {"plain": (), "overlapped": ("train.overlap=true",)}
+WAYS = {
+    "plain": (),
+    "overlapped": ("train.overlap=true",),
+    "overlapped, 2 ranks": ("train.overlap=true", "learner.world_size=2"),
+}
+PEER = "peer"
 PARTS = ("generate", "score", "update", "push")
 
 
@@ -25,25 +33,37 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     folder = Path(asked.dir or f"runs/bench_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
     works = [Work(prompts=asked.prompts, answers=asked.answers, tokens=asked.tokens, cells=one) for one in asked.cells]
-    python = None if asked.no_peer else asked.peer.absolute()
+    python = None if asked.no_peer or PEER not in asked.only else asked.peer.absolute()
     if python is not None and not python.exists():
         parser.error(f"--peer: there is no {python}; run launch/setup_peer.sh, or leave TRL out with --no-peer")
     interrupt_at_any_ending()
-    measured: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "works": [], "lines": []}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        (folder / "bench.json").write_text(json.dumps(found, indent=1))
+        write_bench_page(folder, found)
+
     try:
-        for work in works:
+        for work in works if PEER in asked.only else ():
             print(f"{work}: {asked.rounds} rounds of {asked.steps} steps", flush=True)
-            measured.append(measure(work, asked.rounds, asked.steps, folder / str(work.image_tokens), python))
-            found = {"machine": platform.processor() or platform.machine(), "works": measured}
-            (folder / "bench.json").write_text(json.dumps(found, indent=1))
-            print(table(measured[-1]), flush=True)
+            found["works"].append(measure(work, asked.rounds, asked.steps, folder / str(work.image_tokens), python))
+            keep()
+            print(table(found["works"][-1]), flush=True)
+        runs = Runs(folder, max(asked.steps, 5))
+        for name in (name for name in LINES if name in asked.only):
+            print(name, flush=True)
+            for line in LINES[name](runs):
+                found["lines"].append(line.record())
+                print(line, flush=True)
+            keep()
     except ours.BenchError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"figures {folder / 'bench.json'}")
+    print(f"figures {folder / 'bench.json'}\npage    {folder / 'report.html'}")
     return 0
 
 
@@ -61,7 +81,7 @@ def measure(work: Work, rounds: int, steps: int, folder: Path, python: Path | No
         sides["trl"] = {"step_s": spread(theirs), "samples_per_s": work.samples / spread(theirs)["median"]}
         for way in WAYS:
             sides[way]["times_trl"] = sides[way]["samples_per_s"] / sides["trl"]["samples_per_s"]
-    return {"work": work.record(), "sides": sides}
+    return {"name": str(work), "work": work.record(), "sides": sides}
 
 
 def _figures(lines: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
@@ -72,13 +92,13 @@ def _figures(lines: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
 
 def table(measured: dict[str, Any]) -> str:
     """A line a side: seconds a step, samples a second, how many times TRL's, and where the time goes."""
-    rows = [f"  {'':<11}{'step s (min - max)':<24}{'samples/s':>10}{'x TRL':>7}   " + "  ".join(PARTS)]
+    rows = [f"  {'':<20}{'step s (min - max)':<24}{'samples/s':>10}{'x TRL':>7}   " + "  ".join(PARTS)]
     for side, found in measured["sides"].items():
         step = found["step_s"]
         times = f"{found['times_trl']:.2f}" if "times_trl" in found else ""
         parts = "  ".join(f"{found[f'{part}_s']['median']:.3f}" for part in PARTS if f"{part}_s" in found)
         shown = f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})"
-        rows.append(f"  {side:<11}{shown:<24}{found['samples_per_s']:>10.1f}{times:>7}   {parts}")
+        rows.append(f"  {side:<20}{shown:<24}{found['samples_per_s']:>10.1f}{times:>7}   {parts}")
     return "\n".join(rows)
 
 
@@ -93,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="that count, of each side in each round")
     parser.add_argument("--peer", type=Path, default=Path(".venv-peer/bin/python"), help="Python of the peer")
+    every = [PEER, *LINES]
+    parser.add_argument(
+        "--only", nargs="+", choices=every, default=every, help="what to measure; all is most of an hour"
+    )
     parser.add_argument("--no-peer", action="store_true", help="our side alone")
     parser.add_argument("--dir", help="folder for bench.json and all runs; else a new one in runs/")
     return parser

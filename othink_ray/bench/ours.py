@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,11 @@ from othink_ray.bench.times import WARM_UP
 from othink_ray.bench.work import Work
 from othink_ray.config.load import read
 from othink_ray.driver.warm_start import base_model_folder
+from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
 from othink_ray.study.launch import end
+
+# Half a minute in the first step of each run, which does not count; it needs a compiler, as the peer does.
+FAST = ("learner.compile=true",) if shutil.which("g++") else ()
 
 
 class BenchError(RuntimeError):
@@ -44,13 +50,25 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = 
 def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """The metrics of `steps` steps that count."""
     own = [f"run.dir={folder}", f"train.steps={steps + WARM_UP + 1}"]  # the last one samples nothing ahead
-    run([sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *overrides], folder.with_suffix(".txt"))
+    run(
+        [sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *FAST, *overrides],
+        folder.with_suffix(".txt"),
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     done = [line for line in lines if "time/step_s" in line][WARM_UP:-1]
     wrong = {line["tokens/completion_mean"] for line in done} - {work.tokens}
     if wrong:
         raise BenchError(f"{folder}: answers of {sorted(wrong)} tokens on average, not {work.tokens}")
     return done
+
+
+def bare(part: str, work: Work, steps: int, folder: Path, overrides: Sequence[str] = ()) -> list[float]:
+    """Seconds of `steps` turns of one engine alone in a process: `generate` or `learn`."""
+    command = [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), f"train.steps={steps + WARM_UP}"]
+    log = folder.with_suffix(".txt")
+    run([*command, *FAST, *overrides], log, {**os.environ, **PROCESS_ENVIRONMENT})
+    seconds: list[float] = json.loads(log.read_text().splitlines()[-1])
+    return seconds[WARM_UP:]
 
 
 def model_folder(work: Work) -> Path:

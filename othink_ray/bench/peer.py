@@ -11,11 +11,10 @@ from othink_ray.bench.times import WARM_UP
 from othink_ray.bench.work import BETA, RATE, Work
 from othink_ray.config.load import read
 from othink_ray.data import PromptStream, open_training
+from othink_ray.runtime.placement import MALLOC
 
 _SCRIPT = Path(__file__).with_name("peer_trl.py")
 _QUESTIONS = 128
-# glibc keeps freed memory: worth a few percent to it, and our processes have it too.
-_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
@@ -36,7 +35,7 @@ def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
     (folder / "settings.json").write_text(json.dumps(settings))
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(os.cpu_count())}
     command = [str(python), str(_SCRIPT), str(folder / "settings.json")]
-    run(command, folder.with_suffix(".txt"), {**os.environ, **_MALLOC, **quiet})
+    run(command, folder.with_suffix(".txt"), {**os.environ, **MALLOC, **quiet})
     seconds: list[float] = json.loads((folder / "steps.json").read_text())
     return seconds[WARM_UP:]
 

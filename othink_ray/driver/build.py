@@ -115,7 +115,7 @@ def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt]) -> Ite
     with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s) as placement:
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(
-            partial(_learner_engine, config, path, with_reference=needs_reference), config.learner, placement
+            partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
         )
         rollout = RolloutPool(partial(ROLLOUT_ENGINES[config.rollout.engine], config, path), config.rollout, placement)
         rewards = RewardPool(config.algo.reward)
@@ -170,7 +170,7 @@ class Classroom:
 def open_classroom(config: Config, folder: Path) -> Iterator[Classroom]:
     """A learner alone, for supervised training of the model in `folder`."""
     with Placement(learner_seats(config.learner), config.cluster.placement, config.learner.load_timeout_s) as placement:
-        make_engine = partial(_learner_engine, config, str(folder), with_reference=False)
+        make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
         learner.wait(learner.start())
         yield Classroom(students=Class(_teacher(config, str(folder)), learner), learner=learner)
@@ -208,7 +208,7 @@ def _hf_engine(config: Config, path: str) -> RolloutEngine:
 ROLLOUT_ENGINES: dict[str, Callable[[Config, str], RolloutEngine]] = {"vllm": _vllm_engine, "hf": _hf_engine}
 
 
-def _learner_engine(config: Config, path: str, place: Place, *, with_reference: bool) -> LearnerEngine:
+def learner_engine(config: Config, path: str, place: Place, *, with_reference: bool) -> LearnerEngine:
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
 

@@ -20,7 +20,7 @@ def compile_layers(family: Family, network: nn.Module, *, by_onednn: bool) -> No
     """Compiled when first called, for any number of tokens; the compiler keeps its results on disk."""
     options: dict[str, Any] = {"post_grad_custom_post_pass": _Products()} if by_onednn else {}
     for layer in family.layers(network):
-        layer.forward = torch.compile(layer.forward, dynamic=True, options=options)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
 
 
 class _Products(CustomGraphPass):
@@ -44,7 +44,8 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 def _product(graph: Graph, node: Node) -> Node:
     """What is added to each row goes along; a whole matrix, such as a layer's input, is added by whoever comes next."""
     ours = torch.ops.othink_ray.product.default
-    *added, left, right = node.args
+    factors: tuple[Any, ...] = node.args
+    *added, left, right = factors
     if not added:
         product = graph.call_function(ours, (left, right, None))
     elif added[0].meta["val"].dim() == 1:
@@ -62,6 +63,8 @@ _LIBRARY.define("product(Tensor left, Tensor right, Tensor? added) -> Tensor")
 _LIBRARY.impl("product", multiply, "CPU")
 
 
-@torch.library.register_fake("othink_ray::product", lib=_LIBRARY)
 def _place(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
     return product_place(left, right) if added is None else left.new_empty(left.shape[0], right.shape[1])
+
+
+torch.library.register_fake("othink_ray::product", _place, lib=_LIBRARY)

@@ -19,7 +19,6 @@ from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
 
-@torch.compiler.disable  # what is attended is different in each line
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -36,7 +35,6 @@ def _attend(
     return attention_mask(query, key, value, scaling), None
 
 
-@torch.compiler.disable  # many small products
 def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
@@ -48,6 +46,7 @@ def _attend_image(
     return attended.transpose(0, 1)[None], None
 
 
-AttentionInterface.register(LINE_ATTENTION, _attend)
-AttentionInterface.register(IMAGE_ATTENTION, _attend_image)
+# Not for torch's compiler: a line is different each time, and an image is many small products.
+AttentionInterface.register(LINE_ATTENTION, torch.compiler.disable(_attend))
+AttentionInterface.register(IMAGE_ATTENTION, torch.compiler.disable(_attend_image))
 AttentionMaskInterface.register(LINE_ATTENTION, sdpa_mask)

@@ -13,14 +13,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from othink_ray.config.schema import LearnerConfig, RolloutConfig
 from othink_ray.runtime.cluster import ClusterError
 
-# Set before the process starts, since OpenMP and malloc read them only then. A thread without work looks out for it for
-# some 30 microseconds, and then sleeps and leaves its core to others. Freed memory is kept for the next step.
-_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# Set before a process starts, since malloc and OpenMP read them only then. Freed memory is kept for the next step.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+# A thread without work looks out for it for some 30 microseconds, and then sleeps and leaves its core to others.
+PROCESS_ENVIRONMENT = {**MALLOC, "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,4 +79,4 @@ class Placement:
 
 
 def _start(actor: type, arguments: tuple[Any, ...], **options: Any) -> Any:
-    return ray.remote(actor).options(runtime_env={"env_vars": _ENVIRONMENT}, **options).remote(*arguments)
+    return ray.remote(actor).options(runtime_env={"env_vars": PROCESS_ENVIRONMENT}, **options).remote(*arguments)

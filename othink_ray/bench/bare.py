@@ -1,0 +1,98 @@
+"""One engine alone in a process, without Ray or loop:  python -m othink_ray.bench.bare generate|learn OVERRIDE ...
+
+Its last line is a JSON list: the seconds of each of `train.steps` steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from othink_ray.config.load import read
+from othink_ray.config.schema import Config
+from othink_ray.core.packing import plan
+from othink_ray.data import PromptStream, open_training
+from othink_ray.driver.build import ROLLOUT_ENGINES, learner_engine, open_classroom, recipe
+from othink_ray.driver.console import Console
+from othink_ray.driver.warm_start import base_model
+from othink_ray.engines.base import Place, Sampling
+from othink_ray.families import open_family
+from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
+
+
+def main(part: str, overrides: Sequence[str]) -> None:
+    config, found = read(overrides)
+    assert config is not None, found
+    with Console() as console:
+        path = base_model(config, console, open_classroom)
+    stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
+    turn = {"generate": generating, "learn": learning}[part](config, path)
+    seconds = []
+    for _ in range(config.train.steps):
+        prompts = stream.take(config.train.prompts_per_step)
+        seconds.append(turn(prompts))
+    print(json.dumps(seconds))
+
+
+def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    engine = ROLLOUT_ENGINES[config.rollout.engine](config, path)
+    sampling = Sampling(
+        answers=config.algo.group_size,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        seed=config.train.seed,
+    )
+
+    def turn(prompts: Sequence[Prompt]) -> float:
+        engine.begin_push()  # what it keeps of earlier steps is of older weights in a run
+        engine.finish_push(0, 0)
+        start = time.perf_counter()
+        for _ in engine.generate(prompts, sampling):
+            pass
+        return time.perf_counter() - start
+
+    return turn
+
+
+def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=20_000 + os.getpid() % 10_000)
+    engine = learner_engine(config, path, place, with_reference=True)
+    family, own, learner = open_family(config.model, path), recipe(config), config.learner
+    rng = np.random.default_rng(0)
+
+    def row(prompt: Prompt) -> ScoredGroup:
+        """Answers of random tokens, randomly rewarded: as much work as any others."""
+        tokens, answers = config.rollout.max_tokens, config.algo.group_size
+        completions = tuple(
+            Completion(
+                token_ids=rng.integers(32, 256, tokens),
+                sampler_logprobs=np.full(tokens, -5.0, dtype=np.float32),
+                text="",
+                finish="length",
+            )
+            for _ in range(answers)
+        )
+        asked = family.expand(family.prompt_token_ids(prompt), family.image_token_counts(prompt.images))
+        group = Group(prompt=prompt, prompt_token_ids=np.array(asked), completions=completions, version=0)
+        return ScoredGroup(group=group, rewards=rng.random(answers), parts={}, valid=np.ones(answers, dtype=bool))
+
+    def turn(prompts: Sequence[Prompt]) -> float:
+        scored = [row(prompt) for prompt in prompts]
+        rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
+        packs = own.pack(scored, list(own.advantages(rewards, valid)))
+        [[micro_batches]] = plan(packs, ranks=1, updates=1, micro_tokens=learner.micro_tokens)
+        batches: list[list[Pack]] = [[packs[index] for index in rows] for rows in micro_batches]
+        start = time.perf_counter()
+        engine.update([batches], beta=config.algo.kl.beta_min, lr=learner.lr, loss=config.algo.loss, correction="none")
+        return time.perf_counter() - start
+
+    return turn
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

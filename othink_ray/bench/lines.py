@@ -1,0 +1,239 @@
+"""What `make bench` asks of this system alone, one function a line; each gives what was found and what was wanted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from othink_ray.bench import ours
+from othink_ray.bench.times import spread
+from othink_ray.bench.work import Work
+
+USUAL = Work(prompts=8, answers=8, tokens=64, cells=4)
+_ALIKE = 1e-4
+SWITCHES = (
+    "learner.compile=false",
+    "learner.onednn=false",
+    "learner.attention=dense",
+    "learner.shared_prefix=false",
+    "learner.micro_tokens=1024",
+    "learner.logit_rows=128",
+    "learner.gradient_checkpointing=true",
+    "rollout.prefix_caching=false",
+    "rollout.balance=false",
+    "weights.bucket_mb=1",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """`found` beside its limit; `detail` holds what it was made of."""
+
+    name: str
+    found: float
+    limit: float
+    more_is_better: bool = False
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        return self.found >= self.limit if self.more_is_better else self.found <= self.limit
+
+    def record(self) -> dict[str, Any]:
+        wanted = {"at_least" if self.more_is_better else "at_most": self.limit}
+        return {"name": self.name, "found": self.found, **wanted, "holds": self.holds, "detail": self.detail}
+
+    def __str__(self) -> str:
+        sign = ">=" if self.more_is_better else "<="
+        return f"  {'ok ' if self.holds else 'NOT'} {self.name:<62} {self.found:8.3f}   {sign} {self.limit:g}"
+
+
+class Runs:
+    """Runs by their work and overrides; each is made once."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.made: dict[tuple[Any, ...], Any] = {}
+
+    def metrics(self, work: Work, *overrides: str) -> list[dict[str, Any]]:
+        made: list[dict[str, Any]] = self._once(
+            ("run", work, overrides), lambda at: ours.train(work, self.steps, at, overrides)
+        )
+        return made
+
+    def times(self, work: Work, *overrides: str) -> dict[str, dict[str, float]]:
+        """Of each part of a step, and of the whole: median, min, max and count."""
+        lines = self.metrics(work, *overrides)
+        parts = ("step_s", "generate_s", "score_s", "update_s", "push_s")
+        return {part: spread([line[f"time/{part}"] for line in lines]) for part in parts}
+
+    def bare(self, part: str, work: Work, *overrides: str) -> dict[str, float]:
+        return spread(self._once((part, work, overrides), lambda at: ours.bare(part, work, self.steps, at, overrides)))
+
+    def _once(self, what: tuple[Any, ...], make: Callable[[Path], Any]) -> Any:
+        if what not in self.made:
+            print(f"    {what[0]} {what[1]} {' '.join(what[2])}", flush=True)
+            self.made[what] = make(self.folder / f"own_{len(self.made)}")
+        return self.made[what]
+
+
+def rows(runs: Runs) -> list[Line]:
+    """The learner against a row of its own for each answer, all as long: no padding, and still its prompt G times."""
+    found = []
+    for cells, limit in ((2, 1.0), (12, 3.5), (24, 6.0)):
+        work = replace(USUAL, cells=cells)
+        shared, single = (runs.times(work, f"learner.shared_prefix={on}")["update_s"] for on in ("true", "false"))
+        ratio = single["median"] / shared["median"]
+        detail = {"shared_s": shared, "single_s": single}
+        name = f"learner: times as fast as a row an answer, {work.image_tokens} image tokens"
+        found.append(Line(name=name, found=ratio, limit=limit, more_is_better=True, detail=detail))
+    return found
+
+
+def loop(runs: Runs) -> list[Line]:
+    """What Ray, scoring and pushing add to the engines alone."""
+    step = runs.times(USUAL)["step_s"]
+    alone = {part: runs.bare(part, USUAL) for part in ("generate", "learn")}
+    beside = runs.times(USUAL, "train.overlap=true")["step_s"]
+    one = {part: runs.bare(part, USUAL, "rollout.threads=1", "learner.threads=1") for part in alone}
+    together = sum(part["median"] for part in alone.values())
+    longer = max(part["median"] for part in one.values())
+    return [
+        Line(
+            name="plain step / (bare generate + bare learn)",
+            found=step["median"] / together,
+            limit=1.10,
+            detail={"step_s": step, **alone},
+        ),
+        Line(
+            name="overlapped step / the longer of both, a core each",
+            found=beside["median"] / longer,
+            limit=1.15,
+            detail={"step_s": beside, **one},
+        ),
+    ]
+
+
+def push(runs: Runs) -> list[Line]:
+    times = runs.times(replace(USUAL, cells=8))
+    step = times["step_s"]["median"]
+    return [
+        Line(name="push and audit / step, 64 image tokens", found=times["push_s"]["median"] / step, limit=0.05),
+        Line(name="scoring / step, 64 image tokens", found=times["score_s"]["median"] / step, limit=0.02),
+    ]
+
+
+def cost(runs: Runs) -> list[Line]:
+    """By prompts, answer tokens and image tokens; a run's fixed cost makes the first two smaller than 1."""
+
+    def seconds(work: Work) -> float:
+        times = runs.times(work)
+        return times["generate_s"]["median"] + times["update_s"]["median"]
+
+    prompts = [seconds(replace(USUAL, prompts=count)) for count in (4, 8, 16)]
+    tokens = [seconds(replace(USUAL, tokens=count)) for count in (32, 64, 128)]
+    images = [seconds(replace(USUAL, answers=16, cells=cells)) for cells in (4, 12)]
+    return [
+        Line(name="4 times the prompts / 4", found=prompts[2] / prompts[0] / 4, limit=1.1, detail={"s": prompts}),
+        Line(name="4 times the answer tokens / 4", found=tokens[2] / tokens[0] / 4, limit=1.1, detail={"s": tokens}),
+        Line(name="144 image tokens / 16, 16 answers", found=images[1] / images[0], limit=1.6, detail={"s": images}),
+    ]
+
+
+def ranks(runs: Runs) -> list[Line]:
+    """The cores are the same: two processes of one thread against one of two."""
+    one, learners, actors = (
+        runs.times(USUAL, *more) for more in ((), ("learner.world_size=2",), ("rollout.num_actors=2",))
+    )
+    return [
+        Line(
+            name=f"{name}: times as fast as one",
+            found=one[part]["median"] / two[part]["median"],
+            limit=0.0,
+            more_is_better=True,
+            detail={"one": one[part], "two": two[part]},
+        )
+        for name, part, two in (("2 learner ranks", "update_s", learners), ("2 rollout actors", "generate_s", actors))
+    ]
+
+
+def switches(runs: Runs) -> list[Line]:
+    """Everything that makes a step fast, off: the same losses and KLs."""
+
+    def curve(*overrides: str) -> list[float]:
+        return [line[key] for line in runs.metrics(USUAL, *overrides) for key in ("loss", "kl/mean")]
+
+    on = curve()
+    found = []
+    for switch in SWITCHES:
+        off = curve(switch)
+        distance = max(abs(mine - other) for mine, other in zip(on, off, strict=True))
+        found.append(Line(name=f"loss and KL with {switch}", found=distance, limit=_ALIKE, detail={"off": off}))
+    return found
+
+
+def memory(runs: Runs) -> list[Line]:
+    """200 steps: the driver in MB, and the process that grows most, from a quarter of the run to its end."""
+    samples: list[dict[str, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(2.0):
+            samples.append(_resident())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        ours.train(replace(USUAL, tokens=16), 200, runs.folder / "memory", ())
+    finally:
+        over.set()
+        watching.join()
+    there = [sample for sample in samples if any(name.startswith("learner") for name in sample)]
+    early, late = there[len(there) // 4], there[-2]
+    growth = {name: late[name] - mb for name, mb in early.items() if name in late}
+    actors = {name: mb / early[name] for name, mb in growth.items() if name != "driver"}
+    detail = {"early_mb": early, "late_mb": late}
+    return [
+        Line(name="driver's growth over 200 steps, MB", found=growth["driver"], limit=100, detail=detail),
+        Line(name="largest growth of an actor over 200 steps, share", found=max(actors.values()), limit=0.05),
+    ]
+
+
+def _resident() -> dict[str, float]:
+    """MB of the driver and of each actor below this process."""
+    found: dict[str, float] = {}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line, mb = " ".join(process.cmdline()), process.memory_info().rss / 2**20
+        except psutil.Error:
+            continue
+        role = next((role for role in ("Learner", "Rollout", "Reward") if f"ray::{role}" in line), None)
+        if "othink_ray.main" in line:
+            found["driver"] = mb
+        elif role:
+            found[f"{role.lower()} {process.pid}"] = mb
+    return found
+
+
+def start(runs: Runs) -> list[Line]:
+    """From the command to the end of the first step of the demo; the first time its base model may have to be made."""
+    for folder in (runs.folder / "first_start", runs.folder / "start"):
+        command = ["-m", "othink_ray.main", f"run.dir={folder}", "train.steps=1", "eval.every=0", "eval.questions=1"]
+        begun = time.time()
+        ours.run([sys.executable, *command], folder.with_suffix(".txt"))
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    took = next(line["time/unix_s"] for line in lines if "time/step_s" in line) - begun
+    return [Line(name="start of the demo to the end of its first step, s", found=took, limit=25.0)]
+
+
+LINES: dict[str, Callable[[Runs], Sequence[Line]]] = {
+    function.__name__: function for function in (rows, loop, push, cost, ranks, switches, memory, start)
+}

@@ -1,0 +1,58 @@
+"""What is asked of this system alone: switches that exist, verdicts, the page, and one engine without Ray."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from othink_ray.bench import ours
+from othink_ray.bench.lines import SWITCHES, USUAL, Line
+from othink_ray.bench.page import write_bench_page
+from othink_ray.bench.times import spread
+from othink_ray.bench.work import Work
+from othink_ray.config.check import machine_for, problems
+from othink_ray.config.load import read
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_changes_a_sound_run(switch: str) -> None:
+    changed, found = read([*USUAL.overrides(), switch])
+    usual, _ = read([*USUAL.overrides(), *("learner.compile=true",)])
+    assert changed is not None
+    assert found + problems(changed, machine_for(changed)) == []
+    assert changed != usual
+
+
+@pytest.mark.parametrize(("found", "more", "holds"), [(1.0, False, True), (1.2, False, False), (1.2, True, True)])
+def test_a_line_holds_on_the_right_side_of_its_limit(found: float, more: bool, holds: bool) -> None:
+    line = Line(name="ratio", found=found, limit=1.1, more_is_better=more)
+    assert line.holds == holds
+    assert line.record()["holds"] == holds
+    assert str(line).split()[0] == ("ok" if holds else "NOT")
+
+
+def test_the_page_shows_every_side_and_every_line(tmp_path: Path) -> None:
+    part = spread([0.1, 0.2, 0.3])
+    own = {"step_s": spread([1.0, 2.0]), "samples_per_s": 40.0, "times_trl": 2.5}
+    own |= {f"{name}_s": part for name in ("generate", "score", "update", "push")}
+    sides = {"plain": own, "trl": {"step_s": spread([3.75]), "samples_per_s": 16.0}}
+    lines = [
+        Line(name="held <b>", found=1.0, limit=1.1).record(),
+        Line(name="missed", found=2.0, limit=3.0, more_is_better=True).record(),
+    ]
+    found = {"machine": "a machine", "works": [{"name": "W(8, 8, 64, 16)", "sides": sides}], "lines": lines}
+    html = write_bench_page(tmp_path, found).read_text()
+    for said in ("W(8, 8, 64, 16)", "1.500", "2.50 ×", "3.750", "held &lt;b&gt;", "≤ 1.1", "≥ 3.0", "a machine"):
+        assert said in html, said
+    assert html.count('class="holds"') == html.count('class="misses"') == 1
+
+
+def test_the_learner_runs_alone(tmp_path: Path) -> None:
+    work = Work(prompts=2, answers=2, tokens=4, cells=2)
+    said = tmp_path / "said.txt"
+    overrides = [*work.overrides(), "train.steps=2", "learner.threads=1"]
+    ours.run([sys.executable, "-m", "othink_ray.bench.bare", "learn", *overrides], said)
+    assert [seconds > 0 for seconds in json.loads(said.read_text().splitlines()[-1])] == [True, True]

@@ -22,7 +22,7 @@ from othink_ray.main import interrupt_at_any_ending
 WAYS = {
     "plain": (),
     "overlapped": ("train.overlap=true",),
-    "overlapped, 2 ranks": ("train.overlap=true", "learner.world_size=2"),
+    "overlapped_2_ranks": ("train.overlap=true", "learner.world_size=2"),
 }
 PEER = "peer"
 PARTS = ("generate", "score", "update", "push")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from PIL import Image
 from ray.exceptions import RayTaskError
 
 from othink_ray.config.schema import Config
@@ -26,6 +28,7 @@ from othink_ray.runtime.team import Team
 from othink_ray.types import Group, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+from tests.engines.samples import ask, picture
 
 BUCKET = 2**26
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -118,6 +121,17 @@ def test_what_was_cached_before_a_push_is_caught(
     with pytest.raises(AuditError, match="caches kept over the push"):
         team.push(version())
     on_engine(team, lambda engine: delattr(engine.engine, cache))
+    team.push(version())
+
+
+def test_images_are_small_after_the_first_push(team: Team, version: Callable[[], int]) -> None:
+    large = ask("large", picture(280, 200, 0))
+    push = AuditedPush(team.pusher.transport, team.learner, team.rollout, team.pusher.weights, [large], 1.0)
+    first, second = push(version()), push(version())
+    assert first.tokens == 2 * second.tokens > 0
+    assert max(first.gap_mean, second.gap_mean) < 1e-4
+    [small] = ray.get(push.quick_prompts)
+    assert Image.open(io.BytesIO(small.images[0])).size == (112, 80)
     team.push(version())
 
 

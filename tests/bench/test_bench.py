@@ -77,9 +77,13 @@ except KeyboardInterrupt:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run([sys.executable, "-c", cleans_up], said)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([sys.executable, "-c", cleans_up], said)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said.read_text().splitlines() == ["up", "cleaned up"]
 
 

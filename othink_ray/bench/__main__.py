@@ -15,7 +15,7 @@ from typing import Any
 from othink_ray.bench import ours, peer
 from othink_ray.bench.lines import LINES, Runs
 from othink_ray.bench.page import write_bench_page
-from othink_ray.bench.times import spread
+from othink_ray.bench.times import PARTS, spread, spreads
 from othink_ray.bench.work import Work
 from othink_ray.main import interrupt_at_any_ending
 
@@ -25,7 +25,6 @@ WAYS = {
     "overlapped_2_ranks": ("train.overlap=true", "learner.world_size=2"),
 }
 PEER = "peer"
-PARTS = ("generate", "score", "update", "push")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,9 +84,8 @@ def measure(work: Work, rounds: int, steps: int, folder: Path, python: Path | No
 
 
 def _figures(lines: Sequence[dict[str, Any]], work: Work) -> dict[str, Any]:
-    step = spread([line["time/step_s"] for line in lines])
-    parts = {f"{part}_s": spread([line[f"time/{part}_s"] for line in lines]) for part in PARTS}
-    return {"step_s": step, **parts, "samples_per_s": work.samples / step["median"]}
+    times = spreads(lines)
+    return {**times, "samples_per_s": work.samples / times["step_s"]["median"]}
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""One engine alone in a process, without Ray or loop:  python -m othink_ray.bench.bare generate|learn OVERRIDE ...
+"""One engine in a process, without Ray or loop:  python -m othink_ray.bench.bare generate|learn|learn_padded OVERRIDE ...
 
-Its last line is a JSON list: the seconds of each of `train.steps` steps.
+It says of each of `train.steps` steps, as JSON, when it began and the seconds that it took.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from othink_ray.bench.padded import learning_padded
 from othink_ray.config.load import read
 from othink_ray.config.schema import Config
 from othink_ray.core.packing import plan
@@ -31,12 +32,11 @@ def main(part: str, overrides: Sequence[str]) -> None:
     with Console() as console:
         path = base_model(config, console, open_classroom)
     stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
-    turn = {"generate": generating, "learn": learning}[part](config, path)
-    seconds = []
+    turn = PARTS[part](config, path)
     for _ in range(config.train.steps):
         prompts = stream.take(config.train.prompts_per_step)
-        seconds.append(turn(prompts))
-    print(json.dumps(seconds))
+        began = time.time()
+        print(json.dumps({"began": began, "seconds": turn(prompts)}), flush=True)
 
 
 def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
@@ -62,12 +62,39 @@ def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]
 def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
     place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=20_000 + os.getpid() % 10_000)
     engine = learner_engine(config, path, place, with_reference=True)
-    family, own, learner = open_family(config.model, path), recipe(config), config.learner
-    rng = np.random.default_rng(0)
+    own, answers = recipe(config), random_answers(config, path)
 
-    def row(prompt: Prompt) -> ScoredGroup:
-        """Answers of random tokens, randomly rewarded: as much work as any others."""
-        tokens, answers = config.rollout.max_tokens, config.algo.group_size
+    def turn(prompts: Sequence[Prompt]) -> float:
+        scored = answers(prompts)
+        rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
+        packs = own.pack(scored, list(own.advantages(rewards, valid)))
+        [[micro_batches]] = plan(packs, ranks=1, updates=1, micro_tokens=config.learner.micro_tokens)
+        batches: list[list[Pack]] = [[packs[index] for index in rows] for rows in micro_batches]
+        lr, loss = config.learner.lr, config.algo.loss
+        start = time.perf_counter()
+        engine.update([batches], beta=config.algo.kl.beta_min, lr=lr, loss=loss, correction="none")
+        return time.perf_counter() - start
+
+    return turn
+
+
+def learning_on_padded_rows(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    step, answers = learning_padded(config, path), random_answers(config, path)
+
+    def turn(prompts: Sequence[Prompt]) -> float:
+        scored = answers(prompts)
+        gains = [float(gain) for one in scored for gain in one.rewards - one.rewards.mean()]
+        return step([one.group for one in scored], gains)
+
+    return turn
+
+
+def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], list[ScoredGroup]]:
+    """Answers of random tokens, randomly rewarded: as much work as any others."""
+    family, rng = open_family(config.model, path), np.random.default_rng(0)
+    tokens, answers = config.rollout.max_tokens, config.algo.group_size
+
+    def answer(prompt: Prompt) -> ScoredGroup:
         completions = tuple(
             Completion(
                 token_ids=rng.integers(32, 256, tokens),
@@ -81,17 +108,10 @@ def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
         group = Group(prompt=prompt, prompt_token_ids=np.array(asked), completions=completions, version=0)
         return ScoredGroup(group=group, rewards=rng.random(answers), parts={}, valid=np.ones(answers, dtype=bool))
 
-    def turn(prompts: Sequence[Prompt]) -> float:
-        scored = [row(prompt) for prompt in prompts]
-        rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
-        packs = own.pack(scored, list(own.advantages(rewards, valid)))
-        [[micro_batches]] = plan(packs, ranks=1, updates=1, micro_tokens=learner.micro_tokens)
-        batches: list[list[Pack]] = [[packs[index] for index in rows] for rows in micro_batches]
-        start = time.perf_counter()
-        engine.update([batches], beta=config.algo.kl.beta_min, lr=learner.lr, loss=config.algo.loss, correction="none")
-        return time.perf_counter() - start
+    return lambda prompts: [answer(prompt) for prompt in prompts]
 
-    return turn
+
+PARTS = {"generate": generating, "learn": learning, "learn_padded": learning_on_padded_rows}
 
 
 if __name__ == "__main__":

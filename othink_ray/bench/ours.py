@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from othink_ray.study.launch import end
 
 # Half a minute in the first step of each run, which does not count; it needs a compiler, as the peer does.
 FAST = ("learner.compile=true",) if shutil.which("g++") else ()
+_UNTIL_STOPPED = 10**6
 
 
 class BenchError(RuntimeError):
@@ -28,9 +30,17 @@ class BenchError(RuntimeError):
 
 def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
     """To its end, or to ours: an interrupted one is given the time to clean up."""
+    process = _start(command, log, environment)
+    try:
+        _expect_success(process.wait(), command, log)
+    finally:
+        end([process])
+
+
+def _start(command: Sequence[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as screen:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             list(command),
             stdout=screen,
             stderr=subprocess.STDOUT,
@@ -38,13 +48,12 @@ def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = 
             env=environment,
             start_new_session=True,
         )
-    try:
-        code = process.wait()
-    finally:
-        end([process])
+
+
+def _expect_success(code: int | None, command: Sequence[str], log: Path) -> None:
     if code:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise BenchError(f"{' '.join(command[:3])} … ended with {code}; the whole output is in {log}:\n{last}")
+        raise BenchError(f"{' '.join(command[:4])} … ended with {code}; the whole output is in {log}:\n{last}")
 
 
 def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -62,13 +71,44 @@ def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> lis
     return done
 
 
-def bare(part: str, work: Work, steps: int, folder: Path, overrides: Sequence[str] = ()) -> list[float]:
-    """Seconds of `steps` turns of one engine alone in a process: `generate` or `learn`."""
-    command = [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), f"train.steps={steps + WARM_UP}"]
-    log = folder.with_suffix(".txt")
-    run([*command, *FAST, *overrides], log, {**os.environ, **PROCESS_ENVIRONMENT})
-    seconds: list[float] = json.loads(log.read_text().splitlines()[-1])
-    return seconds[WARM_UP:]
+def bare(
+    parts: Sequence[str], work: Work, steps: int, folder: Path, overrides: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Seconds of at least `steps` steps of each engine, a process each, while all of them work."""
+    logs = {part: folder.with_name(f"{folder.name}_{part}.txt") for part in parts}
+    commands = {
+        part: [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), *FAST, *overrides]
+        for part in parts
+    }
+    environment = {**os.environ, **PROCESS_ENVIRONMENT}
+    processes = {
+        part: _start([*command, f"train.steps={_UNTIL_STOPPED}"], logs[part], environment)
+        for part, command in commands.items()
+    }
+    try:
+        while True:
+            for part, process in processes.items():
+                _expect_success(process.poll(), commands[part], logs[part])
+            found = side_by_side({part: _said(log) for part, log in logs.items()})
+            if all(len(seconds) >= steps for seconds in found.values()):
+                return found
+            time.sleep(0.5)
+    finally:
+        end(list(processes.values()))
+
+
+def side_by_side(said: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
+    """Of what each said, the seconds of the steps that began when all were warm."""
+    if any(len(steps) <= WARM_UP for steps in said.values()):
+        return {part: [] for part in said}
+    since = max(steps[WARM_UP]["began"] for steps in said.values())
+    return {part: [step["seconds"] for step in steps if step["began"] >= since] for part, steps in said.items()}
+
+
+def _said(log: Path) -> list[dict[str, float]]:
+    """The steps in a log, the last of which may be half written, and among other talk."""
+    lines = log.read_text(errors="replace").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.startswith('{"began"')]
 
 
 def model_folder(work: Work) -> Path:

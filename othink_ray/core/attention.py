@@ -1,4 +1,4 @@
-"""Attention over a line of shared-prefix rows, three ways with one result."""
+"""Attention over a line of shared-prefix rows, four ways with one result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
-from othink_ray.core.line import Line, visibility
+from othink_ray.core.blocks import WORTH_IT, attend_in_blocks, blocks_of_line
+from othink_ray.core.line import Line, stretches, visibility
 
 
 class Attention(Protocol):
@@ -65,22 +65,10 @@ class GroupedAttention:
         seen_value = torch.cat([prompt_value[self.owners], own_value], dim=2)
         settings: dict[str, Any] = {"scale": scale, "enable_gqa": True}
         attended = [
-            _causal(asked, prompt_key, prompt_value, scale),
+            scaled_dot_product_attention(asked, prompt_key, prompt_value, is_causal=True, **settings),
             scaled_dot_product_attention(answered, seen_key, seen_value, attn_mask=self.mask, **settings),
         ]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[self.homes][None]
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """(B, heads, N, D) and twice (B, key heads, N, D) -> (B, heads, N, D): each token sees its past."""
-    if query.device.type != "cpu" or query.shape[2] < WORTH_IT:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    heads, width = key.shape[1], key.shape[3]
-    shared = query.unflatten(1, (heads, -1)).transpose(2, 3)  # (B, key heads, N, heads of each, D)
-    scale = width**-0.5 if scale is None else scale
-    each = [own.flatten(0, 1) for own in (shared.flatten(2, 3), key, value)]
-    attended = attend_in_blocks(*each, scale=scale, causal=True).view(shared.shape)
-    return attended.transpose(2, 3).flatten(1, 2)
 
 
 def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
@@ -101,6 +89,20 @@ def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
             home[block] = start + torch.arange(len(block))
             start += width
     return home
+
+
+class BlockAttention:
+    """Long prompts: block by block, which pads nothing and gathers nothing."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        self.blocks = blocks_of_line(line)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        heads, width = key.shape[1], key.shape[3]
+        asked = query[0].unflatten(0, (heads, -1)).transpose(1, 2)  # (key heads, N, heads of each, D)
+        scale = width**-0.5 if scale is None else scale
+        attended = attend_in_blocks(asked.flatten(1, 2), key[0], value[0], self.blocks, scale)
+        return attended.view(asked.shape).transpose(0, 1).flatten(1, 2)[None]
 
 
 class FlexAttention:
@@ -135,12 +137,18 @@ def _flex_kernel(device_type: str) -> Callable[..., Any]:
 ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
     "dense": DenseAttention,
     "grouped": GroupedAttention,
+    "blocks": BlockAttention,
     "flex": FlexAttention,
 }
 
 
 def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
-    """`auto`: flex on GPUs, grouped elsewhere."""
-    if name == "auto":
-        name = "flex" if device.type == "cuda" else "grouped"
-    return ATTENTIONS[name]
+    """`auto`: flex on GPUs; elsewhere blocks for a line with a long prompt, else grouped."""
+    if name != "auto":
+        return ATTENTIONS[name]
+    return FlexAttention if device.type == "cuda" else _by_length
+
+
+def _by_length(line: Line, device: torch.device) -> Attention:
+    prompts = [stop - start for start, stop, of_answer in stretches(line) if not of_answer]
+    return (BlockAttention if max(prompts) >= WORTH_IT else GroupedAttention)(line, device)

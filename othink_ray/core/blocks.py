@@ -5,7 +5,8 @@ Backward makes the scores again. Where a fused kernel is as quick as the product
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,65 +14,110 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WORTH_IT = 512  # tokens; with fewer, the many calls cost more than the products save
+from othink_ray.core.line import Line, stretches
+
+WORTH_IT = 512  # tokens seen; with fewer, the many calls cost more than the products save
 _SCORES = 2**19  # of a block without a mask
 _CAUSAL = 128  # tokens of a block of which the later half is, on average, computed in vain
 
 
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool) -> Tensor:
-    """(K, N * R, D), R queries a token, and twice (K, N, D) -> (K, N * R, D): K independent attentions."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens that ask, and the stretches of tokens that they see. If `causal`, they are the last of those tokens."""
+
+    asking: slice
+    seen: tuple[slice, ...]
+    causal: bool
+
+
+def blocks_of_image(tokens: int) -> list[Block]:
+    """All see all."""
+    height = max(1, _SCORES // tokens)
+    return [Block(asking, (slice(0, tokens),), causal=False) for asking in _cut(0, tokens, height)]
+
+
+def blocks_of_line(line: Line) -> list[Block]:
+    """A prompt sees its past, an answer its prompt and its own past."""
+    blocks: list[Block] = []
+    prompt = slice(0)
+    for start, stop, of_answer in stretches(line):
+        if not of_answer:
+            prompt = slice(start, stop)
+        before = (prompt,) if of_answer else ()
+        blocks += [Block(asking, (*before, slice(start, asking.stop)), True) for asking in _cut(start, stop, _CAUSAL)]
+    return blocks
+
+
+def _cut(start: int, stop: int, height: int) -> list[slice]:
+    return [slice(at, min(at + height, stop)) for at in range(start, stop, height)]
+
+
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+    """(K, N * R, D), R queries a token, and twice (K, N, D) -> (K, N * R, D): K attentions, each token in one block."""
     wide = torch.promote_types(query.dtype, torch.float32)
     inputs = [own.to(wide).contiguous() for own in (query, key, value)]
-    attended: Tensor = _BlockAttention.apply(*inputs, scale, causal)  # type: ignore[no-untyped-call]
+    attended: Tensor = _BlockAttention.apply(*inputs, blocks, scale)  # type: ignore[no-untyped-call]
     return attended.to(query.dtype)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.scale, ctx.causal = scale, causal
-        each = query.shape[1] // key.shape[1] if causal else None
+        ctx.blocks, ctx.scale = blocks, scale
+        each = query.shape[1] // key.shape[1]
         attended = torch.empty_like(query)
-        for head, asking, seen in _blocks(query, key, causal):
-            shares = _shares(query[head, asking], key[head, seen], scale, each)
-            attended[head, asking] = shares @ value[head, seen]
+        for head in range(len(key)):
+            for block in blocks:
+                rows = _rows(block, each)
+                shares = _shares(query[head, rows], _seen(key[head], block), block, each, scale)
+                attended[head, rows] = shares @ _seen(value[head], block)
         return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        each = query.shape[1] // key.shape[1] if ctx.causal else None
+        each = query.shape[1] // key.shape[1]
         grad_query = torch.empty_like(query)
         # Lying across, so that what each block adds is a few long rows.
         grad_key, grad_value = torch.zeros_like(key.mT), torch.zeros_like(value.mT)
-        for head, asking, seen in _blocks(query, key, ctx.causal):
-            asked, came = query[head, asking], grad[head, asking]
-            shares = _shares(asked, key[head, seen], ctx.scale, each)
-            grad_scores = torch._softmax_backward_data(came @ value[head, seen].t(), shares, -1, shares.dtype)
-            grad_query[head, asking] = (grad_scores @ key[head, seen]).mul_(ctx.scale)
-            grad_key[head, :, seen] += (asked * ctx.scale).t() @ grad_scores
-            grad_value[head, :, seen] += came.t() @ shares
+        for head in range(len(key)):
+            for block in ctx.blocks:
+                rows = _rows(block, each)
+                asked, came, seen = query[head, rows], grad[head, rows], _seen(key[head], block)
+                shares = _shares(asked, seen, block, each, ctx.scale)
+                grad_shares = came @ _seen(value[head], block).t()
+                grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+                grad_query[head, rows] = (grad_scores @ seen).mul_(ctx.scale)
+                _add(grad_key[head], block, (asked * ctx.scale).t() @ grad_scores)
+                _add(grad_value[head], block, came.t() @ shares)
         return grad_query, grad_key.mT, grad_value.mT, None, None
 
 
-def _blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[tuple[int, slice, slice]]:
-    """Head by head the rows that ask and the tokens that they may see; causal rows are the last of those tokens."""
-    heads, tokens = key.shape[:2]
-    each = query.shape[1] // tokens
-    height = _CAUSAL if causal else max(1, _SCORES // (tokens * each))
-    for head in range(heads):
-        for start in range(0, tokens, height):
-            stop = min(start + height, tokens)
-            yield head, slice(start * each, stop * each), slice(0, stop if causal else tokens)
+def _rows(block: Block, each: int) -> slice:
+    return slice(block.asking.start * each, block.asking.stop * each)
 
 
-def _shares(asked: Tensor, seen: Tensor, scale: float, each: int | None) -> Tensor:
-    """How much each row takes of each token. With `each` rows a token, the last tokens' own ones see no future."""
+def _seen(states: Tensor, block: Block) -> Tensor:
+    """Of (N, D) the tokens that a block sees."""
+    if len(block.seen) == 1:
+        return states[block.seen[0]]
+    return torch.cat([states[stretch] for stretch in block.seen])
+
+
+def _add(total: Tensor, block: Block, columns: Tensor) -> None:
+    """To (D, N), where the block's tokens are."""
+    widths = [stretch.stop - stretch.start for stretch in block.seen]
+    for stretch, own in zip(block.seen, columns.split(widths, dim=1), strict=True):
+        total[:, stretch] += own
+
+
+def _shares(asked: Tensor, seen: Tensor, block: Block, each: int, scale: float) -> Tensor:
+    """How much each row takes of each token."""
     scores = (asked * scale) @ seen.t()
-    if each is not None:
-        own = len(asked) // each
+    if block.causal:
+        own = block.asking.stop - block.asking.start
         scores[:, -own:] += _future(own, each, scores.dtype, scores.device)
     return torch.softmax(scores, dim=-1)
 

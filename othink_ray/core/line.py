@@ -64,6 +64,13 @@ def answer_index(line: Line) -> torch.Tensor:
     return _starts(line)[line.is_answer].cumsum(0) - 1
 
 
+def stretches(line: Line) -> list[tuple[int, int, bool]]:
+    """Start and end of each prompt and each answer, in order, and whether it is an answer."""
+    starts = _starts(line).nonzero().squeeze(1)
+    ends = [*starts[1:].tolist(), len(line)]
+    return list(zip(starts.tolist(), ends, line.is_answer[starts].tolist(), strict=True))
+
+
 def _starts(line: Line) -> torch.Tensor:
     """(N,): True on the first token of each segment."""
     starts = torch.ones(len(line), dtype=torch.bool)

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from othink_ray.core.attention import Attention
-from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
+from othink_ray.core.blocks import WORTH_IT, attend_in_blocks, blocks_of_image
 
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
@@ -42,7 +42,7 @@ def _attend_image(
     if query.shape[2] < WORTH_IT or query.device.type != "cpu":
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
-    attended = attend_in_blocks(query[0], key[0], value[0], scale=scaling, causal=False)
+    attended = attend_in_blocks(query[0], key[0], value[0], blocks_of_image(query.shape[2]), scaling)
     return attended.transpose(0, 1)[None], None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,9 +48,20 @@ def test_the_page_shows_every_side_and_every_line(tmp_path: Path) -> None:
     assert html.count('class="holds"') == html.count('class="misses"') == 1
 
 
-def test_the_learner_runs_alone(tmp_path: Path) -> None:
+def test_steps_count_from_when_all_are_warm() -> None:
+    quick = [{"began": float(at), "seconds": 1.0} for at in range(20)]
+    slow = [{"began": 5.0 * at, "seconds": 5.0} for at in range(5)]
+    assert ours.side_by_side({"quick": quick, "slow": slow}) == {"quick": [1.0] * 5, "slow": [5.0, 5.0]}
+    assert ours.side_by_side({"quick": quick, "slow": slow[:3]}) == {"quick": [], "slow": []}
+
+
+def test_learners_run_alone_and_side_by_side(tmp_path: Path) -> None:
     work = Work(prompts=2, answers=2, tokens=4, cells=2)
-    said = tmp_path / "said.txt"
-    overrides = [*work.overrides(), "train.steps=2", "learner.threads=1"]
-    ours.run([sys.executable, "-m", "othink_ray.bench.bare", "learn", *overrides], said)
-    assert [seconds > 0 for seconds in json.loads(said.read_text().splitlines()[-1])] == [True, True]
+    found = ours.bare(["learn", "learn_padded"], work, 2, tmp_path / "both", ["learner.compile=false"])
+    assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in found.values())
+
+
+def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
+    work = Work(prompts=2, answers=2, tokens=4, cells=2)
+    with pytest.raises(ours.BenchError, match="nonsense"):
+        ours.bare(["learn"], work, 2, tmp_path / "wrong", ["nonsense=1"])

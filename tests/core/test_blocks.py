@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
 from othink_ray.core import blocks
-from othink_ray.core.blocks import WORTH_IT, attend_in_blocks
+from othink_ray.core.blocks import WORTH_IT, Block, attend_in_blocks, blocks_of_image, blocks_of_line
+from othink_ray.core.line import line_up
 
 SCALE = 0.3
+
+
+def blocks_of(tokens: int, causal: bool) -> list[Block]:
+    """Of a line that is a prompt alone, or of an image."""
+    return blocks_of_line(line_up([np.zeros(tokens, dtype=np.int32)])) if causal else blocks_of_image(tokens)
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -43,9 +50,10 @@ def test_blocks_of_any_height_give_the_slow_result(
     monkeypatch: pytest.MonkeyPatch, causal: bool, heads: int, tokens: int, each: int, height: int
 ) -> None:
     monkeypatch.setattr(blocks, "_CAUSAL", height)
-    monkeypatch.setattr(blocks, "_SCORES", height * tokens * each)
+    monkeypatch.setattr(blocks, "_SCORES", height * tokens)
     inputs = states(heads, tokens, each)
-    found, expected = attend_in_blocks(*inputs, scale=SCALE, causal=causal), slow_attention(*inputs, causal)
+    found = attend_in_blocks(*inputs, blocks_of(tokens, causal), SCALE)
+    expected = slow_attention(*inputs, causal)
     assert_close(found, expected)
     direction = torch.randn_like(expected)
     assert_close(
@@ -58,8 +66,9 @@ def test_blocks_of_any_height_give_the_slow_result(
 def test_real_sizes_are_cut_into_several_blocks(causal: bool) -> None:
     tokens = 2 * WORTH_IT
     query, key, value = states(2, tokens, 3)
-    assert len(list(blocks._blocks(query, key, causal))) > 4
-    found = attend_in_blocks(query, key, value, scale=SCALE, causal=causal)
+    several = blocks_of(tokens, causal)
+    assert len(several) >= 2
+    found = attend_in_blocks(query, key, value, several, SCALE)
     few = [0, 1, 3 * blocks._CAUSAL, 3 * tokens - 1]
     assert_close(found[:, few], slow_attention_of(few, query, key, value, causal))
 
@@ -77,7 +86,7 @@ def slow_attention_of(rows: list[int], query: Tensor, key: Tensor, value: Tensor
 def test_half_precision_sums_in_float32() -> None:
     exact = states(2, 40, 2)
     half = [own.detach().bfloat16() for own in exact]
-    found = attend_in_blocks(*half, scale=SCALE, causal=True)
+    found = attend_in_blocks(*half, blocks_of(40, causal=True), SCALE)
     assert found.dtype == torch.bfloat16
-    wide = attend_in_blocks(*(own.float() for own in half), scale=SCALE, causal=True)
+    wide = attend_in_blocks(*(own.float() for own in half), blocks_of(40, causal=True), SCALE)
     assert_close(found, wide.bfloat16(), atol=0, rtol=0)

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core.attention import ATTENTIONS, Attention, DenseAttention
+from othink_ray.core.attention import (
+    ATTENTIONS,
+    Attention,
+    BlockAttention,
+    DenseAttention,
+    GroupedAttention,
+    attention_for,
+)
 from othink_ray.core.blocks import WORTH_IT
 from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors, visibility
 from tests.reference import grpo_d
@@ -104,26 +111,30 @@ def slow_attention(line: Line) -> Tensor:
 def test_every_attention_is_the_slow_one(rows: list[tuple[int, list[int]]]) -> None:
     line = line_of(rows)
     expected = slow_attention(line)
-    for name in ("dense", "grouped"):
+    for name in ("dense", "grouped", "blocks"):
         torch.testing.assert_close(attended(ATTENTIONS[name](line, CPU), len(line))[0], expected)
 
 
 @REPEATABLE
 @given(ROWS)
-def test_grouped_and_dense_attention_have_the_same_gradients(rows: list[tuple[int, list[int]]]) -> None:
+def test_every_attention_has_the_same_gradients(rows: list[tuple[int, list[int]]]) -> None:
     line = line_of(rows)
-    _, found = attended(ATTENTIONS["grouped"](line, CPU), len(line))
     _, expected = attended(DenseAttention(line, CPU), len(line))
-    torch.testing.assert_close(found, expected)
+    for name in ("grouped", "blocks"):
+        torch.testing.assert_close(attended(ATTENTIONS[name](line, CPU), len(line))[1], expected)
 
 
-def test_long_prompts_are_attended_alike() -> None:
-    line = line_of([(WORTH_IT + 90, [3, 5]), (7, [2]), (WORTH_IT - 30, [4])])
-    (found, gradients), (expected, exact) = (
-        attended(ATTENTIONS[n](line, CPU), len(line)) for n in ("grouped", "dense")
-    )
+def test_prompts_and_answers_of_several_blocks_are_attended_alike() -> None:
+    line = line_of([(WORTH_IT + 90, [3, 305]), (7, [2]), (WORTH_IT - 30, [4])])
+    (found, gradients), (expected, exact) = (attended(ATTENTIONS[n](line, CPU), len(line)) for n in ("blocks", "dense"))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients, exact)
+
+
+def test_a_long_prompt_is_attended_in_blocks_without_being_told() -> None:
+    attend = attention_for("auto", CPU)
+    assert isinstance(attend(line_of([(7, [2]), (WORTH_IT, [4])]), CPU), BlockAttention)
+    assert isinstance(attend(line_of([(7, [2]), (WORTH_IT - 1, [4])]), CPU), GroupedAttention)
 
 
 @pytest.mark.parametrize("rows", [[(3, [2, 4]), (1, [5])], [(4, [0, 0])]])

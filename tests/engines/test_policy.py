@@ -75,7 +75,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
         assert (found[name] - gradient).norm() / size < tolerance, name
 
 
-@pytest.mark.parametrize("attention", ["grouped", "dense"])
+@pytest.mark.parametrize("attention", ["grouped", "dense", "blocks"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
     learner: Policy, family: Family, case: str, attention: str

@@ -118,6 +118,8 @@ class UpdateStats:
     tokens: int
     vision_encodes: int
     reference_passes: int
+    skipped: int = 0  # optimiser steps not made, because loss or gradient was not finite
+    bad_prompts: tuple[str, ...] = ()  # whose loss was not finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,3 +150,4 @@ class TrainState:
     schedule_state: Mapping[str, float]
     seed: int
     before: Mapping[str, Mapping[str, Any]]  # the evaluations of the untrained model, by data set
+    accuracy: float | None = None  # on held-out questions after this step, where they were asked

@@ -1,4 +1,4 @@
-"""One engine in a process, without Ray or loop:  python -m othink_ray.bench.bare generate|learn|learn_padded OVERRIDE ...
+"""One engine in a process, without Ray or loop:  python -m othink_ray.bench.bare PART OVERRIDE ...  (a key of PARTS)
 
 It says of each of `train.steps` steps, as JSON, when it began and the seconds that it took.
 """

@@ -95,7 +95,7 @@ def rows(runs: Runs) -> list[Line]:
         shared = runs.bare(["learn"], work)["learn"]
         padded = runs.bare(["learn_padded"], work)["learn_padded"]
         single = runs.bare(["learn"], work, "learner.shared_prefix=false")["learn"]
-        detail = {"shared_s": shared, "padded_s": padded, "single_s": single}
+        detail: dict[str, Any] = {"shared_s": shared, "padded_s": padded, "single_s": single}
         detail["this learner on single rows / on shared rows"] = single["median"] / shared["median"]
         name = f"learner: times as fast as padded rows, {work.image_tokens} image tokens"
         times = padded["median"] / shared["median"]

@@ -1,4 +1,4 @@
-"""What a learner without shared prefixes does: transformers' own network on one row an answer, prompt and image in each."""
+"""A learner without shared prefixes: transformers' own network, a row an answer, prompt and image in each."""
 
 from __future__ import annotations
 

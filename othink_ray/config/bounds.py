@@ -19,6 +19,7 @@ LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 CORRECTIONS = ("none", "token", "sequence")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
+LOST_NODE = ("wait", "continue")
 WITHOUT_TAG = ("strict", "whole_text", "last_number")
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 GRADER_MIN_MB = 256  # the process itself takes 70 MiB
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.test.source": SOURCES,
     "data.on_bad_row": ("drop", "stop"),
     "rollout.engine": ("vllm", "hf"),
+    "faults.lost_node": LOST_NODE,
     "weights.transport": ("auto", "shared_memory", "nccl", "ipc"),
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "study.size": STUDY_SIZES,
@@ -100,6 +102,7 @@ BOUNDS = (
             *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
             *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
+            *("train.keep_last", "faults.patience"),
         ),
     ),
     Bound(
@@ -110,6 +113,7 @@ BOUNDS = (
             *(
                 "train.seed",
                 "train.checkpoint_every",
+                "faults.max_restarts",
                 "eval.every",
                 "eval.samples",
                 "model.tiny.seed",
@@ -128,6 +132,7 @@ BOUNDS = (
             *("model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
+            *("faults.kl_limit", "faults.gap_limit"),
         ),
     ),
     Bound(
@@ -200,7 +205,7 @@ BOUNDS = (
         f"must be at least {GRADER_MIN_MB} (MiB): math-verify needs room to work",
         lambda value: value >= GRADER_MIN_MB,
         "Set {key}=1024.",
-        ("algo.reward.memory_mb",),
+        ("algo.reward.memory_mb", "algo.reward.actor_memory_mb"),
     ),
     Bound(
         "must not be empty",

@@ -23,6 +23,8 @@ class TrainConfig:
     prompts_per_step: int  # P; every prompt gets algo.group_size answers
     seed: int
     checkpoint_every: int  # steps; 0 saves only at the end
+    keep_last: int  # so many of the newest checkpoints are kept
+    keep_best: bool  # and the one that answered best on held-out questions
     overlap: bool  # mode=train: generate the next step while this one is learned
 
 
@@ -48,7 +50,8 @@ class RewardConfig:
     without_tag: str  # strict | whole_text | last_number: what is graded where no <answer> stands
     answer_cpu_s: float  # CPU seconds for an answer that only math-verify can decide; after them it is wrong
     memory_mb: int  # MiB (address space) of the process in which math-verify runs
-    timeout_s: float  # per group; an actor that takes longer is killed and its answers are masked
+    timeout_s: float  # per group, then per answer; a grader that takes longer is killed, the answer is masked
+    actor_memory_mb: int  # MiB that a grader may take beside what it starts with; an answer that needs more is masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +226,17 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaultsConfig:
+    """What a run puts up with."""
+
+    max_restarts: int  # of processes in one run; then it stops with the first cause
+    lost_node: str  # wait (until it is back) | continue (on what is left): after a node is lost
+    patience: int  # bad steps in a row after which the run stops: skipped updates, KL or gap above their limits
+    kl_limit: float  # nats per answer token
+    gap_limit: float  # nats per answer token, mean: sampler against learner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """What Ray is asked for."""
 
@@ -304,6 +318,7 @@ class Config:
     rollout: RolloutConfig
     learner: LearnerConfig
     weights: WeightsConfig
+    faults: FaultsConfig
     cluster: ClusterConfig
     eval: EvalConfig
     sft: SftConfig

@@ -19,9 +19,12 @@ from othink_ray.driver.loop import Recipe, train
 from othink_ray.driver.overlap import SIDES, train_overlapped
 from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, supervised
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, share_of_cores
-from othink_ray.runtime.placement import Placement, learner_seats, rollout_seats
-from othink_ray.runtime.pools import LearnerPool, RewardPool, RolloutPool
+from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.learner_pool import LearnerPool
+from othink_ray.runtime.placement import Placement, fits, learner_seats, rollout_seats
 from othink_ray.runtime.push import AuditedPush, open_transport
+from othink_ray.runtime.reward_pool import RewardPool
+from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.team import Examiners, Team
 from othink_ray.types import Prompt
 
@@ -107,18 +110,41 @@ def cores_shared(config: Config) -> Config:
     )
 
 
+def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
+    """After a node is lost: fewer engines, then fewer ranks, until the run fits; at least one of each."""
+    fewer = config
+    while not fits(learner_seats(fewer.learner) + rollout_seats(fewer.rollout)):
+        rollout, learner = fewer.rollout, fewer.learner
+        if rollout.num_actors > 1:
+            fewer = replace(fewer, rollout=replace(rollout, num_actors=rollout.num_actors - 1))
+        elif learner.world_size > 1:
+            fewer = replace(fewer, learner=replace(learner, world_size=learner.world_size - 1))
+        else:
+            break
+    if fewer is not config:
+        tell(
+            f"on what is left: {fewer.rollout.num_actors} of {config.rollout.num_actors} rollout actors, "
+            f"{fewer.learner.world_size} of {config.learner.world_size} learner ranks"
+        )
+    return fewer
+
+
 @contextmanager
-def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt]) -> Iterator[Team]:
+def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt], incidents: Incidents) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
+    waits = incidents.tell if incidents.restarts else None
+    if incidents.restarts and config.faults.lost_node == "continue":
+        config = on_what_is_left(config, incidents.tell)
     config = cores_shared(config)
     wanted = learner_seats(config.learner) + rollout_seats(config.rollout)
-    with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s) as placement:
+    with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s, waits) as placement:
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(
             partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
         )
-        rollout = RolloutPool(partial(ROLLOUT_ENGINES[config.rollout.engine], config, path), config.rollout, placement)
-        rewards = RewardPool(config.algo.reward)
+        make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
+        rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
+        rewards = RewardPool(config.algo.reward, incidents)
         loading = learner.start()
         rollout.wait()
         learner.wait(loading)
@@ -126,6 +152,7 @@ def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt]) -> Ite
         yield Team(
             rollout=rollout,
             rewards=rewards,
+            incidents=incidents,
             learner=learner,
             pusher=AuditedPush(transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature),
             answers=config.algo.group_size,
@@ -143,15 +170,17 @@ def students(config: Config, path: str, team: Team) -> Team | ExaminedClass:
 
 
 @contextmanager
-def open_examiners(config: Config, path: str) -> Iterator[Examiners]:
+def open_examiners(config: Config, path: str, incidents: Incidents) -> Iterator[Examiners]:
     """Rollout and reward processes alone, with the weights of the folder."""
     with Placement(rollout_seats(config.rollout), config.cluster.placement, config.rollout.load_timeout_s) as placement:
-        rollout = RolloutPool(partial(ROLLOUT_ENGINES[config.rollout.engine], config, path), config.rollout, placement)
-        rewards = RewardPool(config.algo.reward)
+        make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
+        rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
+        rewards = RewardPool(config.algo.reward, incidents)
         rollout.wait()
         yield Examiners(
             rollout=rollout,
             rewards=rewards,
+            incidents=incidents,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
             seed=config.train.seed,

@@ -1,16 +1,20 @@
-"""`checkpoints/step_N/`: the learner's shards and the driver's state, written aside and renamed when whole."""
+"""`checkpoints/step_N/`: the learner's shares and the driver's state, written aside and renamed when whole."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 from othink_ray.types import TrainState
+from othink_ray.whole_file import write_whole
 
-_STATE = "state.json"
+_STATE, _DIGESTS, _UNFINISHED = "state.json", "digests.json", ".partial"
 
 
 class ResumeError(ValueError):
@@ -18,49 +22,136 @@ class ResumeError(ValueError):
 
 
 class Saves(Protocol):
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Begin to write the weights and the optimiser as they are now."""
+        ...
+
+    def saved(self) -> dict[str, str]:
+        """Wait for it: the SHA-256 of each file."""
+        ...
 
 
-def write(run_dir: Path, state: TrainState, learner: Saves) -> Path:
-    """A checkpoint after `state.step` steps."""
-    folder = run_dir / "checkpoints" / f"step_{state.step}"
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    learner.save(aside)
-    (aside / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    return folder
+class Checkpoints:
+    """Of one run. The learner writes while the run goes on; a checkpoint counts from when `finish` has renamed it."""
+
+    def __init__(
+        self, run_dir: Path, learner: Saves, *, keep_last: int, keep_best: bool, tell: Callable[[str], None]
+    ) -> None:
+        self.folder, self.learner, self.tell = run_dir / "checkpoints", learner, tell
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.begun: Path | None = None
+        for left in self.folder.glob(f"step_*{_UNFINISHED}"):  # by a run that was killed
+            shutil.rmtree(left)
+
+    def begin(self, state: TrainState) -> None:
+        self.finish()
+        aside = self.folder / f"step_{state.step}{_UNFINISHED}"
+        with self._going_on_without(aside):
+            aside.mkdir(parents=True)
+            write_whole(aside / _STATE, json.dumps(asdict(state), indent=2) + "\n")
+            self.learner.save(aside)
+            self.begun = aside
+
+    def finish(self) -> None:
+        if self.begun is None:
+            return
+        aside, self.begun = self.begun, None
+        with self._going_on_without(aside):
+            digests = self.learner.saved() | {_STATE: _digest(aside / _STATE)}
+            write_whole(aside / _DIGESTS, json.dumps(digests, indent=2) + "\n")
+            folder = aside.with_suffix("")
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            self._forget_old()
+
+    @contextmanager
+    def _going_on_without(self, aside: Path) -> Iterator[None]:
+        """A checkpoint that finds no room is told; the last whole one stays, and so does the run."""
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            there = _whole(self.folder)
+            kept = f"the last whole one is {there[-1].name}" if there else "there is none yet"
+            self.tell(f"checkpoint {aside.stem} could not be written ({error}): the run goes on, {kept}")
+
+    def _forget_old(self) -> None:
+        there = _whole(self.folder)
+        kept = set(there[-self.keep_last :])
+        if self.keep_best:
+            kept |= {best for best in [self._best(there)] if best}
+        for folder in set(there) - kept:
+            shutil.rmtree(folder)
+
+    @staticmethod
+    def _best(there: Sequence[Path]) -> Path | None:
+        """The latest of those with the highest accuracy on held-out questions; only evaluated ones count."""
+        accuracies = {folder: _state_of(folder).accuracy for folder in there}
+        known = {folder: accuracy for folder, accuracy in accuracies.items() if accuracy is not None}
+        return max(known, key=lambda folder: (known[folder], _step(folder)), default=None)
 
 
-def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` means; None to start afresh."""
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return Path(resume)
-    whole = [path for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != ".partial"]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+def find(run_dir: Path, resume: str, seed: int, tell: Callable[[str], None]) -> tuple[Path | None, TrainState]:
+    """The checkpoint that `run.resume` means, with its state; None and a beginner's to start afresh.
+
+    `auto` passes over checkpoints that are damaged, and says so; one that is asked for by name must be whole.
+    """
+    if resume not in ("auto", "never"):
+        return Path(resume), read(Path(resume), seed)
+    for folder in reversed(_whole(run_dir / "checkpoints")) if resume == "auto" else ():
+        try:
+            return folder, read(folder, seed)
+        except DamagedError as error:
+            tell(f"passed over: {error}")
+    return None, fresh(seed)
 
 
 def fresh(seed: int) -> TrainState:
     """Nothing done yet."""
-    return TrainState(step=0, data_position=0, schedule_state={}, seed=seed, before={})
+    return TrainState(step=0, data_position=0, schedule_state={}, seed=seed, before={}, accuracy=None)
+
+
+class DamagedError(ResumeError):
+    """A checkpoint is not what was written."""
 
 
 def read(folder: Path, seed: int) -> TrainState:
-    """The driver's state of a checkpoint; the run must go on with the seed it began with."""
+    """The driver's state of a checkpoint that is whole; the run must go on with the seed it began with."""
     try:
-        state = TrainState(**json.loads((folder / _STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ResumeError(
+        state = _state_of(folder)
+        digests = json.loads((folder / _DIGESTS).read_text())
+        changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(
             f"run.resume: {folder} holds no checkpoint that can be read ({type(error).__name__}: {error}); name a "
             "checkpoints/step_N folder, or set run.resume=never to start afresh"
         ) from error
+    if changed:
+        raise DamagedError(
+            f"run.resume: {folder} is damaged: {', '.join(changed)} is not what was written; name an older "
+            "checkpoints/step_N folder, or set run.resume=never to start afresh"
+        )
     if state.seed != seed:
         raise ResumeError(
             f"train.seed = {seed}, but {folder} was made with train.seed = {state.seed}: data order and samples would "
             f"differ from the run it continues. Set train.seed={state.seed}."
         )
     return state
+
+
+def _whole(checkpoints: Path) -> list[Path]:
+    """By step."""
+    return sorted((path for path in checkpoints.glob("step_*") if path.suffix != _UNFINISHED), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _state_of(folder: Path) -> TrainState:
+    return TrainState(**json.loads((folder / _STATE).read_text()))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

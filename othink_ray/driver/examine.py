@@ -24,6 +24,7 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Exam, exams, graded, pass_at, summarise
 from othink_ray.driver.metrics import question_text, thumbnail_uri
 from othink_ray.driver.warm_start import base_model
+from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.team import Examiners
 from othink_ray.types import Prompt, ScoredGroup
 from othink_ray.whole_file import write_whole
@@ -59,13 +60,14 @@ def _answered(
 ) -> Iterator[tuple[Exam, list[dict[str, Any]]]]:
     """Each exam with its answers, in the order of its questions; engines are loaded only if one has questions left."""
     found = exams(config, screen(config, model))
+    incidents = Incidents(config.faults.max_restarts, console.say)
     resume = config.run.resume != "never"
     kept = [Answers(folder / f"{exam.name}.jsonl", belongs_to(config, model, exam), resume=resume) for exam in found]
     open_questions = any(len(answers.rows) < len(exam.prompts) for exam, answers in zip(found, kept, strict=True))
     with ExitStack() as stack:
         if open_questions:
             with console.phase(f"loading {model}"):
-                team = stack.enter_context(open_examiners(config, model))
+                team = stack.enter_context(open_examiners(config, model, incidents))
         for exam, answers in zip(found, kept, strict=True):
             for row in exam.bad_rows:
                 console.say(f"dropped row {row.row_id}: {row.reason}")

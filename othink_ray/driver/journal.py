@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from othink_ray.config.schema import Config
 from othink_ray.data.stream import PromptStream
-from othink_ray.driver import checkpoint
+from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Evaluation, Exam, graded, summarise
+from othink_ray.driver.guards import Guards
 from othink_ray.driver.loop import Step
 from othink_ray.driver.measures import measures, taught_measures
 from othink_ray.driver.metrics import RunRecords
+from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.types import Prompt, ScoredGroup, TrainState
 
 
-class Runs(Protocol):
+class Answers(Protocol):
     """What a journal asks of a team."""
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
-
-    def save(self, folder: Path) -> None: ...
 
 
 class Journal:
@@ -32,15 +32,20 @@ class Journal:
     def __init__(
         self,
         config: Config,
-        team: Runs,
+        team: Answers,
         stream: PromptStream,
         exams: Sequence[Exam],
         records: RunRecords,
         console: Console,
         before: Mapping[str, Mapping[str, Any]],
+        checkpoints: Checkpoints,
+        incidents: Callable[[], dict[str, float]],
+        request: StopRequest,
     ) -> None:
         self.config, self.team, self.stream, self.exams = config, team, stream, exams
         self.records, self.console = records, console
+        self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
+        self.guards = Guards(config.faults, Path(config.run.dir), console.say)
         self.measures = taught_measures if config.mode == "sft" else measures
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
@@ -62,19 +67,36 @@ class Journal:
         if seen.audit.tokens:
             self.audit_gap_max = max(self.audit_gap_max or 0.0, seen.audit.gap_max)
         last = done == self.config.train.steps
-        if last or (self.config.eval.every and done % self.config.eval.every == 0):
+        if self._is_evaluated(done):
             self.after = self._evaluate(done)
             for name, result in self.after.items():
                 suffix = "" if name == self.exams[0].name else f"/{name}"
                 found |= {f"eval/accuracy{suffix}": result.accuracy, f"eval/format{suffix}": result.format}
-        self.records.log(seen.step, found)
+        self.records.log(seen.step, found | self.incidents() | {"faults/skipped_updates": float(seen.stats.skipped)})
         self.records.sample(seen.step, seen.scored[0], seen.advantages[0])
         self.console.step(done, found)
         self.console.sample(done, seen.scored[0])
         self._note_drops()
-        every = self.config.train.checkpoint_every
-        if last or (every and done % every == 0):
-            checkpoint.write(Path(self.config.run.dir), self._state(seen), self.team)
+        self.guards.look(seen)
+        self._save(seen, last)
+
+    def _save(self, seen: Step, last: bool) -> None:
+        """What was begun after an earlier step is whole by now; what is begun here is written during the next."""
+        done, every = seen.step + 1, self.config.train.checkpoint_every
+        self.checkpoints.finish()
+        if last or self.request.made or (every and done % every == 0):
+            self.checkpoints.begin(self._state(seen))
+        if last or self.request.made:
+            self.checkpoints.finish()
+        if self.request.made and not last:
+            raise Stopped(f"step {done} of {self.config.train.steps} is saved; run.resume=auto goes on from it")
+
+    def _is_evaluated(self, done: int) -> bool:
+        every = self.config.eval.every
+        return done == self.config.train.steps or bool(every and done % every == 0)
+
+    def _accuracy_of(self, done: int) -> float | None:
+        return self.after[self.exams[0].name].accuracy if self._is_evaluated(done) else None
 
     def _evaluate(self, step: int) -> dict[str, Evaluation]:
         """The run's own data set is shown last: it is what the console keeps in view."""
@@ -105,6 +127,7 @@ class Journal:
             schedule_state=seen.schedule_state,
             seed=self.config.train.seed,
             before={name: asdict(result) for name, result in self.before.items()},
+            accuracy=self._accuracy_of(seen.step + 1),
         )
 
     def summary(self) -> dict[str, Any]:

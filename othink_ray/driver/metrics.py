@@ -49,7 +49,7 @@ class RunRecords:
         write_whole(self._run_dir / "config.yaml", self._config_yaml)
         self._metrics = _open_after(self._run_dir / "metrics.jsonl", self._keep_up_to)
         self._samples = _open_after(self._run_dir / "samples.jsonl", self._keep_up_to)
-        self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml)
+        self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml, resumed=self._keep_up_to >= 0)
         return self
 
     def __exit__(
@@ -69,11 +69,11 @@ class RunRecords:
 
     def sample(self, step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> None:
         """Append one group with its images as thumbnails; `advantages` has one value per answer, length G."""
-        _append(self._samples, _sample_record(step, scored, advantages))
+        _append(self._samples, sample_record(step, scored, advantages))
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
-        write_whole(self._run_dir / "summary.json", json.dumps(_jsonable(values), indent=2) + "\n")
+        write_whole(self._run_dir / "summary.json", json.dumps(jsonable(values), indent=2) + "\n")
 
 
 def _number(name: str, value: object) -> float:
@@ -89,7 +89,7 @@ def _is_number(value: object) -> TypeGuard[Real]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> dict[str, object]:
+def sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> dict[str, object]:
     group = scored.group
     assert len(advantages) == len(group.completions), "one advantage per answer"
     return {
@@ -136,7 +136,7 @@ def thumbnail_uri(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _jsonable(value: object) -> Json:
+def jsonable(value: object) -> Json:
     """Plain JSON with null where a number is not finite, so that every JSON reader takes it."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -145,9 +145,9 @@ def _jsonable(value: object) -> Json:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     raise ValueError(
@@ -157,7 +157,7 @@ def _jsonable(value: object) -> Json:
 
 def _append(file: TextIO, record: Mapping[str, object]) -> None:
     # ASCII only: a model may write half a surrogate pair, or a character that some readers take for a line end.
-    file.write(json.dumps(_jsonable(record), allow_nan=False) + "\n")
+    file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
     file.flush()
 
 

@@ -26,6 +26,9 @@ def run(config: Config, write_report: WriteReport) -> int:
         except KeyboardInterrupt:
             console.say("interrupted")
             return _leave(run_dir, console, write_report, made_of, status=130)
+        except _stopped() as error:
+            console.say(f"ended as asked: {error}")
+            return _leave(run_dir, console, write_report, made_of, status=143)
         except _told_in_a_line() as error:
             console.say(f"stopped: {error}")
             return _leave(run_dir, console, write_report, made_of, status=1)
@@ -49,19 +52,34 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
             train_model(config, run_dir, console, write_report, started)
 
 
+def _stopped() -> type[Exception]:
+    from othink_ray.driver.stopping import Stopped
+
+    return Stopped
+
+
 def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.data import BadRow, SourceError
     from othink_ray.driver.checkpoint import ResumeError
+    from othink_ray.driver.folder import FolderError
+    from othink_ray.driver.guards import RunawayError
+    from othink_ray.engines.learner_state import StateError
     from othink_ray.families import ModelError
+    from othink_ray.runtime.calls import WorkerFailed
     from othink_ray.runtime.cluster import ClusterError
-    from othink_ray.runtime.pools import WorkerFailed
     from othink_ray.weights.audit import AuditError
 
-    return AuditError, BadRow, ClusterError, ModelError, ResumeError, SourceError, WorkerFailed
+    return (
+        *(AuditError, BadRow, ClusterError, FolderError, ModelError, OSError, ResumeError, RunawayError, SourceError),
+        *(StateError, WorkerFailed),
+    )
 
 
 def _leave(run_dir: Path, console: Console, write_report: WriteReport, made_of: str, status: int) -> int:
     """Make a report of what there is, so that a run that failed can be read like one that did not."""
-    if (run_dir / made_of).is_file():
-        console.say(f"report of what was done: {write_report(run_dir)}")
+    try:
+        if (run_dir / made_of).is_file():
+            console.say(f"report of what was done: {write_report(run_dir)}")
+    except OSError as error:  # where the disk is full there is no room for a report either
+        console.say(f"no report could be written: {error}")
     return status

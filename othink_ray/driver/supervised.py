@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -33,8 +32,6 @@ class Engines(Protocol):
     def push(self, version: int) -> Audit: ...
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
-
-    def save(self, folder: Path) -> None: ...
 
 
 class Class:
@@ -73,9 +70,6 @@ class ExaminedClass(Class):
             self.engines.push(self._version)
             self._pushed = self._version
         return self.engines.answer_greedily(prompts)
-
-    def save(self, folder: Path) -> None:
-        self.engines.save(folder)
 
 
 def supervised(batch: int) -> Recipe:

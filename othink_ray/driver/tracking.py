@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from othink_ray.config.schema import WandbConfig
+from othink_ray.whole_file import write_whole
 
 if TYPE_CHECKING:
     import wandb
@@ -68,18 +69,18 @@ class WandbTracker:
             _warn(error)
 
 
-def open_tracker(run_dir: Path, wandb: WandbConfig, config_yaml: str) -> Tracker:
+def open_tracker(run_dir: Path, wandb: WandbConfig, config_yaml: str, *, resumed: bool) -> Tracker:
     """A tracker for `wandb.mode`; one that does nothing when it is off or wandb does not start."""
     if wandb.mode == "off":
         return NoTracker()
     try:
-        return WandbTracker(_start(run_dir, wandb, config_yaml))
+        return WandbTracker(_start(run_dir, wandb, config_yaml, resumed))
     except Exception as error:  # whatever breaks in there, training goes on
         _warn(error)
         return NoTracker()
 
 
-def _start(run_dir: Path, config: WandbConfig, config_yaml: str) -> wandb.Run:
+def _start(run_dir: Path, config: WandbConfig, config_yaml: str, resumed: bool) -> wandb.Run:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
     import wandb
 
@@ -87,7 +88,11 @@ def _start(run_dir: Path, config: WandbConfig, config_yaml: str) -> wandb.Run:
         raise ConnectionError(
             "wandb.mode is online but nobody is logged in: run `wandb login`, or use wandb.mode=offline"
         )
-    return wandb.init(
+    name = run_dir / "wandb_id"
+    known = name.read_text().strip() if resumed and name.is_file() else None
+    run = wandb.init(
+        id=known,
+        resume="allow" if known else None,
         mode="online" if config.mode == "online" else "offline",
         dir=str(run_dir),
         project=config.project,
@@ -105,6 +110,8 @@ def _start(run_dir: Path, config: WandbConfig, config_yaml: str) -> wandb.Run:
             x_disable_machine_info=True,
         ),
     )
+    write_whole(name, run.id + "\n")
+    return run
 
 
 def _wait_for_writer() -> None:

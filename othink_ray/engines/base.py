@@ -142,9 +142,13 @@ class LearnerEngine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimiser, each rank its share."""
+        """Begin to write weights and optimiser, each rank its share; what is written is as it is now."""
+        ...
+
+    def saved(self) -> dict[str, str]:
+        """Wait until this rank's share is on the disk; the SHA-256 of each of its files."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote on as many ranks."""
+        """Go on from what `save` wrote, on however many ranks."""
         ...

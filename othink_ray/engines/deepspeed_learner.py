@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, share_of_cores
 from othink_ray.engines.compiled import compile_layers
+from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
@@ -69,6 +71,13 @@ class DeepSpeedLearner:
         torch.manual_seed(seed)
         self.attend = attention_for(learner.attention, self.device)
         self.engine = self._initialise(self._open_policy(DTYPES[dtype], temperature), train=True)
+        self.state = ZeroState(
+            self.engine,
+            self.engine.module.network,
+            stage=learner.zero_stage,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
         self.reference: Any = None
         if with_reference:
             frozen = self._open_policy(DTYPES[dtype], temperature).requires_grad_(False).eval()
@@ -129,10 +138,10 @@ class DeepSpeedLearner:
         several = len(updates) > 1
         prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
         totals = _Totals(self.device)
-        grad_norm = 0.0
+        grad_norm, skipped = 0.0, 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        for update in prepared:
+        for update, rows in zip(prepared, updates, strict=True):
             for index, (batch, features, old) in enumerate(update):
                 wants_reference = beta > 0 and self.reference is not None
                 reference = self._no_grad(self.reference, batch, features) if wants_reference else None
@@ -160,10 +169,12 @@ class DeepSpeedLearner:
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 self.engine.backward(value * self.place.world_size)
+                totals.note(rows[index], value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
             self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes())
+            skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
+        return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
 
     def _prepare(self, packs: Sequence[Pack], *, with_old: bool) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
         """What is known before any optimiser step: the batch, its shared image features, the policy's logprobs."""
@@ -234,14 +245,14 @@ class DeepSpeedLearner:
         dist.barrier()
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="learner")
+        tensors, steps = self.state.share()
+        self.writing = Writing(folder, self.place.rank, tensors, steps)
+
+    def saved(self) -> dict[str, str]:
+        return self.writing.finish()
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag="learner")
-        if path is None:
-            raise ValueError(f"run.resume: {folder} holds no learner state; name a checkpoints/step_N folder")
-        for group in self.engine.optimizer.param_groups:  # restored too; but what this run's config says holds
-            group.update(self._hyperparameters())
+        self.state.restore(StoredState(folder))
 
 
 def _row(group: Group) -> Pack:
@@ -256,6 +267,18 @@ class _Totals:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(15, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
+        self.losses: list[tuple[list[str], Tensor]] = []
+
+    def note(self, packs: Sequence[Pack], value: Tensor) -> None:
+        """Whose loss it is, should it turn out that one is not finite."""
+        self.losses.append(([pack.prompt_id for pack in packs], value.detach()))
+
+    def _bad_prompts(self) -> tuple[str, ...]:
+        """Of all ranks, those in micro-batches whose loss is not finite."""
+        own = [prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        return tuple(prompt for prompts in everyone for prompt in prompts)
 
     def add(
         self,
@@ -292,7 +315,7 @@ class _Totals:
         if len(gap):
             self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
 
-    def stats(self, *, grad_norm: float, lr: float, vision_encodes: int) -> UpdateStats:
+    def stats(self, *, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
@@ -319,4 +342,6 @@ class _Totals:
             tokens=int(tokens),
             vision_encodes=int(encodes),
             reference_passes=int(references),
+            skipped=skipped,
+            bad_prompts=() if math.isfinite(loss) else self._bad_prompts(),
         )

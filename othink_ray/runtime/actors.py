@@ -94,5 +94,12 @@ class LearnerActor:
     def save(self, folder: Path) -> None:
         self.engine.save(folder)
 
+    def saved(self) -> dict[str, str] | str:
+        """Digests by file, or why there are none: a full disk is no failure of the rank."""
+        try:
+            return self.engine.saved()
+        except OSError as error:
+            return str(error)
+
     def load(self, folder: Path) -> None:
         self.engine.load(folder)

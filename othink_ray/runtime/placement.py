@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from othink_ray.config.schema import LearnerConfig, RolloutConfig
@@ -36,25 +42,48 @@ def rollout_seats(rollout: RolloutConfig) -> list[Seat]:
     return [Seat(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor)] * rollout.num_actors
 
 
+def fits(seats: Sequence[Seat]) -> bool:
+    """Whether the cluster, as it is now, has as much in all."""
+    (cpus, gpus), there = _wanted(seats), ray.cluster_resources()
+    return bool(cpus <= there.get("CPU", 0) and gpus <= there.get("GPU", 0))
+
+
+def _wanted(seats: Sequence[Seat]) -> tuple[float, float]:
+    return sum(seat.cpus for seat in seats), sum(seat.gpus for seat in seats)
+
+
 class Placement:
     """A reserved set of seats; `start` puts an actor on one."""
 
-    def __init__(self, wanted: list[Seat], strategy: str, timeout_s: float) -> None:
+    def __init__(
+        self, wanted: list[Seat], strategy: str, timeout_s: float, wait: Callable[[str], None] | None = None
+    ) -> None:
+        """`wait`: as long as it takes, and tell."""
         self.seats = wanted
         bundles = [{"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {}) for seat in wanted]
         self.group: PlacementGroup = placement_group(bundles, strategy=strategy)
-        if not self.group.wait(timeout_seconds=timeout_s):
+        try:
+            while not self.group.wait(timeout_seconds=timeout_s):
+                if wait is None:
+                    raise ClusterError(
+                        f"the cluster could not seat the run within {timeout_s:.0f} s: {self._missing()}. Lower "
+                        "rollout.num_actors or learner.world_size, choose a smaller cluster= file, or add nodes."
+                    )
+                wait(f"waiting for the cluster: {self._missing()}")
+        except BaseException:
             remove_placement_group(self.group)
-            raise ClusterError(self._too_small(timeout_s))
+            raise
 
-    def _too_small(self, timeout_s: float) -> str:
-        cpus, gpus = sum(seat.cpus for seat in self.seats), sum(seat.gpus for seat in self.seats)
-        there = ray.cluster_resources()
+    def _missing(self) -> str:
+        (cpus, gpus), there = _wanted(self.seats), ray.cluster_resources()
         return (
-            f"the cluster could not seat the run within {timeout_s:.0f} s: it needs {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}. Lower rollout.num_actors or "
-            "learner.world_size, choose a smaller cluster= file, or add nodes."
+            f"it needs {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}"
         )
+
+    def has_lost_a_node(self) -> bool:
+        """Ray moves the seats of a node that is gone, when there is room elsewhere."""
+        return bool(placement_group_table(self.group)["state"] != "CREATED")
 
     def start(self, actor: type, role: str, index: int, *arguments: Any) -> Any:
         """The index-th process of a role, on its seat."""

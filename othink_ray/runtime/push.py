@@ -14,16 +14,18 @@ from othink_ray.config.schema import WeightsConfig
 from othink_ray.data.prompts import with_thumbnails
 from othink_ray.engines.base import LearnerEngine, Place, Sampling
 from othink_ray.engines.vllm_transfer import Sender, open_sender
-from othink_ray.runtime.pools import LearnerPool, RolloutPool
-from othink_ray.types import Audit, Prompt
-from othink_ray.weights.audit import AuditError, compare, require
+from othink_ray.runtime.calls import WorkerFailed, WorkersLost
+from othink_ray.runtime.learner_pool import LearnerPool
+from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.types import Audit, Probe, Prompt
+from othink_ray.weights.audit import AuditError, compare, compare_engines, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
     """Calls under way on the engines, as references: loading, and then the version that each engine reports."""
 
-    loading: Sequence[Any]
+    loading: Sequence[Sequence[Any]]  # one call an engine for each bucket
     versions: Sequence[Any]
 
 
@@ -34,20 +36,34 @@ _BUCKETS_AHEAD = 2  # gathered before they are asked for, and again so many on t
 class SharedMemoryPush:
     """Buckets through Ray's object store: shared memory on a node, one copy to each other node.
 
-    The engines load one while the learner gathers the next.
+    The engines load one while the learner gathers the next. Those of the last push stay there, for an engine that
+    comes in the place of another while the learner is already somewhere else.
     """
 
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
         self.learner, self.rollout, self.bucket_bytes = learner, rollout, bucket_mb * 2**20
+        self.kept: list[Any] = []
 
     def send(self, version: int) -> Sent:
+        self.kept = []
+        lost: WorkersLost | None = None
         loading = [self.rollout.begin_push()]
         for bucket in self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD):
+            self.kept.append(bucket)
             loading.append(self.rollout.load_weights(bucket))
-            if len(loading) > _BUCKETS_AHEAD:
-                self.rollout.wait_for(loading[-1 - _BUCKETS_AHEAD], "loading weights")
-        versions = self.rollout.finish_push(version, buckets=len(loading) - 1)
-        return Sent(loading=list(chain.from_iterable(loading)), versions=versions)
+            if len(loading) > _BUCKETS_AHEAD and lost is None:
+                try:
+                    self.rollout.wait_for(loading[-1 - _BUCKETS_AHEAD], "loading weights")
+                except WorkersLost as error:
+                    lost = error  # the learner must be heard out: all its ranks gather together
+        if lost is not None:
+            raise lost
+        versions = self.rollout.finish_push(version, buckets=len(self.kept))
+        return Sent(loading=loading, versions=versions)
+
+    def send_again(self, version: int, to: Sequence[int] | None) -> Sent:
+        loading = [self.rollout.begin_push(to), *(self.rollout.load_weights(bucket, to) for bucket in self.kept)]
+        return Sent(loading=loading, versions=self.rollout.finish_push(version, len(self.kept), to))
 
 
 class TransferPush:
@@ -63,6 +79,9 @@ class TransferPush:
     def send(self, version: int) -> Sent:
         self.learner.send()
         return Sent(loading=[], versions=self.rollout.finish_push(version, buckets=0))
+
+    def send_again(self, version: int, to: Sequence[int] | None) -> Sent:
+        raise WorkerFailed("an engine that is new cannot join a transfer between GPUs that is open: all start again")
 
 
 def _make_sender(
@@ -114,6 +133,10 @@ class Transport(Protocol):
 
     def send(self, version: int) -> Sent: ...
 
+    def send_again(self, version: int, to: Sequence[int] | None) -> Sent:
+        """What `send` sent last, to some engines or to all of them, without the learner."""
+        ...
+
 
 def open_transport(name: str, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> Transport:
     """`shared_memory`, or a backend of vLLM's transfer: `nccl`, `ipc`."""
@@ -140,22 +163,53 @@ class AuditedPush:
         quick = [with_thumbnails(prompt, _THUMBNAIL) for prompt in probe_prompts]
         self.quick_prompts = ray.put(quick)
         self.first_prompts = ray.put([*probe_prompts, *(new for new in quick if new not in probe_prompts)])
-        self.pushed = False
         # The same prompts and seed on every push: what an engine wrongly remembers of them shows.
         self.sampling = Sampling(answers=1, max_tokens=weights.audit_tokens, temperature=temperature, seed=0)
+        self.prompts = self.audited_with = self.first_prompts
+        self.version = -1
+        self.audited: list[Probe] = []
+        rollout.equip = self.equip
 
     def __call__(self, version: int) -> Audit:
-        """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
-        sent = self.transport.send(version)
-        prompts = self.quick_prompts if self.pushed else self.first_prompts
-        self.pushed = True
-        asked = self.rollout.probe(prompts, self.sampling, self.weights.audit_candidates)
-        repeated = self.learner.candidate_logprobs(asked)
-        self.rollout.wait_for(sent.loading, "loading weights")  # what failed first says why
-        reached = self.rollout.wait_for(sent.versions, "loading weights")
-        if set(reached) != {version}:
-            raise AuditError(f"engines report weights versions {reached} after a push of version {version}")
-        probes = list(chain.from_iterable(self.rollout.wait_for(asked, "probe")))
-        audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], version)
-        require(audit, self.weights.audit_tolerance)
+        """An engine that is lost on the way is replaced, and all get the weights again."""
+        self.version = version
+        try:
+            audit = self._finish(self.transport.send(version))
+        except WorkersLost as failure:
+            audit = self._finish_with_others(failure)
+        self.prompts = self.quick_prompts
         return audit
+
+    def _finish_with_others(self, failure: WorkersLost) -> Audit:
+        self.rollout.replace(failure, equipped=False)
+        try:
+            return self._finish(self.transport.send_again(self.version, None))
+        except WorkersLost as another:
+            return self._finish_with_others(another)
+
+    def _finish(self, sent: Sent) -> Audit:
+        """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
+        asked = self.rollout.probe(self.prompts, self.sampling, self.weights.audit_candidates)
+        repeated = self.learner.candidate_logprobs(asked)
+        probes = self._arrived(sent, asked)
+        audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], self.version)
+        require(audit, self.weights.audit_tolerance)
+        self.audited, self.audited_with = probes, self.prompts
+        return audit
+
+    def equip(self, new: Sequence[int]) -> None:
+        """New engines get what the others have and answer as they did: the learner may be further by now."""
+        if self.version < 0:
+            return
+        sent = self.transport.send_again(self.version, new)
+        asked = self.rollout.probe(self.audited_with, self.sampling, self.weights.audit_candidates, new)
+        probes = self._arrived(sent, asked)
+        require(compare_engines(probes, self.audited, self.version), self.weights.audit_tolerance)
+
+    def _arrived(self, sent: Sent, asked: Sequence[Any]) -> list[Probe]:
+        for calls in sent.loading:  # what failed first says why
+            self.rollout.wait_for(calls, "loading weights")
+        reached = self.rollout.wait_for(sent.versions, "loading weights")
+        if set(reached) != {self.version}:
+            raise AuditError(f"engines report weights versions {reached} after a push of version {self.version}")
+        return list(chain.from_iterable(self.rollout.wait_for(asked, "probe")))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+
+import psutil
+
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.grader import Grader
 from othink_ray.rewards.scorer import score_group
@@ -12,7 +16,14 @@ class RewardActor:
     """Scores one group a call."""
 
     def __init__(self, reward: RewardConfig) -> None:
+        _limit_memory(reward.actor_memory_mb)
         self.reward, self.grader = reward, Grader(reward)
 
     def score(self, group: Group) -> ScoredGroup:
         return score_group(group, self.reward, self.grader)
+
+
+def _limit_memory(more_mb: int) -> None:
+    """Beyond it Python raises MemoryError. Ray's store is mapped as shared memory, which does not count."""
+    limit = psutil.Process().memory_full_info().data + more_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

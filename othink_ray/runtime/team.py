@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.pools import LearnerPool, RewardPool, RolloutPool
+from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.push import AuditedPush
+from othink_ray.runtime.reward_pool import RewardPool
+from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 _STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
@@ -21,6 +24,7 @@ class Examiners:
 
     rollout: RolloutPool
     rewards: RewardPool
+    incidents: Incidents
     max_tokens: int
     temperature: float
     seed: int
@@ -74,3 +78,6 @@ class Team(Examiners):
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
+
+    def saved(self) -> dict[str, str]:
+        return self.learner.saved()

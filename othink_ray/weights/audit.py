@@ -23,6 +23,27 @@ def compare(probes: Sequence[Probe], learner_logprobs: Sequence[NDArray[np.float
     return Audit(version=version, gap_mean=float(gaps.mean()), gap_max=worst, tokens=gaps.size)
 
 
+def compare_engines(probes: Sequence[Probe], audited: Sequence[Probe], version: int) -> Audit:
+    """As `compare`, of engines that are new with one that was audited: both were asked the same, in the same order.
+
+    Where two candidates are all but alike one may be listed or sampled there and the other here; what follows another
+    token cannot be compared.
+    """
+    gaps: list[float] = []
+    for place, probe in enumerate(probes):
+        known = audited[place % len(audited)]
+        tokens, others = (one.group.completions[0].token_ids for one in (probe, known))
+        for at in range(min(len(tokens), len(others))):
+            here, there = (
+                dict(zip(one.candidates[at].tolist(), one.logprobs[at].tolist(), strict=True)) for one in (probe, known)
+            )
+            gaps += [abs(here[token] - there[token]) for token in here.keys() & there.keys()]
+            if tokens[at] != others[at]:
+                break
+    found = np.array(gaps) if gaps else np.array([np.inf])
+    return Audit(version=version, gap_mean=float(found.mean()), gap_max=float(found.max()), tokens=len(gaps))
+
+
 def require(audit: Audit, tolerance: float) -> None:
     """Stops a run whose engines answer with other weights, pixels or tokens than the learner trains."""
     if audit.gap_mean <= tolerance and np.isfinite(audit.gap_max):

@@ -17,10 +17,12 @@ from othink_ray.data import open_source
 from othink_ray.data.stream import PromptStream
 from othink_ray.driver import checkpoint
 from othink_ray.driver.build import beta_schedule, open_loop, rate, recipe
+from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import Evaluation, Exam
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
+from othink_ray.driver.stopping import StopRequest
 from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
 from tests.driver.fakes import stats_of
 
@@ -80,6 +82,9 @@ class Pupil:
     def save(self, folder: Path) -> None:
         (folder / "drift").write_text(repr(self.drift))
 
+    def saved(self) -> dict[str, str]:
+        return {}
+
 
 def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: int) -> list[dict[str, float]]:
     """Steps from `state` on, as the real run makes them; the lines of metrics.jsonl."""
@@ -99,9 +104,23 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
             lr=rate(config),
-            journal=Journal(config, team, stream, [exam], records, console, state.before),
+            journal=journal_of(config, run_dir, team, stream, exam, records, console, state),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def journal_of(
+    config: Config,
+    run_dir: Path,
+    team: Pupil,
+    stream: PromptStream,
+    exam: Exam,
+    records: RunRecords,
+    console: Console,
+    state: TrainState,
+) -> Journal:
+    checkpoints = Checkpoints(run_dir, team, keep_last=9, keep_best=False, tell=console.say)
+    return Journal(config, team, stream, [exam], records, console, state.before, checkpoints, dict, StopRequest())
 
 
 @pytest.mark.parametrize("algo", ["grpo_d", "dapo"])
@@ -160,7 +179,7 @@ def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tm
         RunRecords(tmp_path, wandb=config.wandb, config_yaml="", resume_step=STEPS - 1) as records,
         Console(io.StringIO()) as console,
     ):
-        journal = Journal(config, Pupil(version=STEPS), stream, [exam], records, console, state.before)
+        journal = journal_of(config, tmp_path, Pupil(version=STEPS), stream, exam, records, console, state)
         journal.begin(STEPS)
         assert journal.before == {"counting": Evaluation(**state.before["counting"])}
         assert journal.after.keys() == {"counting"}

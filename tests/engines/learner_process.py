@@ -121,7 +121,9 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         for shares in scenario.steps
     ]
     if scenario.save:
+        scenario.save.mkdir(exist_ok=True)
         learner.save(scenario.save)
+        learner.saved()
     if scenario.export:
         learner.export(scenario.export)
     return Outcome(

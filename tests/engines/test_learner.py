@@ -12,87 +12,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from othink_ray.config.load import load
 from othink_ray.config.schema import Config
-from othink_ray.core.advantages import group_advantages
-from othink_ray.core.packing import pack, plan
+from othink_ray.core.packing import pack
 from othink_ray.engines.policy import Policy
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
-from othink_ray.families.tiny import build_tiny
-from othink_ray.types import Group, Pack, Probe
+from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
+from tests.engines.lives import BETA, REWARDS, packs_of, planned, training
 from tests.engines.nearness import assert_same_stats, distance, moved
-from tests.engines.samples import ask, batch_of, fresh_policy, group_of, picture, scored
+from tests.engines.samples import ask, batch_of, fresh_policy, picture, scored
 from tests.engines.slow_training import TEMPERATURE, slow_training
-
-BETA = 0.1
-REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])
-SMALL = (
-    "model.tiny.text_width=64",
-    "model.tiny.kv_heads=1",
-    "model.tiny.text_layers=2",
-    "model.tiny.vision_width=32",
-    "model.tiny.vision_layers=1",
-    "learner.lr=2e-3",
-    "learner.adam_eps=1e-4",  # rounding noise is not followed, so that runs can be compared tightly
-    "learner.weight_decay=0.1",
-    "learner.micro_tokens=400",
-    "learner.threads=1",
-    "learner.zero_stage=1",
-)
-
-
-@pytest.fixture(scope="module")
-def small() -> Config:
-    return load(SMALL)
-
-
-@pytest.fixture(scope="module")
-def folder(small: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("small_model")
-    build_tiny(made, small.model, texts)
-    return made
-
-
-@pytest.fixture(scope="module")
-def family(small: Config, folder: Path) -> Family:
-    return open_family(small.model, str(folder))
-
-
-@pytest.fixture(scope="module")
-def batches(family: Family) -> list[list[Group]]:
-    """Two steps of four groups of three ragged answers; one group has equal rewards, one no image."""
-    prompts = [
-        ask("a", picture(84, 84, 0)),
-        ask("b", picture(56, 140, 1), text="How many?"),
-        ask("c", text="How many items are there in the image? Output the thinking process."),
-        ask("d", picture(84, 56, 3)),
-    ]
-    lengths = ([5, 9, 2], [4, 4, 1], [7, 3, 3], [1, 6, 8])
-    return [
-        [
-            group_of(family, prompt, own, 10 * step + i)
-            for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True))
-        ]
-        for step in range(2)
-    ]
-
-
-def packs_of(groups: Sequence[Group], updates: int) -> list[Pack]:
-    return [
-        pack(scored(group, rewards), group_advantages(np.array(rewards)), len(groups) // updates)
-        for group, rewards in zip(groups, REWARDS, strict=True)
-    ]
-
-
-def planned(groups: Sequence[Group], *, ranks: int, updates: int, micro_tokens: int) -> Shares:
-    packs = packs_of(groups, updates)
-    by_update = plan(packs, ranks=ranks, updates=updates, micro_tokens=micro_tokens)
-    return [
-        [[[packs[row] for row in micro] for micro in update[rank]] for update in by_update] for rank in range(ranks)
-    ]
-
 
 # ---- one process a rank, once for all tests
 
@@ -111,13 +41,6 @@ def probes(family: Family, batches: list[list[Group]]) -> list[Probe]:
         candidates = rng.integers(0, 300, size=(len(one.completions[0].token_ids), 4))
         chosen.append(Probe(group=one, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32)))
     return chosen
-
-
-def training(small: Config, batches: list[list[Group]], ranks: int, **changes: object) -> Scenario:
-    """Two steps of two updates, under a changed learner."""
-    learner = replace(small.learner, world_size=ranks, **changes)  # type: ignore[arg-type]
-    steps = [planned(groups, ranks=ranks, updates=2, micro_tokens=learner.micro_tokens) for groups in batches]
-    return Scenario(learner=learner, steps=steps, beta=BETA, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,13 @@ from othink_ray.data import open_source
 from othink_ray.driver.build import open_team
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
+from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.team import Team
 from othink_ray.types import Prompt
+
+
+def incidents(max_restarts: int = 3) -> Incidents:
+    return Incidents(max_restarts, tell=print)
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +42,5 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(team_config, str(taught_folder), asked) as team:
+    with open_team(team_config, str(taught_folder), asked, incidents()) as team:
         yield team

@@ -23,6 +23,7 @@ def test_only_answers_of_older_weights_are_corrected(stale: bool, correction: st
     team = Team(
         rollout=unused,
         rewards=unused,
+        incidents=unused,
         learner=learner,
         pusher=unused,
         max_tokens=1,

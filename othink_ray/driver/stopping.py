@@ -1,0 +1,41 @@
+"""A polite end: what asks a run to go (Slurm, a spot machine, `kill`) lets it finish its step and save first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved what it has."""
+
+
+class StopRequest:
+    """Whether somebody has asked."""
+
+    made = False
+
+
+@contextmanager
+def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+    """While steps are made, the first SIGTERM is a request; the second one, and Ctrl-C, interrupt at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        if request.made:
+            raise KeyboardInterrupt
+        request.made = True
+        tell("asked to end: this step is finished and saved first; ask again to end at once")
+
+    signal.signal(signal.SIGTERM, asked)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,132 @@
+"""Waiting for actors: results, time limits, and failures with the name of who failed and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+
+_DEATH_IS_KNOWN_S = 5.0
+
+
+class WorkerFailed(RuntimeError):
+    """A process of the run failed; the message names it and its cause."""
+
+
+class ProcessLost(WorkerFailed):
+    """A process died or hangs: another one in its place would do."""
+
+
+class WorkersLost(ProcessLost):
+    """`lost` says which of a call's actors, and what became of each."""
+
+    def __init__(self, who: str, lost: Mapping[int, str]) -> None:
+        self.lost = dict(lost)
+        super().__init__("; ".join(f"{who} {what}" for what in self.lost.values()))
+
+
+def gather(references: Sequence[Any], who: str, timeout_s: float) -> list[Any]:
+    """All results, or the first failure as soon as there is one: a silent hang is the worst of errors."""
+    places = {reference: place for place, reference in enumerate(references)}
+    pending, until = list(places), time.monotonic() + timeout_s
+    while pending:
+        ready, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()), fetch_local=False)
+        if not ready:
+            silent = f"gave no answer within {timeout_s:.0f} s"
+            raise WorkersLost(who, {places[reference]: silent for reference in pending})
+        for reference in ready:
+            try:
+                _raise_failure(reference, places[reference], who, until)
+            except WorkersLost:
+                raise
+            except WorkerFailed:  # it may have failed because another one died under its hands
+                _raise_deaths(pending, places, who)
+                raise
+    results: list[Any] = ray.get(list(references))
+    return results
+
+
+def _raise_deaths(pending: Sequence[Any], places: Mapping[Any, int], who: str) -> None:
+    """Of those that have not ended; a death is known within seconds."""
+    ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_IS_KNOWN_S) if pending else ([], [])
+    for reference in ready:
+        try:
+            _raise_failure(reference, places[reference], who, time.monotonic())
+        except WorkersLost:
+            raise
+        except WorkerFailed:
+            continue
+
+
+def _raise_failure(reference: Any, place: int, who: str, until: float) -> None:
+    """Of a call that has ended."""
+    try:
+        ray.get(reference, timeout=max(1.0, until - time.monotonic()))
+    except RayTaskError as error:
+        raise _of_task(error, place, who) from error
+    except (RayActorError, ObjectLostError) as error:
+        raise WorkersLost(who, {place: f"died: {error}"}) from error
+    except GetTimeoutError as error:
+        raise WorkersLost(who, {place: "ended, but its result did not arrive"}) from error
+
+
+def _of_task(error: RayTaskError, place: int, who: str) -> WorkerFailed:
+    """A task that was given what a dead process should have made fails with that death as its cause."""
+    cause = error.cause
+    if isinstance(cause, RayActorError | ObjectLostError):
+        return WorkersLost(who, {place: f"lost what it was given: {cause}"})
+    return WorkerFailed(f"{who} failed: {cause!r}\n{error}")
+
+
+class Streams:
+    """What several actors give, one result after the other, as references; none of it is fetched.
+
+    After the last one `lost` says whose stream broke off; `came` is what each had given until then.
+    """
+
+    def __init__(self, streams: Mapping[int, Any], who: str, timeout_s: float) -> None:
+        self.streams, self.who, self.timeout_s = dict(streams), who, timeout_s
+        self.came: dict[int, list[Any]] = {place: [] for place in streams}
+        self.lost: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        places = {stream: place for place, stream in self.streams.items()}
+        # The last reference of a broken stream is its error: each is held back until there is another one after it.
+        held: dict[int, Any] = {}
+        while places:
+            ready, _ = ray.wait(list(places), num_returns=1, timeout=self.timeout_s, fetch_local=False)
+            if not ready:
+                self.lost |= dict.fromkeys(places.values(), f"gave nothing within {self.timeout_s:.0f} s")
+                break
+            stream = ready[0]
+            place = places[stream]
+            try:
+                following = next(stream)
+            except StopIteration:
+                del places[stream]
+                if not self._whole(stream, place):
+                    held.pop(place, None)
+                following = None
+            if place in held:
+                self.came[place].append(held[place])
+                yield held.pop(place)
+            if following is not None:
+                held[place] = following
+        for place, reference in held.items():  # of those that hang: what they gave is sound
+            self.came[place].append(reference)
+            yield reference
+
+    def _whole(self, stream: Any, place: int) -> bool:
+        try:
+            ray.get(stream.completed())
+        except RayTaskError as error:
+            failure = _of_task(error, place, self.who)
+            if not isinstance(failure, WorkersLost):
+                raise failure from error
+            self.lost |= failure.lost
+        except (RayActorError, ObjectLostError) as error:
+            self.lost[place] = f"died: {error}"
+        return place not in self.lost

@@ -1,0 +1,109 @@
+"""The learner's ranks, called together: where one is lost, all are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from othink_ray.config.schema import LearnerConfig
+from othink_ray.core.packing import plan
+from othink_ray.engines.base import LearnerEngine, Place
+from othink_ray.engines.vllm_transfer import Sender
+from othink_ray.runtime.actors import LearnerActor
+from othink_ray.runtime.calls import ProcessLost, Streams, WorkersLost, gather
+from othink_ray.runtime.placement import Placement
+from othink_ray.types import Pack, UpdateStats
+
+
+class LearnerLost(ProcessLost):
+    """A rank died or hangs; the others wait for it in vain."""
+
+
+class LearnerPool:
+    """Every method is all ranks' together."""
+
+    def __init__(
+        self, make_engine: Callable[[Place], LearnerEngine], learner: LearnerConfig, placement: Placement
+    ) -> None:
+        self.learner = learner
+        self.ranks = [placement.start(LearnerActor, "learner", rank) for rank in range(learner.world_size)]
+        self.make_engine = make_engine
+
+    def start(self) -> list[Any]:
+        """Begin loading; wait for the references to know that it is done."""
+        [(address, port)] = self.wait_for([self.ranks[0].address.remote()], "loading", self.learner.load_timeout_s)
+        self.places = [
+            Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
+            for rank in range(len(self.ranks))
+        ]
+        return [
+            actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, self.places, strict=True)
+        ]
+
+    def wait(self, started: Sequence[Any]) -> None:
+        self.wait_for(started, "loading", self.learner.load_timeout_s)
+
+    def update(
+        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
+    ) -> UpdateStats:
+        """One batch of rows, balanced over ranks."""
+        shares = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
+        calls = []
+        for rank, actor in enumerate(self.ranks):
+            own = [[[packs[row] for row in micro] for micro in update[rank]] for update in shares]
+            calls.append(actor.update.remote(own, beta, lr, loss, correction))
+        stats: UpdateStats = self.wait_for(calls, "update")[0]
+        return stats
+
+    def candidate_logprobs(self, probes: Sequence[Any]) -> list[Any]:
+        """For references to each engine's probes: one to each rank's logprobs of all of them, which are the same."""
+        return [actor.candidate_logprobs.remote(*probes) for actor in self.ranks]
+
+    def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
+        """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for."""
+        following = [actor.follow.remote() for actor in self.ranks[1:]]
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
+        stream = self.ranks[0].chunks.options(**streaming).remote(bucket_bytes)
+        streams = Streams({0: stream}, "the learner (gathering weights)", self.learner.step_timeout_s)
+        yield from streams
+        if streams.lost:
+            raise LearnerLost(f"{streams.who} {streams.lost[0]}")
+        self.wait_for(following, "gathering weights")
+
+    def open_senders(self, make_sender: Callable[[Place, int, LearnerEngine], Sender]) -> None:
+        """Meet the engines on a port of their own."""
+        [(_, port)] = self.wait_for([self.ranks[0].address.remote()], "opening the weight transfer")
+        opened = [
+            actor.open_sender.remote(partial(make_sender, place, port))
+            for actor, place in zip(self.ranks, self.places, strict=True)
+        ]
+        self.wait_for(opened, "opening the weight transfer", self.learner.load_timeout_s)
+
+    def send(self) -> None:
+        self.wait_for([actor.send.remote() for actor in self.ranks], "sending weights")
+
+    def export(self, folder: Path) -> None:
+        self.wait_for([actor.export.remote(folder) for actor in self.ranks], "export")
+
+    def save(self, folder: Path) -> None:
+        self.wait_for([actor.save.remote(folder) for actor in self.ranks], "saving a checkpoint")
+
+    def saved(self) -> dict[str, str]:
+        """SHA-256 by file; OSError where a rank could not write its share."""
+        digests: dict[str, str] = {}
+        for own in self.wait_for([actor.saved.remote() for actor in self.ranks], "saving a checkpoint"):
+            if isinstance(own, str):
+                raise OSError(own)
+            digests |= own
+        return digests
+
+    def load(self, folder: Path) -> None:
+        self.wait_for([actor.load.remote(folder) for actor in self.ranks], "loading a checkpoint")
+
+    def wait_for(self, calls: Sequence[Any], doing: str, timeout_s: float | None = None) -> list[Any]:
+        try:
+            return gather(calls, f"the learner ({doing})", timeout_s or self.learner.step_timeout_s)
+        except WorkersLost as error:
+            raise LearnerLost(str(error)) from error

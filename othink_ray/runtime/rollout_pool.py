@@ -1,0 +1,123 @@
+"""The sampling engines as one; those that die or hang are replaced, and what they owed is asked again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from othink_ray.config.schema import RolloutConfig
+from othink_ray.engines.base import RolloutEngine, Sampling
+from othink_ray.runtime.actors import RolloutActor
+from othink_ray.runtime.balance import AnswerLengths, deal
+from othink_ray.runtime.calls import ProcessLost, Streams, WorkersLost, gather
+from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.placement import Placement
+from othink_ray.types import Group, Prompt
+
+_WHO = "a rollout actor"
+
+
+class RolloutPool:
+    """Groups come as references, so that images and answers need not pass through the driver."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[], RolloutEngine],
+        rollout: RolloutConfig,
+        placement: Placement,
+        incidents: Incidents,
+    ) -> None:
+        self.make_engine, self.placement, self.incidents = make_engine, placement, incidents
+        self.step_timeout_s, self.load_timeout_s = rollout.step_timeout_s, rollout.load_timeout_s
+        self.lengths = AnswerLengths() if rollout.balance else None
+        self.actors = [self._start(index) for index in range(rollout.num_actors)]
+        self.equip: Callable[[Sequence[int]], None] | None = None
+        """Gives new actors the weights that the others have; without it those of the folder are the right ones."""
+
+    def _start(self, index: int) -> Any:
+        return self.placement.start(RolloutActor, "rollout", index, self.make_engine)
+
+    def wait(self) -> None:
+        gather([actor.ready.remote() for actor in self.actors], f"{_WHO} (loading)", self.load_timeout_s)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Any]:
+        """References to groups, as they finish on any actor: all of them, whoever is lost on the way."""
+        left = list(prompts)
+        while left:
+            hands = self._shares(left, sampling.answers)
+            calls = {
+                index: actor.generate.options(num_returns="streaming").remote(own, sampling)
+                for index, (actor, own) in enumerate(zip(self.actors, hands, strict=True))
+            }
+            streams = Streams(calls, _WHO, self.step_timeout_s)
+            yield from streams
+            left = [prompt for index in streams.lost for prompt in _unanswered(hands[index], streams.came[index])]
+            if streams.lost:
+                self.replace(WorkersLost(_WHO, streams.lost), equipped=True)
+                if left:
+                    self.incidents.tell(f"{len(left)} of {len(prompts)} questions are asked again")
+
+    def _shares(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
+        """The prompts of each actor; answers do not depend on where they are sampled."""
+        if self.lengths is None or len(self.actors) == 1:
+            return [prompts[index :: len(self.actors)] for index in range(len(self.actors))]
+        work = [self.lengths.work(prompt, answers) for prompt in prompts]
+        return [[prompts[index] for index in own] for own in deal(work, len(self.actors))]
+
+    def replace(self, failure: WorkersLost, *, equipped: bool) -> None:
+        """Others in the places of those that are lost; `equipped`: with the weights that the others have."""
+        self.incidents.restart("rollout_restarts", failure)
+        if self.placement.has_lost_a_node():
+            raise ProcessLost(f"{failure}, and a node of the run with it")
+        began = time.monotonic()
+        for index in failure.lost:
+            ray.kill(self.actors[index])
+            self.actors[index] = self._start(index)
+        new = list(failure.lost)
+        gather([self.actors[index].ready.remote() for index in new], f"{_WHO} (restarting)", self.load_timeout_s)
+        if equipped and self.equip is not None:
+            self.equip(new)
+        self.incidents.tell(f"{_WHO} is back after {time.monotonic() - began:.1f} s")
+
+    def note(self, groups: Iterable[Group]) -> None:
+        """What was answered, for a fair share of the next prompts."""
+        if self.lengths is not None:
+            for group in groups:
+                self.lengths.note(group)
+
+    def begin_push(self, of: Sequence[int] | None = None) -> list[Any]:
+        return [actor.begin_push.remote() for actor in self._those(of)]
+
+    def load_weights(self, bucket: Any, of: Sequence[int] | None = None) -> list[Any]:
+        return [actor.load_weights.remote(bucket) for actor in self._those(of)]
+
+    def finish_push(self, version: int, buckets: int, of: Sequence[int] | None = None) -> list[Any]:
+        """A reference to each engine's version after it."""
+        return [actor.finish_push.remote(version, buckets) for actor in self._those(of)]
+
+    def probe(self, prompts: Any, sampling: Sampling, candidates: int, of: Sequence[int] | None = None) -> list[Any]:
+        """A reference to each engine's list of probes."""
+        return [actor.probe.remote(prompts, sampling, candidates) for actor in self._those(of)]
+
+    def _those(self, of: Sequence[int] | None) -> list[Any]:
+        return self.actors if of is None else [self.actors[index] for index in of]
+
+    def wait_for(self, calls: Sequence[Any], doing: str) -> list[Any]:
+        """One call an actor, in their order."""
+        return gather(calls, f"{_WHO} ({doing})", self.step_timeout_s)
+
+
+def _unanswered(hand: Sequence[Prompt], came: Sequence[Any]) -> list[Prompt]:
+    """Of an actor's prompts those whose groups it did not give, or took with it."""
+    answered = set()
+    for reference in came:
+        try:
+            group: Group = ray.get(reference)
+        except RayError:
+            continue
+        answered.add(group.prompt.id)
+    return [prompt for prompt in hand if prompt.id not in answered]

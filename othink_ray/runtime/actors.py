@@ -27,8 +27,9 @@ class RolloutActor:
     def ready(self) -> int:
         return os.getpid()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group | None]:
         yield from self.engine.generate(prompts, sampling)
+        yield None  # the end, see Streams
 
     def begin_push(self) -> None:
         self.engine.begin_push()
@@ -73,9 +74,10 @@ class LearnerActor:
     def candidate_logprobs(self, *probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs([probe for of_engine in probes for probe in of_engine])
 
-    def chunks(self, bucket_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
         yield from to_chunks(self.engine.named_weights(), bucket_bytes)
+        yield None  # the end, see Streams
 
     def open_sender(self, make_sender: Callable[[LearnerEngine], Sender]) -> None:
         self.sender = make_sender(self.engine)

@@ -84,7 +84,8 @@ def _of_task(error: RayTaskError, place: int, who: str) -> WorkerFailed:
 class Streams:
     """What several actors give, one result after the other, as references; none of it is fetched.
 
-    After the last one `lost` says whose stream broke off; `came` is what each had given until then.
+    Each stream ends with a None of its own; where an error stands in its place, it broke off. After the last one `lost`
+    says whose did; `came` is what each had given until then.
     """
 
     def __init__(self, streams: Mapping[int, Any], who: str, timeout_s: float) -> None:
@@ -94,39 +95,29 @@ class Streams:
 
     def __iter__(self) -> Iterator[Any]:
         places = {stream: place for place, stream in self.streams.items()}
-        # The last reference of a broken stream is its error: each is held back until there is another one after it.
-        held: dict[int, Any] = {}
+        held: dict[int, Any] = {}  # the last of each, as long as it may be its end
         while places:
             ready, _ = ray.wait(list(places), num_returns=1, timeout=self.timeout_s, fetch_local=False)
             if not ready:
-                self.lost |= dict.fromkeys(places.values(), f"gave nothing within {self.timeout_s:.0f} s")
+                self.lost |= {place: f"gave nothing within {self.timeout_s:.0f} s" for place in places.values()}
                 break
-            stream = ready[0]
-            place = places[stream]
+            place = places[ready[0]]
             try:
-                following = next(stream)
+                following = next(ready[0])
             except StopIteration:
-                del places[stream]
-                if not self._whole(stream, place):
-                    held.pop(place, None)
-                following = None
+                del places[ready[0]]
+                self._end(held.pop(place), place)
+                continue
             if place in held:
                 self.came[place].append(held[place])
-                yield held.pop(place)
-            if following is not None:
-                held[place] = following
+                yield held[place]
+            held[place] = following
         for place, reference in held.items():  # of those that hang: what they gave is sound
             self.came[place].append(reference)
             yield reference
 
-    def _whole(self, stream: Any, place: int) -> bool:
+    def _end(self, last: Any, place: int) -> None:
         try:
-            ray.get(stream.completed())
-        except RayTaskError as error:
-            failure = _of_task(error, place, self.who)
-            if not isinstance(failure, WorkersLost):
-                raise failure from error
-            self.lost |= failure.lost
-        except (RayActorError, ObjectLostError) as error:
-            self.lost[place] = f"died: {error}"
-        return place not in self.lost
+            _raise_failure(last, place, self.who, time.monotonic() + self.timeout_s)
+        except WorkersLost as error:
+            self.lost |= error.lost

@@ -19,6 +19,9 @@ class RewardActor:
         _limit_memory(reward.actor_memory_mb)
         self.reward, self.grader = reward, Grader(reward)
 
+    def ready(self) -> None:
+        """Answered when it is up: its time limit is for grading alone."""
+
     def score(self, group: Group) -> ScoredGroup:
         return score_group(group, self.reward, self.grader)
 

@@ -18,6 +18,9 @@ from othink_ray.runtime.reward_actor import RewardActor
 from othink_ray.types import Group, ScoredGroup
 
 
+_START_S = 120.0
+
+
 class _Lost(Exception):
     """The grader gave no score: it died or hangs."""
 
@@ -75,6 +78,7 @@ class RewardPool:
             return False
         ray.kill(asked.actor)
         self.actors[asked.index] = self._start()
+        gather([self.actors[asked.index].ready.remote()], "a reward actor (restarting)", _START_S)
         self.incidents.counts["reward_restarts"] += 1
         return True
 

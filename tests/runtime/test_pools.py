@@ -83,8 +83,7 @@ def test_an_engine_that_fails_is_named_with_its_cause_and_not_asked_again(
     assert echoes.incidents.restarts == 0
 
 
-@pytest.mark.parametrize("task", ["die", "hang"])
-@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize(("task", "place"), [("die", 2), ("hang", 0)])
 def test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again(
     echoes: RolloutPool, asked: list[Prompt], task: str, place: int
 ) -> None:
@@ -112,7 +111,7 @@ def test_after_its_restarts_a_run_stops_with_the_first_cause(echoes: RolloutPool
 def test_of_a_group_only_the_answer_that_hangs_or_kills_its_grader_is_masked(
     ray_here: None, team_config: Config, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = RewardPool(replace(team_config.algo.reward, timeout_s=4, actors=2), incidents())
+    pool = RewardPool(replace(team_config.algo.reward, timeout_s=2, actors=2), incidents())
     groups = [group_of_texts(asked[number], ["<answer>1</answer>"] * 3) for number in range(4)]
     groups[0] = group_of_texts(
         replace(asked[0], answer="1"), ["<answer>1</answer>", "hang", "<answer>2</answer>", "die", "eat"]

@@ -15,7 +15,6 @@ import pytest
 import ray
 import torch
 from PIL import Image
-from ray.exceptions import RayTaskError
 
 from othink_ray.config.schema import Config
 from othink_ray.core.advantages import group_advantages
@@ -270,5 +269,5 @@ def test_a_learner_that_fails_while_gathering_leaves_engines_that_refuse(
     with pytest.raises(WorkerFailed, match="a rank was lost"):
         SharedMemoryPush(learner, rollout, bucket_mb=1).send(1)
     sampling = Sampling(answers=2, max_tokens=4, temperature=1.0, seed=0)
-    with pytest.raises(RayTaskError, match="parts of two policies"):
+    with pytest.raises(WorkerFailed, match="parts of two policies"):
         ray.get(list(rollout.generate(asked, sampling)))

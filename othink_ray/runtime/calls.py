@@ -99,7 +99,7 @@ class Streams:
         while places:
             ready, _ = ray.wait(list(places), num_returns=1, timeout=self.timeout_s, fetch_local=False)
             if not ready:
-                self.lost |= {place: f"gave nothing within {self.timeout_s:.0f} s" for place in places.values()}
+                self.lost |= dict.fromkeys(places.values(), f"gave nothing within {self.timeout_s:.0f} s")
                 break
             place = places[ready[0]]
             try:

@@ -31,6 +31,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": None}
     if address is None:
+        # A Ray of this run dies with it: what it leaves when the run is killed looks for it no longer than this.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         settings |= {
             "address": "local",
             "num_cpus": cluster.num_cpus,

@@ -17,7 +17,6 @@ from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_actor import RewardActor
 from othink_ray.types import Group, ScoredGroup
 
-
 _START_S = 120.0
 
 

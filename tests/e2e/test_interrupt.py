@@ -1,4 +1,4 @@
-"""Ctrl-C: the run ends soon, says so, leaves a report, and leaves no process behind."""
+"""Ctrl-C and `kill`: the run ends soon, says so, leaves a report, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
+from othink_ray.driver import checkpoint
+from tests.drills.faults import steps_done
 from tests.e2e.conftest import SMALL, Run
 
 MARK = "OTHINK_RAY_TEST_RUN"
@@ -40,26 +41,46 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("overlap", ["false", "true"])
-def test_ctrl_c_ends_the_run_with_a_report_and_without_orphans(
-    plain_run: Run, cache: Path, tmp_path: Path, overlap: str
-) -> None:
-    """As a process with a Ray of its own, for that Ray must go too."""
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    screen: str
+
+
+def ended_by(how: signal.Signals, cache: Path, folder: Path, *overrides: str) -> Ended:
+    """A run as a process with a Ray of its own, for that Ray must go too."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "othink_ray.main", *SMALL, "train.steps=500", f"train.overlap={overlap}"]
+    folders = (f"run.dir={folder}", f"run.cache_dir={cache}")
     run = subprocess.Popen(
-        [*command, f"run.dir={tmp_path}", f"run.cache_dir={cache}"],
+        [sys.executable, "-m", "othink_ray.main", *SMALL, "train.steps=500", *folders, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {MARK: mark, "CI": "true"},
     )
-    metrics = tmp_path / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     assert wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, 120)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(how)
     screen, _ = run.communicate(timeout=60)
-    assert run.returncode == 130, screen
-    assert "interrupted" in screen
     assert "Traceback" not in screen
-    assert (tmp_path / "report.html").is_file()
+    assert (folder / "report.html").is_file()
     assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)
+    return Ended(run.returncode, screen)
+
+
+def test_ctrl_c_ends_a_run_at_once_with_a_report_and_without_orphans(
+    plain_run: Run, cache: Path, tmp_path: Path
+) -> None:
+    ended = ended_by(signal.SIGINT, cache, tmp_path, "train.overlap=true")
+    assert ended.status == 130, ended.screen
+    assert "interrupted" in ended.screen
+
+
+def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    """As Slurm and spot machines ask for it."""
+    ended = ended_by(signal.SIGTERM, cache, tmp_path, "train.checkpoint_every=0")
+    assert ended.status == 143, ended.screen
+    assert "asked to end: this step is finished and saved first" in ended.screen
+    last = steps_done(tmp_path)
+    assert f"step {last} of 500 is saved; run.resume=auto goes on from it" in ended.screen
+    assert checkpoint.find(tmp_path, "auto", 0, print)[1].step == last

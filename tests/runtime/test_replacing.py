@@ -1,4 +1,4 @@
-"""An engine that is lost comes back with the very policy that the others have, and the run is what it would have been."""
+"""An engine that is lost comes back with the policy that the others have: the run is what it would have been."""
 
 from __future__ import annotations
 

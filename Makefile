@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo study bench test lint clean
+.PHONY: help demo study bench test drills lint clean
 python := .venv/bin/python
 
 # Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
@@ -24,6 +24,10 @@ bench:  ## set up, then the same work here and in TRL, in turn; ARGS="--cells 4 
 test:  ## set up, then all tests; ARGS="tests/core -k kl" chooses some
 	@launch/setup_env.sh auto dev
 	@$(python) -m pytest $(ARGS)
+
+drills:  ## set up, then faults in real runs, twenty times each, for hours; ARGS="--times 2 --only learner_dies" chooses
+	@launch/setup_env.sh auto dev
+	@$(python) -m tests.drills $(ARGS)
 
 lint:  ## set up, then style, types, import contracts, shell and Docker files
 	@launch/setup_env.sh auto dev

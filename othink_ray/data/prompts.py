@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
+from othink_ray.data.pixels import decoded, size_of
 from othink_ray.types import Prompt
 
 Split = Literal["train", "test"]
@@ -45,6 +46,10 @@ def validate(prompt: Prompt) -> Prompt:
     """The prompt itself when it can be asked and graded; else BadRow."""
     if not any(message.role == "user" and message.text.strip() for message in prompt.messages):
         raise BadRow(prompt.id, "the question is empty", "fill it in or remove the row")
+    for name, text in (("question", "".join(one.text for one in prompt.messages)), ("answer", prompt.answer)):
+        if not _is_text(text):
+            reason = f"the {name} holds half a character (a surrogate without its other half)"
+            raise BadRow(prompt.id, reason, "mend the text or remove the row")
     if not _plain_answer(prompt.answer):
         raise BadRow(prompt.id, "the answer is missing", "fill it in or remove the row")
     placed = sum(message.images for message in prompt.messages)
@@ -73,14 +78,21 @@ def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
 
 
 def _thumbnail(image: bytes, side: int) -> bytes:
-    with Image.open(io.BytesIO(image)) as opened:
-        if max(opened.size) <= side:
-            return image
-        small = opened.convert("RGB")
+    if max(size_of(image)) <= side:
+        return image
+    small = decoded(image)
     small.thumbnail((side, side))
     written = io.BytesIO()
     small.save(written, format="PNG")
     return written.getvalue()
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain_answer(answer: str) -> str:

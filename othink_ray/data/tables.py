@@ -209,7 +209,7 @@ def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise SourceError(
                     f"{key}.columns.{use} = {name} is not a column of {files.path}; "
-                    f"{hint}its columns: {', '.join(columns) or 'none'}"
+                    f"{hint}its columns: {', '.join(columns) or 'none, for no row can be read'}"
                 )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -31,6 +33,17 @@ def own_folder(run_dir: Path) -> Iterator[None]:
                 f"run.dir = {run_dir}: another run is at work in it; wait for it, or give this one a folder of its own"
             ) from error
         yield
+
+
+def written_down(run_dir: Path, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Tells, and writes it with its time into `incidents.jsonl`, if that has room."""
+
+    def tell(text: str) -> None:
+        say(text)
+        with suppress(OSError), (run_dir / "incidents.jsonl").open("a", encoding="utf-8") as diary:
+            diary.write(json.dumps({"unix_s": round(time.time(), 3), "text": text}) + "\n")
+
+    return tell
 
 
 def set_aside_checkpoints(run_dir: Path) -> None:

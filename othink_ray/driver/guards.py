@@ -45,7 +45,7 @@ class Guards:
             yield f"{stats.skipped} update(s) skipped, because loss or gradient{of} was not finite"
         if stats.kl_mean > faults.kl_limit:
             yield f"KL is {stats.kl_mean:.3g} nats per token, above faults.kl_limit = {faults.kl_limit:g}"
-        if stats.logp_gap_mean > faults.gap_limit:
+        if seen.audit.tokens and stats.logp_gap_mean > faults.gap_limit:  # a teacher's answers have no sampler
             yield (
                 f"sampler and learner are {stats.logp_gap_mean:.3g} nats apart, above faults.gap_limit = "
                 f"{faults.gap_limit:g}"

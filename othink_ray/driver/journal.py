@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from othink_ray.driver.loop import Step
 from othink_ray.driver.measures import measures, taught_measures
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import Stopped, StopRequest
+from othink_ray.runtime.incidents import Incidents
 from othink_ray.types import Prompt, ScoredGroup, TrainState
 
 
@@ -39,13 +40,13 @@ class Journal:
         console: Console,
         before: Mapping[str, Mapping[str, Any]],
         checkpoints: Checkpoints,
-        incidents: Callable[[], dict[str, float]],
+        incidents: Incidents,
         request: StopRequest,
     ) -> None:
         self.config, self.team, self.stream, self.exams = config, team, stream, exams
         self.records, self.console = records, console
         self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
-        self.guards = Guards(config.faults, Path(config.run.dir), console.say)
+        self.guards = Guards(config.faults, Path(config.run.dir), incidents.tell)
         self.measures = taught_measures if config.mode == "sft" else measures
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
@@ -72,7 +73,9 @@ class Journal:
             for name, result in self.after.items():
                 suffix = "" if name == self.exams[0].name else f"/{name}"
                 found |= {f"eval/accuracy{suffix}": result.accuracy, f"eval/format{suffix}": result.format}
-        self.records.log(seen.step, found | self.incidents() | {"faults/skipped_updates": float(seen.stats.skipped)})
+        self.records.log(
+            seen.step, found | self.incidents.take() | {"faults/skipped_updates": float(seen.stats.skipped)}
+        )
         self.records.sample(seen.step, seen.scored[0], seen.advantages[0])
         self.console.step(done, found)
         self.console.sample(done, seen.scored[0])

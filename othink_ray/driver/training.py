@@ -16,7 +16,7 @@ from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, op
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import exams
-from othink_ray.driver.folder import own_folder, set_aside_checkpoints
+from othink_ray.driver.folder import own_folder, set_aside_checkpoints, written_down
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import finishing_steps
@@ -32,20 +32,21 @@ def train_model(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
     """On a Ray that is up. Where a process is lost that cannot be replaced alone, all start again from a checkpoint."""
-    incidents = Incidents(config.faults.max_restarts, console.say)
+    tell = written_down(run_dir, console.say)
+    incidents = Incidents(config.faults.max_restarts, tell)
     with own_folder(run_dir):
         if config.run.resume == "never":
             set_aside_checkpoints(run_dir)
-        resumed, state = find(run_dir, config.run.resume, config.train.seed, console.say)
+        resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
         while True:
             try:
                 summary = _train(config, run_dir, console, incidents, resumed, state)
                 break
             except ProcessLost as error:
                 incidents.restart("learner_restarts", error)
-            own, own_state = find(run_dir, "auto", config.train.seed, console.say)
+            own, own_state = find(run_dir, "auto", config.train.seed, tell)
             resumed, state = (own, own_state) if own else (resumed, state)
-            console.say(f"all processes start again; training goes on after step {state.step}")
+            tell(f"all processes start again; training goes on after step {state.step}")
     with console.phase("writing the report"):
         report = write_report(run_dir)
     console.finish(
@@ -92,12 +93,12 @@ def _train(
             RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1)
         )
         checkpoints = Checkpoints(
-            run_dir, team, keep_last=config.train.keep_last, keep_best=config.train.keep_best, tell=console.say
+            run_dir, team, keep_last=config.train.keep_last, keep_best=config.train.keep_best, tell=incidents.tell
         )
         present = students(config, path, team)
-        request = stack.enter_context(finishing_steps(console.say))
+        request = stack.enter_context(finishing_steps(incidents.tell))
         journal = Journal(
-            config, present, stream, held_out, records, console, state.before, checkpoints, incidents.take, request
+            config, present, stream, held_out, records, console, state.before, checkpoints, incidents, request
         )
         stack.enter_context(console.training(config.train.steps, done=state.step))
         schedule = beta_schedule(config)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
+from othink_ray.data.pixels import decoded
 from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.engines.vllm_worker import Worker, keep_weights
@@ -152,7 +151,7 @@ class VLLMRollout(Receiver):
         """The prompt as vLLM takes it in: expanded tokens, processed pixels."""
         token_ids = self.family.prompt_token_ids(prompt)
         require_room(prompt, self.family.expand(token_ids, self.family.image_token_counts(prompt.images)), self.limit)
-        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in prompt.images]
+        images = [decoded(image) for image in prompt.images]
         asked = {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
         return self.engine.renderer.render_cmpl([asked])[0]
 

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from othink_ray.core.attention import Attention
+from othink_ray.data.pixels import decoded, size_of
 from othink_ray.families.base import ImageTensors
 from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
 from othink_ray.types import Prompt
@@ -61,8 +62,7 @@ class Qwen2VL:
     def encode_images(self, images: Sequence[bytes]) -> ImageTensors:
         if not images:
             return ImageTensors(pixels=torch.empty(0, 0), grids=torch.empty(0, 3, dtype=torch.long))
-        decoded = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
-        encoded = self.processor.image_processor(images=decoded, return_tensors="pt")
+        encoded = self.processor.image_processor(images=[decoded(image) for image in images], return_tensors="pt")
         return ImageTensors(pixels=encoded["pixel_values"], grids=encoded["image_grid_thw"])
 
     def smallest_image(self) -> bytes:
@@ -72,7 +72,7 @@ class Qwen2VL:
         return buffer.getvalue()
 
     def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
-        sizes = [Image.open(io.BytesIO(image)).size for image in images]
+        sizes = [size_of(image) for image in images]
         patches = [
             self.processor.image_processor.get_number_of_image_patches(height, width, {}) for width, height in sizes
         ]

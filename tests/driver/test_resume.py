@@ -23,6 +23,7 @@ from othink_ray.driver.evaluate import Evaluation, Exam
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import StopRequest
+from othink_ray.runtime.incidents import Incidents
 from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
 from tests.driver.fakes import stats_of
 
@@ -120,7 +121,18 @@ def journal_of(
     state: TrainState,
 ) -> Journal:
     checkpoints = Checkpoints(run_dir, team, keep_last=9, keep_best=False, tell=console.say)
-    return Journal(config, team, stream, [exam], records, console, state.before, checkpoints, dict, StopRequest())
+    return Journal(
+        config,
+        team,
+        stream,
+        [exam],
+        records,
+        console,
+        state.before,
+        checkpoints,
+        Incidents(0, console.say),
+        StopRequest(),
+    )
 
 
 @pytest.mark.parametrize("algo", ["grpo_d", "dapo"])

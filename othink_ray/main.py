@@ -75,8 +75,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     if found:
         return _report(found)
     if config.mode == "check":
-        print(f"configuration is sound\n{plan(config, machine)}")
-        return 0
+        return _check(config, plan(config, machine))
     interrupt_at_any_ending()
     if config.mode == "study":
         return _study(config, overrides)
@@ -88,6 +87,19 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
     from othink_ray.report import write_evaluation_report, write_report
 
     return run(config, write_evaluation_report if config.mode == "eval" else write_report)
+
+
+def _check(config: Config, planned: str) -> int:
+    """What can be known before any actor starts."""
+    from othink_ray.driver.foresee import foresee
+
+    found = foresee(config)
+    if found.problems:
+        return _report(list(found.problems))
+    print(f"configuration is sound\n{planned}")
+    for name, text in found.lines.items():
+        print(f"  {name:<11} {text}")
+    return 0
 
 
 def interrupt_at_any_ending() -> None:

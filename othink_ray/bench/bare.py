@@ -28,7 +28,7 @@ from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
 def main(part: str, overrides: Sequence[str]) -> None:
     config, found = read(overrides)
-    assert config is not None, found
+    assert config is not None and not found, found
     with Console() as console:
         path = base_model(config, console, open_classroom)
     stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")

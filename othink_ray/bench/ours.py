@@ -15,7 +15,7 @@ from typing import Any
 from othink_ray.bench.times import WARM_UP
 from othink_ray.bench.work import Work
 from othink_ray.config.load import read
-from othink_ray.driver.warm_start import base_model_folder
+from othink_ray.config.model_rules import base_model_folder
 from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
 from othink_ray.study.launch import end
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from othink_ray.config.problem import Problem, broken
 from othink_ray.config.schema import Config
 
 VISION_HEAD = 32  # head size of the tiny model's vision tower
+_RECIPE = 4  # raise it when the code makes another model of the same configuration
+_OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -17,6 +22,14 @@ def model_folder(path: str) -> str:
     """The Hugging Face folder that a path means: itself, or a run's export; a hub name stays as it is."""
     export = Path(path) / "export"
     return str(export) if (export / "config.json").is_file() else path
+
+
+def base_model_folder(config: Config) -> Path:
+    """Where the base model of this configuration is kept; the name changes with all that shapes it."""
+    optimiser = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMISER}
+    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
 
 
 def model_rules(config: Config) -> Iterator[Problem]:

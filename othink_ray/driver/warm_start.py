@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from othink_ray.config.model_rules import model_folder
+from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.schema import Config, DataConfig
 from othink_ray.core.rates import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
@@ -20,8 +18,6 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.loop import Step, train
 from othink_ray.driver.supervised import NO_KL, Class, supervised
 
-_RECIPE = 4  # raise it when the code makes another model of the same configuration
-_OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _TOKENIZER_ROWS = 256
 
 
@@ -40,14 +36,6 @@ class Exports(Protocol):
 
 
 OpenClassroom = Callable[[Config, Path], AbstractContextManager[Classroom]]
-
-
-def base_model_folder(config: Config) -> Path:
-    """Where the base model of this configuration is kept; the name changes with all that shapes it."""
-    optimiser = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMISER}
-    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
 
 
 def base_model(config: Config, console: Console, open_classroom: OpenClassroom) -> str:

@@ -71,6 +71,7 @@ class VLLMRollout(Receiver):
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
             "trust_remote_code": False,
+            "load_format": "safetensors",  # other files of weights can run code when they are read
         }
         if on_gpu:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization

@@ -34,7 +34,9 @@ class Qwen2VL:
 
     def __init__(self, path: str, *, min_pixels: int, max_pixels: int) -> None:
         self.path = path
-        self.processor = AutoProcessor.from_pretrained(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        self.processor = AutoProcessor.from_pretrained(
+            path, min_pixels=min_pixels, max_pixels=max_pixels, trust_remote_code=False
+        )
         tokenizer = self.processor.tokenizer
         self.image_token_id: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in _VISION_TOKENS)
@@ -113,6 +115,8 @@ class Qwen2VL:
         network: nn.Module = AutoModelForImageTextToText.from_pretrained(
             self.path,
             dtype=dtype,
+            use_safetensors=True,  # other files of weights can run code when they are read
+            trust_remote_code=False,
             attn_implementation={"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION},
         )
         tower: Any = self.vision_tower(network)

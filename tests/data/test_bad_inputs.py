@@ -195,11 +195,11 @@ def table(folder: Path, family: Family) -> Iterator[tuple[str, str]]:
 
 
 def page(rows: Iterator[tuple[str, str]], folder: Path) -> str:
-    said = "".join(
-        f"| {name} | {told.replace(str(folder), '…').replace('|', chr(92) + '|').replace(chr(0), '␀')} |\n"
-        for name, told in rows
-    )
-    return f"{HEAD}{said}"
+    return HEAD + "".join(f"| {name} | {_plain(told, folder)} |\n" for name, told in rows)
+
+
+def _plain(told: str, folder: Path) -> str:
+    return told.replace(str(folder), "…").replace("|", "\\|").replace("\0", "␀")
 
 
 HEAD = """# Bad inputs, and what a run says of each

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.warm_start import base_model_folder
+from othink_ray.config.model_rules import base_model_folder
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from othink_ray.study.launch import Job, Outcome, StudyError, Workshop
 
-SOUND = Job(name="sound", overrides=("mode=check",), leaves="screen.txt")
+SOUND = Job(name="sound", overrides=("mode=check", "run.cache_dir=none"), leaves="screen.txt")
 BROKEN = Job(name="broken", overrides=("mode=check", "algo.group_size=1"), leaves="screen.txt")
 
 
@@ -41,7 +41,7 @@ def test_other_overrides_make_it_another_run_that_starts_afresh(tmp_path: Path) 
     workshop = Workshop(tmp_path)
     made(workshop, [SOUND])
     (workshop.path(SOUND) / "checkpoints").mkdir()
-    changed = replace(SOUND, overrides=("mode=check", "train.steps=9"))
+    changed = replace(SOUND, overrides=("mode=check", "run.cache_dir=none", "train.steps=9"))
     assert workshop.outcome(changed).status == "waiting"
     assert made(workshop, [changed])[-1] == ("sound", "done")
     assert not (workshop.path(changed) / "checkpoints").exists()
@@ -50,7 +50,7 @@ def test_other_overrides_make_it_another_run_that_starts_afresh(tmp_path: Path) 
 
 def test_the_order_of_overrides_does_not_make_it_another_run_but_another_base_does(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path)
-    job = replace(SOUND, overrides=("mode=check", "train.steps=9"), stands_on=("train.steps=5",))
+    job = replace(SOUND, overrides=("mode=check", "run.cache_dir=none", "train.steps=9"), stands_on=("train.steps=5",))
     made(workshop, [job])
     assert workshop.outcome(replace(job, overrides=job.overrides[::-1])).status == "done"
     assert workshop.outcome(replace(job, stands_on=("train.steps=6",))).status == "waiting"

@@ -1,0 +1,149 @@
+"""mode=check beyond the configuration: what data, model files and disk say before any actor starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from othink_ray.config.model_rules import base_model_folder, model_folder
+from othink_ray.config.problem import Problem
+from othink_ray.config.schema import Config
+from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
+from othink_ray.types import Prompt
+
+_LOOKED_AT = 32  # rows of each split
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foresight:
+    """What was found, a line each, and what is in the way."""
+
+    lines: dict[str, str]
+    problems: Sequence[Problem]
+
+
+def foresee(config: Config) -> Foresight:
+    lines: dict[str, str] = {}
+    problems: list[Problem] = []
+    samples: list[Prompt] = []
+    for split in ("train", "test"):
+        try:
+            lines[f"data.{split}"], found = _sample(config, split)
+            samples += found
+        except SourceError as error:
+            problems.append(Problem(subject=f"data.{split}", rule=str(error), remedy="See docs/bad_inputs.md."))
+    folder = _folder(config)
+    weights = None
+    if folder is not None:
+        weights = _weights_of(folder)
+        if weights is None:
+            rule = f"{folder} holds no *.safetensors file; weights in other files could run code when they are read"
+            problems.append(Problem(subject="model.path", rule=rule, remedy="Save the model with safetensors."))
+        else:
+            lines |= _sizes(config, weights)
+            problems += _room_on_disk(config, weights)
+            text, tight = _lengths(config, str(folder), samples)
+            lines["context"] = text
+            problems += tight
+    else:
+        lines["model files"] = "not on this machine yet: not looked at"
+    return Foresight(lines=lines, problems=problems)
+
+
+def _sample(config: Config, split: Split) -> tuple[str, list[Prompt]]:
+    source = open_training(config.data) if split == "train" else open_source(config.data, split)
+    stream = PromptStream(source, seed=config.train.seed, on_bad_row="drop")
+    rows = len(source) if hasattr(source, "__len__") else None
+    good = stream.take(min(_LOOKED_AT, rows or _LOOKED_AT))
+    dropped = stream.dropped
+    told = f"{rows if rows is not None else 'passing'} rows; of {len(good) + len(dropped)} looked at {len(dropped)} bad"
+    return told + (f", such as {dropped[0][0]}: {dropped[0][1]}" if dropped else ""), good
+
+
+def _folder(config: Config) -> Path | None:
+    """Where the model's files lie; None where they are on the hub or still to be made."""
+    folder = Path(model_folder(config.model.path)) if config.model.path else base_model_folder(config)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _weights_of(folder: Path) -> int | None:
+    """How many there are, from the headers of the files."""
+    from safetensors import safe_open
+
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    count = 0
+    for file in files:
+        with safe_open(file, framework="np") as opened:
+            count += sum(prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return count
+
+
+def _sizes(config: Config, weights: int) -> dict[str, str]:
+    """Of weights, gradients, Adam's moments and the reference; activations come on top and depend on micro_tokens."""
+    each, learner = _BYTES[config.model.dtype], config.learner
+    shared = {1: 12, 2: 12 + each, 3: 12 + 2 * each}[learner.zero_stage] / learner.world_size
+    whole = {1: 2 * each, 2: each, 3: 0}[learner.zero_stage]
+    needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
+    reference = each / (learner.world_size if learner.zero_stage == 3 else 1) if needs_reference else 0.0
+    rank = weights * (shared + whole + reference)
+    engine = weights * each + config.rollout.kv_cache_gb * 2**30
+    return {
+        "model files": f"{_amount(weights)} weights, {_size(weights * each)} as {config.model.dtype}",
+        "memory": f"about {_size(rank)} a learner rank without activations, {_size(engine)} a rollout actor with its "
+        "cache",
+    }
+
+
+def _room_on_disk(config: Config, weights: int) -> Iterator[Problem]:
+    kept = config.train.keep_last + config.train.keep_best + 1  # and the one that is being written
+    needed = weights * (12 * kept + _BYTES[config.model.dtype])
+    place = Path(config.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        rule = (
+            f"needs about {_size(needed)} for {kept} checkpoints (one of them being written) and the export; "
+            f"{place} has {_size(free)} free"
+        )
+        yield Problem(subject=f"run.dir = {config.run.dir}", rule=rule, remedy="Make room, or lower train.keep_last.")
+
+
+def _lengths(config: Config, folder: str, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
+    from othink_ray.families import open_family
+    from othink_ray.families.fits import check_fits
+
+    family = open_family(config.model, folder)
+    longest, too_long = 0, []
+    for prompt in samples:
+        images = sum(family.image_token_counts(prompt.images))
+        longest = max(longest, len(family.prompt_token_ids(prompt)) - len(prompt.images) + images)
+        try:
+            check_fits(family, config.rollout, prompt)
+        except BadRow as bad:
+            too_long.append(bad)
+    told = (
+        f"the longest of {len(samples)} questions has {longest} tokens with its images, an answer "
+        f"{config.rollout.max_tokens}, and there is room for {config.rollout.max_model_len}; {len(too_long)} too long"
+    )
+    if not samples or len(too_long) < len(samples):
+        return told, []
+    rule = f"no question fits: {too_long[0].reason}"
+    return told, [Problem(subject="rollout.max_model_len", rule=rule, remedy=too_long[0].remedy)]
+
+
+def _amount(count: float) -> str:
+    for limit, unit in ((1e9, "billion"), (1e6, "million")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,107 @@
+"""Two hosts on one machine: network namespaces with a cable between them, and a Ray node in each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+RAY = Path(sys.executable).with_name("ray")
+_PORT = 6379
+# A dead node is known after some seconds in place of half a minute, and what a cut node leaves goes soon.
+_QUICK = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def why_not() -> str | None:
+    """What is missing here."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need iproute2"
+    made = subprocess.run(["ip", "netns", "add", "othink_probe"], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", "othink_probe"], capture_output=True, check=False)
+    return f"network namespaces cannot be made: {made.stderr.strip()}" if made.returncode else None
+
+
+class Hosts:
+    """`head` and `worker` by name; the worker's cable can be pulled."""
+
+    def __init__(self, mark: str, network: int) -> None:
+        self.names = {role: f"{role[0]}{mark}" for role in ("head", "worker")}
+        self.addresses = {"head": f"10.{network}.0.1", "worker": f"10.{network}.0.2"}
+        self.address = f"{self.addresses['head']}:{_PORT}"
+
+    def on(self, host: str, *command: str) -> list[str]:
+        return ["ip", "netns", "exec", self.names[host], *command]
+
+    def cable(self, state: str) -> None:
+        """`up` or `down`."""
+        _ip("-n", self.names["worker"], "link", "set", "eth", state)
+
+
+@contextmanager
+def two_hosts(cpus: int) -> Iterator[Hosts]:
+    """A head and a worker, so many CPUs each."""
+    number = uuid.uuid4().int
+    hosts = Hosts(f"{number % 10**8:08d}", 64 + number % 64)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True)))
+        for name in hosts.names.values():
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "delete", name)
+        head, worker = hosts.names["head"], hosts.names["worker"]
+        _ip("link", "add", "eth", "netns", head, "type", "veth", "peer", "name", "eth", "netns", worker)
+        for host, name in hosts.names.items():
+            _ip("-n", name, "address", "add", f"{hosts.addresses[host]}/24", "dev", "eth")
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "link", "set", "eth", "up")
+        mine = ("--disable-usage-stats", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20))
+        _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", "--include-dashboard=false", *mine)
+        _start(stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine)
+        yield hosts
+
+
+def _start(stack: ExitStack, hosts: Hosts, host: str, scratch: Path, *arguments: str) -> None:
+    own = (f"--node-ip-address={hosts.addresses[host]}", *((f"--temp-dir={scratch}",) if host == "head" else ()))
+    log = scratch / f"{host}.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            hosts.on(host, str(RAY), "start", *own, *arguments),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=os.environ | _QUICK,
+            start_new_session=True,
+        )
+    stack.callback(_end, process)
+    deadline = time.monotonic() + 60
+    while b"Ray runtime started" not in log.read_bytes():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)

@@ -1,0 +1,65 @@
+"""What mode=check sees in data, model files and disk, before any actor starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.load import load
+from othink_ray.driver import foresee as room
+from othink_ray.driver.foresee import foresee
+from tests.data.files import picture, write_jsonl
+
+
+def test_a_sound_run_is_told_in_numbers(model_folder: Path) -> None:
+    found = foresee(load([f"model.path={model_folder}"]))
+    assert not found.problems
+    assert found.lines["data.train"].endswith("of 32 looked at 0 bad")
+    assert "million weights" in found.lines["model files"]
+    assert "a learner rank" in found.lines["memory"]
+    assert "0 too long" in found.lines["context"]
+
+
+def test_a_model_that_is_still_to_be_made_is_not_looked_at(tmp_path: Path) -> None:
+    found = foresee(load([f"run.cache_dir={tmp_path}"]))
+    assert not found.problems
+    assert found.lines["model files"] == "not on this machine yet: not looked at"
+
+
+def test_weights_that_are_not_safetensors_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    [problem] = foresee(load([f"model.path={folder}"])).problems
+    assert "could run code" in str(problem)
+
+
+def test_questions_without_room_are_a_problem(model_folder: Path) -> None:
+    [problem] = foresee(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
+    assert "no question fits" in str(problem)
+
+
+def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=2**20)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage)
+    [problem] = foresee(load([f"model.path={model_folder}", "train.keep_last=3"])).problems
+    assert "5 checkpoints" in str(problem)
+    assert "train.keep_last" in str(problem)
+
+
+def test_bad_rows_are_counted_and_a_data_set_without_any_good_one_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture(1))
+    good = {"image": "1.png", "problem": "How many?", "solution": "3"}
+    for name, rows in (("some", [good, good | {"image": "2.png"}]), ("none", [good | {"image": "2.png"}] * 3)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+
+    def seen(name: str) -> room.Foresight:
+        columns = {"image": "image", "question": "problem", "answer": "solution"}
+        settings = {"source": "jsonl", "files.path": tmp_path / f"{name}.jsonl"}
+        settings |= {f"files.columns.{use}": column for use, column in columns.items()}
+        parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
+        return foresee(load(["data=own", f"run.cache_dir={tmp_path}", *parts]))
+
+    assert "1 bad, such as own/train/000001: image file" in seen("some").lines["data.train"]
+    assert ["all 3 rows of the data source are bad" in str(one) for one in seen("none").problems] == [True, True]

@@ -45,6 +45,8 @@ class Hosts:
         self.names = {role: f"{role[0]}{mark}" for role in ("head", "worker")}
         self.addresses = {"head": f"10.{network}.0.1", "worker": f"10.{network}.0.2"}
         self.address = f"{self.addresses['head']}:{_PORT}"
+        # As docs/ and the README advise wherever others share the network.
+        self.environment = _QUICK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
 
     def on(self, host: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *command]
@@ -84,7 +86,7 @@ def _start(stack: ExitStack, hosts: Hosts, host: str, scratch: Path, *arguments:
             hosts.on(host, str(RAY), "start", *own, *arguments),
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=os.environ | _QUICK,
+            env=os.environ | hosts.environment,
             start_new_session=True,
         )
     stack.callback(_end, process)

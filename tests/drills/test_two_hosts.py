@@ -34,7 +34,7 @@ def test_a_run_goes_on_with_what_is_left_when_the_cable_of_a_host_is_pulled(tmp_
                 hosts.on("head", sys.executable, "-m", "othink_ray.main", *SMALL, *overrides),
                 stdout=screen,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"CI": "true"},
+                env=os.environ | hosts.environment | {"CI": "true"},
             )
             assert wait_until(lambda: steps_done(tmp_path / "run") >= 2, 180), (tmp_path / "screen.txt").read_text()
             hosts.cable("down")

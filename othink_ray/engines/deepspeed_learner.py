@@ -72,6 +72,7 @@ class DeepSpeedLearner:
         self.attend = attention_for(learner.attention, self.device)
         self.engine = self._initialise(self._open_policy(DTYPES[dtype], temperature), train=True)
         self.state = ZeroState(
+            deepspeed,
             self.engine,
             self.engine.module.network,
             stage=learner.zero_stage,

@@ -29,9 +29,9 @@ class StateError(ValueError):
 class ZeroState:
     """A DeepSpeed engine's float32 weights and Adam's moments. All public methods are collective."""
 
-    def __init__(self, engine: Any, network: nn.Module, *, stage: int, rank: int, world_size: int) -> None:
-        import deepspeed
-
+    def __init__(
+        self, deepspeed: Any, engine: Any, network: nn.Module, *, stage: int, rank: int, world_size: int
+    ) -> None:
         self.fragments: Any = deepspeed.utils
         self.whole: Any = deepspeed.zero.GatheredParameters
         self.optimizer, self.stage, self.rank, self.world_size = engine.optimizer, stage, rank, world_size

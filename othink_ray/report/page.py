@@ -46,6 +46,7 @@ def write_report(run_dir: Path) -> Path:
         cards=cards(run.samples),
         table=_metrics_table(run.rows),
         dropped=run.summary.get("dropped") or [],
+        incidents=[(date(when), text) for when, text in run.incidents],
         most_dropped=MOST_DROPPED_ROWS,
         config_yaml=run.config_yaml,
         versions=run.summary.get("versions") or {},

@@ -28,6 +28,7 @@ class RunFiles:
     rows: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    incidents: Sequence[tuple[float, str]]  # when, and what was told
     unreadable_lines: int
 
     def evaluation(self, when: str) -> Mapping[str, float] | None:
@@ -56,8 +57,21 @@ def read_run(run_dir: Path) -> RunFiles:
         rows=rows,
         samples=samples,
         summary=json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {},
+        incidents=_read_incidents(run_dir / "incidents.jsonl"),
         unreadable_lines=bad_rows + bad_samples,
     )
+
+
+def _read_incidents(path: Path) -> list[tuple[float, str]]:
+    """Those that can be read: a run may have ended while it told one."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            found.append((float(record["unix_s"]), str(record["text"])))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

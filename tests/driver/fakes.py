@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Numbers:
 
 def stats_of(**known: float) -> UpdateStats:
     """Of one token; what is not known is 0."""
-    nothing: dict[str, Any] = dict.fromkeys((one.name for one in fields(UpdateStats)), 0)
+    nothing: dict[str, Any] = dict.fromkeys((one.name for one in fields(UpdateStats) if one.default is MISSING), 0)
     return UpdateStats(**nothing | {"tokens": 1} | known)
 
 

@@ -70,6 +70,7 @@ def alone(
         "gspo": replace(plain, loss="gspo"),
         "gspo, a row at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
         "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
+        "poisoned": replace(plain, steps=[poisoned(plain.steps[0])]),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
     }
@@ -90,12 +91,21 @@ def pair(
         "stage 3, frozen tower": training(small, batches, 2, zero_stage=3, freeze_vision=True),
         "gspo": replace(stage_3, loss="gspo"),
         "sequence": replace(stage_3, correction="sequence"),
+        "stage 3, poisoned": replace(stage_3, steps=[poisoned(stage_3.steps[0])]),
+        "untouched": replace(stage_3, steps=(), with_reference=False),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
         "stage 3": replace(
             stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
         ),
     }
     return run_ranks(small.model, folder, 2, scenarios, places / "pair")
+
+
+def poisoned(shares: Shares) -> Shares:
+    """The first row of the first update has gains that are not numbers; the second update is sound."""
+    [[[first, *others], *micro_batches], *updates], *ranks = shares
+    bad = replace(first, advantages=np.full_like(first.advantages, np.nan))
+    return [[[[bad, *others], *micro_batches], *updates], *ranks]
 
 
 def uneven(groups: Sequence[Group]) -> Shares:
@@ -307,6 +317,25 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
             expected = whole[: len(probe.candidates)].gather(1, torch.from_numpy(probe.candidates)).numpy()
             assert found.shape == probe.candidates.shape
             assert found == pytest.approx(expected, abs=1e-4)
+
+
+# ---- numbers that are none
+
+
+def test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
+) -> None:
+    """The next one is made, from the weights as they were: by all ranks, wherever the bad row was."""
+    for outcome, start in (
+        (alone["poisoned"], alone["untouched"]),
+        *((one["stage 3, poisoned"], one["untouched"]) for one in pair),
+    ):
+        [stats] = outcome.stats
+        assert stats.skipped == 1
+        assert stats.bad_prompts[0] in ("a", "b", "c", "d")
+        assert math.isnan(stats.loss)
+        assert all(np.isfinite(weight).all() for weight in outcome.weights.values())
+        assert distance(outcome.weights, start.weights)[0] > 1e-4
 
 
 # ---- save and load

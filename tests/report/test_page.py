@@ -266,6 +266,15 @@ def test_dropped_rows_and_configuration_are_on_the_page(tmp_path: Path) -> None:
     assert "audit_tolerance: 0.01" in page.text
 
 
+def test_what_went_wrong_and_was_mended_is_on_the_page(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, rows=[row(1)])
+    told = [json.dumps({"unix_s": 1.7e9 + at, "text": f"actor {at} <died>"}) for at in range(2)]
+    (tmp_path / "incidents.jsonl").write_text("\n".join([*told, '{"unix_s": 17']))
+    page = page_of(run_dir)
+    assert "what was done about it 2" in page.text
+    assert "actor 1 <died>" in page.text
+
+
 def test_a_long_run_stays_a_small_file(tmp_path: Path) -> None:
     rows = [{**row(step), "entropy": 1 + math.sin(step / 50)} for step in range(1, 5001)]
     write_run(tmp_path, rows=rows)

@@ -11,7 +11,13 @@ from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards import Grader
 
 REWARD = RewardConfig(
-    format_weight=1.0, actors=1, without_tag="strict", answer_cpu_s=2.0, memory_mb=1024, timeout_s=60.0
+    format_weight=1.0,
+    actors=1,
+    without_tag="strict",
+    answer_cpu_s=2.0,
+    memory_mb=1024,
+    timeout_s=60.0,
+    actor_memory_mb=2048,
 )
 
 

@@ -1,0 +1,60 @@
+"""One run a folder, and nothing of an older run in it that this one could mistake for its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from othink_ray.driver.folder import FolderError, own_folder, set_aside_checkpoints, written_down
+
+HOLD = """
+import sys, pathlib
+from othink_ray.driver.folder import own_folder
+with own_folder(pathlib.Path(sys.argv[1])):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(FolderError, match="another run is at work in it"), own_folder(tmp_path):
+            pass
+        other.kill()
+    with own_folder(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="cannot be written"), own_folder(tmp_path / "file" / "run"):
+        pass
+
+
+def test_checkpoints_of_an_older_run_are_set_aside(tmp_path: Path) -> None:
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        set_aside_checkpoints(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "checkpoints.discarded").iterdir()] == ["step_5"]
+    set_aside_checkpoints(tmp_path)
+
+
+def test_what_happened_is_said_and_written_down_with_its_time(tmp_path: Path) -> None:
+    said: list[str] = []
+    tell = written_down(tmp_path, said.append)
+    tell("one")
+    tell("two")
+    lines = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == said == ["one", "two"]
+    assert lines[0]["unix_s"] <= lines[1]["unix_s"]
+    written_down(tmp_path / "nowhere", said.append)("three")
+    assert said[-1] == "three"

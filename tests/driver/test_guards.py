@@ -1,0 +1,89 @@
+"""Bad steps are told and written down; too many in a row end the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from othink_ray.config.load import load
+from othink_ray.driver.guards import Guards, RunawayError
+from othink_ray.driver.loop import Step
+from othink_ray.types import Audit, Completion, Group, Prompt, ScoredGroup, UpdateStats
+from tests.driver.fakes import Numbers, stats_of
+
+FAULTS = replace(load([]).faults, patience=3, kl_limit=2.0, gap_limit=0.5)
+
+
+def scored(prompt: Prompt) -> ScoredGroup:
+    completion = Completion(
+        token_ids=np.arange(3), sampler_logprobs=np.zeros(3, np.float32), text="said", finish="stop"
+    )
+    group = Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(completion,) * 2, version=0)
+    return ScoredGroup(group=group, rewards=np.ones(2), parts={}, valid=np.ones(2, dtype=bool))
+
+
+def step_of(stats: UpdateStats, *, number: int = 0, audited: int = 1) -> Step:
+    groups = [scored(prompt) for prompt in Numbers().take(3)]
+    return Step(
+        step=number,
+        beta=0.04,
+        schedule_state={},
+        data_position=0,
+        asked=groups,
+        scored=groups,
+        advantages=[np.zeros(2)] * 3,
+        stats=stats,
+        audit=Audit(version=1, gap_mean=0.0, gap_max=0.0, tokens=audited),
+        times={},
+        hidden_s=0.0,
+    )
+
+
+SKIPPED = replace(stats_of(), skipped=1, bad_prompts=("p1",), loss=float("nan"))
+
+
+def test_sound_steps_leave_no_trace(tmp_path: Path) -> None:
+    guards = Guards(FAULTS, tmp_path, tell=pytest.fail)
+    for number in range(10):
+        guards.look(step_of(stats_of(kl_mean=1.9, logp_gap_mean=0.4), number=number))
+    guards.look(step_of(stats_of(kl_mean=float("nan"))))  # no reference, no KL
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stats", "said"),
+    [
+        (SKIPPED, "1 update(s) skipped, because loss or gradient of p1 was not finite"),
+        (stats_of(kl_mean=2.1), "KL is 2.1 nats per token, above faults.kl_limit = 2"),
+        (stats_of(logp_gap_mean=0.6), "sampler and learner are 0.6 nats apart, above faults.gap_limit = 0.5"),
+    ],
+)
+def test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops(
+    tmp_path: Path, stats: UpdateStats, said: str
+) -> None:
+    told: list[str] = []
+    guards = Guards(FAULTS, tmp_path, told.append)
+    for number, one in enumerate([stats, stats, stats_of(), stats, stats]):
+        guards.look(step_of(one, number=number))
+    assert len(told) == 4 and all(said in text for text in told)
+    with pytest.raises(RunawayError, match=r"step 6.*bad step 3 in a row.*learner\.lr"):
+        guards.look(step_of(stats, number=5))
+
+
+def test_the_samples_at_fault_are_written_down(tmp_path: Path) -> None:
+    guards = Guards(FAULTS, tmp_path, tell=lambda _: None)
+    guards.look(step_of(SKIPPED, number=4))
+    guards.look(step_of(stats_of(kl_mean=9.0), number=5))
+    at_fault, whole = (json.loads((tmp_path / "faults" / f"step_{number}.json").read_text()) for number in (5, 6))
+    assert [sample["prompt_id"] for sample in at_fault["samples"]] == ["p1"]
+    assert at_fault["stats"]["loss"] is None
+    assert [sample["prompt_id"] for sample in whole["samples"]] == ["p0", "p1", "p2"]
+    assert whole["samples"][0]["completions"][0]["text"] == "said"
+
+
+def test_answers_of_a_teacher_have_no_sampler_to_be_apart_from(tmp_path: Path) -> None:
+    Guards(FAULTS, tmp_path, tell=pytest.fail).look(step_of(stats_of(logp_gap_mean=6.0), audited=0))

@@ -27,16 +27,21 @@ from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
 
 def main(part: str, overrides: Sequence[str]) -> None:
-    config, found = read(overrides)
-    assert config is not None and not found, found
-    with Console() as console:
-        path = base_model(config, console, open_classroom)
-    stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
+    config, path, stream = opened(overrides)
     turn = PARTS[part](config, path)
     for _ in range(config.train.steps):
         prompts = stream.take(config.train.prompts_per_step)
         began = time.time()
         print(json.dumps({"began": began, "seconds": turn(prompts)}), flush=True)
+
+
+def opened(overrides: Sequence[str]) -> tuple[Config, str, PromptStream]:
+    """The run's settings, its model's folder and its questions."""
+    config, found = read(overrides)
+    assert config is not None and not found, found
+    with Console() as console:
+        path = base_model(config, console, open_classroom)
+    return config, path, PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
 
 
 def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:

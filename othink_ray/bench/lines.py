@@ -80,6 +80,10 @@ class Runs:
         )
         return {part: spread(seconds) for part, seconds in made.items()}
 
+    def limits(self, work: Work, *overrides: str) -> dict[str, float]:
+        made: dict[str, float] = self._once(("limits", work, overrides), lambda at: ours.limits(work, at, overrides))
+        return made
+
     def _once(self, what: tuple[Any, ...], make: Callable[[Path], Any]) -> Any:
         if what not in self.made:
             print(f"    {what[0]} {what[1]} {' '.join(what[2])}", flush=True)
@@ -125,6 +129,25 @@ def loop(runs: Runs) -> list[Line]:
             detail={"step_s": overlapped, **beside},
         ),
     ]
+
+
+def limits(runs: Runs) -> list[Line]:
+    """How much of the machine's rate of products each side makes; what is missing is all that is no product.
+
+    Sampling is at the least a forward pass, which is what a step with a reference has more than one without.
+    """
+    found = []
+    for cells in (4, 12, 24):
+        work = replace(USUAL, cells=cells)
+        whole, without = runs.limits(work), runs.limits(work, "algo.kl.beta_min=0", "algo.kl.beta_max=0")
+        operations = {"learn": whole["operations"], "generate": whole["operations"] - without["operations"]}
+        for part, count in operations.items():
+            took = runs.bare([part], work)[part]
+            share = count / whole["a_second"] / took["median"]
+            detail = {"gflop": count / 1e9, "gflop_a_second": whole["a_second"] / 1e9, "s": took}
+            name = f"{part}: share of the time that its products need at least, {work.image_tokens} image tokens"
+            found.append(Line(name=name, found=share, limit=0.0, more_is_better=True, detail=detail))
+    return found
 
 
 def push(runs: Runs) -> list[Line]:
@@ -240,5 +263,5 @@ def start(runs: Runs) -> list[Line]:
 
 
 LINES: dict[str, Callable[[Runs], Sequence[Line]]] = {
-    function.__name__: function for function in (rows, loop, push, cost, ranks, switches, memory, start)
+    function.__name__: function for function in (rows, loop, limits, push, cost, ranks, switches, memory, start)
 }

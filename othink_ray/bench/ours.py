@@ -97,6 +97,15 @@ def bare(
         end(list(processes.values()))
 
 
+def limits(work: Work, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Operations of one step of the learner, and how many of them this machine makes a second."""
+    log = folder.with_suffix(".txt")
+    command = [sys.executable, "-m", "othink_ray.bench.limits", *work.overrides(), *overrides]
+    run(command, log, {**os.environ, **PROCESS_ENVIRONMENT})
+    found: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
+    return found
+
+
 def side_by_side(said: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
     """Of what each said, the seconds of the steps that began when all were warm."""
     if any(len(steps) <= WARM_UP for steps in said.values()):

@@ -26,6 +26,10 @@ class Saves(Protocol):
         """Begin to write the weights and the optimiser as they are now."""
         ...
 
+    def written(self) -> bool:
+        """Whether it is done."""
+        ...
+
     def saved(self) -> dict[str, str]:
         """Wait for it: the SHA-256 of each file."""
         ...
@@ -51,6 +55,10 @@ class Checkpoints:
             write_whole(aside / _STATE, json.dumps(asdict(state), indent=2) + "\n")
             self.learner.save(aside)
             self.begun = aside
+
+    def finish_if_written(self) -> None:
+        if self.begun is not None and self.learner.written():
+            self.finish()
 
     def finish(self) -> None:
         if self.begun is None:

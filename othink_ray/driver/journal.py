@@ -84,9 +84,9 @@ class Journal:
         self._save(seen, last)
 
     def _save(self, seen: Step, last: bool) -> None:
-        """What was begun after an earlier step is whole by now; what is begun here is written during the next."""
+        """What is begun here is written during the next steps, and counts when it is whole."""
         done, every = seen.step + 1, self.config.train.checkpoint_every
-        self.checkpoints.finish()
+        self.checkpoints.finish_if_written()
         if last or self.request.made or (every and done % every == 0):
             self.checkpoints.begin(self._state(seen))
         if last or self.request.made:

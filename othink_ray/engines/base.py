@@ -145,6 +145,10 @@ class LearnerEngine(Protocol):
         """Begin to write weights and optimiser, each rank its share; what is written is as it is now."""
         ...
 
+    def written(self) -> bool:
+        """Whether `saved` would give an answer at once."""
+        ...
+
     def saved(self) -> dict[str, str]:
         """Wait until this rank's share is on the disk; the SHA-256 of each of its files."""
         ...

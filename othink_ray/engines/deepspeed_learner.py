@@ -249,6 +249,9 @@ class DeepSpeedLearner:
         tensors, steps = self.state.share()
         self.writing = Writing(folder, self.place.rank, tensors, steps)
 
+    def written(self) -> bool:
+        return self.writing.over
+
     def saved(self) -> dict[str, str]:
         return self.writing.finish()
 

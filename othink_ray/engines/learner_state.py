@@ -126,6 +126,10 @@ class Writing:
         except BaseException as error:  # told by `finish`, to whoever waits for it
             self.error = error
 
+    @property
+    def over(self) -> bool:
+        return not self.thread.is_alive()
+
     def finish(self) -> dict[str, str]:
         """File name -> digest, when it is on the disk; OSError where it could not be written."""
         self.thread.join()

@@ -96,6 +96,9 @@ class LearnerActor:
     def save(self, folder: Path) -> None:
         self.engine.save(folder)
 
+    def written(self) -> bool:
+        return self.engine.written()
+
     def saved(self) -> dict[str, str] | str:
         """Digests by file, or why there are none: a full disk is no failure of the rank."""
         try:

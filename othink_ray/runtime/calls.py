@@ -68,9 +68,16 @@ def _raise_failure(reference: Any, place: int, who: str, until: float) -> None:
     except RayTaskError as error:
         raise _of_task(error, place, who) from error
     except (RayActorError, ObjectLostError) as error:
+        if isinstance(error, RayActorError) and error.actor_init_failed:  # another one would fail alike
+            raise WorkerFailed(f"{who} could not start: {_last_line(str(error))}\n{error}") from error
         raise WorkersLost(who, {place: f"died: {error}"}) from error
     except GetTimeoutError as error:
         raise WorkersLost(who, {place: "ended, but its result did not arrive"}) from error
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback: what it came to."""
+    return text.strip().rpartition("\n")[2]
 
 
 def _of_task(error: RayTaskError, place: int, who: str) -> WorkerFailed:

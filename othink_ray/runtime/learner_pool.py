@@ -90,6 +90,9 @@ class LearnerPool:
     def save(self, folder: Path) -> None:
         self.wait_for([actor.save.remote(folder) for actor in self.ranks], "saving a checkpoint")
 
+    def written(self) -> bool:
+        return all(self.wait_for([actor.written.remote() for actor in self.ranks], "saving a checkpoint"))
+
     def saved(self) -> dict[str, str]:
         """SHA-256 by file; OSError where a rank could not write its share."""
         digests: dict[str, str] = {}

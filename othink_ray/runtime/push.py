@@ -14,7 +14,7 @@ from othink_ray.config.schema import WeightsConfig
 from othink_ray.data.prompts import with_thumbnails
 from othink_ray.engines.base import LearnerEngine, Place, Sampling
 from othink_ray.engines.vllm_transfer import Sender, open_sender
-from othink_ray.runtime.calls import WorkerFailed, WorkersLost
+from othink_ray.runtime.calls import ProcessLost, WorkersLost
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.types import Audit, Probe, Prompt
@@ -81,7 +81,7 @@ class TransferPush:
         return Sent(loading=[], versions=self.rollout.finish_push(version, buckets=0))
 
     def send_again(self, version: int, to: Sequence[int] | None) -> Sent:
-        raise WorkerFailed("an engine that is new cannot join a transfer between GPUs that is open: all start again")
+        raise ProcessLost("an engine that is new cannot join a transfer between GPUs that is open: all start again")
 
 
 def _make_sender(

@@ -79,5 +79,8 @@ class Team(Examiners):
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
 
+    def written(self) -> bool:
+        return self.learner.written()
+
     def saved(self) -> dict[str, str]:
         return self.learner.saved()

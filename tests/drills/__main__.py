@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.drills.faults import Fault, Saboteur, lines, steps_done
+from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
 
 STEPS = 8
 SMALL = (
@@ -142,6 +142,54 @@ def lose_the_driver(ground: Ground, seed: int) -> Outcome:
     )
 
 
+def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
+    """One long run with a random fault every so often; in the end it is asked to go, and nothing may be left of it."""
+    run_dir = ground.folder / "soak"
+    dice = random.Random(0)
+    run = ground.start(
+        run_dir, "rollout.num_actors=2", "train.steps=100000", "train.checkpoint_every=5", "faults.max_restarts=100000"
+    )
+    driver = psutil.Process(run.pid)
+    until, after, masked, told, sizes = time.time() + 60 * minutes, every_s, 0, 0, []
+    while steps_done(run_dir) < 5 and run.poll() is None:
+        time.sleep(0.5)
+    while time.time() < until and run.poll() is None:
+        time.sleep(after)
+        sizes.append(driver.memory_info().rss / 2**20)
+        role, how = dice.choice(list(ROLES)), dice.choice([signal.SIGKILL, signal.SIGSTOP])
+        victims = processes_of(role, driver)
+        if victims:
+            dice.choice(victims).send_signal(how)
+            told += 1
+        after = dice.uniform(0.5, 1.5) * every_s
+    below = driver.children(recursive=True)
+    run.send_signal(signal.SIGTERM)
+    status = ground.finish(run)
+    _, left = psutil.wait_procs(below, timeout=30)
+    found = [line["step"] for line in lines(run_dir)]
+    masked = int(sum(line["faults/masked_answers"] for line in lines(run_dir)))
+    discarded = run_dir / "metrics.discarded.jsonl"
+    wrong = "; ".join(
+        text
+        for text, holds in (
+            (f"ended with {status}", status == 143),
+            (f"steps {found[:3]} … {found[-3:]}", found == list(range(len(found)))),
+            (f"{len(left)} processes are left", not left),
+            (f"driver grew from {sizes[0]:.0f} to {sizes[-1]:.0f} MB", sizes[-1] < sizes[0] + 100),
+        )
+        if not holds
+    )
+    return Outcome(
+        fault=f"{told} faults in {minutes:g} minutes, {len(found)} steps",
+        seed=0,
+        noticed_after_s=float("nan"),
+        recovered_after_s=float("nan"),
+        steps_lost=discarded.read_text().count("\n") if discarded.exists() else 0,
+        samples_masked=masked,
+        wrong=wrong,
+    )
+
+
 DRILLS: dict[str, Callable[[Ground, int], Outcome]] = {
     "rollout_dies": lambda ground, seed: lose_a_process(ground, "rollout", signal.SIGKILL, seed),
     "learner_dies": lambda ground, seed: lose_a_process(ground, "learner", signal.SIGKILL, seed),
@@ -156,7 +204,10 @@ DRILLS: dict[str, Callable[[Ground, int], Outcome]] = {
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make drills", description=__doc__)
     parser.add_argument("--times", type=int, default=20, help="each of them, at other moments")
-    parser.add_argument("--only", nargs="+", choices=list(DRILLS), default=list(DRILLS))
+    parser.add_argument("--only", nargs="*", choices=list(DRILLS), default=list(DRILLS))
+    parser.add_argument(
+        "--soak", type=float, default=60, help="minutes of one run, a random fault each minute; 0: none"
+    )
     parser.add_argument("--dir", type=Path, default=Path("runs/drills"))
     asked = parser.parse_args(arguments)
     folder = asked.dir.absolute()
@@ -169,6 +220,10 @@ def main(arguments: Sequence[str]) -> int:
             found.append(DRILLS[name](ground, seed))
             print(row(found[-1]), flush=True)
             (folder / "drills.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    if asked.soak:
+        found.append(soak(ground, asked.soak, every_s=60))
+        print(row(found[-1]), flush=True)
+        (folder / "drills.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
     failed = sum(bool(one.wrong) for one in found)
     print(f"{len(found)} drills, {failed} went wrong; {folder / 'drills.json'}")
     return int(failed > 0)

@@ -38,6 +38,9 @@ class Learner:
     def save(self, folder: Path) -> None:
         self.writing = Writing(folder, 0, {"a/weight": torch.ones(self.megabytes * 2**18)}, steps=1)
 
+    def written(self) -> bool:
+        return self.writing.over
+
     def saved(self) -> dict[str, str]:
         return self.writing.finish()
 

@@ -20,8 +20,13 @@ STATE = TrainState(
 class Writes:
     """A learner of one file."""
 
+    done = True
+
     def save(self, folder: Path) -> None:
         (folder / "weights").write_text("whole")
+
+    def written(self) -> bool:
+        return self.done
 
     def saved(self) -> dict[str, str]:
         return {"weights": hashlib.sha256(b"whole").hexdigest()}
@@ -57,6 +62,19 @@ def test_a_checkpoint_counts_only_when_it_is_finished(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, "auto", 3, SAID.append)[0] is None
     checkpoints.begin(replace(STATE, step=8))
     assert checkpoint.find(tmp_path, "auto", 3, SAID.append)[0] == tmp_path / "checkpoints" / "step_7"
+
+
+def test_a_run_does_not_wait_for_a_checkpoint_until_it_needs_the_next(tmp_path: Path) -> None:
+    slow = Writes()
+    slow.done = False
+    checkpoints = kept(tmp_path, slow)
+    checkpoints.begin(STATE)
+    checkpoints.finish_if_written()
+    assert checkpoint.find(tmp_path, "auto", 3, SAID.append)[0] is None
+    slow.done = True
+    checkpoints.finish_if_written()
+    assert checkpoint.find(tmp_path, "auto", 3, SAID.append)[1] == STATE
+    checkpoints.finish_if_written()
 
 
 def test_a_full_disk_costs_a_checkpoint_but_neither_the_run_nor_the_last_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,12 +23,19 @@ from tests.e2e.test_run import furthest_apart, weights
 EXACT = ("reward/mean", "kl/beta", "tokens/completion_mean", "groups/constant_frac")
 
 
+def told(run: Run) -> list[tuple[str, list[str]]]:
+    """What was asked and answered in the samples of each step."""
+    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    return [(one["prompt_id"], [answer["text"] for answer in one["completions"]]) for one in samples]
+
+
 def assert_same_run(found: Run, expected: Run) -> None:
     """Same samples and betas at every step, each step once, and the same weights in the end."""
     assert [line["step"] for line in found.steps] == [line["step"] for line in expected.steps]
     for one, other in zip(found.steps, expected.steps, strict=True):
         assert {name: one[name] for name in EXACT} == {name: other[name] for name in EXACT}
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-6)
+    assert told(found) == told(expected)
     assert furthest_apart(weights(found.folder), weights(expected.folder)) < 1e-4
 
 

@@ -17,7 +17,7 @@ import ray
 from othink_ray.config.schema import Config
 from othink_ray.driver.loop import in_order
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.calls import WorkerFailed
+from othink_ray.runtime.calls import ProcessLost, WorkerFailed
 from othink_ray.runtime.cluster import ClusterError
 from othink_ray.runtime.placement import Placement, Seat
 from othink_ray.runtime.reward_pool import RewardPool
@@ -173,6 +173,22 @@ def test_a_group_of_bombs_is_over_in_its_time_and_counted(
 def test_scores_come_back_in_the_order_of_the_prompts(team: Team, asked: list[Prompt]) -> None:
     scored = team.score(team.generate(asked, 0))
     assert [one.group.prompt.id for one in in_order(scored, asked)] == [prompt.id for prompt in asked]
+
+
+class Unfit:
+    def __init__(self) -> None:
+        raise ValueError("no such model")
+
+
+def test_an_engine_that_cannot_start_is_named_with_its_cause_and_not_started_again(
+    ray_here: None, team_config: Config
+) -> None:
+    watched = incidents()
+    with Placement([Seat(role="rollout", cpus=0.1, gpus=0)], "PACK", 30) as placement:
+        pool = RolloutPool(Unfit, team_config.rollout, placement, watched)  # type: ignore[arg-type]
+        with pytest.raises(WorkerFailed, match="could not start: ValueError: no such model") as raised:
+            pool.wait()
+    assert not isinstance(raised.value, ProcessLost)
 
 
 def test_a_run_that_does_not_fit_says_what_it_needs(ray_here: None) -> None:

@@ -1,0 +1,49 @@
+"""A new engine is held against what an audited one said: token by token, as far as both said the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.weights.audit import AuditError, compare_engines, require
+
+
+def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[float]]) -> Probe:
+    ids = np.array(tokens)
+    completion = Completion(token_ids=ids, sampler_logprobs=np.zeros(len(ids), np.float32), text="", finish="stop")
+    prompt = Prompt(id="p", messages=(), images=(), answer="", task="counting")
+    group = Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(completion,), version=1)
+    return Probe(group=group, candidates=np.array(candidates), logprobs=np.array(logprobs, dtype=np.float32))
+
+
+KNOWN = probe([5, 6], [[5, 7], [6, 8]], [[-0.5, -1.0], [-0.25, -2.0]])
+
+
+def test_the_same_candidates_in_another_order_are_compared() -> None:
+    audit = compare_engines([probe([5, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-0.25, -2.0]])], [KNOWN], 3)
+    assert (audit.version, audit.gap_mean, audit.tokens) == (3, 0.0, 4)
+
+
+def test_what_follows_another_token_is_not_compared() -> None:
+    found = probe([7, 1], [[7, 5], [1, 2]], [[-1.0, -0.5], [-9.0, -9.0]])
+    assert compare_engines([found], [KNOWN], 3).tokens == 2
+
+
+def test_each_new_engine_is_held_against_the_same_questions() -> None:
+    other = probe([9], [[9, 1]], [[-0.1, -3.0]])
+    assert compare_engines([KNOWN, other, KNOWN, other], [KNOWN, other], 3).gap_max == 0
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        probe([5, 6], [[5, 7], [6, 8]], [[-0.6, -1.0], [-0.25, -2.0]]),
+        probe([5, 6], [[1, 2], [3, 4]], [[-0.5, -1.0], [-0.25, -2.0]]),
+        probe([5], [[5, 7]], [[float("nan"), -1.0]]),
+    ],
+    ids=["other logprobs", "nothing in common", "no numbers"],
+)
+def test_an_engine_with_another_policy_is_refused(found: Probe) -> None:
+    with pytest.raises(AuditError):
+        require(compare_engines([found], [KNOWN], 3), tolerance=1e-3)

@@ -71,7 +71,7 @@ def test_a_run_whose_driver_is_killed_leaves_no_process_and_goes_on_exactly(
     time.sleep(0.4)
     run.kill()
     run.wait()
-    assert wait_until(lambda: not processes_with(mark), 30), processes_with(mark)
+    assert wait_until(lambda: not processes_with(mark), 90), processes_with(mark)  # Ray's agents take half a minute
     found, state = checkpoint.find(tmp_path, "auto", 0, print)
     assert found is not None
     assert 1 <= state.step < 4

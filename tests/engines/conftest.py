@@ -22,19 +22,19 @@ def small() -> Config:
 
 
 @pytest.fixture(scope="module")
-def folder(small: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_folder(small: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("small_model")
     build_tiny(made, small.model, texts)
     return made
 
 
 @pytest.fixture(scope="module")
-def family(small: Config, folder: Path) -> Family:
-    return open_family(small.model, str(folder))
+def small_family(small: Config, small_folder: Path) -> Family:
+    return open_family(small.model, str(small_folder))
 
 
 @pytest.fixture(scope="module")
-def batches(family: Family) -> list[list[Group]]:
+def batches(small_family: Family) -> list[list[Group]]:
     """Two steps of four groups of three ragged answers; one group has equal rewards, one no image."""
     prompts = [
         ask("a", picture(84, 84, 0)),
@@ -45,7 +45,7 @@ def batches(family: Family) -> list[list[Group]]:
     lengths = ([5, 9, 2], [4, 4, 1], [7, 3, 3], [1, 6, 8])
     return [
         [
-            group_of(family, prompt, own, 10 * step + i)
+            group_of(small_family, prompt, own, 10 * step + i)
             for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True))
         ]
         for step in range(2)

@@ -33,7 +33,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def probes(family: Family, batches: list[list[Group]]) -> list[Probe]:
+def probes(small_family: Family, batches: list[list[Group]]) -> list[Probe]:
     rng = np.random.default_rng(0)
     chosen = []
     for group in batches[0]:
@@ -45,7 +45,7 @@ def probes(family: Family, batches: list[list[Group]]) -> list[Probe]:
 
 @pytest.fixture(scope="module")
 def alone(
-    small: Config, folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+    small: Config, small_folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
 ) -> dict[str, Outcome]:
     """A world of one rank."""
     plain = training(small, batches, 1)
@@ -74,13 +74,13 @@ def alone(
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
     }
-    [outcomes] = run_ranks(small.model, folder, 1, scenarios, places / "alone")
+    [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, places / "alone")
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def pair(
-    small: Config, folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+    small: Config, small_folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
 ) -> list[dict[str, Outcome]]:
     """A world of two ranks."""
     plain, stage_3 = training(small, batches, 2), training(small, batches, 2, zero_stage=3)
@@ -98,7 +98,7 @@ def pair(
             stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
         ),
     }
-    return run_ranks(small.model, folder, 2, scenarios, places / "pair")
+    return run_ranks(small.model, small_folder, 2, scenarios, places / "pair")
 
 
 def poisoned(shares: Shares) -> Shares:
@@ -118,9 +118,9 @@ def uneven(groups: Sequence[Group]) -> Shares:
 
 
 def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
-    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+    small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small.learner, family, batches[:1], REWARDS, updates=1, beta=BETA)
+    slow = slow_training(small.learner, small_family, batches[:1], REWARDS, updates=1, beta=BETA)
     found = alone["gradient"]
     assert found.stats[0].loss == pytest.approx(slow.losses[0], rel=1e-5, abs=1e-6)
     assert found.stats[0].grad_norm == pytest.approx(slow.grad_norms[0], rel=1e-5)
@@ -129,9 +129,9 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
 
 
 def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
-    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+    small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
-    slow = slow_training(small.learner, family, batches, REWARDS, updates=2, beta=BETA)
+    slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA)
     found = alone["stage 1"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)
@@ -159,9 +159,9 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
 
 @pytest.mark.parametrize("name", ["token", "sequence"])
 def test_corrected_updates_train_the_weights_of_the_slow_reference(
-    small: Config, family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
+    small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
 ) -> None:
-    slow = slow_training(small.learner, family, batches, REWARDS, updates=2, beta=BETA, correction=name)
+    slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA, correction=name)
     found, start = alone[name], alone["untouched"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert distance(found.weights, slow.weights)[0] < 2e-5
@@ -202,12 +202,12 @@ def test_stats_say_what_was_done(small: Config, batches: list[list[Group]], alon
 
 
 def test_the_gap_to_the_sampler_is_measured_before_any_update(
-    family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
+    small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
     packs = packs_of(batches[0], updates=1)
-    batch = batch_of(packs, family)
+    batch = batch_of(packs, small_family)
     with torch.no_grad():
-        logprobs, entropy = fresh_policy(family, TEMPERATURE)(batch)
+        logprobs, entropy = fresh_policy(small_family, TEMPERATURE)(batch)
     gap = (logprobs - batch.sampler_logprobs).double()
     stats = alone["gradient"].stats[0]
     assert stats.logp_gap_mean == pytest.approx(float(gap.abs().mean()), rel=1e-5)
@@ -304,16 +304,16 @@ def test_an_export_is_a_folder_that_transformers_loads_with_the_trained_weights(
 
 
 def test_candidate_logprobs_are_those_of_the_weights_given_out(
-    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], family: Family, probes: list[Probe]
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], small_family: Family, probes: list[Probe]
 ) -> None:
     for outcome in (alone["untouched"], alone["stage 1"], pair[0]["stage 3"], pair[1]["stage 3"]):
-        policy: Policy = fresh_policy(family, TEMPERATURE)
+        policy: Policy = fresh_policy(small_family, TEMPERATURE)
         tied = {name: torch.from_numpy(weight) for name, weight in outcome.weights.items()}
         assert policy.network.load_state_dict(tied, strict=False).missing_keys == ["lm_head.weight"]
         for probe, found in zip(probes, outcome.candidate_logprobs, strict=True):
             packed = pack(scored(probe.group, [0.0]), np.zeros(1), 1)
             with torch.no_grad():
-                whole = policy(batch_of([packed], family), wanted="distributions")
+                whole = policy(batch_of([packed], small_family), wanted="distributions")
             expected = whole[: len(probe.candidates)].gather(1, torch.from_numpy(probe.candidates)).numpy()
             assert found.shape == probe.candidates.shape
             assert found == pytest.approx(expected, abs=1e-4)

@@ -20,12 +20,14 @@ Lives = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def lives(small: Config, folder: Path, batches: list[list[Group]], tmp_path_factory: pytest.TempPathFactory) -> Lives:
+def lives(
+    small: Config, small_folder: Path, batches: list[list[Group]], tmp_path_factory: pytest.TempPathFactory
+) -> Lives:
     """By ranks and stage; the second step is made by others than those who made the first."""
     at = tmp_path_factory.mktemp("states")
 
     def outcomes(ranks: int, name: str, **scenarios: object) -> Lives:
-        found = run_ranks(small.model, folder, ranks, scenarios, at / name)  # type: ignore[arg-type]
+        found = run_ranks(small.model, small_folder, ranks, scenarios, at / name)  # type: ignore[arg-type]
         return {life: [one[life] for one in found] for life in scenarios}
 
     one, two = training(small, batches, 1), training(small, batches, 2)

@@ -24,6 +24,7 @@ SMALL = (
     *("model.tiny.warm_steps=40", "model.tiny.warm_lr=2e-3", "model.tiny.warm_batch=16", "eval.questions=16"),
     *(f"train.steps={STEPS}", "train.prompts_per_step=4", "train.checkpoint_every=1", "algo.group_size=4"),
     *("eval.every=0", "rollout.step_timeout_s=15", "learner.step_timeout_s=15", "algo.reward.timeout_s=5"),
+    "algo.reward.answer_cpu_s=0.5",
     *("rollout.threads=1", "learner.threads=1"),
 )
 EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")

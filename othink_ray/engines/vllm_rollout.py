@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -42,11 +43,13 @@ class VLLMRollout(Receiver):
             VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         )
         if not on_gpu:
+            threads = share_of_cores(rollout.threads, rollout.num_actors)
             os.environ.update(
                 VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
-                OMP_NUM_THREADS=str(share_of_cores(rollout.threads, rollout.num_actors)),
+                OMP_NUM_THREADS=str(threads),
             )
+            torch.set_num_threads(threads)  # OpenMP has read its environment by now, where Ray wrote one thread
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
         from vllm.sampling_params import RequestOutputKind

@@ -53,7 +53,7 @@ class Line:
 
     def __str__(self) -> str:
         sign = ">=" if self.more_is_better else "<="
-        return f"  {'ok ' if self.holds else 'NOT'} {self.name:<62} {self.found:8.3f}   {sign} {self.limit:g}"
+        return f"  {'ok ' if self.holds else 'NOT'} {self.name:<62} {self.found:8.3g}   {sign} {self.limit:g}"
 
 
 class Runs:

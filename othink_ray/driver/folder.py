@@ -46,8 +46,10 @@ def written_down(run_dir: Path, say: Callable[[str], None]) -> Callable[[str], N
     return tell
 
 
-def set_aside_checkpoints(run_dir: Path) -> None:
-    """Those of an older run: a restart of this one must not go on from them."""
+def set_aside_older(run_dir: Path) -> None:
+    """Checkpoints of an older run, which a restart of this one must not go on from, and what went wrong then."""
+    if (run_dir / "incidents.jsonl").exists():
+        (run_dir / "incidents.jsonl").replace(run_dir / "incidents.discarded.jsonl")
     there, aside = run_dir / "checkpoints", run_dir / "checkpoints.discarded"
     if there.exists():
         shutil.rmtree(aside, ignore_errors=True)

@@ -37,7 +37,6 @@ def foresee(config: Config) -> Foresight:
         except SourceError as error:
             problems.append(Problem(subject=f"data.{split}", rule=str(error), remedy="See docs/bad_inputs.md."))
     folder = _folder(config)
-    weights = None
     if folder is not None:
         weights = _weights_of(folder)
         if weights is None:

@@ -16,7 +16,7 @@ from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, op
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import exams
-from othink_ray.driver.folder import own_folder, set_aside_checkpoints, written_down
+from othink_ray.driver.folder import own_folder, set_aside_older, written_down
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import finishing_steps
@@ -36,11 +36,11 @@ def train_model(
     incidents = Incidents(config.faults.max_restarts, tell)
     with own_folder(run_dir):
         if config.run.resume == "never":
-            set_aside_checkpoints(run_dir)
+            set_aside_older(run_dir)
         resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
         while True:
             try:
-                summary = _train(config, run_dir, console, incidents, resumed, state)
+                summary = _train(config, run_dir, console, incidents, resumed, state, started)
                 break
             except ProcessLost as error:
                 incidents.restart("learner_restarts", error)
@@ -58,10 +58,15 @@ def train_model(
 
 
 def _train(
-    config: Config, run_dir: Path, console: Console, incidents: Incidents, resumed: Path | None, state: TrainState
+    config: Config,
+    run_dir: Path,
+    console: Console,
+    incidents: Incidents,
+    resumed: Path | None,
+    state: TrainState,
+    started: float,
 ) -> dict[str, Any]:
     """From `state` to the end; what summary.json says."""
-    began = time.monotonic()
     training = open_training(config.data)
     with ExitStack() as stack:
         path = base_model(config, console, open_classroom)
@@ -115,7 +120,7 @@ def _train(
         with console.phase("exporting the model"):
             team.export(run_dir / "export")
         summary = journal.summary() | {
-            "seconds": time.monotonic() - began,
+            "seconds": time.monotonic() - started,
             "restarts": incidents.restarts,
             "export": "export",
             "report": "report.html",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.driver.folder import FolderError, own_folder, set_aside_checkpoints, written_down
+from othink_ray.driver.folder import FolderError, own_folder, set_aside_older, written_down
 
 HOLD = """
 import sys, pathlib
@@ -39,13 +39,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_checkpoints_of_an_older_run_are_set_aside(tmp_path: Path) -> None:
+def test_checkpoints_and_incidents_of_an_older_run_are_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "incidents.jsonl").write_text("{}")
     for step in (3, 5):
         (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
-        set_aside_checkpoints(tmp_path)
+        set_aside_older(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "incidents.discarded.jsonl").read_text() == "{}"
     assert [path.name for path in (tmp_path / "checkpoints.discarded").iterdir()] == ["step_5"]
-    set_aside_checkpoints(tmp_path)
+    set_aside_older(tmp_path)
 
 
 def test_what_happened_is_said_and_written_down_with_its_time(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
 def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
     if config is None:
         return _report(found)
+    config = _kept(config)
     machine = machine_for(config)
     found = found + problems(config, machine)
     if config.mode == "study" and not found:
@@ -100,6 +102,20 @@ def _check(config: Config, planned: str) -> int:
     for name, text in found.lines.items():
         print(f"  {name:<11} {text}")
     return 0
+
+
+def _kept(config: Config) -> Config:
+    """With folders that outlive a submitted job."""
+    from othink_ray.runtime.job import lasting
+
+    here = Path.cwd()
+    run = dataclasses.replace(config.run, dir=lasting(config.run.dir, here))
+    if config.run.resume not in ("auto", "never"):
+        run = dataclasses.replace(run, resume=lasting(config.run.resume, here))
+    if run.dir != config.run.dir:
+        where = f"{socket.gethostname()}:{run.dir}"
+        print(f"run.dir = {config.run.dir}: in a job relative folders start at home, so this is {where}")
+    return dataclasses.replace(config, run=run)
 
 
 def interrupt_at_any_ending() -> None:

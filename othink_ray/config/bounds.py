@@ -94,6 +94,7 @@ BOUNDS = (
             *("data.train.files.stream_buffer", "data.test.files.stream_buffer"),
             *(
                 "rollout.num_actors",
+                "rollout.tensor_parallel",
                 "rollout.threads",
                 "rollout.max_tokens",
                 "rollout.max_num_seqs",
@@ -120,7 +121,7 @@ BOUNDS = (
                 "model.tiny.warm_steps",
             ),
             *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
-            *("rollout.cpus_per_actor", "learner.cpus_per_rank"),
+            *("rollout.cpus_per_actor", "rollout.gpus_per_actor", "learner.cpus_per_rank", "cluster.wait_s"),
         ),
     ),
     Bound(
@@ -186,8 +187,8 @@ BOUNDS = (
     Bound(
         "must be between 0 and 1: one process works on one device",
         lambda value: 0 <= value <= 1,
-        "Set {key}=1 and take more of them: rollout.num_actors, learner.world_size.",
-        ("rollout.gpus_per_actor", "learner.gpus_per_rank"),
+        "Set {key}=1 and take more of them: learner.world_size.",
+        ("learner.gpus_per_rank",),
     ),
     Bound(
         f"must be one of {', '.join(map(str, HEAD_DIMS))}: the engines have no other head sizes",

@@ -17,6 +17,7 @@ from othink_ray.config.load import conf_dir, data_named, groups
 from othink_ray.config.model_rules import model_rules
 from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config
+from othink_ray.config.seat_rules import SEAT_RULES
 from othink_ray.config.study_rules import study_rules
 
 
@@ -156,24 +157,6 @@ def _examined(config: Config) -> Iterator[Problem]:
                 yield dataclasses.replace(problem, subject=f"eval.also, {name}: {problem.subject}")
 
 
-def _transport(config: Config) -> Iterator[Problem]:
-    transport = config.weights.transport
-    shares = (config.rollout.gpus_per_actor, config.learner.gpus_per_rank)
-    if transport not in ("nccl", "ipc"):
-        return
-    if min(shares) <= 0:
-        rule = "needs GPUs on both sides: rollout.gpus_per_actor and learner.gpus_per_rank are {:g} and {:g}"
-        remedy = "Set weights.transport=auto, or use rollout=vllm_gpu learner=deepspeed_gpu."
-        yield broken(config, "weights.transport", rule.format(*shares), remedy)
-    elif transport == "nccl" and max(shares) < 1 and sum(shares) <= 1:
-        rule = "needs a GPU of its own for each process, but rollout and learner share one"
-        yield broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
-    elif transport == "ipc" and sum(shares) > 1:
-        rule = "needs rollout and learner on the same GPU, but their shares are {:g} and {:g}, more than one GPU"
-        remedy = "Set weights.transport=nccl, or use cluster=one_gpu."
-        yield broken(config, "weights.transport", rule.format(*shares), remedy)
-
-
 def _places(config: Config) -> Iterator[Problem]:
     resume = config.run.resume
     if resume not in ("", "auto", "never") and not Path(resume).is_dir():
@@ -190,7 +173,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *(_kl, _grading, _batches, _lengths, data_rules),
-    *(model_rules, _examined, study_rules, _transport, _places),
+    *(model_rules, _examined, study_rules, _places, *SEAT_RULES),
 )
 
 

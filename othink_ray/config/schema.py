@@ -167,6 +167,8 @@ class RolloutConfig:
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
+    tensor_parallel: int  # processes, each with a GPU of its own, that share one engine's text model
+    sleep: bool  # where engine and learner share a GPU: the engine's memory is the learner's while that works
     threads: int | None  # OpenMP threads of one actor on CPU; null: the cores divided by the actors
     temperature: float
     max_tokens: int
@@ -246,6 +248,7 @@ class ClusterConfig:
     num_gpus: int | None
     object_store_mb: int
     placement: str  # PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
+    wait_s: float  # so long a run waits for a cluster that is too small yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

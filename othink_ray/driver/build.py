@@ -21,10 +21,11 @@ from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, s
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, share_of_cores
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, fits, learner_seats, rollout_seats
+from othink_ray.runtime.placement import Placement, fits
 from othink_ray.runtime.push import AuditedPush, open_transport
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.runtime.seating import learner_bundles, paired, rollout_bundles, team_bundles
 from othink_ray.runtime.team import Examiners, Team
 from othink_ray.types import Prompt
 
@@ -113,14 +114,15 @@ def cores_shared(config: Config) -> Config:
 def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
     """After a node is lost: fewer engines, then fewer ranks, until the run fits; at least one of each."""
     fewer = config
-    while not fits(learner_seats(fewer.learner) + rollout_seats(fewer.rollout)):
+    while not fits(team_bundles(fewer.learner, fewer.rollout)):
         rollout, learner = fewer.rollout, fewer.learner
-        if rollout.num_actors > 1:
-            fewer = replace(fewer, rollout=replace(rollout, num_actors=rollout.num_actors - 1))
-        elif learner.world_size > 1:
-            fewer = replace(fewer, learner=replace(learner, world_size=learner.world_size - 1))
-        else:
+        more_engines, more_ranks = rollout.num_actors > 1, learner.world_size > 1
+        if not (more_engines or more_ranks):
             break
+        if more_engines:
+            fewer = replace(fewer, rollout=replace(rollout, num_actors=rollout.num_actors - 1))
+        if more_ranks and (paired(learner, rollout) or not more_engines):
+            fewer = replace(fewer, learner=replace(learner, world_size=learner.world_size - 1))
     if fewer is not config:
         tell(
             f"on what is left: {fewer.rollout.num_actors} of {config.rollout.num_actors} rollout actors, "
@@ -130,14 +132,16 @@ def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
 
 
 @contextmanager
-def open_team(config: Config, path: str, probe_prompts: Sequence[Prompt], incidents: Incidents) -> Iterator[Team]:
+def open_team(
+    config: Config, path: str, probe_prompts: Sequence[Prompt], incidents: Incidents, say: Callable[[str], None]
+) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
-    waits = incidents.tell if incidents.restarts else None
     if incidents.restarts and config.faults.lost_node == "continue":
         config = on_what_is_left(config, incidents.tell)
     config = cores_shared(config)
-    wanted = learner_seats(config.learner) + rollout_seats(config.rollout)
-    with Placement(wanted, config.cluster.placement, config.learner.load_timeout_s, waits) as placement:
+    bundles = team_bundles(config.learner, config.rollout)
+    with Placement(bundles, config.cluster, say, forever=incidents.restarts > 0) as placement:
+        say(placement.picture())
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(
             partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
@@ -170,9 +174,9 @@ def students(config: Config, path: str, team: Team) -> Team | ExaminedClass:
 
 
 @contextmanager
-def open_examiners(config: Config, path: str, incidents: Incidents) -> Iterator[Examiners]:
+def open_examiners(config: Config, path: str, incidents: Incidents, say: Callable[[str], None]) -> Iterator[Examiners]:
     """Rollout and reward processes alone, with the weights of the folder."""
-    with Placement(rollout_seats(config.rollout), config.cluster.placement, config.rollout.load_timeout_s) as placement:
+    with Placement(rollout_bundles(config.rollout), config.cluster, say) as placement:
         make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
         rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
@@ -196,9 +200,9 @@ class Classroom:
 
 
 @contextmanager
-def open_classroom(config: Config, folder: Path) -> Iterator[Classroom]:
+def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[Classroom]:
     """A learner alone, for supervised training of the model in `folder`."""
-    with Placement(learner_seats(config.learner), config.cluster.placement, config.learner.load_timeout_s) as placement:
+    with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
         learner.wait(learner.start())

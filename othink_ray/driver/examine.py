@@ -67,7 +67,7 @@ def _answered(
     with ExitStack() as stack:
         if open_questions:
             with console.phase(f"loading {model}"):
-                team = stack.enter_context(open_examiners(config, model, incidents))
+                team = stack.enter_context(open_examiners(config, model, incidents, console.say))
         for exam, answers in zip(found, kept, strict=True):
             for row in exam.bad_rows:
                 console.say(f"dropped row {row.row_id}: {row.reason}")

@@ -12,6 +12,7 @@ from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
+from othink_ray.runtime.seating import picture, team_bundles
 from othink_ray.types import Prompt
 
 _LOOKED_AT = 32  # rows of each split
@@ -36,6 +37,9 @@ def foresee(config: Config) -> Foresight:
             samples += found
         except SourceError as error:
             problems.append(Problem(subject=f"data.{split}", rule=str(error), remedy="See docs/bad_inputs.md."))
+    if config.cluster.address is None:
+        bundles = team_bundles(config.learner, config.rollout)
+        lines["seats"] = picture(bundles, [_HERE] * len(bundles), driver=_HERE)
     folder = _folder(config)
     if folder is not None:
         weights = _weights_of(folder)
@@ -51,6 +55,9 @@ def foresee(config: Config) -> Foresight:
     else:
         lines["model files"] = "not on this machine yet: not looked at"
     return Foresight(lines=lines, problems=problems)
+
+
+_HERE = "this machine"
 
 
 def _sample(config: Config, split: Split) -> tuple[str, list[Prompt]]:

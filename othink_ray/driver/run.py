@@ -12,6 +12,7 @@ from pathlib import Path
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.runtime.cluster import ray_session
+from othink_ray.runtime.job import short_notice
 
 WriteReport = Callable[[Path], Path]
 
@@ -21,6 +22,9 @@ def run(config: Config, write_report: WriteReport) -> int:
     run_dir = Path(config.run.dir)
     made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     with Console() as console:
+        notice = short_notice()
+        if notice:
+            console.say(notice)
         try:
             _work(config, run_dir, console, write_report)
         except KeyboardInterrupt:

@@ -35,7 +35,7 @@ class Exports(Protocol):
     def export(self, folder: Path) -> None: ...
 
 
-OpenClassroom = Callable[[Config, Path], AbstractContextManager[Classroom]]
+OpenClassroom = Callable[[Config, Path, Callable[[str], None]], AbstractContextManager[Classroom]]
 
 
 def base_model(config: Config, console: Console, open_classroom: OpenClassroom) -> str:
@@ -86,7 +86,7 @@ def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_
     steps = tiny.warm_steps
     few = replace(config.data, train=replace(config.data.train, size=tiny.warm_questions))
     thinking = replace(config, sft=replace(config.sft, reasoning=True))
-    with open_classroom(thinking, untaught) as room:
+    with open_classroom(thinking, untaught, console.say) as room:
         train(
             room.students,
             _lessons(few, config),

@@ -29,6 +29,9 @@ class HFRollout(Receiver):
         self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
 
+    def sleep(self) -> None:
+        """Its weights are all that it has, and they stay."""
+
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.network.named_parameters(remove_duplicate=False))
         with torch.no_grad():

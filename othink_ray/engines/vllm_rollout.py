@@ -15,7 +15,6 @@ from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
 from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
 from othink_ray.engines.policy import BANNED_BIAS
-from othink_ray.engines.vllm_worker import Worker, keep_weights
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
 
@@ -43,7 +42,7 @@ class VLLMRollout(Receiver):
             VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         )
         if not on_gpu:
-            threads = share_of_cores(rollout.threads, rollout.num_actors)
+            threads = share_of_cores(rollout.threads, rollout.num_actors * rollout.tensor_parallel)
             os.environ.update(
                 VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
@@ -71,30 +70,35 @@ class VLLMRollout(Receiver):
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
             "enable_prefix_caching": True,
             "enforce_eager": rollout.enforce_eager,
-            "distributed_executor_backend": "uni",
+            "tensor_parallel_size": rollout.tensor_parallel,
+            # A vision tower is small, and its heads seldom divide.
+            "mm_encoder_tp_mode": "weights" if rollout.tensor_parallel == 1 else "data",
+            "distributed_executor_backend": "uni" if rollout.tensor_parallel == 1 else "mp",
+            "worker_extension_cls": "othink_ray.engines.vllm_worker.WorkerExtension",
             "disable_log_stats": True,
             "trust_remote_code": False,
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
         if on_gpu:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+            arguments["enable_sleep_mode"] = rollout.sleep
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
-            keep_weights()
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
-        [self.worker] = self.engine.collective_rpc(Worker)
+        self.engine.collective_rpc("open_network")
+        self.asleep = False
         self.probed: dict[Prompt, Any] = {}  # what vLLM was given for the prompts of the last probe
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
-        encodes = self.worker.image_encodes
+        encodes = self._images_encoded()
         inputs = [self._input(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
         for index, output in self._outputs(prompts, inputs, sampling, logprobs=0):
-            before, encodes = encodes, self.worker.image_encodes
+            before, encodes = encodes, self._images_encoded()
             yield self._group(prompts[index], output, encodes - before)
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
@@ -111,11 +115,28 @@ class VLLMRollout(Receiver):
             self.begin_push()
         self.engine.collective_rpc(verb, args=arguments)
 
+    def sleep(self) -> None:
+        """The device is the learner's until the next push: weights wait in host memory, keys and values are dropped."""
+        self.engine.sleep(level=1)
+        self.asleep = True
+
+    def begin_push(self) -> None:
+        super().begin_push()
+        if self.asleep:
+            self.engine.wake_up(["weights"])
+
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.worker.write(weights)
+        self.engine.collective_rpc("write_weights", args=(list(weights),))
+
+    def _images_encoded(self) -> int:
+        encoded: int = self.engine.collective_rpc("images_encoded")[0]
+        return encoded
 
     def _forget(self) -> None:
         """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
+        if self.asleep:
+            self.engine.wake_up(["kv_cache"])
+            self.asleep = False
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to drop its prefix cache: requests were still running during a push")
         self.engine.reset_encoder_cache()

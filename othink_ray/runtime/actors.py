@@ -31,6 +31,9 @@ class RolloutActor:
         yield from self.engine.generate(prompts, sampling)
         yield None  # the end, see Streams
 
+    def sleep(self) -> None:
+        self.engine.sleep()
+
     def begin_push(self) -> None:
         self.engine.begin_push()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,8 +16,9 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from othink_ray.config.schema import LearnerConfig, RolloutConfig
+from othink_ray.config.schema import ClusterConfig
 from othink_ray.runtime.cluster import ClusterError
+from othink_ray.runtime.seating import Bundle, dealt, picture, shortage, wanted
 
 # Set before a process starts, since malloc and OpenMP read them only then. Freed memory is kept for the next step.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
@@ -25,61 +26,53 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2*
 PROCESS_ENVIRONMENT = {**MALLOC, "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """What one process gets."""
-
-    role: str
-    cpus: float
-    gpus: float
+_TOLD_EVERY_S = 60.0
+_PATIENCE_S = 3.0  # with a cluster that has room, before anything is said
 
 
-def learner_seats(learner: LearnerConfig) -> list[Seat]:
-    return [Seat(role="learner", cpus=learner.cpus_per_rank, gpus=learner.gpus_per_rank)] * learner.world_size
-
-
-def rollout_seats(rollout: RolloutConfig) -> list[Seat]:
-    return [Seat(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor)] * rollout.num_actors
-
-
-def fits(seats: Sequence[Seat]) -> bool:
+def fits(bundles: Sequence[Bundle]) -> bool:
     """Whether the cluster, as it is now, has as much in all."""
-    (cpus, gpus), there = _wanted(seats), ray.cluster_resources()
-    return bool(cpus <= there.get("CPU", 0) and gpus <= there.get("GPU", 0))
-
-
-def _wanted(seats: Sequence[Seat]) -> tuple[float, float]:
-    return sum(seat.cpus for seat in seats), sum(seat.gpus for seat in seats)
+    there = ray.cluster_resources()
+    return all(amount <= there.get(name, 0) for name, amount in wanted(bundles).items())
 
 
 class Placement:
     """A reserved set of seats; `start` puts an actor on one."""
 
     def __init__(
-        self, wanted: list[Seat], strategy: str, timeout_s: float, wait: Callable[[str], None] | None = None
+        self, bundles: Sequence[Bundle], cluster: ClusterConfig, tell: Callable[[str], None], *, forever: bool = False
     ) -> None:
-        """`wait`: as long as it takes, and tell."""
-        self.seats = wanted
-        bundles = [{"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {}) for seat in wanted]
-        self.group: PlacementGroup = placement_group(bundles, strategy=strategy)
+        """Waits for a cluster that is too small `cluster.wait_s`, or as long as it takes."""
+        self.bundles = list(bundles)
+        reserved = [wanted([bundle]) for bundle in bundles]
+        self.group: PlacementGroup = placement_group(reserved, strategy=cluster.placement)
         try:
-            while not self.group.wait(timeout_seconds=timeout_s):
-                if wait is None:
-                    raise ClusterError(
-                        f"the cluster could not seat the run within {timeout_s:.0f} s: {self._missing()}. Lower "
-                        "rollout.num_actors or learner.world_size, choose a smaller cluster= file, or add nodes."
-                    )
-                wait(f"waiting for the cluster: {self._missing()}")
+            self._wait(float("inf") if forever else cluster.wait_s, tell)
+            found = placement_group_table(self.group)["bundles_to_node_id"]
+            nodes = [found[place] for place in range(len(bundles))]
+            self.places = dealt(bundles, bundles, nodes)
+            self.nodes = [nodes[place] for place in self.places]
         except BaseException:
             remove_placement_group(self.group)
             raise
 
-    def _missing(self) -> str:
-        (cpus, gpus), there = _wanted(self.seats), ray.cluster_resources()
-        return (
-            f"it needs {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}"
-        )
+    def _wait(self, limit_s: float, tell: Callable[[str], None]) -> None:
+        until, patience = time.monotonic() + limit_s, _PATIENCE_S
+        while not self.group.wait(timeout_seconds=min(patience, left := max(0.0, until - time.monotonic()))):
+            missing = shortage(wanted(self.bundles), ray.available_resources(), ray.cluster_resources())
+            if left <= patience:
+                raise ClusterError(
+                    f"the cluster could not seat the run within {limit_s:.0f} s (cluster.wait_s): {missing}. Lower "
+                    "rollout.num_actors or learner.world_size, choose a smaller cluster= file, or add nodes."
+                )
+            tell(f"waiting for the cluster: {missing}")
+            patience = _TOLD_EVERY_S
+
+    def picture(self) -> str:
+        """Who sits where."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        here = addresses[ray.get_runtime_context().get_node_id()]
+        return picture(self.bundles, [addresses[node] for node in self.nodes], here)
 
     def has_lost_a_node(self) -> bool:
         """Ray moves the seats of a node that is gone, when there is room elsewhere."""
@@ -87,9 +80,12 @@ class Placement:
 
     def start(self, actor: type, role: str, index: int, *arguments: Any) -> Any:
         """The index-th process of a role, on its seat."""
-        place = [number for number, seat in enumerate(self.seats) if seat.role == role][index]
-        seat = self.seats[place]
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=place)
+        bundle, seat = [(at, seat) for at, seats in enumerate(self.bundles) for seat in seats if seat.role == role][
+            index
+        ]
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=self.places[bundle]
+        )
         return _start(actor, arguments, num_cpus=seat.cpus, num_gpus=seat.gpus, scheduling_strategy=strategy)
 
     @staticmethod

@@ -71,9 +71,10 @@ class TransferPush:
 
     def __init__(self, backend: str, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
         self.learner, self.rollout = learner, rollout
-        engines = TransferClient(rollout.actors)
+        engines = TransferClient(rollout.actors, rollout.processes_per_actor)
+        receivers = len(rollout.actors) * rollout.processes_per_actor
         learner.open_senders(
-            partial(_make_sender, backend, engines, receivers=len(rollout.actors), bucket_bytes=bucket_mb * 2**20)
+            partial(_make_sender, backend, engines, receivers=receivers, bucket_bytes=bucket_mb * 2**20)
         )
 
     def send(self, version: int) -> Sent:
@@ -100,14 +101,15 @@ def _make_sender(
 class TransferClient:
     """The engines as vLLM's sender sees them: every call goes to all of them, and returns when all are done."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = list(actors)
+    def __init__(self, actors: Sequence[Any], processes_per_actor: int) -> None:
+        self.actors, self.processes_per_actor = list(actors), processes_per_actor
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """The sender is rank 0 of the transfer; the engines follow in order."""
         infos = [dict(init_info) for _ in self.actors]
         if "rank_offset" in init_info:
-            infos = [info | {"rank_offset": 1 + index} for index, info in enumerate(infos)]
+            each = self.processes_per_actor
+            infos = [info | {"rank_offset": 1 + index * each} for index, info in enumerate(infos)]
         ray.get(
             [
                 actor.transfer.remote("init_weight_transfer_engine", info)

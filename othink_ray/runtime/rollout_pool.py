@@ -33,6 +33,7 @@ class RolloutPool:
     ) -> None:
         self.make_engine, self.placement, self.incidents = make_engine, placement, incidents
         self.step_timeout_s, self.load_timeout_s = rollout.step_timeout_s, rollout.load_timeout_s
+        self.sleeps, self.processes_per_actor = rollout.sleep, rollout.tensor_parallel
         self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [self._start(index) for index in range(rollout.num_actors)]
         self.equip: Callable[[Sequence[int]], None] | None = None
@@ -88,6 +89,11 @@ class RolloutPool:
         if self.lengths is not None:
             for group in groups:
                 self.lengths.note(group)
+
+    def sleep(self) -> None:
+        """Where they share GPUs with the learner: until the next push."""
+        if self.sleeps:
+            self.wait_for([actor.sleep.remote() for actor in self.actors], "going to sleep")
 
     def begin_push(self, of: Sequence[int] | None = None) -> list[Any]:
         return [actor.begin_push.remote() for actor in self._those(of)]

@@ -67,6 +67,7 @@ class Team(Examiners):
         return scored
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        self.rollout.sleep()
         correction = self.correction if stale else "none"
         return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction)
 

@@ -109,3 +109,14 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     give(engine, sent_weights(policy.network), 1)
     list(engine.generate(scenes[:1], SAMPLING))
     assert work.take()[1] == first > kept >= once
+
+
+def test_an_engine_that_sleeps_is_woken_by_the_next_push(engine: VLLMRollout, policy: Policy, taught: Policy) -> None:
+    """On a CPU there is no memory to give back, but the scheduler rests as it does on a GPU."""
+    give(engine, sent_weights(policy.network), 0)
+    engine.sleep()
+    assert engine.engine.is_sleeping()
+    give(engine, sent_weights(taught.network), 1)
+    assert not engine.engine.is_sleeping()
+    [group] = engine.generate([ask("q", picture(56, 56, seed=0))], SAMPLING)
+    assert group.version == 1

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 RAY = Path(sys.executable).with_name("ray")
-_PORT = 6379
+_PORT, _DASHBOARD_PORT = 6379, 8265
 # A dead node is known after some seconds in place of half a minute, and what a cut node leaves goes soon.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -41,15 +42,24 @@ def why_not() -> str | None:
 class Hosts:
     """`head` and `worker` by name; the worker's cable can be pulled."""
 
+    bring_worker: Callable[[], None]
+    """Starts its Ray, for the first time or after it was lost."""
+
     def __init__(self, mark: str, network: int) -> None:
         self.names = {role: f"{role[0]}{mark}" for role in ("head", "worker")}
         self.addresses = {"head": f"10.{network}.0.1", "worker": f"10.{network}.0.2"}
         self.address = f"{self.addresses['head']}:{_PORT}"
         # As docs/ and the README advise wherever others share the network.
-        self.environment = _QUICK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
+        # Jobs start `python` as their nodes find it.
+        self.environment = _QUICK | token | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
 
     def on(self, host: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *command]
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.addresses['head']}:{_DASHBOARD_PORT}"
 
     def cable(self, state: str) -> None:
         """`up` or `down`."""
@@ -57,8 +67,8 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(cpus: int) -> Iterator[Hosts]:
-    """A head and a worker, so many CPUs each."""
+def two_hosts(cpus: int, head_only: Path) -> Iterator[Hosts]:
+    """A head and a worker, so many CPUs each; the worker finds the folder `head_only` empty."""
     number = uuid.uuid4().int
     hosts = Hosts(f"{number % 10**8:08d}", 64 + number % 64)
     with ExitStack() as stack:
@@ -73,17 +83,25 @@ def two_hosts(cpus: int) -> Iterator[Hosts]:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth", "up")
         mine = ("--disable-usage-stats", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20))
-        _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", "--include-dashboard=false", *mine)
-        _start(stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine)
+        page = (f"--dashboard-host={hosts.addresses['head']}", f"--dashboard-port={_DASHBOARD_PORT}")
+        _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", *page, *mine)
+        # Each `ip netns exec` has mounts of its own.
+        hide = ("sh", "-c", f'mount -t tmpfs none "{head_only}" && exec "$@"', "sh")
+        hosts.bring_worker = partial(
+            _start, stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine, before=hide
+        )
+        hosts.bring_worker()
         yield hosts
 
 
-def _start(stack: ExitStack, hosts: Hosts, host: str, scratch: Path, *arguments: str) -> None:
+def _start(
+    stack: ExitStack, hosts: Hosts, host: str, scratch: Path, *arguments: str, before: tuple[str, ...] = ()
+) -> None:
     own = (f"--node-ip-address={hosts.addresses[host]}", *((f"--temp-dir={scratch}",) if host == "head" else ()))
     log = scratch / f"{host}.log"
     with log.open("wb") as said:
         process = subprocess.Popen(
-            hosts.on(host, str(RAY), "start", *own, *arguments),
+            hosts.on(host, *before, str(RAY), "start", *own, *arguments),
             stdout=said,
             stderr=subprocess.STDOUT,
             env=os.environ | hosts.environment,

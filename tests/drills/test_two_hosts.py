@@ -1,48 +1,168 @@
-"""A run on two hosts, one of which goes away."""
+"""Runs on two hosts: submitted as jobs, on both of them, and one of them goes away and comes back."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.data.files import picture, question, solution, write_jsonl, write_parquet
 from tests.drills.faults import lines, steps_done
-from tests.drills.hosts import two_hosts, why_not
+from tests.drills.hosts import Hosts, two_hosts, why_not
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_interrupt import MARK, processes_with, wait_until
 
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
+QUICK = (
+    *("train.checkpoint_every=1", "rollout.threads=1", "learner.threads=1", "model.tiny.warm_steps=0"),
+    *("rollout.max_tokens=32", "rollout.step_timeout_s=60", "learner.micro_tokens=2048"),
+)
+# Neither fits beside another rank, both leave room for an engine.
+RANK_EACH = ("learner.world_size=2", "learner.cpus_per_rank=0.7", "rollout.cpus_per_actor=0.3")
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_a_run_goes_on_with_what_is_left_when_the_cable_of_a_host_is_pulled(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Site:
+    """The hosts, a checkout to submit, and folders: one that only the head sees, one that both do."""
+
+    hosts: Hosts
+    checkout: Path
+    head_only: Path
+    shared: Path
+
+    def submit(self, *options: str, settings: tuple[str, ...]) -> subprocess.Popen[str]:
+        """As a user does it, from the head."""
+        job = ("ray", "job", "submit", "--address", self.hosts.dashboard, "--working-dir", str(self.checkout), *options)
+        folders = (f"run.cache_dir={self.shared / 'cache'}", f"cluster.address={self.hosts.address}")
+        command = (*job, "--", "python", "-m", "othink_ray.main", *SMALL, *QUICK, *folders, *settings)
+        return subprocess.Popen(
+            self.hosts.on("head", *command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | self.hosts.environment,
+        )
+
+    def ask_ray(self, *words: str) -> str:
+        command = self.hosts.on("head", "ray", "job", words[0], "--address", self.hosts.dashboard, *words[1:])
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | self.hosts.environment, check=False, timeout=120
+        )
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """What it started is gone when it ends."""
+    shared, head_only, checkout = (tmp_path_factory.mktemp(name) for name in ("shared", "head_only", "checkout"))
+    for room in ("othink_ray", "conf", "launch"):
+        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     try:
-        with two_hosts(cpus=1) as hosts, (tmp_path / "screen.txt").open("w") as screen:
-            overrides = (
-                *(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}", f"cluster.address={hosts.address}"),
-                *("cluster.placement=SPREAD", "rollout.num_actors=3", "faults.lost_node=continue"),
-                *(f"train.steps={STEPS}", "train.checkpoint_every=1", "rollout.step_timeout_s=60"),
-                *("rollout.threads=1", "learner.threads=1", "model.tiny.warm_steps=0", "rollout.max_tokens=32"),
-            )
-            run = subprocess.Popen(
-                hosts.on("head", sys.executable, "-m", "othink_ray.main", *SMALL, *overrides),
-                stdout=screen,
-                stderr=subprocess.STDOUT,
-                env=os.environ | hosts.environment | {"CI": "true"},
-            )
-            assert wait_until(lambda: steps_done(tmp_path / "run") >= 2, 180), (tmp_path / "screen.txt").read_text()
-            hosts.cable("down")
-            status = run.wait(240)
+        with two_hosts(cpus=1, head_only=head_only) as hosts:
+            hosts.environment["HOME"] = str(shared / "home")
+            yield Site(hosts, checkout, head_only, shared)
     finally:
         del os.environ[MARK]
-    said = (tmp_path / "screen.txt").read_text()
-    assert status == 0, said
-    assert "on what is left: 1 of 3 rollout actors" in said
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(STEPS))
     assert wait_until(lambda: not processes_with(mark), 60), processes_with(mark)
+
+
+def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = job.communicate(timeout=240)
+    return job.returncode, said
+
+
+def test_a_job_learns_on_both_hosts_from_data_that_only_its_own_host_has(site: Site) -> None:
+    """The copy of the checkout that Ray uploads is what runs; a relative run.dir outlives it."""
+    mine = (site.checkout / "conf/algo/grpo_d.yaml").read_text().replace("name: grpo_d", "name: mine")
+    (site.checkout / "conf/algo/mine.yaml").write_text(mine)
+    rows = range(8)
+    train = write_parquet(site.head_only / "train.parquet", [{"bytes": picture(row), "path": None} for row in rows])
+    for row in rows:
+        (site.head_only / f"{row}.png").write_bytes(picture(row))
+    asked = [{"image_path": f"{row}.png", "question": question(row), "ground_truth": solution(row)} for row in rows]
+    test = write_jsonl(site.head_only / "test.jsonl", asked)
+    data = ("data=own", f"data.train.files.path={train}", f"data.test.files.path={test}")
+    settings = ("algo=mine", *data, *RANK_EACH, "rollout.num_actors=2", "train.steps=2", "run.dir=runs/first")
+    status, said = ended(site.submit(settings=settings))
+    assert status == 0, said
+    assert "after GRPO-D" in said or "accuracy" in said
+    run_dir = site.shared / "home" / "runs" / "first"
+    assert str(run_dir) in said
+    assert [line["step"] for line in lines(run_dir)] == [0, 1]
+    seats = [line for line in said.splitlines() if "[L" in line]
+    assert [line.count("[L") for line in seats] == [1, 1], seats
+    assert "`ray job stop` kills this run 3 seconds after" in said
+
+
+def test_a_job_that_cannot_be_done_fails_with_the_reason_in_its_log(site: Site) -> None:
+    status, said = ended(site.submit(settings=("train.steps=0",)))
+    assert status != 0
+    assert "train.steps = 0" in said and "must be at least 1" in said
+
+
+def test_a_cluster_with_a_token_lets_nobody_else_in(site: Site) -> None:
+    stranger = {name: value for name, value in site.hosts.environment.items() if not name.startswith("RAY_AUTH")}
+    command = site.hosts.on("worker", "ray", "job", "list", "--address", site.hosts.dashboard)
+    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | stranger, check=False, timeout=60)
+    assert told.returncode != 0
+    assert "token" in told.stdout + told.stderr
+
+
+def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site: Site) -> None:
+    """Its driver is on the worker."""
+    run_dir = site.shared / "stopped"
+    there = ("--entrypoint-resources", f'{{"node:{site.hosts.addresses["worker"]}": 0.001}}', "--submission-id", "long")
+    notice = ("--runtime-env", str(site.checkout / "launch" / "job.yaml"))
+    job = site.submit(*there, *notice, settings=("train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}"))
+    assert wait_until(lambda: steps_done(run_dir) >= 2, 180), site.ask_ray("logs", "long")
+    site.ask_ray("stop", "long")
+    _, said = ended(job)
+    done = steps_done(run_dir)
+    assert "asked to end: this step is finished and saved first" in said, said
+    assert (run_dir / "checkpoints" / f"step_{done}").is_dir()
+    settings = (f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")
+    status, said = ended(site.submit(settings=settings))
+    assert status == 0, said
+    assert [line["step"] for line in lines(run_dir)] == list(range(done + 1))
+
+
+@pytest.mark.parametrize("lost_node", ["wait", "continue"])
+def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: Path, lost_node: str) -> None:
+    """When it is back, or with what is left."""
+    overrides = (
+        *(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={site.shared}", f"cluster.address={site.hosts.address}"),
+        *("cluster.placement=SPREAD", "rollout.num_actors=3", f"faults.lost_node={lost_node}", f"train.steps={STEPS}"),
+    )
+    with (tmp_path / "screen.txt").open("w") as screen:
+        run = subprocess.Popen(
+            site.hosts.on("head", sys.executable, "-m", "othink_ray.main", *SMALL, *QUICK, *overrides),
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+            env=os.environ | site.hosts.environment | {"CI": "true"},
+        )
+
+    def said() -> str:
+        return (tmp_path / "screen.txt").read_text()
+
+    assert wait_until(lambda: steps_done(tmp_path / "run") >= 2, 180), said()
+    site.hosts.cable("down")
+    if lost_node == "wait":
+        assert wait_until(lambda: "waiting for the cluster: it needs 2 CPUs (has 1" in said(), 120), said()
+        site.hosts.cable("up")
+        site.hosts.bring_worker()
+    status = run.wait(240)
+    assert status == 0, said()
+    assert ("on what is left: 1 of 3 rollout actors" in said()) == (lost_node == "continue")
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(STEPS))

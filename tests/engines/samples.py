@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,12 @@ def give(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], version: 
     engine.begin_push()
     engine.load_weights(weights)
     engine.finish_push(version, buckets=1)
+
+
+def worker_of(engine: Any) -> Any:
+    """vLLM's own worker, of an engine that has only one and in this process."""
+    [worker] = engine.engine.collective_rpc(lambda worker: worker)
+    return worker
 
 
 def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
+from othink_ray.core.advantages import group_advantages
+from othink_ray.core.packing import pack
 from othink_ray.data import open_source
 from othink_ray.driver.build import open_team
 from othink_ray.engines.policy import Policy
@@ -20,6 +24,14 @@ from othink_ray.types import Prompt
 
 def incidents(max_restarts: int = 3) -> Incidents:
     return Incidents(max_restarts, tell=print)
+
+
+def train_one_step(team: Team, prompts: list[Prompt], step: int) -> None:
+    """One real step with rewards that differ, so that all weights move as in training."""
+    scored = team.score(team.generate(prompts, step))
+    rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
+    packs = [pack(one, group_advantages(one.rewards, one.valid), len(rigged)) for one in rigged]
+    team.update(packs, updates=1, beta=0.04, lr=2e-4, stale=False)
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +54,5 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(team_config, str(taught_folder), asked, incidents()) as team:
+    with open_team(team_config, str(taught_folder), asked, incidents(), print) as team:
         yield team

@@ -19,9 +19,10 @@ from othink_ray.driver.loop import in_order
 from othink_ray.engines.base import Sampling
 from othink_ray.runtime.calls import ProcessLost, WorkerFailed
 from othink_ray.runtime.cluster import ClusterError
-from othink_ray.runtime.placement import Placement, Seat
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.runtime.seating import Seat
 from othink_ray.runtime.team import Team
 from othink_ray.types import Completion, Group, Prompt
 from tests.runtime.conftest import incidents
@@ -57,9 +58,9 @@ class Echo:
 
 @pytest.fixture
 def echoes(ray_here: None, team_config: Config, tmp_path: Path) -> Iterator[RolloutPool]:
-    seats = [Seat(role="rollout", cpus=0.1, gpus=0)] * 2
+    seats = [(Seat(role="rollout", cpus=0.1, gpus=0),)] * 2
     rollout = replace(team_config.rollout, num_actors=2, step_timeout_s=3)
-    with Placement(seats, "PACK", 30) as placement:
+    with Placement(seats, team_config.cluster, print) as placement:
         pool = RolloutPool(partial(Echo, tmp_path), rollout, placement, incidents(max_restarts=2))  # type: ignore[arg-type]
         pool.wait()
         yield pool
@@ -184,13 +185,17 @@ def test_an_engine_that_cannot_start_is_named_with_its_cause_and_not_started_aga
     ray_here: None, team_config: Config
 ) -> None:
     watched = incidents()
-    with Placement([Seat(role="rollout", cpus=0.1, gpus=0)], "PACK", 30) as placement:
+    with Placement([(Seat(role="rollout", cpus=0.1, gpus=0),)], team_config.cluster, print) as placement:
         pool = RolloutPool(Unfit, team_config.rollout, placement, watched)  # type: ignore[arg-type]
         with pytest.raises(WorkerFailed, match="could not start: ValueError: no such model") as raised:
             pool.wait()
     assert not isinstance(raised.value, ProcessLost)
 
 
-def test_a_run_that_does_not_fit_says_what_it_needs(ray_here: None) -> None:
-    with pytest.raises(ClusterError, match=r"needs 1000 CPUs and 0 GPUs, the cluster has"):
-        Placement([Seat(role="learner", cpus=1000, gpus=0)], "PACK", timeout_s=1)
+def test_a_run_that_does_not_fit_waits_and_says_for_what(ray_here: None, team_config: Config) -> None:
+    said: list[str] = []
+    large = [(Seat(role="learner", cpus=1000, gpus=0),)]
+    with pytest.raises(ClusterError, match=r"within 5 s \(cluster.wait_s\): it needs 1000 CPUs \(has 4, free \d"):
+        Placement(large, replace(team_config.cluster, wait_s=5), said.append)
+    [told] = said
+    assert told.startswith("waiting for the cluster: it needs 1000 CPUs (has 4, free ")

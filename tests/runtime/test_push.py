@@ -10,27 +10,25 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
 from PIL import Image
 
 from othink_ray.config.schema import Config
-from othink_ray.core.advantages import group_advantages
-from othink_ray.core.packing import pack
 from othink_ray.engines.base import Place, Receiver, Sampling
 from othink_ray.runtime.calls import WorkerFailed
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, Seat
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.push import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.runtime.seating import Seat
 from othink_ray.runtime.team import Team
 from othink_ray.types import Group, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
-from tests.engines.samples import ask, picture
-from tests.runtime.conftest import incidents
+from tests.engines.samples import ask, picture, worker_of
+from tests.runtime.conftest import incidents, train_one_step
 
 BUCKET = 2**26
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -56,14 +54,6 @@ class TamperedPush:
 def version() -> Iterator[Callable[[], int]]:
     count = iter(range(1, 1000))
     yield lambda: next(count)
-
-
-def train_one_step(team: Team, prompts: list[Prompt], step: int) -> None:
-    """One real step with rewards that differ, so that all weights move as in training."""
-    scored = team.score(team.generate(prompts, step))
-    rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
-    packs = [pack(one, group_advantages(one.rewards, one.valid), len(rigged)) for one in rigged]
-    team.update(packs, updates=1, beta=0.04, lr=2e-4, stale=False)
 
 
 def tampered(team: Team, fault: Callable[[Weights], Weights]) -> AuditedPush:
@@ -93,10 +83,10 @@ def test_a_stale_lm_head_is_caught(team: Team, asked: list[Prompt], version: Cal
     """The kernels have a tied head twice: the embedding's copy is new, the head's is not."""
     team.push(version())
     train_one_step(team, asked, version())
-    on_engine(team, lambda engine: engine.worker.packed.remove(engine.worker.network.language_model.lm_head))
+    on_engine(team, lambda engine: worker_of(engine).packed.remove(worker_of(engine).network.language_model.lm_head))
     with pytest.raises(AuditError, match="tied lm_head"):
         team.push(version())
-    on_engine(team, lambda engine: engine.worker.packed.append(engine.worker.network.language_model.lm_head))
+    on_engine(team, lambda engine: worker_of(engine).packed.append(worker_of(engine).network.language_model.lm_head))
     team.push(version())
 
 
@@ -221,8 +211,8 @@ Noting = tuple[LearnerPool, RolloutPool]
 @pytest.fixture
 def noting(ray_here: None, team_config: Config) -> Iterator[Callable[..., Noting]]:
     """Pools of one noting learner and two noting engines."""
-    seats = [Seat(role="learner", cpus=0.1, gpus=0), *[Seat(role="rollout", cpus=0.1, gpus=0)] * 2]
-    with Placement(seats, "PACK", 30) as placement:
+    seats = [(Seat(role=role, cpus=0.1, gpus=0),) for role in ("learner", "rollout", "rollout")]
+    with Placement(seats, team_config.cluster, print) as placement:
 
         def pools(engine: Callable[[], Any], learner: Callable[[Place], Any]) -> Noting:
             several = replace(team_config.rollout, num_actors=2, step_timeout_s=20)

@@ -22,7 +22,7 @@ from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, compare, require
-from tests.engines.samples import ask, batch_of, give, group_of, row_of, sent_weights
+from tests.engines.samples import ask, batch_of, give, group_of, row_of, sent_weights, worker_of
 
 CPU = torch.device("cpu")
 # A mean gap of float32 engines that is no rounding: they agree to less than 2e-6 on the tiny model.
@@ -161,11 +161,11 @@ def test_a_tied_head_with_its_old_copy_is_caught(
     engine: VLLMRollout, stepped: Policy, audit: Auditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's CPU kernels have the matrix twice, packed for the embedding and for the head."""
-    head = engine.worker.network.language_model.lm_head
-    kept = [module for module in engine.worker.packed if module is not head]
-    assert len(kept) == len(engine.worker.packed) - 1
+    worker = worker_of(engine)
+    kept = [module for module in worker.packed if module is not worker.network.language_model.lm_head]
+    assert len(kept) == len(worker.packed) - 1
     with monkeypatch.context() as patched:
-        patched.setattr(engine.worker, "packed", kept)
+        patched.setattr(worker.worker, "packed", kept)  # inside vLLM's wrapper
         give(engine, sent_weights(stepped.network), 1)
     with pytest.raises(AuditError):
         require(audit(engine, stepped), audit.weights.audit_tolerance)

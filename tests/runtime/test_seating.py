@@ -1,0 +1,63 @@
+"""Who sits beside whom."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from othink_ray.config.load import load
+from othink_ray.runtime.seating import dealt, picture, shortage, team_bundles, wanted
+
+SHARED = load(["cluster=one_node_colocated"])
+SPLIT = load(["cluster=one_node"])
+
+
+def roles(bundles: list[tuple[object, ...]]) -> list[tuple[str, ...]]:
+    return [tuple(seat.role for seat in bundle) for bundle in bundles]  # type: ignore[attr-defined]
+
+
+def test_a_rank_and_an_engine_that_share_a_gpu_are_reserved_together() -> None:
+    bundles = team_bundles(SHARED.learner, SHARED.rollout)
+    assert roles(bundles) == [("learner", "rollout")] * 8
+    assert wanted(bundles[:1]) == {"CPU": 4, "GPU": 1}
+
+
+def test_processes_with_gpus_of_their_own_are_reserved_alone() -> None:
+    assert roles(team_bundles(SPLIT.learner, SPLIT.rollout)) == [("learner",)] * 4 + [("rollout",)] * 4
+
+
+def test_an_engine_on_several_gpus_is_one_bundle_that_no_node_can_split() -> None:
+    rollout = replace(SPLIT.rollout, num_actors=1, tensor_parallel=4, gpus_per_actor=4)
+    assert wanted(team_bundles(SPLIT.learner, rollout)[-1:]) == {"CPU": 2, "GPU": 4}
+
+
+def test_ranks_fill_nodes_one_after_the_other_however_ray_scattered_equal_bundles() -> None:
+    nodes = ["a", "b"] * 8
+    random.Random(0).shuffle(nodes)
+    seats = [nodes[place] for place in dealt(["gpu"] * 16, ["gpu"] * 16, nodes)]
+    assert seats == ["a"] * 8 + ["b"] * 8
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=20))
+def test_each_gets_a_bundle_of_its_own_size_and_none_is_dealt_twice(reserved: list[tuple[str, str]]) -> None:
+    sizes = [size for size, _ in reserved]
+    places = dealt(sizes, sizes, [node for _, node in reserved])
+    assert sorted(places) == list(range(len(reserved)))
+    assert [sizes[place] for place in places] == sizes
+
+
+def test_the_picture_has_every_process_once_on_its_node() -> None:
+    large = replace(SPLIT.rollout, num_actors=1, tensor_parallel=2, gpus_per_actor=2)
+    few = replace(SPLIT.learner, world_size=2)
+    drawn = picture(team_bundles(few, large), ["10.0.0.1", "10.0.0.1", "10.0.0.2"], driver="10.0.0.3")
+    assert drawn.splitlines()[1:] == ["  10.0.0.3  [driver]", "  10.0.0.1  [L0] [L1]", "  10.0.0.2  [R0 2 GPUs]"]
+    both = picture(team_bundles(SHARED.learner, SHARED.rollout), ["here"] * 8, driver="here")
+    assert both.splitlines()[1].startswith("  here  [driver] [L0 R0] [L1 R1]")
+
+
+def test_a_shortage_names_what_is_wanted_what_is_there_and_what_is_free() -> None:
+    told = shortage({"CPU": 32, "GPU": 16}, {"CPU": 60, "GPU": 3}, {"CPU": 64, "GPU": 8})
+    assert told == "it needs 32 CPUs (has 64, free 60) and 16 GPUs (has 8, free 3)"

@@ -94,7 +94,7 @@ def test_a_broken_rule_on_files_is_the_only_problem(overrides: list[str], words:
 
 @pytest.mark.parametrize(
     ("model", "cluster"),
-    list(itertools.product(["tiny", "qwen2_vl_2b", "qwen2_vl_7b"], ["local", "one_gpu", "one_node", "two_nodes"])),
+    list(itertools.product(groups(conf_dir())["model"], groups(conf_dir())["cluster"])),
 )
 def test_models_and_clusters_combine(model: str, cluster: str) -> None:
     assert said([f"model={model}", f"cluster={cluster}"]) == []
@@ -151,6 +151,19 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["weights.transport=nccl"], "weights.transport = nccl needs GPUs on both sides"),
         (["cluster=one_gpu", "weights.transport=nccl"], "but rollout and learner share one Set weights.transport=ipc"),
         (["cluster=one_node", "weights.transport=ipc"], "needs rollout and learner on the same GPU"),
+        (
+            ["cluster=one_node_colocated", "rollout.num_actors=4"],
+            "rollout.num_actors = 4 weights.transport=ipc needs an engine for each learner rank",
+        ),
+        (
+            ["cluster=one_node", "rollout.tensor_parallel=2"],
+            "rollout.gpus_per_actor = 1.0 must be rollout.tensor_parallel",
+        ),
+        (["rollout=hf", "rollout.tensor_parallel=2"], "only rollout.engine=vllm splits a network"),
+        (["rollout.tensor_parallel=0"], "rollout.tensor_parallel = 0 must be at least 1"),
+        (["cluster=one_node", "rollout.sleep=true"], "rollout.sleep = True needs vLLM and the learner on the same GPU"),
+        (["cluster=one_gpu", "train.overlap=true"], "rollout.sleep = True must be false where train.overlap = true"),
+        (["cluster.wait_s=-1"], "cluster.wait_s = -1 must be at least 0"),
         (["weights.audit_tolerance=0"], "weights.audit_tolerance = 0 must be more than 0"),
         (["eval.questions=257"], "eval.questions = 257 must be at most data.test.size = 256"),
         (["data.scenes.max_items=10"], "data.scenes.max_items = 10 must be at most 9"),

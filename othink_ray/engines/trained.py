@@ -12,14 +12,15 @@ from othink_ray.families.parts import modules_by_part
 
 
 def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -> None:
-    """Afterwards exactly what is trained requires a gradient."""
+    """Afterwards what is not trained asks for no gradient."""
     frozen = FROZEN[learner.freeze]
     if learner.lora.rank:
         add_adapters(family, network, learner.lora, frozen)
     else:
         for part, _, module in modules_by_part(family, network):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(part not in frozen)
+            if part in frozen:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
 
 
 def count_trained(family: Family, learner: LearnerConfig) -> int:

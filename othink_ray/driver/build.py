@@ -38,6 +38,15 @@ def screen(config: Config, path: str) -> Screen:
     return partial(check_fits, open_family(config.model, path), config.rollout)
 
 
+def require_targets(config: Config, path: str) -> None:
+    """Refuses adapters for which the model has no place, before any process is started."""
+    from othink_ray.engines.trained import count_trained
+    from othink_ray.families import open_family
+
+    if config.learner.lora.rank:
+        count_trained(open_family(config.model, path), config.learner)
+
+
 def recipe(config: Config) -> Recipe:
     """The algorithm's own parts, between the answers and the learner."""
     if config.mode == "sft":

@@ -69,6 +69,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.driver.checkpoint import ResumeError
     from othink_ray.driver.folder import FolderError
     from othink_ray.driver.guards import RunawayError
+    from othink_ray.engines.adapters import AdapterError
     from othink_ray.engines.learner_state import StateError
     from othink_ray.families import ModelError
     from othink_ray.runtime.calls import WorkerFailed
@@ -77,7 +78,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
 
     return (
         *(AuditError, BadRow, ClusterError, FolderError, ModelError, OSError, ResumeError, RunawayError, SourceError),
-        *(StateError, WorkerFailed),
+        *(AdapterError, StateError, WorkerFailed),
     )
 
 

@@ -12,7 +12,17 @@ from typing import Any
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
-from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, open_team, rate, recipe, screen, students
+from othink_ray.driver.build import (
+    beta_schedule,
+    open_classroom,
+    open_loop,
+    open_team,
+    rate,
+    recipe,
+    require_targets,
+    screen,
+    students,
+)
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import exams
@@ -70,6 +80,7 @@ def _train(
     training = open_training(config.data)
     with ExitStack() as stack:
         path = base_model(config, console, open_classroom)
+        require_targets(config, path)
         fits = screen(config, path)
         stream = PromptStream(
             training,

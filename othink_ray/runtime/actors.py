@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from torch import Tensor
 
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
-from othink_ray.engines.vllm_transfer import Sender
+from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
@@ -58,6 +59,7 @@ class LearnerActor:
 
     engine: LearnerEngine
     sender: Sender
+    pushed = 0  # bytes, in the last push
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node, and a port that is free now."""
@@ -79,11 +81,20 @@ class LearnerActor:
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
-        yield from to_chunks(self.engine.named_weights(), bucket_bytes)
+        yield from to_chunks(self._counted_weights(), bucket_bytes)
         yield None  # the end, see Streams
 
-    def open_sender(self, make_sender: Callable[[LearnerEngine], Sender]) -> None:
-        self.sender = make_sender(self.engine)
+    def _counted_weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.pushed = 0
+        for name, weight in self.engine.named_weights():
+            self.pushed += weight.nbytes
+            yield name, weight
+
+    def pushed_bytes(self) -> int:
+        return self.pushed
+
+    def open_sender(self, make_sender: Callable[[NamedWeights], Sender]) -> None:
+        self.sender = make_sender(self._counted_weights)
 
     def send(self) -> None:
         self.sender.send_weights()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -12,8 +12,8 @@ import ray
 
 from othink_ray.config.schema import WeightsConfig
 from othink_ray.data.prompts import with_thumbnails
-from othink_ray.engines.base import LearnerEngine, Place, Sampling
-from othink_ray.engines.vllm_transfer import Sender, open_sender
+from othink_ray.engines.base import Place, Sampling
+from othink_ray.engines.vllm_transfer import NamedWeights, Sender, open_sender
 from othink_ray.runtime.calls import ProcessLost, WorkersLost
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
@@ -90,12 +90,14 @@ def _make_sender(
     engines: TransferClient,
     place: Place,
     port: int,
-    learner: LearnerEngine,
+    named_weights: NamedWeights,
     *,
     receivers: int,
     bucket_bytes: int,
 ) -> Sender:
-    return open_sender(backend, learner, engines, place, port=port, receivers=receivers, bucket_bytes=bucket_bytes)
+    return open_sender(
+        backend, named_weights, engines, place, port=port, receivers=receivers, bucket_bytes=bucket_bytes
+    )
 
 
 class TransferClient:
@@ -197,7 +199,7 @@ class AuditedPush:
         audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], self.version)
         require(audit, self.weights.audit_tolerance)
         self.audited, self.audited_with = probes, self.prompts
-        return audit
+        return replace(audit, sent_bytes=self.learner.pushed_bytes())
 
     def equip(self, new: Sequence[int]) -> None:
         """New engines get what the others have and answer as they did: the learner may be further by now."""

@@ -203,6 +203,14 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["cluster=two_nodes", "cluster.num_gpus=4"], "must be null where cluster.address = auto"),
         (["wandb.mode=on"], "must be one of off, offline, online"),
         (["run.resume=nowhere/step_3"], "run.resume = nowhere/step_3 must be auto, never or a folder that exists"),
+        (["learner.freeze=visoin"], "Did you mean learner.freeze=vision?"),
+        (["learner.lora.rank=-1"], "learner.lora.rank = -1 must be at least 0"),
+        (["learner.lora.alpha=0"], "learner.lora.alpha = 0 must be more than 0"),
+        (["learner.lora.rank=4", "learner.lora.targets=[]"], "is empty, so nothing would be trained"),
+        (
+            ["learner.lora.rank=4", "learner.lora.targets=[text,vision]", "learner.freeze=projector"],
+            "asks for adapters in the part vision, which learner.freeze = projector keeps as it is",
+        ),
     ],
 )
 def test_broken_rule_is_the_only_problem_and_names_key_value_and_remedy(overrides: list[str], words: str) -> None:
@@ -221,6 +229,11 @@ def test_an_overlapped_run_is_sound_with_any_correction_and_said_to_be_one(name:
     assert said(overrides) == []
     assert "generated while the one before is learned" in plan(load(overrides), LARGE)
     assert "generated while" not in plan(load([]), LARGE)
+
+
+def test_adapters_are_told_in_the_plan() -> None:
+    assert "LoRA of rank 8 on text" in plan(load(["learner.lora.rank=8"]), LARGE)
+    assert "LoRA" not in plan(load([]), LARGE)
 
 
 def test_suggested_batch_is_sound() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Protocol, Self
 
 from othink_ray.driver.loop import Step, Team, Watches
 from othink_ray.spans import Span, Spans, keep, span, take
@@ -63,25 +63,29 @@ class Timeline:
     def _take(self, *, go_on: bool) -> None:
         if self.trace is None:
             return
-        for name, spans in {"driver": take(go_on=go_on), **self.processes.spans(go_on=go_on)}.items():
+        for name, spans in self._spans(go_on=go_on).items():
             self.trace.add(name, spans)
-        self.trace.flush()
+        try:
+            self.trace.flush()
+        except OSError:  # no room: the trace ends here, the run does not
+            self._spans(go_on=False)
+            go_on = False
         if not go_on:
-            self.trace.close()
             self.trace = None
+
+    def _spans(self, *, go_on: bool) -> dict[str, Spans]:
+        return {"driver": take(go_on=go_on), **self.processes.spans(go_on=go_on)}
 
 
 class Trace:
     """The file, in the trace-event format: an array of events."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
-        self._file.write("[")
+        self._path, self._end = path, 0  # where the next events go
         self._origin_s = time.time()
         self._rows: dict[str, dict[str, int]] = {}  # of each process its threads, numbered
         self._numbers = count(1)  # of what is beside something else
         self._events: list[dict[str, Any]] = []
-        self._separator = "\n"
 
     def add(self, process: str, spans: Spans) -> None:
         pid = list(self._rows).index(process) + 1 if process in self._rows else self._introduce(process, spans)
@@ -118,18 +122,15 @@ class Trace:
         return round(1e6 * (unix_s - self._origin_s))
 
     def flush(self) -> None:
-        """Each array is closed, and the next events are written over its end."""
-        for event in self._events:
-            self._file.write(self._separator + json.dumps(event))
-            self._separator = ",\n"
+        """The array is closed each time, and the next events are written over its end."""
+        if not self._events:
+            return
+        text = ",\n".join(map(json.dumps, self._events))
         self._events.clear()
-        end = self._file.tell()
-        self._file.write(_END)
-        self._file.flush()
-        self._file.seek(end)
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("r+" if self._end else "w", encoding="utf-8") as file:
+            file.seek(self._end)
+            file.write((",\n" if self._end else "[\n") + text + _END)
+            self._end = file.tell() - len(_END)
 
 
 class TracedTeam:

@@ -52,7 +52,7 @@ def run(path: Path, *, steps: int, traced: int) -> Reader:
 
 
 def test_each_verb_lies_inside_its_step(tmp_path: Path) -> None:
-    run(tmp_path / "trace.json", steps=3, traced=3)
+    run(tmp_path / "trace.json", steps=3, traced=9)
     spans = spans_in(tmp_path / "trace.json")
     steps = [one for one in spans if one.name == "step"]
     assert [one.about["step"] for one in steps] == [0, 1, 2]
@@ -84,6 +84,12 @@ def test_a_run_that_stops_inside_its_traced_steps_leaves_a_whole_trace(tmp_path:
         with span("update"):
             raise RuntimeError("lost")
     assert [one.name for one in spans_in(tmp_path / "trace.json")] == ["update"]
+
+
+def test_where_a_trace_cannot_be_written_the_run_goes_on_and_nothing_more_is_kept(tmp_path: Path) -> None:
+    run(tmp_path / "no such folder" / "trace.json", steps=3, traced=3)
+    keep("late", 0.0)
+    assert take(go_on=False).spans == []
 
 
 def test_nothing_is_kept_where_nobody_asked() -> None:

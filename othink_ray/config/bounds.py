@@ -105,7 +105,7 @@ BOUNDS = (
             *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
             *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
-            *("train.keep_last", "faults.patience"),
+            *("train.keep_last", "faults.patience", "wandb.samples_every"),
         ),
     ),
     Bound(
@@ -116,6 +116,7 @@ BOUNDS = (
             *(
                 "train.seed",
                 "train.checkpoint_every",
+                "run.trace_steps",
                 "faults.max_restarts",
                 "eval.every",
                 "eval.samples",

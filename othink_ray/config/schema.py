@@ -13,6 +13,7 @@ class RunConfig:
     dir: str  # the run's folder
     cache_dir: str  # warm-started base models, shared by runs
     resume: str  # auto | never | path of a checkpoints/step_N folder
+    trace_steps: int  # the first so many steps of a start are in trace.json; 0 makes none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +286,7 @@ class WandbConfig:
 
     mode: str  # off | offline | online
     project: str
+    samples_every: int  # steps from one table of the latest questions, images and answers to the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,7 @@ def open_loop(config: Config) -> Iterator[Callable[..., None]]:
     Open it before the team: threads that a failure leaves waiting for the team's processes end when those do.
     """
     if config.mode == "train" and config.train.overlap:
-        with ThreadPoolExecutor(max_workers=SIDES) as sides:
+        with ThreadPoolExecutor(max_workers=SIDES, thread_name_prefix="side") as sides:
             yield partial(train_overlapped, sides)
     else:
         yield train

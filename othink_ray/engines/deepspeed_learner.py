@@ -28,6 +28,7 @@ from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.trained import choose_trained, features_stay
 from othink_ray.families.base import Family
+from othink_ray.spans import span
 from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
 
 
@@ -144,7 +145,8 @@ class DeepSpeedLearner:
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         several = len(updates) > 1
-        prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
+        with span("prepare"):
+            prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
         totals = _Totals(self.device)
         grad_norm, skipped = 0.0, 0
         for group in self.engine.optimizer.param_groups:
@@ -154,7 +156,8 @@ class DeepSpeedLearner:
                 wants_reference = beta > 0 and self.reference is not None
                 reference = self._no_grad(self.reference, batch, features) if wants_reference else None
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
-                logprobs, entropy = self.engine(batch, features=features)
+                with span("forward", tokens=len(batch.token_ids)):
+                    logprobs, entropy = self.engine(batch, features=features)
                 before = logprobs.detach() if old is None else old
                 used, ratios = importance(
                     correction,
@@ -176,13 +179,16 @@ class DeepSpeedLearner:
                     estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
-                self.engine.backward(value * self.place.world_size)
+                with span("backward"):
+                    self.engine.backward(value * self.place.world_size)
                 totals.note(rows[index], value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
-            self.engine.step()
+            with span("optimiser step"):
+                self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
-        return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
+        with span("sum over ranks"):
+            return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
 
     def _prepare(self, packs: Sequence[Pack], *, with_old: bool) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
         """What is known before any optimiser step: the batch, its shared image features, the policy's logprobs."""
@@ -202,6 +208,7 @@ class DeepSpeedLearner:
         return features
 
     @staticmethod
+    @span("pass without gradient")
     def _no_grad(policy: Any, batch: MicroBatch, features: Tensor | None) -> Tensor:
         with torch.no_grad():
             logprobs: Tensor = policy(batch, features=features)[0]

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from othink_ray.spans import span
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
 
@@ -114,9 +116,10 @@ class Writing:
         self.path = folder / f"learner_{rank}.safetensors"
         self.digest = ""
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._write, args=(tensors, steps))
+        self.thread = threading.Thread(target=self._write, args=(tensors, steps), name="checkpoint")
         self.thread.start()
 
+    @span("write checkpoint")
     def _write(self, tensors: dict[str, Tensor], steps: int) -> None:
         try:
             save_file(tensors, self.path, metadata={"steps": str(steps)})

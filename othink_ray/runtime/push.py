@@ -17,6 +17,7 @@ from othink_ray.engines.vllm_transfer import NamedWeights, Sender, open_sender
 from othink_ray.runtime.calls import ProcessLost, WorkersLost
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, compare, compare_engines, require
 
@@ -178,7 +179,9 @@ class AuditedPush:
         """An engine that is lost on the way is replaced, and all get the weights again."""
         self.version = version
         try:
-            audit = self._finish(self.transport.send(version))
+            with span("send weights"):
+                sent = self.transport.send(version)
+            audit = self._finish(sent)
         except WorkersLost as failure:
             audit = self._finish_with_others(failure)
         self.prompts = self.quick_prompts
@@ -191,6 +194,7 @@ class AuditedPush:
         except WorkersLost as another:
             return self._finish_with_others(another)
 
+    @span("audit")
     def _finish(self, sent: Sent) -> Audit:
         """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
         asked = self.rollout.probe(self.prompts, self.sampling, self.weights.audit_candidates)

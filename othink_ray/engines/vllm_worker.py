@@ -27,9 +27,8 @@ class Worker:
         self.weights = dict(self.network.named_parameters(remove_duplicate=False))
         self.packed = [module for module in self.network.modules() if hasattr(module, "cpu_linear")]
         self.image_encodes = 0
-        [vision_tower] = self.network.get_mm_mapping().tower_model
-        tower = self.network.get_submodule(vision_tower.rstrip("."))
-        tower.register_forward_hook(self._count_images, with_kwargs=True)
+        self.embed_images = self.network.embed_multimodal
+        self.network.embed_multimodal = self._embed_images
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """By their Hugging Face names. A matrix that two modules share, as a tied head, is packed for both."""
@@ -40,5 +39,8 @@ class Worker:
             if id(module.weight) in written:
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
-    def _count_images(self, _module: Any, _inputs: Any, named: dict[str, Any], _output: Any) -> None:
-        self.image_encodes += len(named["grid_thw"])
+    def _embed_images(self, **pixels: Any) -> Any:
+        """vLLM's own, counted: one embedding an image."""
+        embeddings = self.embed_images(**pixels)
+        self.image_encodes += len(embeddings)
+        return embeddings

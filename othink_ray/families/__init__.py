@@ -6,9 +6,14 @@ from collections.abc import Callable
 
 from othink_ray.config.schema import ModelConfig
 from othink_ray.families.base import Family
-from othink_ray.families.qwen2_vl import Qwen2VL
+from othink_ray.families.qwen3_vl import Qwen3VL
+from othink_ray.families.qwen_vl import QwenVL
 
-FAMILIES: dict[str, Callable[..., Family]] = {"qwen2_vl": Qwen2VL}
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
+}
 
 
 class ModelError(ValueError):

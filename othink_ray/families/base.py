@@ -16,17 +16,17 @@ from othink_ray.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTensors:
-    """The images of one prompt as the vision tower takes them: pixels (patches, features), grids (images, 3)."""
+    """Images as the vision tower takes them; those of several prompts are theirs one after the other."""
 
-    pixels: Tensor
-    grids: Tensor
+    pixels: Tensor  # (patches, ...) of all images
+    grids: Tensor  # (images, ...): how each image's patches lie
 
 
 class Family(Protocol):
     """One model family, bound to one model folder."""
 
     banned_token_ids: tuple[int, ...]
-    """Tokens that stand for pixels: never sampled, and masked alike in the learner."""
+    """Tokens that stand for pixels, or frame them: never sampled, and masked alike in the learner."""
 
     image_token_id: int
     eos_token_id: int
@@ -51,7 +51,7 @@ class Family(Protocol):
         ...
 
     def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:
-        """Position ids (3, L) of an expanded prompt; an answer goes on at their maximum + 1 on all three axes."""
+        """Position ids (axes, L) of an expanded prompt; an answer goes on at their maximum + 1 on every axis."""
         ...
 
     def smallest_image(self) -> bytes:
@@ -71,13 +71,17 @@ class Family(Protocol):
         ...
 
     def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
-        """(image tokens, H), image after image: what stands in for their placeholders."""
+        """(image tokens, ...), image after image: all that `hidden_states` needs of them."""
+        ...
+
+    def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:
+        """The images as the keywords of the network's own forward."""
         ...
 
     def hidden_states(
         self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
     ) -> Tensor:
-        """Last hidden states (N, H) of one line of tokens (N,) at positions (3, N)."""
+        """Last hidden states (N, H) of one line of tokens (N,) at positions (axes, N)."""
         ...
 
     def output_weight(self, network: nn.Module) -> Tensor:

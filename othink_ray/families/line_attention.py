@@ -1,6 +1,6 @@
 """How transformers' models attend: text the way a line asks, images in blocks where that is quicker.
 
-What the text model passes on as its mask is the attention itself.
+Text models hand the keyword `line`, the attention itself, down to every layer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Attention | Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
+    line: Attention | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """With a plain mask, or none, the network is the unmodified one."""
-    if attention_mask is None or isinstance(attention_mask, Tensor):
-        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
-        return attended, None
-    return attention_mask(query, key, value, scaling), None
+    """Without a line the network is the unmodified one, mask and all."""
+    if line is not None:
+        return line(query, key, value, scaling), None
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    return attended, None
 
 
 def _attend_image(

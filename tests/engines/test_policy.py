@@ -14,6 +14,7 @@ from othink_ray.core.losses import grpo_loss
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Prompt
+from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import ask, batch_of, group_of, picture, row_of
 
@@ -54,25 +55,6 @@ def groups_of(family: Family, case: str) -> list[Group]:
 def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attention: str = "auto") -> Tensor:
     logprobs: Tensor = policy(batch_of(packs, family, attention))[0]
     return logprobs[: sum(int((pack.segments > 0).sum()) for pack in packs)]
-
-
-def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:
-    policy.zero_grad(set_to_none=True)
-    objective.backward()
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in policy.network.named_parameters()
-    }
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    assert whole > 0
-    for name, gradient in expected.items():
-        # A gradient that is rounding, not signal, is held against the whole of it.
-        size = torch.maximum(gradient.norm(), 1e-3 * whole)
-        assert (found[name] - gradient).norm() / size < tolerance, name
 
 
 @pytest.mark.parametrize("attention", ["grouped", "dense", "blocks"])

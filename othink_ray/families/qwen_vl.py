@@ -1,4 +1,4 @@
-"""Qwen2-VL: one placeholder per image, three-axis positions, patches packed along the first axis."""
+"""What the Qwen-VL families share: one placeholder per image, three-axis positions, patches along the first axis."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _PatchProjection(nn.Conv3d):
         return linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-class Qwen2VL:
-    """The Qwen2-VL family, bound to a Hugging Face folder or hub name."""
+class QwenVL:
+    """Any Qwen-VL, bound to a Hugging Face folder or hub name; as it stands it is Qwen2-VL and Qwen2.5-VL."""
 
     def __init__(self, path: str, *, min_pixels: int, max_pixels: int) -> None:
         self.path = path
@@ -123,6 +123,9 @@ class Qwen2VL:
         tower.patch_embed.proj.__class__ = _PatchProjection
         return network
 
+    def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:
+        return {"pixel_values": images.pixels, "image_grid_thw": images.grids}
+
     def vision_tower(self, network: nn.Module) -> nn.Module:
         body: Any = network.model
         tower: nn.Module = body.visual
@@ -142,15 +145,18 @@ class Qwen2VL:
     ) -> Tensor:
         body: Any = network.model
         embedded = body.get_input_embeddings()(token_ids)
-        is_image = token_ids == self.image_token_id
         output = body.language_model(
-            inputs_embeds=embedded.masked_scatter(is_image[:, None], features.to(embedded.dtype))[None],
+            **self._with_images(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
             position_ids=position_ids[:, None],
-            attention_mask={"full_attention": attention},
+            line=attention,
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
+        """What the text model is given for embedded tokens (N, H) and the features of the images among them."""
+        return {"inputs_embeds": embedded.masked_scatter(is_image[:, None], features)[None]}
 
     def output_weight(self, network: nn.Module) -> Tensor:
         head: Any = network.lm_head

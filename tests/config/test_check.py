@@ -94,7 +94,7 @@ def test_a_broken_rule_on_files_is_the_only_problem(overrides: list[str], words:
 
 @pytest.mark.parametrize(
     ("model", "cluster"),
-    list(itertools.product(["tiny", "qwen2_vl_2b", "qwen2_vl_7b"], ["local", "one_gpu", "one_node", "two_nodes"])),
+    list(itertools.product(groups(conf_dir())["model"], ["local", "one_gpu", "one_node", "two_nodes"])),
 )
 def test_models_and_clusters_combine(model: str, cluster: str) -> None:
     assert said([f"model={model}", f"cluster={cluster}"]) == []

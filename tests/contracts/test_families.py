@@ -23,7 +23,7 @@ from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
-from othink_ray.families import FAMILIES, open_family
+from othink_ray.families import FAMILIES, ModelError, open_family
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Prompt
 from othink_ray.weights.chunks import to_chunks
@@ -50,6 +50,16 @@ def test_each_family_can_be_chosen_and_has_a_checkpoint_here_and_a_real_model() 
     models = [load([f"model={file.stem}"]).model for file in (conf_dir() / "model").glob("*.yaml")]
     assert set(FAMILIES) == set(CHOICES["model.family"]) == set(CHECKPOINTS)
     assert set(FAMILIES) == {model.family for model in models if model.path}
+
+
+@pytest.mark.parametrize("asked", FAMILIES)
+def test_a_folder_of_another_family_is_refused_with_the_right_one(asked: str, models: dict[str, ModelConfig]) -> None:
+    for found, model in models.items():
+        if found != asked:
+            with pytest.raises(
+                ModelError, match=rf"is of the family {found}, but model\.family = {asked}: set .*{found}$"
+            ):
+                open_family(replace(model, family=asked), str(model.path))
 
 
 # ---- of each family: a folder, what the library makes of it, what we make of it
@@ -215,6 +225,15 @@ def test_images_of_many_patches_look_the_same_to_the_untouched_network(
     _assert_equals_plain_rows(policy, untouched, prompts, "auto")
 
 
+def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
+    learner = copy.deepcopy(policy)
+    batch = batch_of([row_of(group_of(policy.family, prompt, [3, 5], 0)) for prompt in MIXED], policy.family)
+    expected = gradients(learner, learner(batch)[0].sum())
+    learner.train()
+    learner.network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    assert_same_gradients(gradients(learner, learner(batch)[0].sum()), expected, 1e-5)
+
+
 def test_features_of_a_frozen_tower_can_be_shared(policy: Policy) -> None:
     learner = copy.deepcopy(policy)
     learner.family.vision_tower(learner.network).requires_grad_(False)
@@ -228,10 +247,11 @@ def test_features_of_a_frozen_tower_can_be_shared(policy: Policy) -> None:
 
 
 def test_plain_transformers_loads_what_was_saved(
-    name: str, models: dict[str, ModelConfig], trained: dict[str, Policy], tmp_path: Path
+    name: str, models: dict[str, ModelConfig], policies: dict[str, Policy], trained: dict[str, Policy], tmp_path: Path
 ) -> None:
+    """The weights that it is given are saved, whatever is left of them in the network."""
     policy = trained[name]
-    policy.family.save(tmp_path, policy.network, dict(sent_weights(policy.network)))
+    policy.family.save(tmp_path, policies[name].network, dict(sent_weights(policy.network)))
     again = open_family(models[name], str(tmp_path))
     groups = [group_of(policy.family, prompt, [4, 2], 0) for prompt in MIXED]
     plain = Policy(AutoModelForImageTextToText.from_pretrained(tmp_path), again, policy.temperature, policy.logit_rows)

@@ -82,14 +82,6 @@ def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, fa
     assert torch.allclose(-(whole.exp() * whole).sum(-1), entropy, atol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_gradient(learner: Policy, family: Family) -> None:
-    packs = [row_of(group) for group in groups_of(family, "no image beside one")]
-    expected = gradients(learner, own_logprobs(learner, family, packs).sum())
-    learner.train()
-    learner.network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    assert_same_gradients(gradients(learner, own_logprobs(learner, family, packs).sum()), expected, 1e-5)
-
-
 # ---- micro-batches
 
 

@@ -47,8 +47,7 @@ def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Seq
             "input_ids": torch.cat([prompts, answered], dim=1),
             "attention_mask": torch.cat([seen, torch.ones_like(answered)], dim=1),
             "mm_token_type_ids": torch.cat([prompts == family.image_token_id, answered < 0], dim=1).long(),
-            "pixel_values": images.pixels,
-            "image_grid_thw": images.grids,
+            **family.image_inputs(images),
         }
         with torch.no_grad():
             referred = logprobs(refer, inputs, answered)

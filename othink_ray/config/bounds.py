@@ -27,6 +27,7 @@ GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
@@ -40,7 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.reward.without_tag": WITHOUT_TAG,
     "learner.lr_schedule": LR_SCHEDULES,
     "learner.freeze": tuple(FROZEN),
-    "model.family": ("qwen2_vl",),
+    "model.family": FAMILIES,
     "model.dtype": ("float32", "bfloat16"),
     "data.task": ("counting", "geometry"),
     "data.train.source": SOURCES,

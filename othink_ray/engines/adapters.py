@@ -43,7 +43,7 @@ def add_adapters(family: Family, network: nn.Module, lora: LoraConfig, frozen: C
 
 def _adaptable(family: Family, network: nn.Module, frozen: Collection[str]) -> dict[str, set[str]]:
     """By path, the linear layers that may have an adapter: each one's part and, unless it is a number, its name."""
-    blocks = [*family.layers(network), family.projector(network)]
+    blocks = [*family.layers(network), *family.projectors(network)]
     inside = {id(module) for block in blocks for module in block.modules()}
     found = {}
     for part, path, module in modules_by_part(family, network):

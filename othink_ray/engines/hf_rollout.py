@@ -71,14 +71,18 @@ class HFRollout(Receiver):
         position_ids = positions[:, None].to(self.device)
         pixels: dict[str, Tensor] = {}
         if prompt.images:
-            pixels = {"pixel_values": images.pixels.to(self.device), "image_grid_thw": images.grids.to(self.device)}
+            pixels = {name: tensor.to(self.device) for name, tensor in self.family.image_inputs(images).items()}
         answers: list[Tensor] = []
         distributions: list[Tensor] = []
         room = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         ended = torch.zeros(sampling.answers, dtype=torch.bool)
         for place in range(room):
             output = self.network(
-                input_ids=token_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, **pixels
+                input_ids=token_ids,
+                position_ids=position_ids.squeeze(0),  # where there is one axis only, networks want none
+                past_key_values=cache,
+                use_cache=True,
+                **pixels,
             )
             logits = output.logits[:, -1].float().cpu()
             if place == 0:
@@ -95,7 +99,7 @@ class HFRollout(Receiver):
             if bool(ended.all()):
                 break
             token_ids = chosen[:, None].to(self.device)
-            position_ids = (positions.max() + 1 + place).expand(3, sampling.answers, 1).to(self.device)
+            position_ids = (positions.max() + 1 + place).expand(len(positions), sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
 
     def _ends(self, token_ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class MicroBatch:
     """A line of N tokens, of which M are answers', in the same order."""
 
     token_ids: Tensor  # (N,)
-    position_ids: Tensor  # (3, N)
+    position_ids: Tensor  # (axes, N)
     attention: Attention
     images: ImageTensors
     predictors: Tensor  # (M,) places of the hidden states that predict the answer tokens
@@ -46,8 +46,9 @@ def collate(
     line = line_up([pack.segments for pack in packs])
     prompts = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
     answer_start = torch.stack([prompt.max() + 1 for prompt in prompts])
-    position_ids = (answer_start[line.rows] + offsets(line)).expand(3, -1).clone()
-    position_ids[:, ~line.is_answer] = torch.cat(prompts, dim=1)
+    asked = torch.cat(prompts, dim=1)
+    position_ids = (answer_start[line.rows] + offsets(line)).expand(len(asked), -1).clone()
+    position_ids[:, ~line.is_answer] = asked
     shown = [image for image in images if len(image.grids)]
     return MicroBatch(
         token_ids=token_ids.to(device),
@@ -83,7 +84,7 @@ def _weightless(family: Family) -> Pack:
 
 
 def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tensor:
-    """(3, prompt length); refuses a row whose image tokens are not those that this rank's processor makes."""
+    """(axes, prompt length); refuses a row whose image tokens are not those that this rank's processor makes."""
     prompt = torch.from_numpy(pack.token_ids[: pack.prompt_len])
     found = int((prompt == family.image_token_id).sum())
     expected = family.tokens_of(images)

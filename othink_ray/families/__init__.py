@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from transformers import AutoConfig
+
 from othink_ray.config.schema import ModelConfig
-from othink_ray.families.base import Family
-from othink_ray.families.qwen2_vl import Qwen2VL
+from othink_ray.families.base import Family, ModelError
+from othink_ray.families.internvl import InternVL
+from othink_ray.families.qwen3_vl import Qwen3VL
+from othink_ray.families.qwen_vl import QwenVL
 
-FAMILIES: dict[str, Callable[..., Family]] = {"qwen2_vl": Qwen2VL}
-
-
-class ModelError(ValueError):
-    """A folder or hub name that holds no model of the family, or cannot be reached."""
+# By the name that transformers gives them in a folder's config.json.
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
+    "internvl": InternVL,
+}
 
 
 def open_family(model: ModelConfig, path: str) -> Family:
     """The family of `model`, bound to the folder or hub name `path`."""
     try:
-        return FAMILIES[model.family](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        if found == model.family:
+            return FAMILIES[found](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"model.path = {path} cannot be opened as {model.family}: {reason}; check the path, or for a name on the "
             "hub the network and the spelling"
         ) from error
+    remedy = f"set model.family={found}" if found in FAMILIES else f"take a model of {', '.join(FAMILIES)}"
+    raise ModelError(f"model.path = {path} is of the family {found}, but model.family = {model.family}: {remedy}")

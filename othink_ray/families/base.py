@@ -16,17 +16,24 @@ from othink_ray.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTensors:
-    """The images of one prompt as the vision tower takes them: pixels (patches, features), grids (images, 3)."""
+    """Images as the vision tower takes them; those of several prompts are theirs one after the other."""
 
-    pixels: Tensor
-    grids: Tensor
+    pixels: Tensor  # (patches, ...) of all images
+    grids: Tensor  # (images, ...): how each image's patches lie
+
+
+class ModelError(ValueError):
+    """A folder or hub name that holds no model of the family, cannot be reached, or cannot be used as configured."""
 
 
 class Family(Protocol):
     """One model family, bound to one model folder."""
 
+    processor_settings: dict[str, Any]
+    """What keeps images within `model.min_pixels` and `model.max_pixels`: an engine's own processor needs it too."""
+
     banned_token_ids: tuple[int, ...]
-    """Tokens that stand for pixels: never sampled, and masked alike in the learner."""
+    """Tokens that stand for pixels, or frame them: never sampled, and masked alike in the learner."""
 
     image_token_id: int
     eos_token_id: int
@@ -47,15 +54,15 @@ class Family(Protocol):
         ...
 
     def expand(self, token_ids: Sequence[int], image_token_counts: Sequence[int]) -> list[int]:
-        """The prompt with every placeholder repeated as often as its image has tokens: what the network sees."""
+        """The prompt with the tokens of its image, and what frames them, in the place of every placeholder."""
         ...
 
     def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:
-        """Position ids (3, L) of an expanded prompt; an answer goes on at their maximum + 1 on all three axes."""
+        """Position ids (axes, L) of an expanded prompt; an answer goes on at their maximum + 1 on every axis."""
         ...
 
     def smallest_image(self) -> bytes:
-        """An image of one token, for a micro-batch without any: all ranks must run the vision tower."""
+        """An image of as few tokens as can be, for a micro-batch without any: all ranks must run the vision tower."""
         ...
 
     def encode_text(self, text: str) -> list[int]: ...
@@ -68,9 +75,11 @@ class Family(Protocol):
         """The network without its weights: its modules and their shapes."""
         ...
 
-    def vision_tower(self, network: nn.Module) -> nn.Module: ...
+    def vision_tower(self, network: nn.Module) -> nn.Module:
+        """All that `image_features` runs."""
+        ...
 
-    def projector(self, network: nn.Module) -> nn.Module:
+    def projectors(self, network: nn.Module) -> list[nn.Module]:
         """What brings the tower's features to the width of the text; it may lie inside the tower."""
         ...
 
@@ -79,13 +88,17 @@ class Family(Protocol):
         ...
 
     def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
-        """(image tokens, H), image after image: what stands in for their placeholders."""
+        """(image tokens, ...), image after image: all that `hidden_states` needs of them."""
+        ...
+
+    def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:
+        """The images as the keywords of the network's own forward."""
         ...
 
     def hidden_states(
         self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
     ) -> Tensor:
-        """Last hidden states (N, H) of one line of tokens (N,) at positions (3, N)."""
+        """Last hidden states (N, H) of one line of tokens (N,) at positions (axes, N)."""
         ...
 
     def output_weight(self, network: nn.Module) -> Tensor:

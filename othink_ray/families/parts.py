@@ -11,7 +11,7 @@ from othink_ray.families.base import Family
 
 def modules_by_part(family: Family, network: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Each module with its part (text, vision or projector) and its path."""
-    projector = {id(module) for module in family.projector(network).modules()}
+    projector = {id(module) for each in family.projectors(network) for module in each.modules()}
     tower = {id(module) for module in family.vision_tower(network).modules()}
     for path, module in network.named_modules():
         part = "projector" if id(module) in projector else "vision" if id(module) in tower else "text"

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = """\
 def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
     """Write a randomly initialised model, its tokenizer (trained on `texts`) and processor as a Hugging Face folder."""
     assert model.tiny is not None
-    tokenizer = _train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts)
     image_processor = Qwen2VLImageProcessor(min_pixels=model.min_pixels, max_pixels=model.max_pixels)
     processor = Qwen2VLProcessor(
         image_processor=image_processor,
@@ -66,7 +66,7 @@ def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
     processor.save_pretrained(folder)
 
 
-def _train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits stand alone, so that a count is always one token a digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

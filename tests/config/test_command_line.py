@@ -54,7 +54,11 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         ],
     ),
     "key without its section": (["lr=1e-5"], 1, ["lr = 1e-05 (command line)", "Did you mean learner.lr?"]),
-    "unknown option": (["model=qwen2_vl_3b"], 1, ["no qwen2_vl_3b in the group model", "Options: bench, qwen2_vl_2b,"]),
+    "unknown option": (
+        ["model=qwen2_vl_3b"],
+        1,
+        ["no qwen2_vl_3b in the group model", "Options: bench, internvl3_1b,"],
+    ),
     "text for a number": (["train.steps=many"], 1, ["train.steps = many (command line) must be a whole number"]),
     "true for a number": (["learner.lr=true"], 1, ["learner.lr = true (command line) must be a finite number"]),
     "null for a number": (["train.seed=null"], 1, ["train.seed = null (command line) must be a whole number"]),

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from othink_ray.engines.policy import Policy
 from othink_ray.types import UpdateStats
 from tests.engines.learner_process import Outcome
 
@@ -38,3 +41,22 @@ def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateSta
             assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
         for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field
+
+
+def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:
+    policy.zero_grad(set_to_none=True)
+    objective.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in policy.network.named_parameters()
+    }
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert whole > 0
+    for name, gradient in expected.items():
+        # A gradient that is rounding, not signal, is held against the whole of it.
+        size = torch.maximum(gradient.norm(), 1e-3 * whole)
+        assert (found[name] - gradient).norm() / size < tolerance, name

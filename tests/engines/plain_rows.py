@@ -23,7 +23,7 @@ def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> T
         rows, is_answer = padded_rows(prompt, [c.token_ids.tolist() for c in group.completions], family.pad_token_id)
         token_ids, answered = torch.tensor(rows), torch.tensor(is_answer)
         images = family.encode_images(group.prompt.images * len(rows))
-        pixels = {"pixel_values": images.pixels, "image_grid_thw": images.grids} if group.prompt.images else {}
+        pixels = family.image_inputs(images) if group.prompt.images else {}
         in_prompt = torch.arange(token_ids.shape[1]) < len(prompt)
         logits = network(
             input_ids=token_ids,

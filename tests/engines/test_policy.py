@@ -14,6 +14,7 @@ from othink_ray.core.losses import grpo_loss
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Prompt
+from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import ask, batch_of, group_of, picture, row_of
 
@@ -56,25 +57,6 @@ def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attentio
     return logprobs[: sum(int((pack.segments > 0).sum()) for pack in packs)]
 
 
-def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:
-    policy.zero_grad(set_to_none=True)
-    objective.backward()
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in policy.network.named_parameters()
-    }
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    assert whole > 0
-    for name, gradient in expected.items():
-        # A gradient that is rounding, not signal, is held against the whole of it.
-        size = torch.maximum(gradient.norm(), 1e-3 * whole)
-        assert (found[name] - gradient).norm() / size < tolerance, name
-
-
 @pytest.mark.parametrize("attention", ["grouped", "dense", "blocks"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
@@ -98,14 +80,6 @@ def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, fa
     assert torch.allclose(whole.exp().sum(-1), torch.ones(len(whole)), atol=1e-5)
     assert torch.allclose(whole.gather(1, batch.targets[:, None])[:, 0], logprobs, atol=1e-5)
     assert torch.allclose(-(whole.exp() * whole).sum(-1), entropy, atol=1e-4)
-
-
-def test_gradient_checkpointing_changes_no_gradient(learner: Policy, family: Family) -> None:
-    packs = [row_of(group) for group in groups_of(family, "no image beside one")]
-    expected = gradients(learner, own_logprobs(learner, family, packs).sum())
-    learner.train()
-    learner.network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    assert_same_gradients(gradients(learner, own_logprobs(learner, family, packs).sum()), expected, 1e-5)
 
 
 # ---- micro-batches

@@ -1,0 +1,98 @@
+"""What the Qwen-VL families share: one placeholder per image, three-axis positions, patches along the first axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from othink_ray.data.pixels import decoded, size_of
+from othink_ray.families.base import ImageTensors
+from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
+
+
+class _PatchProjection(nn.Conv3d):
+    """A convolution whose kernel is as large as what it is given: a matrix product, and several times as quick."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+class QwenVL(HuggingFaceFamily):
+    """Any Qwen-VL, bound to a Hugging Face folder or hub name; as it stands it is Qwen2-VL and Qwen2.5-VL."""
+
+    vision_tokens = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+    def __init__(self, path: str, *, min_pixels: int, max_pixels: int) -> None:
+        super().__init__(path, {"min_pixels": min_pixels, "max_pixels": max_pixels})
+        self.merge: int = self.processor.image_processor.merge_size
+
+    def encode_images(self, images: Sequence[bytes]) -> ImageTensors:
+        if not images:
+            return ImageTensors(pixels=torch.empty(0, 0), grids=torch.empty(0, 3, dtype=torch.long))
+        encoded = self.processor.image_processor(images=[decoded(image) for image in images], return_tensors="pt")
+        return ImageTensors(pixels=encoded["pixel_values"], grids=encoded["image_grid_thw"])
+
+    def smallest_image(self) -> bytes:
+        return black_square(self.processor.image_processor.patch_size * self.merge)
+
+    def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
+        sizes = [size_of(image) for image in images]
+        patches = [
+            self.processor.image_processor.get_number_of_image_patches(height, width, {}) for width, height in sizes
+        ]
+        return [count // self.merge**2 for count in patches]
+
+    def tokens_of(self, images: ImageTensors) -> int:
+        return int((images.grids.prod(dim=-1) // self.merge**2).sum())
+
+    def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:
+        grids = iter(images.grids.tolist())
+        is_image = (token_ids == self.image_token_id).tolist()
+        pieces: list[Tensor] = []
+        start, index = 0, 0
+        while index < len(is_image):
+            if is_image[index]:
+                frames, height, width = next(grids)
+                rows, columns = height // self.merge, width // self.merge
+                piece = torch.stack(
+                    torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+                ).reshape(3, -1)
+                step = max(rows, columns)
+            else:
+                step = next((i for i in range(index, len(is_image)) if is_image[i]), len(is_image)) - index
+                piece = torch.arange(step).expand(3, -1)
+            pieces.append(piece + start)
+            start += step
+            index += piece.shape[1]
+        return torch.cat(pieces, dim=1)
+
+    def load_network(self, dtype: torch.dtype) -> nn.Module:
+        network = super().load_network(dtype)
+        tower: Any = self.vision_tower(network)
+        tower.patch_embed.proj.__class__ = _PatchProjection
+        return network
+
+    def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:
+        return {"pixel_values": images.pixels, "image_grid_thw": images.grids}
+
+    def vision_tower(self, network: nn.Module) -> nn.Module:
+        body: Any = network.model
+        tower: nn.Module = body.visual
+        return tower
+
+    def projectors(self, network: nn.Module) -> list[nn.Module]:
+        tower: Any = self.vision_tower(network)
+        return [tower.merger]
+
+    def layers(self, network: nn.Module) -> list[nn.Module]:
+        body: Any = network.model
+        return [*body.visual.blocks, *body.language_model.layers]
+
+    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
+        tower: Any = self.vision_tower(network)
+        features: Tensor = tower(images.pixels.type(tower.dtype), grid_thw=images.grids).pooler_output
+        return features

@@ -1,0 +1,51 @@
+"""What a family's vLLM engine does with a policy: to be run in a process of its own, which can have one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from othink_ray.config.schema import ModelConfig, RolloutConfig
+from othink_ray.engines.base import Sampling
+from othink_ray.types import Group, Prompt
+from othink_ray.weights.chunks import Chunk, from_chunks
+
+SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lived:
+    """Groups before and after a push, and what of the engine's weights it reached."""
+
+    opened: Sequence[Group]
+    pushed: Sequence[Group]
+    moved: dict[str, int]  # numbers in the engine that changed when the weight of this name came
+    kept: dict[str, int]  # numbers of this engine's weight that no push changed
+
+
+def live(
+    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
+) -> Lived:
+    """Opens `path`, answers, takes in `weights`, which are in a chunk each, and answers again."""
+    from othink_ray.engines.vllm_rollout import VLLMRollout
+    from othink_ray.families import open_family
+
+    family = open_family(model, path)
+    engine = VLLMRollout(rollout, model, family, path, transport="shared_memory", max_logprobs=20)
+    opened = list(engine.generate(prompts, SAMPLING))
+    parameters = dict(engine.worker.network.named_parameters())
+    start = {name: weight.clone() for name, weight in parameters.items()}
+    moved: dict[str, int] = {}
+    engine.begin_push()
+    for chunk in weights:
+        before = {name: weight.clone() for name, weight in parameters.items()}
+        engine.load_weights(from_chunks([chunk]))
+        [piece] = chunk.pieces
+        moved[piece.name] = sum(int((weight != before[name]).sum()) for name, weight in parameters.items())
+    engine.finish_push(1, buckets=len(weights))
+    return Lived(
+        opened=opened,
+        pushed=list(engine.generate(prompts, SAMPLING)),
+        moved=moved,
+        kept={name: int((weight == start[name]).sum()) for name, weight in parameters.items()},
+    )

@@ -29,11 +29,12 @@ def live(
     """Opens `path`, answers, takes in `weights`, which are in a chunk each, and answers again."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
+    from tests.engines.samples import worker_of
 
     family = open_family(model, path)
     engine = VLLMRollout(rollout, model, family, path, transport="shared_memory", max_logprobs=20)
     opened = list(engine.generate(prompts, SAMPLING))
-    parameters = dict(engine.worker.network.named_parameters())
+    parameters = dict(worker_of(engine).network.named_parameters())
     start = {name: weight.clone() for name, weight in parameters.items()}
     moved: dict[str, int] = {}
     engine.begin_push()

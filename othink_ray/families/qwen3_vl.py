@@ -1,4 +1,4 @@
-"""Qwen3-VL: features of several depths of the vision tower, each added after a text layer of its own (DeepStack)."""
+"""Qwen3-VL: what the vision tower sees at several depths goes into as many of the first text layers (DeepStack)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from othink_ray.families.qwen_vl import QwenVL
 
 
 class Qwen3VL(QwenVL):
-    """Its image features are (image tokens, H * depths): those that stand in for placeholders, then the deeper ones."""
+    """Its image features are (image tokens, H * depths): what stands in for placeholders, then what layers add."""
 
     def projectors(self, network: nn.Module) -> list[nn.Module]:
         tower: Any = self.vision_tower(network)
@@ -24,8 +24,8 @@ class Qwen3VL(QwenVL):
         return torch.cat([seen.pooler_output, *seen.deepstack_features], dim=-1)
 
     def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
-        shown, *deeper = features.split(embedded.shape[-1], dim=-1)
+        shown, *added = features.split(embedded.shape[-1], dim=-1)
         return super()._with_images(embedded, is_image, shown) | {
             "visual_pos_masks": is_image[None],
-            "deepstack_visual_embeds": deeper,
+            "deepstack_visual_embeds": added,
         }

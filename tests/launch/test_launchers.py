@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from othink_ray.config.load import load
 
@@ -79,3 +80,38 @@ def test_kuberay_nodes_run_one_image_with_shared_runs_and_memory() -> None:
         assert container["image"] == "some/image:gpu"
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/runs", "/dev/shm"}
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def ray_up() -> dict[str, Any]:
+    cluster = yaml.safe_load((LAUNCH / "ray_up.yaml").read_text())
+    assert isinstance(cluster, dict)
+    return cluster
+
+
+def test_ray_up_accepts_the_cluster_file() -> None:
+    """What `ray up` does with it before it reaches for a machine."""
+    prepared = prepare_config(ray_up())
+    validate_config(prepared)
+    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
+
+
+def test_ray_ups_fill_in_lines_are_those_that_name_machines_and_people() -> None:
+    lines = [line for line in (LAUNCH / "ray_up.yaml").read_text().splitlines() if not line.startswith("#")]
+    marked = {line.partition(":")[0].strip() for line in lines if "# FILL IN" in line}
+    assert marked == {"head_ip", "worker_ips", "ssh_user", "ssh_private_key", "min_workers", "max_workers"}
+    cluster = ray_up()
+    assert cluster["min_workers"] == cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+
+
+def test_ray_up_starts_every_node_with_the_token() -> None:
+    cluster = ray_up()
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        [start] = [command for command in commands if "ray start" in command]
+        assert start.startswith("RAY_AUTH_MODE=token ")
+
+
+def test_the_command_that_ray_up_shows_is_sound() -> None:
+    found = re.search(r"othink_ray\.main \\\n(.*)'\n", (LAUNCH / "ray_up.yaml").read_text())
+    assert found is not None
+    assert load(settings(found[1].removeprefix("#"))).cluster.address == "auto"

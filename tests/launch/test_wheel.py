@@ -1,4 +1,4 @@
-"""The package installed alone, as from an index: built from its sdist, run from an empty folder, no checkout in sight."""
+"""The package installed alone, as from an index: built from its sdist, run from an empty folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The running environment's packages are lent by their folder alone: its .pth files, the checkout's among them, are not."""
+    """The running environment lends the folder of its packages, but not its .pth files: one of them is the checkout's."""
     folder = tmp_path_factory.mktemp("installed")
     environment = folder / "environment"
     venv.create(environment, symlinks=True)

@@ -220,5 +220,5 @@ def _inspect_here(path: str) -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    for architecture in AutoConfig.from_pretrained(path).architectures:
+    for architecture in ModelRegistry.models.keys() & AutoConfig.from_pretrained(path).architectures:
         ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())

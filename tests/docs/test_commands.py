@@ -99,7 +99,9 @@ def shell(command: str, folder: Path) -> str:
 def run(command: str, page: Path, folder: Path) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "make":
-        for line in shell(f"make --dry-run --directory={shlex.quote(str(ROOT))} {shlex.join(words[1:])}", folder).splitlines():
+        for line in shell(
+            f"make --dry-run --directory={shlex.quote(str(ROOT))} {shlex.join(words[1:])}", folder
+        ).splitlines():
             check(settings(line) if "othink_ray.main" in line else [])
     elif reason_not_to_run(command):
         check(settings(command))

@@ -61,7 +61,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The running environment lends the folder of its packages, but not its .pth files: one of them is the checkout's."""
+    """The running environment lends the folder of its packages, but not its .pth files: one is the checkout's."""
     folder = tmp_path_factory.mktemp("installed")
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
@@ -94,7 +94,7 @@ def test_it_shows_its_settings_from_any_folder(installed: Installed) -> None:
 
 def test_it_trains_from_any_folder(installed: Installed) -> None:
     installed.run(
-        *("rollout=hf", "train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),
+        *("train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),
         *("model.tiny.warm_steps=1", "model.tiny.warm_batch=2", "eval.questions=2", "run.dir=first"),
     )
     assert {"metrics.jsonl", "report.html", "export"} <= {

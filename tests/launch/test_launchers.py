@@ -38,6 +38,11 @@ def command_of(launcher: str) -> str:
     return found[1].removesuffix(" &")
 
 
+def slurm_options() -> dict[str, str]:
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+
+
 @pytest.mark.parametrize("launcher", ["local.sh", "slurm.sbatch"])
 def test_shell_launchers_pass_all_arguments_last(launcher: str) -> None:
     command = command_of(launcher)
@@ -65,7 +70,7 @@ def test_the_users_settings_win_over_the_launchers() -> None:
 
 def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+    options = slurm_options()
     assert {"requeue", "exclusive", "nodes", "signal"} <= options.keys()
     signal = re.fullmatch(r"B:(\w+)@\d+", options["signal"])
     assert signal is not None
@@ -115,3 +120,29 @@ def test_the_command_that_ray_up_shows_is_sound() -> None:
     found = re.search(r"othink_ray\.main \\\n(.*)'\n", (LAUNCH / "ray_up.yaml").read_text())
     assert found is not None
     assert load(settings(found[1].removeprefix("#"))).cluster.address == "auto"
+
+
+def test_the_nodes_that_launchers_ask_for_have_the_gpus_of_two_nodes() -> None:
+    config = load(["cluster=two_nodes"])
+    rollout, learner = config.rollout, config.learner
+    wanted = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
+    slurm = slurm_options()
+    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == wanted
+    [workers] = kuberay("")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    [container] = workers["template"]["spec"]["containers"]
+    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == wanted
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+
+
+def gibibytes(text: str) -> int:
+    return int(text.removesuffix("Gi"))
+
+
+def test_kuberay_pods_may_use_what_they_reserve() -> None:
+    cluster = kuberay("")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
+        assert {name: asked[name] for name in allowed} == allowed  # no overcommitted memory: Kubernetes would kill
+        shared = next(one for one in group["template"]["spec"]["volumes"] if one["name"] == "shared-memory")
+        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(allowed["memory"])

@@ -39,6 +39,7 @@ Keys that matter
   algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
   algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator  algo.correction
   rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
+  learner.freeze (none, vision, projector)  learner.lora.rank (0: off)  learner.lora.targets
   model.path (a Hugging Face folder, a hub name or a run)  eval.every  eval.also  wandb.mode
   run.dir  run.resume (never, auto, a checkpoint folder)
   All of them, with their values: --cfg job

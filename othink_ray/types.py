@@ -139,6 +139,7 @@ class Audit:
     gap_mean: float
     gap_max: float
     tokens: int
+    sent_bytes: int = 0  # of weights, to each engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

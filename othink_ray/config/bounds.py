@@ -19,6 +19,7 @@ LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 CORRECTIONS = ("none", "token", "sequence")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
+FROZEN: dict[str, tuple[str, ...]] = {"none": (), "vision": ("vision",), "projector": ("vision", "projector")}
 LOST_NODE = ("wait", "continue")
 WITHOUT_TAG = ("strict", "whole_text", "last_number")
 OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.kl.estimator": ESTIMATORS,
     "algo.reward.without_tag": WITHOUT_TAG,
     "learner.lr_schedule": LR_SCHEDULES,
+    "learner.freeze": tuple(FROZEN),
     "model.family": ("qwen2_vl",),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": ("counting", "geometry"),
@@ -103,7 +105,7 @@ BOUNDS = (
             *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
             *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
-            *("train.keep_last", "faults.patience"),
+            *("train.keep_last", "faults.patience", "wandb.samples_every"),
         ),
     ),
     Bound(
@@ -114,6 +116,7 @@ BOUNDS = (
             *(
                 "train.seed",
                 "train.checkpoint_every",
+                "run.trace_steps",
                 "faults.max_restarts",
                 "eval.every",
                 "eval.samples",
@@ -122,6 +125,7 @@ BOUNDS = (
             ),
             *("algo.kl.beta_min", "algo.kl.beta_max", "algo.reward.format_weight", "learner.weight_decay"),
             *("rollout.cpus_per_actor", "rollout.gpus_per_actor", "learner.cpus_per_rank", "cluster.wait_s"),
+            "learner.lora.rank",
         ),
     ),
     Bound(
@@ -133,6 +137,7 @@ BOUNDS = (
             *("model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
+            "learner.lora.alpha",
             *("faults.kl_limit", "faults.gap_limit"),
         ),
     ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from othink_ray.config.bounds import BOUNDS, CHOICES
+from othink_ray.config.bounds import BOUNDS, CHOICES, FROZEN
 from othink_ray.config.data_rules import data_rules, parts_asked, test_rules
 from othink_ray.config.load import conf_dir, data_named, groups
 from othink_ray.config.model_rules import model_rules
@@ -157,6 +157,20 @@ def _examined(config: Config) -> Iterator[Problem]:
                 yield dataclasses.replace(problem, subject=f"eval.also, {name}: {problem.subject}")
 
 
+def _lora(config: Config) -> Iterator[Problem]:
+    learner = config.learner
+    if learner.lora.rank < 1:
+        return
+    subject = f"learner.lora.targets = [{', '.join(learner.lora.targets)}]"
+    if not learner.lora.targets:
+        remedy = "Set learner.lora.targets=[text], or learner.lora.rank=0."
+        yield Problem(subject=subject, rule="is empty, so nothing would be trained", remedy=remedy)
+    for part in learner.lora.targets:
+        if part in FROZEN.get(learner.freeze, ()):
+            rule = f"asks for adapters in the part {part}, which learner.freeze = {learner.freeze} keeps as it is"
+            yield Problem(subject=subject, rule=rule, remedy=f"Leave {part} out, or set learner.freeze=none.")
+
+
 def _places(config: Config) -> Iterator[Problem]:
     resume = config.run.resume
     if resume not in ("", "auto", "never") and not Path(resume).is_dir():
@@ -173,7 +187,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *(_kl, _grading, _batches, _lengths, data_rules),
-    *(model_rules, _examined, study_rules, _places, *SEAT_RULES),
+    *(model_rules, _examined, study_rules, _lora, _places, *SEAT_RULES),
 )
 
 
@@ -224,7 +238,8 @@ def plan(config: Config, machine: Machine | None) -> str:
         "rollout": f"{rollout.num_actors} x {rollout.engine}: {rollout.cpus_per_actor:g} CPUs and "
         f"{rollout.gpus_per_actor:g} GPUs each",
         "learner": f"{learner.world_size} x DeepSpeed ZeRO-{learner.zero_stage}: {learner.cpus_per_rank:g} CPUs and "
-        f"{learner.gpus_per_rank:g} GPUs each",
+        f"{learner.gpus_per_rank:g} GPUs each"
+        + (f"; LoRA of rank {learner.lora.rank} on {', '.join(learner.lora.targets)}" if learner.lora.rank else ""),
         "step": f"{train.prompts_per_step} prompts x {config.algo.group_size} answers = {answers}, "
         f"{config.algo.updates_per_step} update(s); {train.steps} steps"
         + (", each generated while the one before is learned" if train.overlap else ""),

@@ -13,6 +13,7 @@ class RunConfig:
     dir: str  # the run's folder
     cache_dir: str  # warm-started base models, shared by runs
     resume: str  # auto | never | path of a checkpoints/step_N folder
+    trace_steps: int  # the first so many steps of a start are in trace.json; 0 makes none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +187,15 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank: W stays as it is, and A and B in W + alpha / rank * B A are trained instead."""
+
+    rank: int  # 0: no adapters
+    alpha: int
+    targets: tuple[str, ...]  # linear layers that are not frozen, by part (text, vision, projector) or name (q_proj)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     """The DeepSpeed ranks."""
 
@@ -202,8 +212,9 @@ class LearnerConfig:
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
-    freeze_vision: bool  # the vision tower stays as it is
-    share_features: bool  # of a frozen tower: images are encoded once for policy, old policy and reference
+    freeze: str  # none | vision (the tower without its projector) | projector (the tower and its projector)
+    lora: LoraConfig
+    share_features: bool  # where tower and projector stay: images are encoded once for policy, old policy, reference
     shared_prefix: bool  # a group is one row; otherwise one row an answer, each with its own prompt and images
     onednn: bool  # on CPU: float32 matrices are multiplied by oneDNN, not by the BLAS that torch was built with
     compile: bool  # the layers are compiled at the first step, by a C++ compiler or Triton: half a minute, kept on disk
@@ -275,6 +286,7 @@ class WandbConfig:
 
     mode: str  # off | offline | online
     project: str
+    samples_every: int  # steps from one table of the latest questions, images and answers to the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

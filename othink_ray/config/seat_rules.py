@@ -44,9 +44,6 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
         rule = "must be at most 1: one process works on one device"
         remedy = f"Take more engines, rollout.num_actors, or larger ones: rollout.tensor_parallel={gpus:g}."
         yield broken(config, "rollout.gpus_per_actor", rule, remedy)
-    if processes > 1 and config.weights.transport == "ipc":
-        rule = "needs engines of one process, but rollout.tensor_parallel = {}"
-        yield broken(config, "weights.transport", rule.format(processes), "Set weights.transport=nccl.")
 
 
 def _sleep(config: Config) -> Iterator[Problem]:

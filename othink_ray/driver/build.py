@@ -38,6 +38,15 @@ def screen(config: Config, path: str) -> Screen:
     return partial(check_fits, open_family(config.model, path), config.rollout)
 
 
+def require_targets(config: Config, path: str) -> None:
+    """Refuses adapters for which the model has no place, before any process is started."""
+    from othink_ray.engines.trained import count_trained
+    from othink_ray.families import open_family
+
+    if config.learner.lora.rank:
+        count_trained(open_family(config.model, path), config.learner)
+
+
 def recipe(config: Config) -> Recipe:
     """The algorithm's own parts, between the answers and the learner."""
     if config.mode == "sft":
@@ -86,7 +95,7 @@ def open_loop(config: Config) -> Iterator[Callable[..., None]]:
     Open it before the team: threads that a failure leaves waiting for the team's processes end when those do.
     """
     if config.mode == "train" and config.train.overlap:
-        with ThreadPoolExecutor(max_workers=SIDES) as sides:
+        with ThreadPoolExecutor(max_workers=SIDES, thread_name_prefix="side") as sides:
             yield partial(train_overlapped, sides)
     else:
         yield train

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from othink_ray.spans import span
 from othink_ray.types import TrainState
 from othink_ray.whole_file import write_whole
 
@@ -47,6 +48,7 @@ class Checkpoints:
         for left in self.folder.glob(f"step_*{_UNFINISHED}"):  # by a run that was killed
             shutil.rmtree(left)
 
+    @span("begin a checkpoint")
     def begin(self, state: TrainState) -> None:
         self.finish()
         aside = self.folder / f"step_{state.step}{_UNFINISHED}"
@@ -64,7 +66,7 @@ class Checkpoints:
         if self.begun is None:
             return
         aside, self.begun = self.begun, None
-        with self._going_on_without(aside):
+        with span("finish a checkpoint"), self._going_on_without(aside):
             digests = self.learner.saved() | {_STATE: _digest(aside / _STATE)}
             write_whole(aside / _DIGESTS, json.dumps(digests, indent=2) + "\n")
             folder = aside.with_suffix("")

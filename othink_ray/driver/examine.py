@@ -21,6 +21,7 @@ from othink_ray.driver.answers import Answers, belongs_to
 from othink_ray.driver.build import open_classroom, open_examiners, screen
 from othink_ray.driver.checkpoint import ResumeError
 from othink_ray.driver.console import Console
+from othink_ray.driver.environment import environment
 from othink_ray.driver.evaluate import Exam, exams, graded, pass_at, summarise
 from othink_ray.driver.metrics import question_text, thumbnail_uri
 from othink_ray.driver.warm_start import base_model
@@ -40,6 +41,7 @@ def examine(
     if (run_dir / "metrics.jsonl").is_file():
         raise ResumeError(f"{run_dir} holds a training run: give the evaluation a folder of its own, run.dir=…")
     write_whole(run_dir / "config.yaml", to_yaml(config))
+    write_whole(run_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
     results: list[dict[str, Any]] = []
     models = [model_folder(path) for path in config.eval.models]
     for number, model in enumerate(models or [base_model(config, console, open_classroom)]):

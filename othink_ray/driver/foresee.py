@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.problem import Problem
@@ -14,6 +15,9 @@ from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
 from othink_ray.runtime.seating import picture, team_bundles
 from othink_ray.types import Prompt
+
+if TYPE_CHECKING:
+    from othink_ray.families.base import Family
 
 _LOOKED_AT = 32  # rows of each split
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,11 +51,9 @@ def foresee(config: Config) -> Foresight:
             rule = f"{folder} holds no *.safetensors file; weights in other files could run code when they are read"
             problems.append(Problem(subject="model.path", rule=rule, remedy="Save the model with safetensors."))
         else:
-            lines |= _sizes(config, weights)
-            problems += _room_on_disk(config, weights)
-            text, tight = _lengths(config, str(folder), samples)
-            lines["context"] = text
-            problems += tight
+            found_lines, found_problems = _model(config, folder, weights, samples)
+            lines |= found_lines
+            problems += found_problems
     else:
         lines["model files"] = "not on this machine yet: not looked at"
     return Foresight(lines=lines, problems=problems)
@@ -90,25 +92,44 @@ def _weights_of(folder: Path) -> int | None:
     return count
 
 
-def _sizes(config: Config, weights: int) -> dict[str, str]:
+def _model(
+    config: Config, folder: Path, weights: int, samples: Sequence[Prompt]
+) -> tuple[dict[str, str], list[Problem]]:
+    from othink_ray.engines.adapters import AdapterError
+    from othink_ray.engines.trained import count_trained
+    from othink_ray.families import open_family
+
+    family = open_family(config.model, str(folder))
+    text, problems = _lengths(config, family, samples)
+    lines = {"context": text}
+    try:
+        trained = count_trained(family, config.learner)
+        problems += _room_on_disk(config, weights, trained)
+        lines |= _sizes(config, weights, trained)
+    except AdapterError as error:
+        problems.append(error.problem)
+    return lines, problems
+
+
+def _sizes(config: Config, weights: int, trained: int) -> dict[str, str]:
     """Of weights, gradients, Adam's moments and the reference; activations come on top and depend on micro_tokens."""
     each, learner = _BYTES[config.model.dtype], config.learner
-    shared = {1: 12, 2: 12 + each, 3: 12 + 2 * each}[learner.zero_stage] / learner.world_size
-    whole = {1: 2 * each, 2: each, 3: 0}[learner.zero_stage]
-    needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
-    reference = each / (learner.world_size if learner.zero_stage == 3 else 1) if needs_reference else 0.0
-    rank = weights * (shared + whole + reference)
+    needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0 and not learner.lora.rank
+    networks = weights * each * (2 if needs_reference else 1)
+    by_stage = {1: 12 * trained, 2: each * trained, 3: networks}  # what is shared out from that stage on
+    rank = sum(size / (learner.world_size if learner.zero_stage >= stage else 1) for stage, size in by_stage.items())
     engine = weights * each + config.rollout.kv_cache_gb * 2**30
     return {
         "model files": f"{_amount(weights)} weights, {_size(weights * each)} as {config.model.dtype}",
+        "trained": f"{_amount(trained)} weights",
         "memory": f"about {_size(rank)} a learner rank without activations, {_size(engine)} a rollout actor with its "
         "cache",
     }
 
 
-def _room_on_disk(config: Config, weights: int) -> Iterator[Problem]:
+def _room_on_disk(config: Config, weights: int, trained: int) -> Iterator[Problem]:
     kept = config.train.keep_last + config.train.keep_best + 1  # and the one that is being written
-    needed = weights * (12 * kept + _BYTES[config.model.dtype])
+    needed = 12 * trained * kept + weights * _BYTES[config.model.dtype]
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent
@@ -121,11 +142,9 @@ def _room_on_disk(config: Config, weights: int) -> Iterator[Problem]:
         yield Problem(subject=f"run.dir = {config.run.dir}", rule=rule, remedy="Make room, or lower train.keep_last.")
 
 
-def _lengths(config: Config, folder: str, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
-    from othink_ray.families import open_family
+def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
     from othink_ray.families.fits import check_fits
 
-    family = open_family(config.model, folder)
     longest, too_long = 0, []
     for prompt in samples:
         images = sum(family.image_token_counts(prompt.images))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from othink_ray.driver.measures import measures, taught_measures
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.runtime.incidents import Incidents
+from othink_ray.spans import span
 from othink_ray.types import Prompt, ScoredGroup, TrainState
 
 
@@ -37,6 +38,7 @@ class Journal:
         stream: PromptStream,
         exams: Sequence[Exam],
         records: RunRecords,
+        show: Callable[[Mapping[str, float]], None],
         console: Console,
         before: Mapping[str, Mapping[str, Any]],
         checkpoints: Checkpoints,
@@ -44,7 +46,7 @@ class Journal:
         request: StopRequest,
     ) -> None:
         self.config, self.team, self.stream, self.exams = config, team, stream, exams
-        self.records, self.console = records, console
+        self.records, self.show, self.console = records, show, console
         self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
         self.guards = Guards(config.faults, Path(config.run.dir), incidents.tell)
         self.measures = taught_measures if config.mode == "sft" else measures
@@ -73,9 +75,10 @@ class Journal:
             for name, result in self.after.items():
                 suffix = "" if name == self.exams[0].name else f"/{name}"
                 found |= {f"eval/accuracy{suffix}": result.accuracy, f"eval/format{suffix}": result.format}
-        self.records.log(
+        line = self.records.log(
             seen.step, found | self.incidents.take() | {"faults/skipped_updates": float(seen.stats.skipped)}
         )
+        self.show(line)
         self.records.sample(seen.step, seen.scored[0], seen.advantages[0])
         self.console.step(done, found)
         self.console.sample(done, seen.scored[0])
@@ -105,7 +108,10 @@ class Journal:
         """The run's own data set is shown last: it is what the console keeps in view."""
         found = {}
         for exam in self.exams:
-            with self.console.phase(f"answering {len(exam.prompts)} held-out questions of {exam.name}"):
+            with (
+                span("evaluate", data=exam.name, questions=len(exam.prompts)),
+                self.console.phase(f"answering {len(exam.prompts)} held-out questions of {exam.name}"),
+            ):
                 answers = [graded(one)[0] for one in self.team.answer_greedily(exam.prompts)]
             found[exam.name] = summarise(answers)
         for exam in reversed(self.exams):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO, TypeAlias, TypeGuard
+from typing import Any, Self, TextIO, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,27 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 
 class RunRecords:
-    """Writes config.yaml, metrics.jsonl, samples.jsonl and summary.json of one run, and mirrors the metrics to wandb.
+    """Writes the files of one run that grow with it and those that say what it is, and mirrors them to wandb.
+
+    config.yaml and environment.json at the start, metrics.jsonl and samples.jsonl as it goes, summary.json at the end.
 
     A step's line is written when the step is done, so the line of step s says "after s steps"; on resume the lines
     above `resume_step` (all of them for a fresh start) move to `*.discarded.jsonl`.
     """
 
-    def __init__(self, run_dir: Path, *, wandb: WandbConfig, config_yaml: str, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb: WandbConfig,
+        config_yaml: str,
+        environment: Mapping[str, Any],
+        resume_step: int | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._wandb = wandb
         self._config_yaml = config_yaml
+        self._environment = environment
         self._keep_up_to = -1 if resume_step is None else resume_step
         self._last_step = self._keep_up_to
         self._metrics: TextIO
@@ -47,9 +58,11 @@ class RunRecords:
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self._run_dir / "config.yaml", self._config_yaml)
+        write_whole(self._run_dir / "environment.json", json.dumps(jsonable(self._environment), indent=2) + "\n")
         self._metrics = _open_after(self._run_dir / "metrics.jsonl", self._keep_up_to)
         self._samples = _open_after(self._run_dir / "samples.jsonl", self._keep_up_to)
-        self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml, resumed=self._keep_up_to >= 0)
+        resumed = self._keep_up_to >= 0
+        self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml, self._environment, resumed=resumed)
         return self
 
     def __exit__(
@@ -57,19 +70,23 @@ class RunRecords:
     ) -> None:
         self._metrics.close()
         self._samples.close()
-        self._tracker.close(self._run_dir / "samples.jsonl", failed=kind is not None)
+        self._tracker.close(failed=kind is not None)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the one line of `step`; NaN and infinity become null."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Append the one line of `step` and give back its numbers; in the file NaN and infinity are null."""
         assert step > self._last_step, f"step {step} is already in metrics.jsonl (last line: step {self._last_step})"
         numbers = {name: _number(name, value) for name, value in metrics.items()}
-        _append(self._metrics, {"step": step, "time/unix_s": round(time.time(), 3), **numbers})
+        line = {"step": step, "time/unix_s": round(time.time(), 3), **numbers}
+        _append(self._metrics, line)
         self._last_step = step
         self._tracker.log(step, numbers)
+        return line
 
     def sample(self, step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> None:
         """Append one group with its images as thumbnails; `advantages` has one value per answer, length G."""
-        _append(self._samples, sample_record(step, scored, advantages))
+        record = sample_record(step, scored, advantages)
+        _append(self._samples, record)
+        self._tracker.sample(step, record)
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
@@ -89,7 +106,7 @@ def _is_number(value: object) -> TypeGuard[Real]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> dict[str, object]:
+def sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> dict[str, Any]:
     group = scored.group
     assert len(advantages) == len(group.completions), "one advantage per answer"
     return {

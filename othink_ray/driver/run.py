@@ -43,9 +43,11 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
     started = time.monotonic()
     with ExitStack() as stack:
         with console.phase("starting Ray"), ThreadPoolExecutor(max_workers=1) as meanwhile:
-            for room in ("driver.build", "families"):  # torch and transformers take seconds too
-                meanwhile.submit(import_module, f"othink_ray.{room}")
+            rooms = ("driver.build", "families")  # torch and transformers take seconds too
+            imports = [meanwhile.submit(import_module, f"othink_ray.{room}") for room in rooms]
             stack.enter_context(ray_session(config.cluster))
+            for imported in imports:
+                imported.result()
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
 
@@ -67,6 +69,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.driver.checkpoint import ResumeError
     from othink_ray.driver.folder import FolderError
     from othink_ray.driver.guards import RunawayError
+    from othink_ray.engines.adapters import AdapterError
     from othink_ray.engines.learner_state import StateError
     from othink_ray.families import ModelError
     from othink_ray.runtime.calls import WorkerFailed
@@ -75,7 +78,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
 
     return (
         *(AuditError, BadRow, ClusterError, FolderError, ModelError, OSError, ResumeError, RunawayError, SourceError),
-        *(StateError, WorkerFailed),
+        *(AdapterError, StateError, WorkerFailed),
     )
 
 

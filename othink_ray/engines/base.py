@@ -138,7 +138,7 @@ class LearnerEngine(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that are trained, whole, one after the other, under their Hugging Face module names."""
+        """The weights that training changes, whole, one after the other, under their Hugging Face module names."""
         ...
 
     def export(self, folder: Path) -> None:

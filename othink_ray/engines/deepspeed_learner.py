@@ -19,13 +19,16 @@ from othink_ray.core.attention import attention_for
 from othink_ray.core.correction import RatioTerms, importance
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
+from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
 from othink_ray.engines.base import Place, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
+from othink_ray.engines.trained import choose_trained, features_stay
 from othink_ray.families.base import Family
+from othink_ray.spans import span
 from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
 
 
@@ -70,7 +73,10 @@ class DeepSpeedLearner:
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
         self.attend = attention_for(learner.attention, self.device)
-        self.engine = self._initialise(self._open_policy(DTYPES[dtype], temperature), train=True)
+        policy = self._open_policy(DTYPES[dtype], temperature)
+        choose_trained(family, policy.network, learner)
+        self.features_shared = learner.share_features and features_stay(family, policy.network)
+        self.engine = self._initialise(policy, train=True)
         self.state = ZeroState(
             deepspeed,
             self.engine,
@@ -79,16 +85,18 @@ class DeepSpeedLearner:
             rank=place.rank,
             world_size=place.world_size,
         )
-        self.reference: Any = None
-        if with_reference:
-            frozen = self._open_policy(DTYPES[dtype], temperature).requires_grad_(False).eval()
-            sharded = learner.zero_stage == 3
-            self.reference = self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
+        self.reference = self._open_reference(DTYPES[dtype], temperature) if with_reference else None
+
+    def _open_reference(self, dtype: torch.dtype, temperature: float) -> Any:
+        """What the policy was when training began."""
+        if self.learner.lora.rank:
+            return WithoutAdapters(self.engine)
+        frozen = self._open_policy(dtype, temperature).requires_grad_(False).eval()
+        sharded = self.learner.zero_stage == 3
+        return self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
 
     def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
         network = self.family.load_network(dtype)
-        if self.learner.freeze_vision:
-            self.family.vision_tower(network).requires_grad_(False)
         if self.learner.compile:
             compile_layers(self.family, network, by_onednn=self.by_onednn)
         return Policy(network, self.family, temperature, self.learner.logit_rows)
@@ -137,7 +145,8 @@ class DeepSpeedLearner:
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         several = len(updates) > 1
-        prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
+        with span("prepare"):
+            prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
         totals = _Totals(self.device)
         grad_norm, skipped = 0.0, 0
         for group in self.engine.optimizer.param_groups:
@@ -147,7 +156,8 @@ class DeepSpeedLearner:
                 wants_reference = beta > 0 and self.reference is not None
                 reference = self._no_grad(self.reference, batch, features) if wants_reference else None
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
-                logprobs, entropy = self.engine(batch, features=features)
+                with span("forward", tokens=len(batch.token_ids)):
+                    logprobs, entropy = self.engine(batch, features=features)
                 before = logprobs.detach() if old is None else old
                 used, ratios = importance(
                     correction,
@@ -169,13 +179,16 @@ class DeepSpeedLearner:
                     estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
-                self.engine.backward(value * self.place.world_size)
+                with span("backward"):
+                    self.engine.backward(value * self.place.world_size)
                 totals.note(rows[index], value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
-            self.engine.step()
+            with span("optimiser step"):
+                self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
-        return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
+        with span("sum over ranks"):
+            return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
 
     def _prepare(self, packs: Sequence[Pack], *, with_old: bool) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
         """What is known before any optimiser step: the batch, its shared image features, the policy's logprobs."""
@@ -187,14 +200,15 @@ class DeepSpeedLearner:
         return collate(packs, self.family, self.attend, self.device)
 
     def _shared_features(self, batch: MicroBatch) -> Tensor | None:
-        """The images as a frozen tower sees them: the same for the policy, the old one and the reference."""
-        if not (self.learner.freeze_vision and self.learner.share_features):
+        """The images as a tower and a projector that stay see them: the same for policy, old policy and reference."""
+        if not self.features_shared:
             return None
         with torch.no_grad():
             features: Tensor = self.engine(batch, wanted="features")
         return features
 
     @staticmethod
+    @span("pass without gradient")
     def _no_grad(policy: Any, batch: MicroBatch, features: Tensor | None) -> Tensor:
         with torch.no_grad():
             logprobs: Tensor = policy(batch, features=features)[0]
@@ -202,9 +216,9 @@ class DeepSpeedLearner:
 
     def _take_encodes(self) -> int:
         """How many images went through a vision tower since the last call."""
-        policies: list[Policy] = [
-            getattr(one, "module", one) for one in (self.engine, self.reference) if one is not None
-        ]
+        policies: list[Policy] = [self.engine.module]
+        if not (self.reference is None or isinstance(self.reference, WithoutAdapters)):
+            policies.append(getattr(self.reference, "module", self.reference))
         encodes = sum(policy.encoded_images for policy in policies)
         for policy in policies:
             policy.encoded_images = 0
@@ -224,25 +238,30 @@ class DeepSpeedLearner:
         return results
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._parameters(trained_only=True)
+        return self._weights(trained_only=True)
 
-    def _parameters(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
-        policy: Any = self.engine.module
-        for name, parameter in policy.network.named_parameters():
-            if parameter.requires_grad or not trained_only:
-                with self._whole([parameter]):
-                    yield name, parameter.detach()
+    def _weights(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for weight in plain_weights(self.engine.module.network):
+            if weight.trained or not trained_only:
+                with self._whole(weight.parts):
+                    yield weight.name, weight.merged()
 
     def _whole(self, parameters: list[Tensor]) -> Any:
         """Under ZeRO-3 a parameter lives in pieces; inside this context it is whole on every rank."""
         return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.learner.zero_stage == 3)
 
     def export(self, folder: Path) -> None:
-        policy: Any = self.engine.module
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._parameters(trained_only=False)}
+        network: Any = self.engine.module.network
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights(trained_only=False)}
+        adapter = {}
+        for name, factor in adapter_weights(network):
+            with self._whole([factor]):
+                adapter[name] = factor.detach().to("cpu", copy=True)
         if self.place.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.family.save(folder, policy.network, state)
+            self.family.save(folder, network, state)
+            if adapter:
+                write_adapter(folder / "adapter", network, adapter)
         dist.barrier()
 
     def save(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from othink_ray.spans import span
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
@@ -52,7 +54,7 @@ class ZeroState:
         return kept, steps
 
     def restore(self, stored: StoredState) -> None:
-        stored.require([name for name, _ in self.trained])
+        stored.require({name: getattr(own, "ds_shape", own.shape) for name, own in self.trained})
         if stored.steps:
             self._open_moments(stored.steps)
         for name, parameter in self.trained:
@@ -114,9 +116,10 @@ class Writing:
         self.path = folder / f"learner_{rank}.safetensors"
         self.digest = ""
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._write, args=(tensors, steps))
+        self.thread = threading.Thread(target=self._write, args=(tensors, steps), name="checkpoint")
         self.thread.start()
 
+    @span("write checkpoint")
     def _write(self, tensors: dict[str, Tensor], steps: int) -> None:
         try:
             save_file(tensors, self.path, metadata={"steps": str(steps)})
@@ -147,14 +150,21 @@ class StoredState:
         self.places = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118 (not a mapping)
         self.steps = max((int(file.metadata()["steps"]) for file in self.files), default=0)
 
-    def require(self, names: Sequence[str]) -> None:
+    def require(self, shapes: Mapping[str, Sequence[int]]) -> None:
         stored = {key.rpartition("/")[0] for key in self.places}
-        missing, unknown = sorted(set(names) - stored), sorted(stored - set(names))
-        if missing or unknown:
+        missing, unknown = sorted(set(shapes) - stored), sorted(stored - set(shapes))
+        other = [name for name in sorted(stored & set(shapes)) if self._shape(name) != list(shapes[name])]
+        if missing or unknown or other:
             raise StateError(
                 f"run.resume: {self.folder} was saved by another learner: {_few(missing)} missing, {_few(unknown)} not "
-                "wanted; go on with the model and learner.freeze_vision of the run that saved it"
+                f"wanted, {_few(other)} of another shape; go on with the model, learner.freeze and learner.lora of the "
+                "run that saved it"
             )
+
+    def _shape(self, name: str) -> list[int]:
+        key = f"{name}/{_WEIGHT}"
+        shape: list[int] = self.places[key].get_slice(key).get_shape()
+        return shape
 
     def read(self, name: str, kind: str) -> Tensor:
         tensor: Tensor = self.places[f"{name}/{kind}"].get_tensor(f"{name}/{kind}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from othink_ray.engines.base import LearnerEngine, Place
+from othink_ray.engines.base import Place
 
 
 class Engines(Protocol):
@@ -22,6 +22,9 @@ class Engines(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
+NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
 class Sender(Protocol):
     """Sends the whole policy; called on every learner rank."""
 
@@ -30,7 +33,7 @@ class Sender(Protocol):
 
 def open_sender(
     backend: str,
-    learner: LearnerEngine,
+    named_weights: NamedWeights,
     engines: Engines,
     place: Place,
     *,
@@ -48,15 +51,13 @@ def open_sender(
         """The learner's weights, whole, in one fixed order."""
 
         def __init__(self) -> None:
-            self._metadata = [
-                ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in learner.named_weights()
-            ]
+            self._metadata = [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in named_weights()]
 
         def metadata(self) -> list[ParamMeta]:
             return self._metadata
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return learner.named_weights()
+            return named_weights()
 
     meeting = {
         "nccl": lambda: NCCLTrainerInitInfo(

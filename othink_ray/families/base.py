@@ -64,7 +64,15 @@ class Family(Protocol):
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 
+    def skeleton(self) -> nn.Module:
+        """The network without its weights: its modules and their shapes."""
+        ...
+
     def vision_tower(self, network: nn.Module) -> nn.Module: ...
+
+    def projector(self, network: nn.Module) -> nn.Module:
+        """What brings the tower's features to the width of the text; it may lie inside the tower."""
+        ...
 
     def layers(self, network: nn.Module) -> list[nn.Module]:
         """The repeated ones of both towers, where nearly all of the work is."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from othink_ray.core.attention import Attention
 from othink_ray.data.pixels import decoded, size_of
@@ -123,10 +123,22 @@ class Qwen2VL:
         tower.patch_embed.proj.__class__ = _PatchProjection
         return network
 
+    def skeleton(self) -> nn.Module:
+        with torch.device("meta"):
+            network: nn.Module = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            )
+        return network
+
     def vision_tower(self, network: nn.Module) -> nn.Module:
         body: Any = network.model
         tower: nn.Module = body.visual
         return tower
+
+    def projector(self, network: nn.Module) -> nn.Module:
+        tower: Any = self.vision_tower(network)
+        merger: nn.Module = tower.merger
+        return merger
 
     def layers(self, network: nn.Module) -> list[nn.Module]:
         body: Any = network.model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from othink_ray.report.cards import PICTURE, pieces_of
+from othink_ray.report.records import read_environment
 from othink_ray.report.rendering import date, duration, write_page
 
 CARDS = 6  # of each model and data set, wrong answers first
@@ -48,6 +49,7 @@ def write_evaluation_report(run_dir: Path) -> Path:
         powers=_powers(results),
         questions=[(result, _questions(run_dir / result["answers"])) for result in results],
         config_yaml=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        environment=read_environment(run_dir),
     )
 
 

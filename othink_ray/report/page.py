@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
         incidents=[(date(when), text) for when, text in run.incidents],
         most_dropped=MOST_DROPPED_ROWS,
         config_yaml=run.config_yaml,
-        versions=run.summary.get("versions") or {},
+        environment=run.environment,
         unreadable_lines=run.unreadable_lines,
     )
 

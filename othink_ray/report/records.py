@@ -28,6 +28,7 @@ class RunFiles:
     rows: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    environment: Mapping[str, Any]
     incidents: Sequence[tuple[float, str]]  # when, and what was told
     unreadable_lines: int
 
@@ -40,7 +41,7 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read config.yaml, metrics.jsonl, samples.jsonl and summary.json; only the config has to be there."""
+    """Read what a run writes; only config.yaml has to be there."""
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise FileNotFoundError(
@@ -50,16 +51,26 @@ def read_run(run_dir: Path) -> RunFiles:
     config = OmegaConf.to_container(OmegaConf.create(config_yaml))
     rows, bad_rows = _read_lines(run_dir / "metrics.jsonl")
     samples, bad_samples = _read_lines(run_dir / "samples.jsonl")
-    summary_file = run_dir / "summary.json"
     return RunFiles(
         config_yaml=config_yaml,
         config={str(key): value for key, value in config.items()} if isinstance(config, dict) else {},
         rows=rows,
         samples=samples,
-        summary=json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {},
+        summary=_read_object(run_dir / "summary.json"),
+        environment=read_environment(run_dir),
         incidents=_read_incidents(run_dir / "incidents.jsonl"),
         unreadable_lines=bad_rows + bad_samples,
     )
+
+
+def read_environment(run_dir: Path) -> Mapping[str, Any]:
+    """What the run was made with; nothing of one of an older version."""
+    return _read_object(run_dir / "environment.json")
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def _read_incidents(path: Path) -> list[tuple[float, str]]:

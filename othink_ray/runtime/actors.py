@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from torch import Tensor
 
 from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
-from othink_ray.engines.vllm_transfer import Sender
+from othink_ray.engines.vllm_transfer import NamedWeights, Sender
+from othink_ray.runtime.recorded import Recorded
+from othink_ray.spans import keep, span
 from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
 
-class RolloutActor:
+class RolloutActor(Recorded):
     """One sampling engine."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
@@ -28,7 +32,11 @@ class RolloutActor:
         return os.getpid()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group | None]:
-        yield from self.engine.generate(prompts, sampling)
+        start_s = time.time()
+        with span("generate", prompts=len(prompts), answers=sampling.answers):
+            for group in self.engine.generate(prompts, sampling):
+                keep("group", start_s, beside=True, prompt=group.prompt.id, version=group.version)
+                yield group
         yield None  # the end, see Streams
 
     def sleep(self) -> None:
@@ -37,9 +45,11 @@ class RolloutActor:
     def begin_push(self) -> None:
         self.engine.begin_push()
 
+    @span("load weights")
     def load_weights(self, bucket: Chunk) -> None:
         self.engine.load_weights(from_chunks([bucket]))
 
+    @span("finish push")
     def finish_push(self, version: int, buckets: int) -> int:
         self.engine.finish_push(version, buckets)
         return self.engine.version
@@ -49,15 +59,17 @@ class RolloutActor:
         engine: Any = self.engine
         engine.transfer(verb, *arguments)
 
+    @span("probe")
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         return self.engine.probe(prompts, sampling, candidates)
 
 
-class LearnerActor:
+class LearnerActor(Recorded):
     """One rank of the learner."""
 
     engine: LearnerEngine
     sender: Sender
+    pushed = 0  # bytes, in the last push
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node, and a port that is free now."""
@@ -69,33 +81,49 @@ class LearnerActor:
         self.engine = make_engine(place)
         return os.getpid()
 
+    @span("update")
     def update(
         self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats:
         return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
 
+    @span("audit")
     def candidate_logprobs(self, *probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs([probe for of_engine in probes for probe in of_engine])
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
-        yield from to_chunks(self.engine.named_weights(), bucket_bytes)
+        with span("gather weights"):
+            yield from to_chunks(self._counted_weights(), bucket_bytes)
         yield None  # the end, see Streams
 
-    def open_sender(self, make_sender: Callable[[LearnerEngine], Sender]) -> None:
-        self.sender = make_sender(self.engine)
+    def _counted_weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.pushed = 0
+        for name, weight in self.engine.named_weights():
+            self.pushed += weight.nbytes
+            yield name, weight
 
+    def pushed_bytes(self) -> int:
+        return self.pushed
+
+    def open_sender(self, make_sender: Callable[[NamedWeights], Sender]) -> None:
+        self.sender = make_sender(self._counted_weights)
+
+    @span("send weights")
     def send(self) -> None:
         self.sender.send_weights()
 
+    @span("gather weights")
     def follow(self) -> None:
         """The other ranks' side of `chunks`."""
         for _ in self.engine.named_weights():
             pass
 
+    @span("export")
     def export(self, folder: Path) -> None:
         self.engine.export(folder)
 
+    @span("copy for a checkpoint")
     def save(self, folder: Path) -> None:
         self.engine.save(folder)
 

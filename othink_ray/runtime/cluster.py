@@ -10,6 +10,8 @@ from typing import Any
 
 from othink_ray.config.schema import ClusterConfig
 
+_GPU_NAME = "accelerator_type:"  # Ray's resource of a node that has GPUs
+
 
 class ClusterError(RuntimeError):
     """The cluster cannot hold the run; says what is missing."""
@@ -50,6 +52,24 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def machines() -> list[dict[str, Any]]:
+    """Each node of the Ray that is up: its host and what Ray may hand out there."""
+    import ray
+
+    return [
+        {
+            "host": node["NodeManagerHostname"],
+            "cpus": node["Resources"].get("CPU", 0),
+            "gpus": node["Resources"].get("GPU", 0),
+            "gpu_names": sorted(
+                name.removeprefix(_GPU_NAME) for name in node["Resources"] if name.startswith(_GPU_NAME)
+            ),
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _why_not_up(address: str | None, error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.packing import plan
 from othink_ray.engines.base import LearnerEngine, Place
-from othink_ray.engines.vllm_transfer import Sender
+from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.actors import LearnerActor
 from othink_ray.runtime.calls import ProcessLost, Streams, WorkersLost, gather
 from othink_ray.runtime.placement import Placement
@@ -72,7 +72,12 @@ class LearnerPool:
             raise LearnerLost(f"{streams.who} {streams.lost[0]}")
         self.wait_for(following, "gathering weights")
 
-    def open_senders(self, make_sender: Callable[[Place, int, LearnerEngine], Sender]) -> None:
+    def pushed_bytes(self) -> int:
+        """Of weights in the last push, to each engine."""
+        [count] = self.wait_for([self.ranks[0].pushed_bytes.remote()], "gathering weights")
+        return int(count)
+
+    def open_senders(self, make_sender: Callable[[Place, int, NamedWeights], Sender]) -> None:
         """Meet the engines on a port of their own."""
         [(_, port)] = self.wait_for([self.ranks[0].address.remote()], "opening the weight transfer")
         opened = [

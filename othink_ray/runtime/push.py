@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -12,11 +12,12 @@ import ray
 
 from othink_ray.config.schema import WeightsConfig
 from othink_ray.data.prompts import with_thumbnails
-from othink_ray.engines.base import LearnerEngine, Place, Sampling
-from othink_ray.engines.vllm_transfer import Sender, open_sender
+from othink_ray.engines.base import Place, Sampling
+from othink_ray.engines.vllm_transfer import NamedWeights, Sender, open_sender
 from othink_ray.runtime.calls import ProcessLost, WorkersLost
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, compare, compare_engines, require
 
@@ -90,12 +91,14 @@ def _make_sender(
     engines: TransferClient,
     place: Place,
     port: int,
-    learner: LearnerEngine,
+    named_weights: NamedWeights,
     *,
     receivers: int,
     bucket_bytes: int,
 ) -> Sender:
-    return open_sender(backend, learner, engines, place, port=port, receivers=receivers, bucket_bytes=bucket_bytes)
+    return open_sender(
+        backend, named_weights, engines, place, port=port, receivers=receivers, bucket_bytes=bucket_bytes
+    )
 
 
 class TransferClient:
@@ -176,7 +179,9 @@ class AuditedPush:
         """An engine that is lost on the way is replaced, and all get the weights again."""
         self.version = version
         try:
-            audit = self._finish(self.transport.send(version))
+            with span("send weights"):
+                sent = self.transport.send(version)
+            audit = self._finish(sent)
         except WorkersLost as failure:
             audit = self._finish_with_others(failure)
         self.prompts = self.quick_prompts
@@ -189,6 +194,7 @@ class AuditedPush:
         except WorkersLost as another:
             return self._finish_with_others(another)
 
+    @span("audit")
     def _finish(self, sent: Sent) -> Audit:
         """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
         asked = self.rollout.probe(self.prompts, self.sampling, self.weights.audit_candidates)
@@ -197,7 +203,7 @@ class AuditedPush:
         audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], self.version)
         require(audit, self.weights.audit_tolerance)
         self.audited, self.audited_with = probes, self.prompts
-        return audit
+        return replace(audit, sent_bytes=self.learner.pushed_bytes())
 
     def equip(self, new: Sequence[int]) -> None:
         """New engines get what the others have and answer as they did: the learner may be further by now."""

@@ -9,10 +9,12 @@ import psutil
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.grader import Grader
 from othink_ray.rewards.scorer import score_group
+from othink_ray.runtime.recorded import Recorded
+from othink_ray.spans import span
 from othink_ray.types import Group, ScoredGroup
 
 
-class RewardActor:
+class RewardActor(Recorded):
     """Scores one group a call."""
 
     def __init__(self, reward: RewardConfig) -> None:
@@ -23,7 +25,8 @@ class RewardActor:
         """Answered when it is up: its time limit is for grading alone."""
 
     def score(self, group: Group) -> ScoredGroup:
-        return score_group(group, self.reward, self.grader)
+        with span("score", prompt=group.prompt.id, answers=len(group.completions)):
+            return score_group(group, self.reward, self.grader)
 
 
 def _limit_memory(more_mb: int) -> None:

@@ -11,8 +11,10 @@ from othink_ray.engines.base import Sampling
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.push import AuditedPush
+from othink_ray.runtime.recorded import spans_of
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.spans import Spans
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 _STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
@@ -73,6 +75,12 @@ class Team(Examiners):
 
     def push(self, version: int) -> Audit:
         return self.pusher(version)
+
+    def spans(self, *, go_on: bool) -> dict[str, Spans]:
+        """What each process did since this was asked last, by its name; `go_on`: it notes what comes too."""
+        roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
+        actors = {f"{role} {index}": actor for role, those in roles.items() for index, actor in enumerate(those)}
+        return spans_of(actors, go_on=go_on)
 
     def export(self, folder: Path) -> None:
         self.learner.export(folder)

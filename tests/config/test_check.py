@@ -94,7 +94,7 @@ def test_a_broken_rule_on_files_is_the_only_problem(overrides: list[str], words:
 
 @pytest.mark.parametrize(
     ("model", "cluster"),
-    list(itertools.product(["tiny", "qwen2_vl_2b", "qwen2_vl_7b"], ["local", "one_gpu", "one_node", "two_nodes"])),
+    list(itertools.product(groups(conf_dir())["model"], groups(conf_dir())["cluster"])),
 )
 def test_models_and_clusters_combine(model: str, cluster: str) -> None:
     assert said([f"model={model}", f"cluster={cluster}"]) == []
@@ -151,6 +151,19 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["weights.transport=nccl"], "weights.transport = nccl needs GPUs on both sides"),
         (["cluster=one_gpu", "weights.transport=nccl"], "but rollout and learner share one Set weights.transport=ipc"),
         (["cluster=one_node", "weights.transport=ipc"], "needs rollout and learner on the same GPU"),
+        (
+            ["cluster=one_node_colocated", "rollout.num_actors=4"],
+            "rollout.num_actors = 4 weights.transport=ipc needs an engine for each learner rank",
+        ),
+        (
+            ["cluster=one_node", "rollout.tensor_parallel=2"],
+            "rollout.gpus_per_actor = 1.0 must be rollout.tensor_parallel",
+        ),
+        (["rollout=hf", "rollout.tensor_parallel=2"], "only rollout.engine=vllm splits a network"),
+        (["rollout.tensor_parallel=0"], "rollout.tensor_parallel = 0 must be at least 1"),
+        (["cluster=one_node", "rollout.sleep=true"], "rollout.sleep = True needs vLLM and the learner on the same GPU"),
+        (["cluster=one_gpu", "train.overlap=true"], "rollout.sleep = True must be false where train.overlap = true"),
+        (["cluster.wait_s=-1"], "cluster.wait_s = -1 must be at least 0"),
         (["weights.audit_tolerance=0"], "weights.audit_tolerance = 0 must be more than 0"),
         (["eval.questions=257"], "eval.questions = 257 must be at most data.test.size = 256"),
         (["data.scenes.max_items=10"], "data.scenes.max_items = 10 must be at most 9"),
@@ -190,6 +203,14 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["cluster=two_nodes", "cluster.num_gpus=4"], "must be null where cluster.address = auto"),
         (["wandb.mode=on"], "must be one of off, offline, online"),
         (["run.resume=nowhere/step_3"], "run.resume = nowhere/step_3 must be auto, never or a folder that exists"),
+        (["learner.freeze=visoin"], "Did you mean learner.freeze=vision?"),
+        (["learner.lora.rank=-1"], "learner.lora.rank = -1 must be at least 0"),
+        (["learner.lora.alpha=0"], "learner.lora.alpha = 0 must be more than 0"),
+        (["learner.lora.rank=4", "learner.lora.targets=[]"], "is empty, so nothing would be trained"),
+        (
+            ["learner.lora.rank=4", "learner.lora.targets=[text,vision]", "learner.freeze=projector"],
+            "asks for adapters in the part vision, which learner.freeze = projector keeps as it is",
+        ),
     ],
 )
 def test_broken_rule_is_the_only_problem_and_names_key_value_and_remedy(overrides: list[str], words: str) -> None:
@@ -208,6 +229,11 @@ def test_an_overlapped_run_is_sound_with_any_correction_and_said_to_be_one(name:
     assert said(overrides) == []
     assert "generated while the one before is learned" in plan(load(overrides), LARGE)
     assert "generated while" not in plan(load([]), LARGE)
+
+
+def test_adapters_are_told_in_the_plan() -> None:
+    assert "LoRA of rank 8 on text" in plan(load(["learner.lora.rank=8"]), LARGE)
+    assert "LoRA" not in plan(load([]), LARGE)
 
 
 def test_suggested_batch_is_sound() -> None:

@@ -67,10 +67,11 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(cpus: int, head_only: Path) -> Iterator[Hosts]:
+def two_hosts(cpus: int, head_only: Path, home: Path) -> Iterator[Hosts]:
     """A head and a worker, so many CPUs each; the worker finds the folder `head_only` empty."""
     number = uuid.uuid4().int
     hosts = Hosts(f"{number % 10**8:08d}", 64 + number % 64)
+    hosts.environment["HOME"] = str(home)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True)))
         for name in hosts.names.values():
@@ -85,8 +86,9 @@ def two_hosts(cpus: int, head_only: Path) -> Iterator[Hosts]:
         mine = ("--disable-usage-stats", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20))
         page = (f"--dashboard-host={hosts.addresses['head']}", f"--dashboard-port={_DASHBOARD_PORT}")
         _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", *page, *mine)
-        # Each `ip netns exec` has mounts of its own.
-        hide = ("sh", "-c", f'mount -t tmpfs none "{head_only}" && exec "$@"', "sh")
+        # Each `ip netns exec` has mounts of its own. Two nodes in one folder would clear away each other's files.
+        mounts = "".join(f'mount -t tmpfs none "{folder}" && ' for folder in (head_only, scratch))
+        hide = ("sh", "-c", f'{mounts} exec "$@"', "sh")
         hosts.bring_worker = partial(
             _start, stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine, before=hide
         )

@@ -70,8 +70,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     try:
-        with two_hosts(cpus=1, head_only=head_only) as hosts:
-            hosts.environment["HOME"] = str(shared / "home")
+        with two_hosts(cpus=1, head_only=head_only, home=shared / "home") as hosts:
             yield Site(hosts, checkout, head_only, shared)
     finally:
         del os.environ[MARK]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from shutil import disk_usage
 
 import pytest
 
@@ -46,6 +47,24 @@ def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, mo
     [problem] = foresee(load([f"model.path={model_folder}", "train.keep_last=3"])).problems
     assert "5 checkpoints" in str(problem)
     assert "train.keep_last" in str(problem)
+
+
+def test_adapters_need_less_memory_and_less_disk(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, adapted = f"model.path={model_folder}", "learner.lora.rank=4"
+    whole, few = (foresee(load([path, *more])).lines for more in ([], [adapted]))
+    assert whole["trained"] == whole["model files"].partition(",")[0]
+    assert few["trained"] == "29184 weights"  # 4 x (in + out) of seven matrices in each of three layers
+    ranks = [float(lines["memory"].split()[1]) for lines in (whole, few)]
+    assert 3 * ranks[1] < ranks[0]
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: disk_usage("/")._replace(free=20 * 2**20))
+    assert [len(foresee(load([path, *more])).problems) for more in ([], [adapted])] == [1, 0]
+
+
+def test_adapters_without_a_place_are_a_problem_with_the_nearest_name(model_folder: Path) -> None:
+    asked = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
+    [problem] = foresee(load([f"model.path={model_folder}", *asked])).problems
+    assert problem.subject == "learner.lora.targets = [q_porj]"
+    assert problem.remedy.startswith("Did you mean q_proj? It has: ")
 
 
 def test_bad_rows_are_counted_and_a_data_set_without_any_good_one_is_a_problem(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -17,12 +18,15 @@ from othink_ray.config.schema import WandbConfig
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.types import Completion, Group, Message, Prompt, ScoredGroup
 
-OFF = WandbConfig(mode="off", project="test")
-OFFLINE = WandbConfig(mode="offline", project="test")
+OFF = WandbConfig(mode="off", project="test", samples_every=2)
+OFFLINE = WandbConfig(mode="offline", project="test", samples_every=2)
+ENVIRONMENT = {"versions": {"ray": "2.60.0"}, "git": {"commit": "0123abcd", "dirty": True}}
 
 
 def records(run_dir: Path, *, wandb: WandbConfig = OFF, resume_step: int | None = None) -> RunRecords:
-    return RunRecords(run_dir, wandb=wandb, config_yaml="train:\n  steps: 3\n", resume_step=resume_step)
+    return RunRecords(
+        run_dir, wandb=wandb, config_yaml="train:\n  steps: 3\n", environment=ENVIRONMENT, resume_step=resume_step
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -80,16 +84,17 @@ def test_every_step_is_one_line_readable_before_the_run_ends(tmp_path: Path) -> 
     assert "eval/accuracy" not in seen[0]
 
 
-def test_the_config_is_kept_as_given(tmp_path: Path) -> None:
+def test_config_and_environment_are_kept_as_given_before_the_first_step(tmp_path: Path) -> None:
     with records(tmp_path / "new" / "run"):
-        pass
-    assert (tmp_path / "new" / "run" / "config.yaml").read_text() == "train:\n  steps: 3\n"
+        assert (tmp_path / "new" / "run" / "config.yaml").read_text() == "train:\n  steps: 3\n"
+        assert json.loads((tmp_path / "new" / "run" / "environment.json").read_text()) == ENVIRONMENT
 
 
 def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     with records(tmp_path) as run:
-        run.log(1, {"kl/mean": math.nan, "ratio/raw_max": math.inf, "entropy": 0.0})
+        numbers = run.log(1, {"kl/mean": math.nan, "ratio/raw_max": math.inf, "entropy": 0.0})
     (line,) = lines(tmp_path / "metrics.jsonl")
+    assert line.keys() == numbers.keys()
     assert (line["kl/mean"], line["ratio/raw_max"], line["entropy"]) == (None, None, 0.0)
 
 
@@ -218,15 +223,33 @@ def test_offline_wandb_keeps_its_run_in_the_run_folder(tmp_path: Path) -> None:
         warnings.simplefilter("error", RuntimeWarning)
         with records(tmp_path, wandb=OFFLINE) as run:
             run.log(1, {"entropy": 1.0, "kl/mean": math.nan})
-            run.sample(1, scored_group(), np.array([1.0, -1.0]))
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = stored.read_bytes()
     assert b"entropy" in content
-    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/table/samples*"))
+    assert b"0123abcd" in content
+
+
+def test_wandb_has_tables_of_the_latest_answers_with_their_images_while_the_run_goes_on(tmp_path: Path) -> None:
+    with records(tmp_path, wandb=OFFLINE) as run:
+        for step in range(3):
+            run.log(step, {"entropy": 1.0})
+            run.sample(step, scored_group(encoded(Image.new("RGB", (1024, 512), (step, 0, 0)))), np.array([1.0, -1.0]))
+    waiting = [file.read_bytes() for file in (tmp_path / "wandb" / "data" / "artifacts" / "staging").iterdir()]
+    images = {hashlib.sha256(content).hexdigest() for content in waiting if content.startswith(b"\x89PNG")}
+    tables = [json.loads(content) for content in {one for one in waiting if one.startswith(b'{"_type": "table"')}]
+    rows = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["data"]]
+    assert sorted([row["step"] for row in rows]) == [0, 0, 1, 1, 2, 2]
+    assert sorted(len(table["data"]) for table in tables) == [2, 4]
+    assert {(row["completion"], row["reward"], row["advantage"]) for row in rows} == {
+        ("<answer> 3 </answer>", 2.0, 1.0),
+        ("<answer> 5 </answer>", 1.0, -1.0),
+    }
+    assert {row["image"]["sha256"] for row in rows} == images
+    assert {(row["image"]["width"], row["image"]["height"]) for row in rows} == {(256, 128)}
 
 
 def test_a_failing_wandb_warns_and_the_records_go_on(tmp_path: Path) -> None:
-    broken = WandbConfig(mode="offline", project="no/such?project#name")
+    broken = dataclasses.replace(OFFLINE, project="no/such?project#name")
     with pytest.warns(RuntimeWarning, match=r"wandb stopped.*the run goes on"), records(tmp_path, wandb=broken) as run:
         run.log(1, {"entropy": 1.0})
     assert steps(tmp_path / "metrics.jsonl") == [1]

@@ -96,7 +96,9 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
     schedule = beta_schedule(config)
     exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
-        RunRecords(run_dir, wandb=config.wandb, config_yaml=to_yaml(config), resume_step=state.step - 1) as records,
+        RunRecords(
+            run_dir, wandb=config.wandb, config_yaml=to_yaml(config), environment={}, resume_step=state.step - 1
+        ) as records,
         Console(io.StringIO()) as console,
         open_loop(config) as loop,
     ):
@@ -130,6 +132,7 @@ def journal_of(
         stream,
         [exam],
         records,
+        lambda numbers: None,
         console,
         state.before,
         checkpoints,
@@ -191,7 +194,7 @@ def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tm
     exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop")
     with (
-        RunRecords(tmp_path, wandb=config.wandb, config_yaml="", resume_step=STEPS - 1) as records,
+        RunRecords(tmp_path, wandb=config.wandb, config_yaml="", environment={}, resume_step=STEPS - 1) as records,
         Console(io.StringIO()) as console,
     ):
         journal = journal_of(config, tmp_path, Pupil(version=STEPS), stream, exam, records, console, state)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+
 import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.model_rules import base_model_folder
+from othink_ray.config.schema import Config, LearnerConfig
+from othink_ray.driver.console import Console
+from othink_ray.driver.warm_start import Classroom, warm_started
 
 
 @pytest.mark.parametrize(
@@ -24,7 +30,27 @@ def test_whatever_shapes_the_base_model_gives_it_another_folder(override: str) -
 
 
 @pytest.mark.parametrize(
-    "override", ["train.seed=5", "algo=grpo", "learner.world_size=2", "learner.lr=1e-3", "rollout.num_actors=2"]
+    "override",
+    [
+        *("train.seed=5", "algo=grpo", "learner.world_size=2", "learner.lr=1e-3", "rollout.num_actors=2"),
+        *("learner.freeze=vision", "learner.lora.rank=8"),
+    ],
 )
 def test_runs_that_differ_only_in_training_share_it(override: str) -> None:
     assert base_model_folder(load([override])) == base_model_folder(load([]))
+
+
+def test_the_base_model_is_taught_with_all_of_its_weights(tmp_path: Path) -> None:
+    class Opened(Exception):
+        pass
+
+    asked: list[LearnerConfig] = []
+
+    def open_classroom(config: Config, folder: Path) -> AbstractContextManager[Classroom]:
+        asked.append(config.learner)
+        raise Opened
+
+    config = load([f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision"])
+    with Console() as console, pytest.raises(Opened):
+        warm_started(config, console, open_classroom)
+    assert [(learner.freeze, learner.lora.rank) for learner in asked] == [("none", 0)]

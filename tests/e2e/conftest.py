@@ -71,3 +71,9 @@ def start_run(ray_here: None, cache: Path, tmp_path_factory: pytest.TempPathFact
 def plain_run(start_run: StartRun) -> Run:
     """One rank, one rollout actor, wandb offline."""
     return start_run("wandb.mode=offline")
+
+
+@pytest.fixture(scope="session")
+def overlapped(start_run: StartRun) -> Run:
+    """The next step is generated while this one is learned."""
+    return start_run("train.overlap=true", "train.steps=3")

@@ -6,12 +6,7 @@ import json
 
 import pytest
 
-from tests.e2e.conftest import Run, StartRun
-
-
-@pytest.fixture(scope="module")
-def overlapped(start_run: StartRun) -> Run:
-    return start_run("train.overlap=true", "train.steps=3")
+from tests.e2e.conftest import Run
 
 
 def samples(run: Run) -> list[dict[str, object]]:

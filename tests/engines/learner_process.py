@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig, ModelConfig
 from othink_ray.types import Pack, Probe, UpdateStats
@@ -43,6 +45,15 @@ class Scenario:
     save: Path | None = None
     export: Path | None = None
     probes: Sequence[Probe] = ()
+    watch: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The network at one moment: each of its tensors, trained or not, and what the reference thinks of an answer."""
+
+    digests: dict[str, str]
+    reference_logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +64,8 @@ class Outcome:
     weights: dict[str, NDArray[np.float32]]
     first_moments: dict[str, NDArray[np.float32]]  # Adam's: after one step the gradient times 1 - beta1
     candidate_logprobs: Sequence[NDArray[np.float32]] = field(default=())
+    factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
+    seen: Sequence[Seen] = field(default=())  # before and after training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +123,8 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     )
     if scenario.load:
         learner.load(scenario.load)
+    seen = [_look(learner, scenario, rank)] if scenario.watch else []
+    factors = {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
     stats = [
         learner.update(
             shares[rank],
@@ -120,6 +135,8 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         )
         for shares in scenario.steps
     ]
+    if scenario.watch:
+        seen.append(_look(learner, scenario, rank))
     if scenario.save:
         scenario.save.mkdir(exist_ok=True)
         learner.save(scenario.save)
@@ -131,7 +148,24 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         weights={name: weight.float().numpy().copy() for name, weight in learner.named_weights()},
         first_moments=_first_moments(learner) if stats else {},
         candidate_logprobs=learner.candidate_logprobs(scenario.probes) if scenario.probes else (),
+        factors=factors,
+        seen=seen,
     )
+
+
+def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
+    """The network's own parameters, by the names that they have in it."""
+    for name, parameter in learner.engine.module.network.named_parameters():
+        with learner._whole([parameter]):
+            yield name, parameter.detach()
+
+
+def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
+    digests = {name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in _whole(learner)}
+    [[row, *_], *_], *_ = scenario.steps[0][rank]
+    logprobs = learner._no_grad(learner.reference, learner._collate([row]), None)
+    learner._take_encodes()
+    return Seen(digests=digests, reference_logprobs=logprobs.numpy().copy())
 
 
 def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:

@@ -89,9 +89,10 @@ def test_what_was_saved_by_another_model_is_refused_by_name(tmp_path: Path) -> N
         assert digest == hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
     stored = StoredState(tmp_path)
     assert stored.steps == 3
-    stored.require(["b.weight", "a.weight"])
-    with pytest.raises(StateError, match=r"1 parameters \(c\.weight\) missing, 1 parameters \(b\.weight\) not wanted"):
-        stored.require(["a.weight", "c.weight"])
+    stored.require({"b.weight": (2,), "a.weight": torch.Size([2])})
+    said = r"\(c\.weight\) missing, 1 parameters \(b\.weight\) not wanted, 1 parameters \(a\.weight\) of another shape"
+    with pytest.raises(StateError, match=said):
+        stored.require({"a.weight": (2, 1), "c.weight": (2,)})
 
 
 def test_a_full_disk_is_told_when_the_file_is_waited_for(tmp_path: Path) -> None:

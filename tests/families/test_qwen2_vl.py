@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from othink_ray.config.schema import Config
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
+from othink_ray.families.parts import modules_by_part
 from othink_ray.types import Message, Prompt
 from tests.engines.samples import ask, picture
 
@@ -28,6 +29,23 @@ REPEATABLE = settings(
 
 def decoded(images: Sequence[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
+
+
+def test_a_skeleton_is_the_network_without_its_numbers(family: Family, policy: Policy) -> None:
+    skeleton = {name: tuple(one.shape) for name, one in family.skeleton().named_parameters() if one.is_meta}
+    assert skeleton == {name: tuple(one.shape) for name, one in policy.network.named_parameters()}
+
+
+def test_every_weight_is_of_one_part(family: Family, policy: Policy) -> None:
+    parts = {
+        f"{path}.{name}": part
+        for part, path, module in modules_by_part(family, policy.network)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    for name, _ in policy.network.named_parameters():
+        expected = "projector" if "visual.merger." in name else "vision" if "visual." in name else "text"
+        assert parts[name] == expected, name
+    assert set(parts.values()) == {"text", "vision", "projector"}
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,20 @@ SUMMARY: dict[str, Any] = {
     "seconds": 372.4,
     "audit_gap_max": 1.6e-5,
     "dropped": [["row-17", "image cannot be decoded"]],
-    "versions": {"torch": "2.13.0"},
     "model": "tiny",
     "data": "counting",
     "algo": "grpo_d",
     "seed": 7,
+}
+ENVIRONMENT: dict[str, Any] = {
+    "command": "python -m othink_ray.main train.steps=200",
+    "host": "head",
+    "machines": [
+        {"host": "head", "cpus": 16.0, "gpus": 0, "gpu_names": []},
+        {"host": "worker", "cpus": 64.0, "gpus": 8.0, "gpu_names": ["H200"]},
+    ],
+    "git": {"commit": "0123abcd", "dirty": True},
+    "versions": {"python": "3.11.2", "torch": "2.13.0"},
 }
 CHARTS = [
     "Reward in training",
@@ -98,12 +107,15 @@ def write_run(
     rows: Iterable[Mapping[str, Any]] = (),
     samples: Iterable[Mapping[str, Any]] = (),
     summary: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> Path:
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
+    if environment is not None:
+        (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
 
@@ -151,10 +163,20 @@ def test_a_finished_run_leads_with_accuracy_before_and_after_and_its_intervals(t
         "24.1 → 23.0 tokens",
         "1.6e-05 nats",
         "9 October 2025",
-        "torch 2.13.0",
     ):
         assert fact in page.text
     assert "not finished" not in page.text
+
+
+def test_at_its_bottom_stands_what_the_run_was_made_with_and_where(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path, rows=[row(1)], environment=ENVIRONMENT))
+    for fact in (
+        *("python 3.11.2", "torch 2.13.0", "commit 0123abcd, changed since", "started on head", "head: 16 CPUs"),
+        *("worker: 64 CPUs, 8 GPUs H200", "python -m othink_ray.main train.steps=200"),
+    ):
+        assert fact in page.text
+    page = page_of(write_run(tmp_path, rows=[row(1)], environment=ENVIRONMENT | {"git": None}))
+    assert "commit unknown" in page.text
 
 
 def test_every_figure_is_drawn(tmp_path: Path) -> None:
@@ -179,12 +201,13 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("attack", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
 def test_text_from_models_and_data_is_only_ever_text(tmp_path: Path, attack: str) -> None:
     hostile = sample(1, text=attack, question=attack, answer=attack, prompt_id=attack)
-    summary = {**SUMMARY, "model": attack, "dropped": [[attack, attack]], "versions": {attack: attack}}
-    page = page_of(write_run(tmp_path, rows=[row(1)], samples=[hostile], summary=summary))
+    summary = {**SUMMARY, "model": attack, "dropped": [[attack, attack]]}
+    environment = {**ENVIRONMENT, "versions": {attack: attack}, "command": attack, "host": attack}
+    page = page_of(write_run(tmp_path, rows=[row(1)], samples=[hostile], summary=summary, environment=environment))
     assert not {tag for tag, _ in page.tags} & {"script"}
     assert page.attributes("src") == [PIXEL]
     assert not page.attributes("onerror")
-    assert page.text.count(attack) >= 7
+    assert page.text.count(attack) >= 9
     assert "49" not in page.text.split("Answers, early and late")[1]
 
 

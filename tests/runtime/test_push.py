@@ -17,6 +17,7 @@ from PIL import Image
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import Place, Receiver, Sampling
+from othink_ray.engines.policy import Policy
 from othink_ray.runtime.calls import WorkerFailed
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.placement import Placement
@@ -27,7 +28,7 @@ from othink_ray.runtime.team import Team
 from othink_ray.types import Group, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
-from tests.engines.samples import ask, picture, worker_of
+from tests.engines.samples import ask, picture, sent_weights, worker_of
 from tests.runtime.conftest import incidents, train_one_step
 
 BUCKET = 2**26
@@ -69,12 +70,13 @@ def on_engine(team: Team, change: Callable[[Any], object]) -> None:
 
 
 def test_a_clean_push_leaves_a_gap_of_rounding_only(
-    team: Team, asked: list[Prompt], version: Callable[[], int]
+    team: Team, taught: Policy, asked: list[Prompt], version: Callable[[], int]
 ) -> None:
     for _ in range(2):
         audit = team.push(version())
         assert audit.gap_mean < 1e-4
         assert audit.tokens >= 4 * 8
+        assert audit.sent_bytes == sum(weight.nbytes for _, weight in sent_weights(taught.network))
         train_one_step(team, asked, version())
     assert team.push(version()).gap_mean < 1e-4
 

@@ -1,0 +1,152 @@
+"""LoRA by peft, in place: modules keep their paths, and whoever asks for weights gets those of the plain network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from othink_ray.config.problem import Problem
+from othink_ray.config.schema import LoraConfig
+from othink_ray.families.base import Family
+from othink_ray.families.parts import modules_by_part
+
+_NAME = "default"  # peft's, of an adapter that is the only one
+
+
+class AdapterError(ValueError):
+    """An adapter is asked for where the network has nothing to adapt."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem.subject} {self.problem.rule}; {self.problem.remedy}"
+
+
+def add_adapters(family: Family, network: nn.Module, lora: LoraConfig, frozen: Collection[str]) -> None:
+    """In every layer that is a target; they add nothing yet, and nothing else is trained."""
+    known = _adaptable(family, network, frozen)
+    _require_known(lora.targets, sorted(set().union(*known.values())), frozen)
+    paths = [path for path, names in known.items() if not names.isdisjoint(lora.targets)]
+    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=paths)
+    peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
+
+
+def _adaptable(family: Family, network: nn.Module, frozen: Collection[str]) -> dict[str, set[str]]:
+    """By path, the linear layers that may have an adapter: each one's part and, unless it is a number, its name."""
+    blocks = [*family.layers(network), family.projector(network)]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    found = {}
+    for part, path, module in modules_by_part(family, network):
+        if isinstance(module, nn.Linear) and id(module) in inside and part not in frozen:
+            name = path.rpartition(".")[2]
+            found[path] = {part} if name.isdecimal() else {part, name}
+    return found
+
+
+def _require_known(targets: Sequence[str], known: Sequence[str], frozen: Collection[str]) -> None:
+    for target in targets:
+        if target not in known:
+            near = get_close_matches(target, known, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            where = f" outside of what learner.freeze keeps ({', '.join(frozen)})" if frozen else ""
+            raise AdapterError(
+                Problem(
+                    subject=f"learner.lora.targets = [{', '.join(targets)}]",
+                    rule=f"must be parts or names of the model's linear layers, and it has no {target}{where}",
+                    remedy=f"{hint}It has: {', '.join(known)}.",
+                )
+            )
+
+
+class WithoutAdapters:
+    """The policy as it was before training: the same network, its adapters off."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.layers = [layer for _, layer in _adapted(policy.module.network)]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        for layer in self.layers:
+            layer.enable_adapters(False)
+        try:
+            return self.policy(*inputs, **named)
+        finally:
+            for layer in self.layers:
+                layer.enable_adapters(True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One weight of the plain network, and what an adapter adds to it: scale * up @ down."""
+
+    name: str
+    base: Tensor
+    factors: tuple[Tensor, ...]  # up (out, rank), down (rank, in); none where it is not adapted
+    scale: float
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.base, *self.factors]
+
+    @property
+    def trained(self) -> bool:
+        return any(part.requires_grad for part in self.parts)
+
+    def merged(self) -> Tensor:
+        """Summed in float32, whatever the network computes in."""
+        if not self.factors:
+            return self.base.detach()
+        up, down = (factor.detach().float() for factor in self.factors)
+        return (self.base.float() + self.scale * (up @ down)).to(self.base.dtype)
+
+
+def plain_weights(network: nn.Module) -> Iterator[Weight]:
+    """All weights, in one fixed order, under the names that they have without adapters."""
+    adapted = {f"{path}.base_layer": layer for path, layer in _adapted(network)}
+    factors = {id(factor) for layer in adapted.values() for factor in _factors(layer)}
+    for name, parameter in network.named_parameters():
+        if id(parameter) in factors:
+            continue
+        owner, _, kind = name.rpartition(".")
+        layer = adapted.get(owner)
+        yield Weight(
+            name=name if layer is None else f"{owner.removesuffix('.base_layer')}.{kind}",
+            base=parameter,
+            factors=() if layer is None or kind != "weight" else _factors(layer),
+            scale=1.0 if layer is None else layer.scaling[_NAME],
+        )
+
+
+def _adapted(network: nn.Module) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in network.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _factors(layer: Any) -> tuple[Tensor, ...]:
+    return layer.lora_B[_NAME].weight, layer.lora_A[_NAME].weight
+
+
+def adapter_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The factors of all adapters, under the names that they have in peft's files."""
+    for path, layer in _adapted(network):
+        for kind, factor in zip(("lora_B", "lora_A"), _factors(layer), strict=True):
+            yield f"base_model.model.{path}.{kind}.weight", factor
+
+
+def write_adapter(folder: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """As peft loads it onto the model that training began with."""
+    trained: Any = network
+    settings = replace(
+        trained.peft_config[_NAME], base_model_name_or_path=trained.config.name_or_path, inference_mode=True
+    )
+    settings.save_pretrained(folder)
+    save_file(dict(weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})

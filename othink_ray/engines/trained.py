@@ -1,0 +1,40 @@
+"""What of a network is trained: all of it, all but frozen parts, or adapters in its place."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from othink_ray.config.bounds import FROZEN
+from othink_ray.config.schema import LearnerConfig
+from othink_ray.engines.adapters import add_adapters
+from othink_ray.families.base import Family
+from othink_ray.families.parts import modules_by_part
+
+
+def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -> None:
+    """Afterwards what is not trained asks for no gradient."""
+    frozen = FROZEN[learner.freeze]
+    if learner.lora.rank:
+        add_adapters(family, network, learner.lora, frozen)
+    else:
+        for part, _, module in modules_by_part(family, network):
+            if part in frozen:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+
+
+def count_trained(family: Family, learner: LearnerConfig) -> int:
+    """How many numbers are trained, before any weight is loaded; AdapterError where there is nothing to adapt."""
+    network = family.skeleton()
+    choose_trained(family, network, learner)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def features_stay(family: Family, network: nn.Module) -> bool:
+    """Whether training changes nothing between the pixels and the features of an image."""
+    return not any(
+        parameter.requires_grad
+        for part, _, module in modules_by_part(family, network)
+        for parameter in module.parameters(recurse=False)
+        if part != "text"
+    )

@@ -1,0 +1,266 @@
+"""LoRA on real DeepSpeed ranks, held against the gradient of the whole matrices, and against itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from othink_ray.config.schema import Config, LearnerConfig, LoraConfig
+from othink_ray.engines.adapters import AdapterError
+from othink_ray.engines.trained import choose_trained
+from othink_ray.families.base import Family
+from othink_ray.types import Group, Probe
+from tests.engines.learner_process import Outcome, Scenario, run_ranks
+from tests.engines.lives import BETA, planned, training
+from tests.engines.nearness import assert_same_stats, distance, moved
+from tests.engines.samples import batch_of, fresh_policy, row_of
+from tests.engines.slow_training import TEMPERATURE
+
+TEXT = LoraConfig(rank=4, alpha=12, targets=("text",))
+EVERYWHERE = replace(TEXT, targets=("text", "vision", "projector"))
+Arrays = dict[str, NDArray[np.float32]]
+Lives = dict[str, list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def lives(small: Config, small_folder: Path, batches: list[list[Group]], places: Path) -> Lives:
+    """By name, each rank's: alone first, then two ranks, then alone again with what those saved."""
+
+    def outcomes(ranks: int, name: str, **scenarios: Scenario) -> Lives:
+        found = run_ranks(small.model, small_folder, ranks, scenarios, places / name)
+        return {life: [one[life] for one in found] for life in scenarios}
+
+    def adapted(ranks: int, **changes: object) -> Scenario:
+        return training(small, batches, ranks, **({"lora": TEXT} | changes))
+
+    one_update = [planned(batches[0], ranks=1, updates=1, micro_tokens=100)]
+    first = Scenario(
+        learner=replace(small.learner, max_grad_norm=1e6), steps=one_update, beta=BETA, temperature=TEMPERATURE
+    )
+    one, two, three = adapted(1), adapted(2), adapted(2, zero_stage=3)
+    probes = [
+        Probe(
+            group=replace(group, completions=group.completions[:1]),
+            candidates=np.arange(100, 104)[None].repeat(len(group.completions[0].token_ids), 0),
+            logprobs=np.zeros((len(group.completions[0].token_ids), 4), np.float32),
+        )
+        for group in batches[0]
+    ]
+    return (
+        outcomes(
+            1,
+            "first",
+            whole_matrices=first,
+            first_step=replace(first, learner=replace(first.learner, lora=EVERYWHERE)),
+            untouched=replace(one, steps=(), probes=probes),
+            stage_1=replace(one, watch=True, export=places / "export", probes=probes),
+            stage_2=adapted(1, zero_stage=2, micro_tokens=1),
+            stage_3=replace(adapted(1, zero_stage=3, gradient_checkpointing=True), watch=True),
+            dense=adapted(1, attention="dense", onednn=False, share_features=False),
+            everywhere=adapted(1, lora=EVERYWHERE),
+            supervised=replace(one, loss="sft", beta=0.0, with_reference=False),
+            half=replace(one, steps=one.steps[:1], save=places / "of_one"),
+            rest=replace(one, steps=one.steps[1:], load=places / "of_one"),
+        )
+        | outcomes(
+            2,
+            "second",
+            two_ranks=two,
+            two_of_stage_3=replace(three, watch=True, export=places / "export_3"),
+            one_to_stage_3=replace(three, steps=three.steps[1:], load=places / "of_one"),
+            half_of_stage_3=replace(three, steps=three.steps[:1], save=places / "of_three"),
+        )
+        | outcomes(1, "third", stage_3_to_one=replace(one, steps=one.steps[1:], load=places / "of_three"))
+    )
+
+
+def factors_of(outcome: Outcome, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return outcome.factors[f"{path}.lora_B.default.weight"], outcome.factors[f"{path}.lora_A.default.weight"]
+
+
+# ---- the start
+
+
+def test_adapters_add_nothing_at_first_so_that_the_kl_of_the_first_update_is_zero(lives: Lives) -> None:
+    [outcome], [plain] = lives["first_step"], lives["whole_matrices"]
+    assert outcome.stats[0].kl_mean == 0.0 == plain.stats[0].kl_mean
+    assert outcome.stats[0].loss == plain.stats[0].loss
+    assert outcome.stats[0].reference_passes > 0
+    ups = [factor for name, factor in outcome.factors.items() if "lora_B" in name]
+    downs = [factor for name, factor in outcome.factors.items() if "lora_A" in name]
+    assert len(ups) == len(downs) > 0
+    assert not any(up.any() for up in ups) and all(down.all() for down in downs)
+
+
+def test_the_gradient_of_an_adapter_is_that_of_its_matrix_seen_through_the_other_factor(
+    lives: Lives, small: Config
+) -> None:
+    """dL/dB = scale * dL/dW A^T, and dL/dA = scale * B^T dL/dW, which is 0 where B is."""
+    [adapted], [plain] = lives["first_step"], lives["whole_matrices"]
+    paths = [name.removesuffix(".lora_B.default.weight") for name in adapted.factors if "lora_B" in name]
+    assert {"visual.blocks" in path for path in paths} == {True, False}
+    scale = EVERYWHERE.alpha / EVERYWHERE.rank
+    whole = np.sqrt(sum(float((moment**2).sum()) for moment in adapted.first_moments.values()))
+    for path in paths:
+        _, down = factors_of(adapted, path)
+        expected = scale * plain.first_moments[f"{path}.weight"] @ down.T
+        found = adapted.first_moments[f"{path}.lora_B.default.weight"]
+        assert np.linalg.norm(found - expected) < 1e-5 * max(np.linalg.norm(expected), 1e-3 * whole), path
+        assert not adapted.first_moments[f"{path}.lora_A.default.weight"].any()
+
+
+# ---- what is trained
+
+
+@pytest.mark.parametrize("name", ["stage_1", "stage_3", "two_of_stage_3"])
+def test_only_adapters_change_and_all_of_them(lives: Lives, name: str) -> None:
+    for outcome in lives[name]:
+        before, after = (seen.digests for seen in outcome.seen)
+        assert before.keys() == after.keys()
+        assert {tensor for tensor in before if before[tensor] != after[tensor]} == set(outcome.factors)
+        assert set(outcome.first_moments) == set(outcome.factors)
+
+
+@pytest.mark.parametrize("name", ["stage_1", "stage_3", "two_of_stage_3"])
+def test_the_reference_stays_the_same_to_the_last_bit(lives: Lives, name: str) -> None:
+    for outcome in lives[name]:
+        before, after = (seen.reference_logprobs for seen in outcome.seen)
+        assert np.isfinite(before).all() and np.array_equal(before, after)
+        assert outcome.stats[-1].kl_mean > 1e-5
+
+
+@pytest.mark.parametrize("name", ["stage_2", "stage_3", "dense", "two_ranks", "two_of_stage_3"])
+def test_stages_ranks_and_attention_do_not_change_what_adapters_learn(lives: Lives, name: str) -> None:
+    [expected], [start] = lives["stage_1"], lives["untouched"]
+    for outcome in lives[name]:
+        assert_same_stats(outcome.stats, expected.stats)
+        assert distance(moved(outcome, start), moved(expected, start))[0] < 1e-4
+
+
+def test_features_are_shared_only_where_no_adapter_is_on_the_way_to_them(lives: Lives) -> None:
+    [text], [unshared], [everywhere] = lives["stage_1"], lives["dense"], lives["everywhere"]
+    assert 0 < text.stats[0].vision_encodes == unshared.stats[0].vision_encodes / 3
+    assert everywhere.stats[0].vision_encodes == unshared.stats[0].vision_encodes
+
+
+def test_supervised_updates_make_the_answers_likelier(lives: Lives) -> None:
+    first, second = lives["supervised"][0].stats
+    assert 0 < second.loss < first.loss
+
+
+# ---- weights out
+
+
+def test_what_is_sent_are_the_adapted_matrices_of_a_plain_network(lives: Lives, small_family: Family) -> None:
+    plain = {name: weight.numpy() for name, weight in small_family.load_network(torch.float32).state_dict().items()}
+    [start], [trained] = lives["untouched"], lives["stage_1"]
+    paths = [name.removesuffix(".lora_B.default.weight") for name in start.factors if "lora_B" in name]
+    assert set(trained.weights) == {f"{path}.weight" for path in paths}
+    assert all(np.array_equal(weight, plain[name]) for name, weight in start.weights.items())
+    assert all(not np.array_equal(weight, plain[name]) for name, weight in trained.weights.items())
+
+
+def test_a_plain_network_with_the_sent_weights_answers_as_the_learner(
+    lives: Lives, small_family: Family, batches: list[list[Group]]
+) -> None:
+    [trained], [start] = lives["stage_1"], lives["untouched"]
+    policy = fresh_policy(small_family, TEMPERATURE)
+    policy.network.load_state_dict({n: torch.from_numpy(w) for n, w in trained.weights.items()}, strict=False)
+    for group, found, before in zip(batches[0], trained.candidate_logprobs, start.candidate_logprobs, strict=True):
+        row = row_of(replace(group, completions=group.completions[:1]))
+        with torch.no_grad():
+            expected = policy(batch_of([row], small_family), wanted="distributions")[: len(found), 100:104].numpy()
+        assert np.abs(found - expected).max() < 1e-5 < 1e-3 < np.abs(found - before).max()
+
+
+@pytest.mark.parametrize(("name", "folder"), [("stage_1", "export"), ("two_of_stage_3", "export_3")])
+def test_an_export_is_a_plain_model_with_its_adapter_beside_it(
+    lives: Lives, small_folder: Path, places: Path, name: str, folder: str
+) -> None:
+    export, sent = places / folder, lives[name][0].weights
+    files = [load_file(one / "model.safetensors").keys() for one in (export, small_folder)]
+    assert files[0] == files[1]
+    exported, base = (AutoModelForImageTextToText.from_pretrained(one) for one in (export, small_folder))
+    expected = {tensor: weight.numpy().copy() for tensor, weight in base.state_dict().items()} | sent
+    by_peft: Any = PeftModel.from_pretrained(base, export / "adapter").merge_and_unload()
+    merged = by_peft.state_dict()
+    for tensor, weight in exported.state_dict().items():
+        assert np.array_equal(weight.numpy(), expected[tensor]), tensor
+        assert torch.allclose(weight, merged[tensor], atol=1e-6), tensor
+
+
+# ---- save and load
+
+
+def test_a_checkpoint_holds_the_adapters_alone(lives: Lives, places: Path) -> None:
+    stored = load_file(places / "of_one" / "learner_0.safetensors")
+    assert {key.rpartition("/")[0] for key in stored} == set(lives["untouched"][0].factors)
+
+
+def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(lives: Lives) -> None:
+    [rest], [whole] = lives["rest"], lives["stage_1"]
+    assert rest.stats == whole.stats[1:]
+    assert distance(rest.weights, whole.weights)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["one_to_stage_3", "stage_3_to_one"])
+def test_other_ranks_and_stages_go_on_where_the_first_stopped(lives: Lives, name: str) -> None:
+    [start], [whole] = lives["untouched"], lives["stage_1"]
+    for outcome in lives[name]:
+        assert distance(moved(outcome, start), moved(whole, start))[0] < 1e-3
+
+
+# ---- what may be adapted
+
+
+def adapted_paths(family: Family, learner: LearnerConfig, *targets: str, freeze: str = "none") -> set[str]:
+    """Of a network that has no weights yet."""
+    network = family.skeleton()
+    choose_trained(family, network, replace(learner, freeze=freeze, lora=replace(TEXT, targets=targets)))
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert all(".lora_" in name for name in trained)
+    return {name.partition(".lora_")[0].removeprefix("model.") for name in trained}
+
+
+def test_targets_are_parts_or_names(small_family: Family, small: Config) -> None:
+    def paths(*targets: str, freeze: str = "none") -> set[str]:
+        return adapted_paths(small_family, small.learner, *targets, freeze=freeze)
+
+    layers = {f"language_model.layers.{layer}" for layer in (0, 1)}
+    assert paths("q_proj") == {f"{layer}.self_attn.q_proj" for layer in layers}
+    assert {path.partition(".")[0] for path in paths("text")} == {"language_model"}
+    assert len(paths("text")) == 2 * 7
+    assert paths("vision") == {f"visual.blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert paths("projector") == {"visual.merger.mlp.0", "visual.merger.mlp.2"}
+    assert paths("qkv", "v_proj", freeze="none") == {"visual.blocks.0.attn.qkv"} | {
+        f"{layer}.self_attn.v_proj" for layer in layers
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "freeze", "words"),
+    [
+        (("text", "q_porj"), "none", r"= \[text, q_porj\] must .* has no q_porj; Did you mean q_proj\? It has: "),
+        (("lm_head",), "none", "it has no lm_head; "),
+        (("qkv",), "vision", r"it has no qkv outside of what learner\.freeze keeps \(vision\); "),
+    ],
+)
+def test_a_target_that_is_not_there_is_named_with_what_is(
+    small_family: Family, small: Config, targets: tuple[str, ...], freeze: str, words: str
+) -> None:
+    with pytest.raises(AdapterError, match=words):
+        adapted_paths(small_family, small.learner, *targets, freeze=freeze)

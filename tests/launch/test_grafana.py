@@ -1,0 +1,60 @@
+"""The Grafana board is sound and complete. That its names exist is asked of a real run: tests/e2e/test_gauges.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "launch" / "grafana.json"
+
+
+@pytest.fixture
+def board() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text())
+    return found
+
+
+def test_every_panel_has_its_own_place_on_the_grid_and_its_own_number(board: dict[str, Any]) -> None:
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below
+
+
+def test_every_query_goes_to_the_chosen_source_and_has_balanced_brackets(board: dict[str, Any]) -> None:
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert variables["datasource"]["query"] == "prometheus"
+    for panel in board["panels"]:
+        assert [target["refId"] for target in panel["targets"]] == list("ABCD")[: len(panel["targets"])]
+        for target in panel["targets"]:
+            assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            assert set(re.findall(r"\$(\w+)", target["expr"])) <= variables.keys()
+            assert all(target["expr"].count(left) == target["expr"].count(right) for left, right in ("()", "{}"))
+
+
+def test_own_numbers_are_shown_of_the_chosen_runs_only(board: dict[str, Any]) -> None:
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert all('{run=~"$run"}' in query for query in queries if "othink_ray" in query)
+
+
+@pytest.mark.parametrize(
+    "title", ["Reward", "Accuracy", "KL weight", "KL", "Audit gap", "Throughput", "Memory of nodes"]
+)
+def test_what_one_looks_for_has_a_panel(board: dict[str, Any], title: str) -> None:
+    assert title in [panel["title"] for panel in board["panels"]]
+
+
+def test_the_times_of_a_step_are_stacked_to_its_length(board: dict[str, Any]) -> None:
+    [panel] = [panel for panel in board["panels"] if panel["title"] == "Seconds a step"]
+    assert panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
+    names = [re.findall(r"time_(\w+)_s", target["expr"]) for target in panel["targets"]]
+    assert names == [["generate"], ["score"], ["update"], ["push"]]

@@ -43,6 +43,8 @@ NOT_RUN = {
     "docker build": "needs Docker",
     "envsubst": "needs Kubernetes; tests/launch/test_launchers.py",
 }
+# What a reader has and this machine has not: files of data, folders of models.
+NOT_HERE = ("there is none here", "is none of these")
 # The largest shape in conf/cluster that starts Ray itself has 8 GPUs.
 LARGE = Machine(cpus=256, gpus=8)
 
@@ -73,7 +75,7 @@ def settings(text: str) -> list[str]:
 def check(overrides: Sequence[str]) -> None:
     for job in sweep_jobs(overrides):
         found = problems(load(job), LARGE)
-        assert not [one for one in found if "there is none here" not in one.rule], found
+        assert not [one for one in found if not any(said in one.rule for said in NOT_HERE)], found
 
 
 def call(arguments: Sequence[str]) -> None:
@@ -110,7 +112,9 @@ def run(command: str, page: Path, folder: Path) -> None:
         if {"--help", "--cfg"} & set(arguments):
             call(arguments)
         elif any(mark in arguments for mark in TRUE_RUNS.get(page.name, ())):
-            call([*arguments, *SHORT, "run.cache_dir=cache"])
+            # The tests' Ray works in another folder.
+            placed = [re.sub(r"\b(runs|my)/", rf"{folder}/\1/", argument) for argument in arguments]
+            call([*placed, *SHORT, f"run.cache_dir={folder}/cache"])
         else:
             check([word for word in arguments if word != "-m"])
     else:
@@ -126,16 +130,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_page_shows_works(page: Path, folder: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    for code in blocks(page, "python"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
     for command in commands(page):
         try:
             run(command, page, folder)

@@ -24,7 +24,7 @@ if [[ $kind == auto ]]; then
 fi
 
 # A stamp says what the environment was made from, and where: a virtual environment cannot be moved.
-key=$({ printf '%s\n' "$root"; cat pyproject.toml launch/setup_env.sh launch/*.py; } | sha256sum | cut -d' ' -f1)
+key=$({ printf '%s\n' "$root"; cat pyproject.toml launch/setup_env.sh launch/*.py othink_ray/torch_companions.py; } | sha256sum | cut -d' ' -f1)
 holds() { [[ -x $python && $(cat "$venv/.othink_ray-$1" 2>/dev/null) == "$key" ]]; }
 if holds "$kind-dev" || { [[ -z $extras ]] && holds "$kind"; }; then exit 0; fi
 
@@ -119,21 +119,16 @@ if ! install_with_uv; then
 fi
 
 # --- PyPI's torchvision, torchaudio and torchcodec are CUDA builds: make them harmless beside a CPU torch ---
+# A copy, so that programs that know nothing of othink_ray are helped too, and a checkout is imported from where they run.
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-rm -f "$packages"/othink_ray_torchvision{.pth,_hook.py}
+rm -f "$packages"/othink_ray_torch*
+if [[ $kind == cpu ]]; then
+    cp othink_ray/torch_companions.py "$packages/othink_ray_torch_companions.py"
+    echo "import othink_ray_torch_companions as companions; companions.install()" >"$packages/othink_ray_torch_companions.pth"
+fi
+
 # The first import of each package compiles it, here once instead of in every worker at once.
 unset PYTHONDONTWRITEBYTECODE
-unfit=$("$python" launch/unfit_packages.py)
-for name in $unfit; do
-    if [[ $name == torchvision ]]; then
-        say "torchvision does not fit this torch: its missing operators are declared when it is imported"
-        cp launch/torchvision_hook.py "$packages/othink_ray_torchvision_hook.py"
-        echo "import othink_ray_torchvision_hook" >"$packages/othink_ray_torchvision.pth"
-    else
-        say "$name cannot load beside this torch and nothing here needs it: removed"
-        pip uninstall -q -y "$name" 2>>"$log"
-    fi
-done
 say "first import of everything"
 "$python" launch/first_import.py "$kind" >>"$log" 2>&1 ||
     { tail -n 20 "$log" >&2; die "the environment was installed but does not import" "the lines above say why; to start afresh: rm -rf .venv"; }

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$PWD/.venv-peer
-key=$(cat launch/setup_peer.sh launch/torchvision_hook.py othink_ray/torchvision_ops.py | sha256sum | cut -d' ' -f1)
+key=$(cat launch/setup_peer.sh othink_ray/torch_companions.py | sha256sum | cut -d' ' -f1)
 [[ $(cat "$venv/.made" 2>/dev/null) != "$key" ]] || exit 0
 echo "[set-up] TRL in an environment of its own: $venv (two minutes)"
 rm -rf "$venv"
@@ -16,8 +16,6 @@ pip install --no-deps "torchvision==0.28.0"
 pip uninstall -y torchaudio torchcodec || true
 # PyPI's torchvision is a CUDA build: its missing operators are declared when it is imported.
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-cp launch/torchvision_hook.py "$packages/othink_ray_torchvision_hook.py"
-mkdir -p "$packages/othink_ray"
-cp othink_ray/torchvision_ops.py "$packages/othink_ray/"
-echo "import othink_ray_torchvision_hook" >"$packages/othink_ray_torchvision.pth"
+cp othink_ray/torch_companions.py "$packages/othink_ray_torch_companions.py"
+echo "import othink_ray_torch_companions as companions; companions.install()" >"$packages/othink_ray_torch_companions.pth"
 echo "$key" >"$venv/.made"

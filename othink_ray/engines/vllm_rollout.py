@@ -85,6 +85,7 @@ class VLLMRollout(Receiver):
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
+            _inspect_here(path)
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
@@ -212,3 +213,12 @@ class VLLMRollout(Receiver):
 def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:
     """vLLM's flat lists as (T, 1 + K): at each place the sampled token, then the K likeliest ones."""
     return np.array(values).reshape(len(answer.token_ids), -1)
+
+
+def _inspect_here(path: str) -> None:
+    """Let vLLM look at the model's class in this process: in one of its own it would meet torchvision unprepared."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    for architecture in ModelRegistry.models.keys() & AutoConfig.from_pretrained(path).architectures:
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())

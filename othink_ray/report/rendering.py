@@ -18,10 +18,15 @@ PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HE
 def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values: object) -> Path:
     """Write the rendered template as the folder's report.html, replacing the old one at once, and return its path."""
     style = "\n".join(map(_package_text, styles))
-    html = _environment().get_template(template).render(style=style, plot=PLOT, **values)
+    html = render(template, style=style, **values)
     path = folder / "report.html"
     write_whole(path, html)
     return path
+
+
+def render(template: str, **values: object) -> str:
+    """A template of this package, which can draw charts."""
+    return _environment().get_template(template).render(plot=PLOT, **values)
 
 
 def date(unix_seconds: float) -> str:

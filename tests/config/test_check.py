@@ -231,6 +231,12 @@ def test_an_overlapped_run_is_sound_with_any_correction_and_said_to_be_one(name:
     assert "generated while" not in plan(load([]), LARGE)
 
 
+def test_only_a_study_may_ask_for_more_questions_than_its_own_section_data_has() -> None:
+    more = ["study.counting.data=clevr", "eval.questions=754"]
+    assert said(["mode=study", *more]) == []
+    assert len(said(["mode=train", *more])) == 1
+
+
 def test_adapters_are_told_in_the_plan() -> None:
     assert "LoRA of rank 8 on text" in plan(load(["learner.lora.rank=8"]), LARGE)
     assert "LoRA" not in plan(load([]), LARGE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from othink_ray.config.load import load
 
@@ -35,6 +36,11 @@ def command_of(launcher: str) -> str:
     found = re.search(r"othink_ray\.main (.*)", (LAUNCH / launcher).read_text())
     assert found is not None
     return found[1].removesuffix(" &")
+
+
+def slurm_options() -> dict[str, str]:
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("launcher", ["local.sh", "slurm.sbatch"])
@@ -64,7 +70,7 @@ def test_the_users_settings_win_over_the_launchers() -> None:
 
 def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+    options = slurm_options()
     assert {"requeue", "exclusive", "nodes", "signal"} <= options.keys()
     signal = re.fullmatch(r"B:(\w+)@\d+", options["signal"])
     assert signal is not None
@@ -79,3 +85,64 @@ def test_kuberay_nodes_run_one_image_with_shared_runs_and_memory() -> None:
         assert container["image"] == "some/image:gpu"
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/runs", "/dev/shm"}
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def ray_up() -> dict[str, Any]:
+    cluster = yaml.safe_load((LAUNCH / "ray_up.yaml").read_text())
+    assert isinstance(cluster, dict)
+    return cluster
+
+
+def test_ray_up_accepts_the_cluster_file() -> None:
+    """What `ray up` does with it before it reaches for a machine."""
+    prepared = prepare_config(ray_up())
+    validate_config(prepared)
+    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
+
+
+def test_ray_ups_fill_in_lines_are_those_that_name_machines_and_people() -> None:
+    lines = [line for line in (LAUNCH / "ray_up.yaml").read_text().splitlines() if not line.startswith("#")]
+    marked = {line.partition(":")[0].strip() for line in lines if "# FILL IN" in line}
+    assert marked == {"head_ip", "worker_ips", "ssh_user", "ssh_private_key", "min_workers", "max_workers"}
+    cluster = ray_up()
+    assert cluster["min_workers"] == cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+
+
+def test_ray_up_starts_every_node_with_the_token() -> None:
+    cluster = ray_up()
+    assert "~/.ray/auth_token" in cluster["file_mounts"]
+    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        [start] = [command for command in commands if "ray start" in command]
+        assert start.startswith("RAY_AUTH_MODE=token ")
+
+
+def test_the_command_that_ray_up_shows_is_sound() -> None:
+    found = re.search(r"othink_ray\.main \\\n(.*)'\n", (LAUNCH / "ray_up.yaml").read_text())
+    assert found is not None
+    assert load(settings(found[1].removeprefix("#"))).cluster.address == "auto"
+
+
+def test_the_nodes_that_launchers_ask_for_have_the_gpus_of_two_nodes() -> None:
+    config = load(["cluster=two_nodes"])
+    rollout, learner = config.rollout, config.learner
+    wanted = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
+    slurm = slurm_options()
+    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == wanted
+    [workers] = kuberay("")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    [container] = workers["template"]["spec"]["containers"]
+    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == wanted
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+
+
+def gibibytes(text: str) -> int:
+    return int(text.removesuffix("Gi"))
+
+
+def test_kuberay_pods_may_use_what_they_reserve() -> None:
+    cluster = kuberay("")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
+        assert {name: asked[name] for name in allowed} == allowed  # no overcommitted memory: Kubernetes would kill
+        shared = next(one for one in group["template"]["spec"]["volumes"] if one["name"] == "shared-memory")
+        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(allowed["memory"])

@@ -22,6 +22,8 @@ def checkout(folder: Path) -> Path:
     for file in (ROOT / "launch").glob("*.*"):
         shutil.copy(file, copy / "launch")
     shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / "othink_ray").mkdir()
+    shutil.copy(ROOT / "othink_ray" / "torch_companions.py", copy / "othink_ray")
     return copy
 
 

@@ -1,0 +1,41 @@
+"""The picture of the KL weights beta(s) in docs/grpo_d.md:  python -m othink_ray.report.schedules docs/schedules.svg"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from othink_ray.config.load import load
+from othink_ray.core.kl import SCHEDULES, schedule
+from othink_ray.report.charts import Chart, Scale, Series, line_chart
+from othink_ray.report.rendering import render
+from othink_ray.whole_file import write_whole
+
+STEPS = 100
+
+
+def beta_chart() -> Chart:
+    """Every fixed schedule over 100 steps, with the paper's values for counting as conf/algo/grpo_d.yaml has them."""
+    kl = load(["algo=grpo_d"]).algo.kl
+    curves = [
+        Series(
+            label=name,
+            colour=colour,
+            points=[
+                (step, schedule(name, step, STEPS, kl.beta_min, kl.beta_max, kl.explore_frac))
+                for step in range(STEPS + 1)
+            ],
+        )
+        for colour, name in enumerate(SCHEDULES, start=1)
+    ]
+    chart = line_chart("beta(s)", curves, left=Scale())
+    assert chart is not None
+    return chart
+
+
+def picture() -> str:
+    return render("schedules.svg.j2", chart=beta_chart())
+
+
+if __name__ == "__main__":
+    write_whole(Path(sys.argv[1]), picture())

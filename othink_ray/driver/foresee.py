@@ -116,14 +116,13 @@ def _room_on_disk(config: Config, weights: int) -> Iterator[Problem]:
 
 def _lengths(config: Config, folder: str, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
     from othink_ray.families import open_family
-    from othink_ray.families.fits import check_fits
+    from othink_ray.families.fits import check_fits, lengths
 
     family = open_family(config.model, folder)
     longest, too_long = 0, []
     for prompt in samples:
-        images = sum(family.image_token_counts(prompt.images))
-        longest = max(longest, len(family.prompt_token_ids(prompt)) - len(prompt.images) + images)
         try:
+            longest = max(longest, sum(lengths(family, prompt)))
             check_fits(family, config.rollout, prompt)
         except BadRow as bad:
             too_long.append(bad)

@@ -64,7 +64,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.driver.folder import FolderError
     from othink_ray.driver.guards import RunawayError
     from othink_ray.engines.learner_state import StateError
-    from othink_ray.families import ModelError
+    from othink_ray.families.base import ModelError
     from othink_ray.runtime.calls import WorkerFailed
     from othink_ray.runtime.cluster import ClusterError
     from othink_ray.weights.audit import AuditError

@@ -65,7 +65,7 @@ class VLLMRollout(Receiver):
             "max_num_seqs": rollout.max_num_seqs,
             "max_num_batched_tokens": max(8192, rollout.max_model_len),
             "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
-            "mm_processor_kwargs": {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels},
+            "mm_processor_kwargs": family.processor_settings,
             "mm_processor_cache_gb": 0,  # it would keep the pixels of gigabytes of images that never come again
             "max_logprobs": max_logprobs,
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from transformers import AutoConfig
 
 from othink_ray.config.schema import ModelConfig
-from othink_ray.families.base import Family
+from othink_ray.families.base import Family, ModelError
+from othink_ray.families.internvl import InternVL
 from othink_ray.families.qwen3_vl import Qwen3VL
 from othink_ray.families.qwen_vl import QwenVL
 
@@ -16,11 +17,8 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": Qwen3VL,
+    "internvl": InternVL,
 }
-
-
-class ModelError(ValueError):
-    """A folder or hub name that holds no model of the family, or cannot be reached."""
 
 
 def open_family(model: ModelConfig, path: str) -> Family:
@@ -29,6 +27,8 @@ def open_family(model: ModelConfig, path: str) -> Family:
         found = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if found == model.family:
             return FAMILIES[found](path, min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(

@@ -22,8 +22,15 @@ class ImageTensors:
     grids: Tensor  # (images, ...): how each image's patches lie
 
 
+class ModelError(ValueError):
+    """A folder or hub name that holds no model of the family, cannot be reached, or cannot be used as configured."""
+
+
 class Family(Protocol):
     """One model family, bound to one model folder."""
+
+    processor_settings: dict[str, Any]
+    """What keeps images within `model.min_pixels` and `model.max_pixels`: an engine's own processor needs it too."""
 
     banned_token_ids: tuple[int, ...]
     """Tokens that stand for pixels, or frame them: never sampled, and masked alike in the learner."""
@@ -47,7 +54,7 @@ class Family(Protocol):
         ...
 
     def expand(self, token_ids: Sequence[int], image_token_counts: Sequence[int]) -> list[int]:
-        """The prompt with every placeholder repeated as often as its image has tokens: what the network sees."""
+        """The prompt with the tokens of its image, and what frames them, in the place of every placeholder."""
         ...
 
     def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:
@@ -55,7 +62,7 @@ class Family(Protocol):
         ...
 
     def smallest_image(self) -> bytes:
-        """An image of one token, for a micro-batch without any: all ranks must run the vision tower."""
+        """An image of as few tokens as can be, for a micro-batch without any: all ranks must run the vision tower."""
         ...
 
     def encode_text(self, text: str) -> list[int]: ...
@@ -64,7 +71,9 @@ class Family(Protocol):
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 
-    def vision_tower(self, network: nn.Module) -> nn.Module: ...
+    def vision_tower(self, network: nn.Module) -> nn.Module:
+        """All that `image_features` runs."""
+        ...
 
     def layers(self, network: nn.Module) -> list[nn.Module]:
         """The repeated ones of both towers, where nearly all of the work is."""

@@ -13,13 +13,7 @@ def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
     if len(prompt.images) > rollout.max_images:
         reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
         raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
-    text_ids = family.prompt_token_ids(prompt)
-    places = text_ids.count(family.image_token_id)
-    if places != len(prompt.images):
-        reason = f"its text spells {places - len(prompt.images)} image placeholder(s) of the model out"
-        raise BadRow(prompt.id, reason, "take them out of the question")
-    image_tokens = sum(family.image_token_counts(prompt.images))
-    text_tokens = len(text_ids) - places
+    text_tokens, image_tokens = lengths(family, prompt)
     needed = text_tokens + image_tokens + rollout.max_tokens
     if needed > rollout.max_model_len:
         reason = (
@@ -27,3 +21,14 @@ def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
             f"are {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
         )
         raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
+
+
+def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
+    """How many tokens of text and of images the network sees; BadRow when the text has placeholders of its own."""
+    token_ids = family.prompt_token_ids(prompt)
+    places = token_ids.count(family.image_token_id)
+    if places != len(prompt.images):
+        reason = f"its text spells {places - len(prompt.images)} image placeholder(s) of the model out"
+        raise BadRow(prompt.id, reason, "take them out of the question")
+    counts = family.image_token_counts(prompt.images)
+    return len(family.expand(token_ids, counts)) - sum(counts), sum(counts)

@@ -39,12 +39,13 @@ def _attend(
 def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
-    """All patches of one image among themselves."""
+    """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
     if query.shape[2] < WORTH_IT or query.device.type != "cpu":
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
-    attended = attend_in_blocks(query[0], key[0], value[0], blocks_of_image(query.shape[2]), scaling)
-    return attended.transpose(0, 1)[None], None
+    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
+    attended = attend_in_blocks(asked, seen, shown, blocks_of_image(query.shape[2]), scaling)
+    return attended.view_as(query).transpose(1, 2), None
 
 
 # Not for torch's compiler: a line is different each time, and an image is many small products.

@@ -57,7 +57,7 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown option": (
         ["model=qwen2_vl_3b"],
         1,
-        ["no qwen2_vl_3b in the group model", "Options: bench, qwen2_5_vl_3b,"],
+        ["no qwen2_vl_3b in the group model", "Options: bench, internvl3_1b,"],
     ),
     "text for a number": (["train.steps=many"], 1, ["train.steps = many (command line) must be a whole number"]),
     "true for a number": (["learner.lr=true"], 1, ["learner.lr = true (command line) must be a finite number"]),

@@ -93,6 +93,7 @@ def trained(policies: dict[str, Policy]) -> dict[str, Policy]:
         for policy in moved.values():
             for parameter in policy.parameters():
                 noise = torch.randn(parameter.shape, generator=draw)
+                noise = noise.where(noise.abs() > 0.01, 0.01)  # one in some hundred thousands is 0
                 parameter.add_(noise * 0.3 * parameter.std())
     return moved
 
@@ -133,10 +134,9 @@ def family(policy: Policy) -> Family:
 
 
 @pytest.fixture
-def processor(name: str, models: dict[str, ModelConfig]) -> Any:
+def processor(name: str, family: Family, folders: dict[str, Path]) -> Any:
     """The library's, opened without our code."""
-    model = models[name]
-    return AutoProcessor.from_pretrained(str(model.path), min_pixels=model.min_pixels, max_pixels=model.max_pixels)
+    return AutoProcessor.from_pretrained(folders[name], **family.processor_settings)
 
 
 @pytest.fixture
@@ -198,8 +198,10 @@ def test_positions_are_those_of_the_library(family: Family, untouched: Any) -> N
 
 def test_no_token_that_the_network_replaces_by_pixels_can_be_sampled(family: Family, untouched: Any) -> None:
     everything = torch.arange(untouched.config.text_config.vocab_size)[None]
-    masks = untouched.model.get_placeholder_mask(everything, untouched.get_input_embeddings()(everything))
-    replaced = {token for mask in masks for token in mask[0, :, 0].nonzero().flatten().tolist()}
+    embedded = untouched.get_input_embeddings()(everything)
+    masks = untouched.model.get_placeholder_mask(everything, embedded, image_features=embedded[:, :1])
+    several = masks if isinstance(masks, tuple) else (masks,)
+    replaced = {token for mask in several for token in mask[0, :, 0].nonzero().flatten().tolist()}
     assert family.image_token_id in replaced
     assert replaced <= set(family.banned_token_ids)
     assert not {family.eos_token_id, family.pad_token_id} & set(family.banned_token_ids)
@@ -314,15 +316,18 @@ def _processed(processor: Any, prompt: Prompt) -> dict[str, Tensor]:
 
 
 def _library_positions(network: Any, token_ids: Tensor, family: Family, images: ImageTensors) -> Tensor:
-    """(axes, L)"""
-    found, _ = network.model.get_rope_index(
-        token_ids[None],
-        mm_token_type_ids=(token_ids == family.image_token_id).long()[None],
-        image_grid_thw=images.grids if len(images.grids) else None,
-        attention_mask=torch.ones_like(token_ids)[None],
-    )
-    positions: Tensor = found[:, 0]
-    return positions
+    """(axes, L): those that the text model's queries and keys are turned by."""
+    seen: list[Tensor] = []
+    turning = network.model.language_model.rotary_emb
+    hook = turning.register_forward_pre_hook(lambda _turning, given: seen.append(given[1]))
+    with torch.no_grad():
+        network(
+            input_ids=token_ids[None],
+            mm_token_type_ids=(token_ids == family.image_token_id).long()[None],
+            **(family.image_inputs(images) if len(images.grids) else {}),
+        )
+    hook.remove()
+    return seen[0].view(-1, len(token_ids))
 
 
 def _assert_equals_plain_rows(policy: Policy, untouched: Any, prompts: Sequence[Prompt], attention: str) -> None:

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -94,10 +99,53 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def _internvl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
+    """Tiles of 4 x 4 patches, four of them a token; text positions are those of dynamic NTK, as in the real ones."""
+    named = {
+        "start_image_token": "<img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "end_image_token": "</img>",
+        "video_token": "<video>",
+    }
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        extra_special_tokens=named,
+    )
+    tile = {"height": 56, "width": 56}
+    vision = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "attention_bias": True,
+        "image_size": 56,
+    }
+    text = _text(own, rope_type="dynamic", factor=2.0) | {"model_type": "qwen2", "tie_word_embeddings": True}
+    config = InternVLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=own.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=tile),
+        tokenizer=own,
+        video_processor=InternVLVideoProcessor(size=tile),
+        image_seq_length=4,
+        chat_template=CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", '<IMG_CONTEXT>{{ "\\n" }}'),
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
 CHECKPOINTS: dict[str, Callable[[PreTrainedTokenizerFast], tuple[Any, ProcessorMixin]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
 }
 
 

@@ -1,0 +1,108 @@
+"""What families have in common whose network, tokenizer and image processor are those of transformers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from othink_ray.core.attention import Attention
+from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
+from othink_ray.types import Prompt
+
+
+class HuggingFaceFamily:
+    """Bound to a Hugging Face folder or hub name."""
+
+    vision_tokens: tuple[str, ...]
+    """Those that stand for pixels, or frame them."""
+
+    def __init__(self, path: str, processor_settings: dict[str, Any]) -> None:
+        self.path, self.processor_settings = path, processor_settings
+        self.processor = AutoProcessor.from_pretrained(path, **processor_settings, trust_remote_code=False)
+        tokenizer = self.processor.tokenizer
+        self.image_token_id: int = self.processor.image_token_id
+        self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.pad_token_id
+
+    def prompt_token_ids(self, prompt: Prompt) -> list[int]:
+        chat = [
+            {
+                "role": message.role,
+                "content": [{"type": "image"}] * message.images + [{"type": "text", "text": message.text}],
+            }
+            for message in prompt.messages
+        ]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        return list(self.processor.tokenizer.batch_decode(token_ids, skip_special_tokens=True))
+
+    def expand(self, token_ids: Sequence[int], image_token_counts: Sequence[int]) -> list[int]:
+        counts = iter(image_token_counts)
+        expanded: list[int] = []
+        for token in token_ids:
+            expanded.extend(self._shown(next(counts)) if token == self.image_token_id else [token])
+        return expanded
+
+    def _shown(self, count: int) -> list[int]:
+        """What the placeholder of an image of so many tokens becomes."""
+        return [self.image_token_id] * count
+
+    def load_network(self, dtype: torch.dtype) -> nn.Module:
+        network: nn.Module = AutoModelForImageTextToText.from_pretrained(
+            self.path,
+            dtype=dtype,
+            use_safetensors=True,  # other files of weights can run code when they are read
+            trust_remote_code=False,
+            attn_implementation={"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION},
+        )
+        return network
+
+    def hidden_states(
+        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
+    ) -> Tensor:
+        body: Any = network.model
+        embedded = body.get_input_embeddings()(token_ids)
+        output = body.language_model(
+            **self._with_images(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
+            position_ids=position_ids[:, None].squeeze(0),  # where there is one axis only, text models want none
+            line=attention,
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
+        """What the text model is given for embedded tokens (N, H) and the features of the images among them."""
+        return {"inputs_embeds": embedded.masked_scatter(is_image[:, None], features)[None]}
+
+    def output_weight(self, network: nn.Module) -> Tensor:
+        head: Any = network.lm_head
+        weight: Tensor = head.weight
+        return weight
+
+    def save(self, folder: Path, network: nn.Module, state: dict[str, Any]) -> None:
+        target: Any = network
+        target.save_pretrained(folder, state_dict=state)
+        self.processor.save_pretrained(folder)
+        readable = (folder / "config.json").stat().st_mode
+        for weights in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
+            weights.chmod(readable)
+
+
+def black_square(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, format="PNG")
+    return buffer.getvalue()

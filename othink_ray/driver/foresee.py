@@ -116,9 +116,13 @@ def _room_on_disk(config: Config, weights: int) -> Iterator[Problem]:
 
 def _lengths(config: Config, folder: str, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
     from othink_ray.families import open_family
+    from othink_ray.families.base import ModelError
     from othink_ray.families.fits import check_fits, lengths
 
-    family = open_family(config.model, folder)
+    try:
+        family = open_family(config.model, folder)
+    except ModelError as error:
+        return "not looked at", [Problem(subject=f"model = {config.model.name}", rule=str(error), remedy="")]
     longest, too_long = 0, []
     for prompt in samples:
         try:

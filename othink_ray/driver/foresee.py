@@ -98,8 +98,12 @@ def _model(
     from othink_ray.engines.adapters import AdapterError
     from othink_ray.engines.trained import count_trained
     from othink_ray.families import open_family
+    from othink_ray.families.base import ModelError
 
-    family = open_family(config.model, str(folder))
+    try:
+        family = open_family(config.model, str(folder))
+    except ModelError as error:
+        return {}, [Problem(subject=f"model = {config.model.name}", rule=str(error), remedy="")]
     text, problems = _lengths(config, family, samples)
     lines = {"context": text}
     try:

@@ -18,8 +18,8 @@ from othink_ray.types import Prompt
 class ImageTensors:
     """Images as the vision tower takes them; those of several prompts are theirs one after the other."""
 
-    pixels: Tensor  # (patches, ...) of all images
-    grids: Tensor  # (images, ...): how each image's patches lie
+    pixels: Tensor  # (patches or tiles, ...) of all images
+    grids: Tensor  # (images, ...): how the patches of each lie, or how many tiles it has
 
 
 class ModelError(ValueError):

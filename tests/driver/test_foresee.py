@@ -36,6 +36,11 @@ def test_weights_that_are_not_safetensors_are_refused(model_folder: Path, tmp_pa
     assert "could run code" in str(problem)
 
 
+def test_a_model_that_cannot_be_opened_is_a_problem(model_folder: Path) -> None:
+    [problem] = foresee(load([f"model.path={model_folder}", "model.family=internvl"])).problems
+    assert "set model.family=qwen2_vl" in " ".join(str(problem).split())
+
+
 def test_questions_without_room_are_a_problem(model_folder: Path) -> None:
     [problem] = foresee(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
     assert "no question fits" in str(problem)

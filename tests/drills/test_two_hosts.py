@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,9 +55,18 @@ class Site:
         )
 
     def ask_ray(self, *words: str) -> str:
-        command = self.hosts.on("head", "ray", "job", words[0], "--address", self.hosts.dashboard, *words[1:])
+        return self.told("ray", "job", words[0], "--address", self.hosts.dashboard, *words[1:])
+
+    def gauges(self, run_dir: Path) -> str:
+        """What Prometheus would find of a run that is at work."""
+        [found] = json.loads((run_dir / "prometheus.json").read_text())
+        return "".join(self.told("curl", "--silent", f"http://{target}/metrics") for target in found["targets"])
+
+    def told(self, *command: str) -> str:
+        """By a command on the head."""
+        environment = os.environ | self.hosts.environment
         done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | self.hosts.environment, check=False, timeout=120
+            self.hosts.on("head", *command), capture_output=True, text=True, env=environment, check=False, timeout=120
         )
         return done.stdout + done.stderr
 
@@ -126,10 +136,11 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
     notice = ("--runtime-env", str(site.checkout / "launch" / "job.yaml"))
     job = site.submit(*there, *notice, settings=("train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}"))
     wait_until(lambda: steps_done(run_dir) >= 2, 300)
+    shown = wait_until(lambda: "ray_othink_ray_kl_beta" in site.gauges(run_dir), 30)
     site.ask_ray("stop", "long")
     _, said = ended(job)
     done = steps_done(run_dir)
-    assert done >= 2, said
+    assert done >= 2 and shown, said
     assert "asked to end: this step is finished and saved first" in said, said
     assert (run_dir / "checkpoints" / f"step_{done}").is_dir()
     settings = (f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")

@@ -29,7 +29,7 @@ def base_model_folder(config: Config) -> Path:
     optimiser = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMISER}
     shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(config.run.cache_dir).expanduser() / f"{config.model.name}-{config.data.name}-{digest}"
+    return Path(config.run.cache_dir).expanduser().absolute() / f"{config.model.name}-{config.data.name}-{digest}"
 
 
 def model_rules(config: Config) -> Iterator[Problem]:

@@ -90,10 +90,10 @@ class LearnerPool:
         self.wait_for([actor.send.remote() for actor in self.ranks], "sending weights")
 
     def export(self, folder: Path) -> None:
-        self.wait_for([actor.export.remote(folder) for actor in self.ranks], "export")
+        self.wait_for([actor.export.remote(folder.absolute()) for actor in self.ranks], "export")
 
     def save(self, folder: Path) -> None:
-        self.wait_for([actor.save.remote(folder) for actor in self.ranks], "saving a checkpoint")
+        self.wait_for([actor.save.remote(folder.absolute()) for actor in self.ranks], "saving a checkpoint")
 
     def written(self) -> bool:
         return all(self.wait_for([actor.written.remote() for actor in self.ranks], "saving a checkpoint"))
@@ -108,7 +108,7 @@ class LearnerPool:
         return digests
 
     def load(self, folder: Path) -> None:
-        self.wait_for([actor.load.remote(folder) for actor in self.ranks], "loading a checkpoint")
+        self.wait_for([actor.load.remote(folder.absolute()) for actor in self.ranks], "loading a checkpoint")
 
     def wait_for(self, calls: Sequence[Any], doing: str, timeout_s: float | None = None) -> list[Any]:
         try:

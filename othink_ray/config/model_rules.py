@@ -20,8 +20,11 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def model_folder(path: str) -> str:
     """The Hugging Face folder that a path means: itself, or a run's export; a hub name stays as it is."""
-    export = Path(path) / "export"
-    return str(export) if (export / "config.json").is_file() else path
+    folder = Path(path).absolute()
+    export = folder / "export"
+    if (export / "config.json").is_file():
+        return str(export)
+    return str(folder) if folder.is_dir() else path
 
 
 def base_model_folder(config: Config) -> Path:

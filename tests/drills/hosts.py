@@ -87,9 +87,9 @@ def two_hosts(cpus: int, head_only: Path, home: Path) -> Iterator[Hosts]:
         page = (f"--dashboard-host={hosts.addresses['head']}", f"--dashboard-port={_DASHBOARD_PORT}")
         _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", *page, *mine)
         # Each `ip netns exec` has mounts of its own. Two nodes in one folder would clear away each other's files, and a
-        # driver takes the head for its node where it sees the head's processes.
+        # driver takes the head for its node where it sees the head's processes. `wait` is what buries orphans there.
         mounts = "".join(f'mount -t tmpfs none "{folder}" && ' for folder in (head_only, scratch))
-        hide = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", f'{mounts} exec "$@"', "sh")
+        hide = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", f'{mounts} "$@" & wait', "sh")
         hosts.bring_worker = partial(
             _start, stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine, before=hide
         )

@@ -16,6 +16,7 @@ from othink_ray.config.data_rules import data_rules, parts_asked, test_rules
 from othink_ray.config.load import conf_dir, data_named, groups
 from othink_ray.config.model_rules import model_rules
 from othink_ray.config.problem import Problem, broken, value_of
+from othink_ray.config.reward_rules import REWARD_RULES
 from othink_ray.config.schema import Config
 from othink_ray.config.seat_rules import SEAT_RULES
 from othink_ray.config.study_rules import study_rules
@@ -102,17 +103,6 @@ def _kl(config: Config) -> Iterator[Problem]:
         yield broken(config, "algo.kl.beta_min", rule, "Set algo.kl.beta_min=0.001.")
 
 
-def _grading(config: Config) -> Iterator[Problem]:
-    reward, answers = config.algo.reward, config.algo.group_size
-    least = 2 * answers * reward.answer_cpu_s
-    if 0 < reward.timeout_s < least:
-        rule = (
-            f"must be at least 2 x algo.group_size x algo.reward.answer_cpu_s = {least:g}: a group in which every "
-            "answer outstays its time, and restarts the grading process, must end before its actor is killed"
-        )
-        yield broken(config, "algo.reward.timeout_s", rule, f"Set algo.reward.timeout_s={least:g}.")
-
-
 def _batches(config: Config) -> Iterator[Problem]:
     if config.mode == "eval":
         return
@@ -186,7 +176,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 
 CROSS_RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
-    *(_kl, _grading, _batches, _lengths, data_rules),
+    *(_kl, *REWARD_RULES, _batches, _lengths, data_rules),
     *(model_rules, _examined, study_rules, _lora, _places, *SEAT_RULES),
 )
 

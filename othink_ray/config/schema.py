@@ -44,9 +44,12 @@ class KLConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
-    """R = accuracy + format_weight * format (Eq. 1)."""
+    """R = accuracy + format_weight * format (Eq. 1), where nothing else is asked for."""
 
+    accuracy_weight: float
     format_weight: float  # alpha
+    own: str | None  # FILE.py:FUNCTION, a reward of the user's: of a completion's text and the true answer
+    own_weight: float
     actors: int  # Ray actors that score
     without_tag: str  # strict | whole_text | last_number: what is graded where no <answer> stands
     answer_cpu_s: float  # CPU seconds for an answer that only math-verify can decide; after them it is wrong

@@ -161,6 +161,7 @@ def open_team(
         loading = learner.start()
         rollout.wait()
         learner.wait(loading)
+        rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
         yield Team(
             rollout=rollout,
@@ -190,6 +191,7 @@ def open_examiners(config: Config, path: str, incidents: Incidents, say: Callabl
         rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         rollout.wait()
+        rewards.wait()
         yield Examiners(
             rollout=rollout,
             rewards=rewards,

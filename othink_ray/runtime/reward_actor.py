@@ -8,7 +8,8 @@ import psutil
 
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.scorer import score_group
+from othink_ray.rewards.own import OwnReward
+from othink_ray.rewards.scorer import opened, score_group
 from othink_ray.runtime.recorded import Recorded
 from othink_ray.spans import span
 from othink_ray.types import Group, ScoredGroup
@@ -17,16 +18,17 @@ from othink_ray.types import Group, ScoredGroup
 class RewardActor(Recorded):
     """Scores one group a call."""
 
-    def __init__(self, reward: RewardConfig) -> None:
+    def __init__(self, reward: RewardConfig, own: OwnReward | None) -> None:
         _limit_memory(reward.actor_memory_mb)
         self.reward, self.grader = reward, Grader(reward)
+        self.own = {} if own is None else opened(own)
 
     def ready(self) -> None:
         """Answered when it is up: its time limit is for grading alone."""
 
     def score(self, group: Group) -> ScoredGroup:
         with span("score", prompt=group.prompt.id, answers=len(group.completions)):
-            return score_group(group, self.reward, self.grader)
+            return score_group(group, self.reward, self.grader, self.own)
 
 
 def _limit_memory(more_mb: int) -> None:

@@ -11,13 +11,14 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from othink_ray.config.schema import RewardConfig
+from othink_ray.rewards.own import read_own
 from othink_ray.runtime.calls import WorkerFailed, gather
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_actor import RewardActor
 from othink_ray.types import Group, ScoredGroup
 
-_START_S = 120.0
+_WHO, _START_S = "a reward actor", 120.0
 
 
 class _Lost(Exception):
@@ -37,10 +38,14 @@ class RewardPool:
 
     def __init__(self, reward: RewardConfig, incidents: Incidents) -> None:
         self.reward, self.incidents = reward, incidents
+        self.own = read_own(reward.own)
         self.actors = [self._start() for _ in range(reward.actors)]
 
     def _start(self) -> Any:
-        return Placement.start_unseated(RewardActor, self.reward)
+        return Placement.start_unseated(RewardActor, self.reward, self.own)
+
+    def wait(self) -> None:
+        gather([actor.ready.remote() for actor in self.actors], f"{_WHO} (loading)", _START_S)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         """In the order of arrival."""
@@ -77,7 +82,7 @@ class RewardPool:
             return False
         ray.kill(asked.actor)
         self.actors[asked.index] = self._start()
-        gather([self.actors[asked.index].ready.remote()], "a reward actor (restarting)", _START_S)
+        gather([self.actors[asked.index].ready.remote()], f"{_WHO} (restarting)", _START_S)
         self.incidents.counts["reward_restarts"] += 1
         return True
 

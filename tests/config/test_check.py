@@ -157,7 +157,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         ),
         (
             ["cluster=one_node", "rollout.tensor_parallel=2"],
-            "rollout.gpus_per_actor = 1.0 must be rollout.tensor_parallel",
+            "gpus_per_actor = 1 must be rollout.tensor_parallel = 2",
         ),
         (["rollout=hf", "rollout.tensor_parallel=2"], "only rollout.engine=vllm splits a network"),
         (["rollout.tensor_parallel=0"], "rollout.tensor_parallel = 0 must be at least 1"),

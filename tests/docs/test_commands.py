@@ -26,6 +26,7 @@ TRUE_RUNS = {
     "README.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
     "first_run.md": ("run.dir=runs/first", "run.resume=auto"),
     "own_data.md": ("run.dir=runs/own",),
+    "own_reward.md": ("algo.reward.own=my_rewards.py:brevity",),
 }
 SHORT = (
     *("rollout=hf", "train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),

@@ -40,6 +40,7 @@ OVERRIDES = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those of a folder stay together: they share engines and a Ray."""
     for item in items:

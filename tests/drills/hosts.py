@@ -34,8 +34,9 @@ def why_not() -> str | None:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "network namespaces need iproute2"
-    made = subprocess.run(["ip", "netns", "add", "othink_probe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "delete", "othink_probe"], capture_output=True, check=False)
+    probe = f"othink_{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
     return f"network namespaces cannot be made: {made.stderr.strip()}" if made.returncode else None
 
 

@@ -25,8 +25,6 @@ from othink_ray.runtime.cluster import ray_session
 from othink_ray.types import Prompt
 from tests.engines.samples import batch_of, fresh_policy, row_of
 
-_HERE = Path(__file__).parent
-
 # Images of 4 to 16 tokens, few places side by side: resizing and queueing happen in small tests too.
 OVERRIDES = (
     "model.min_pixels=3136",
@@ -38,13 +36,6 @@ OVERRIDES = (
     "rollout.threads=1",  # tensors this small are not worth a second thread, least of all on a busy machine
     "learner.threads=1",
 )
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side, those of a folder stay together: they share engines and a Ray."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(_HERE).parts[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from othink_ray.config.schema import Config
 from othink_ray.core.kl import kl_k3
 from othink_ray.families import open_family
+from othink_ray.families.base import Family
 from othink_ray.types import Group
 
 
@@ -30,28 +31,12 @@ def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Seq
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learner.lr, eps=learner.adam_eps, fused=True)
     forward, refer = (torch.compile(network) if learner.compile else network for network in (policy, reference))
 
-    def logprobs(network: Any, inputs: dict[str, Any], answered: Tensor) -> Tensor:
-        logits = network(**inputs, use_cache=False, logits_to_keep=answered.shape[1] + 1).logits[:, :-1]
-        return torch.log_softmax(logits, dim=-1).gather(2, answered[..., None])[..., 0]
-
     def turn(groups: Sequence[Group], gains: Sequence[float]) -> float:
         start = time.perf_counter()
-        asked = [torch.from_numpy(group.prompt_token_ids) for group in groups for _ in group.completions]
-        answered = torch.stack([torch.from_numpy(one.token_ids) for group in groups for one in group.completions])
-        prompts = pad_sequence(asked, batch_first=True, padding_value=family.pad_token_id, padding_side="left")
-        images = family.encode_images(
-            [one for group in groups for _ in group.completions for one in group.prompt.images]
-        )
-        seen = pad_sequence([torch.ones_like(own) for own in asked], batch_first=True, padding_side="left")
-        inputs = {
-            "input_ids": torch.cat([prompts, answered], dim=1),
-            "attention_mask": torch.cat([seen, torch.ones_like(answered)], dim=1),
-            "mm_token_type_ids": torch.cat([prompts == family.image_token_id, answered < 0], dim=1).long(),
-            **family.image_inputs(images),
-        }
+        inputs, answered = padded_rows(groups, family)
         with torch.no_grad():
-            referred = logprobs(refer, inputs, answered)
-        found = logprobs(forward, inputs, answered)
+            referred = answer_logprobs(refer, inputs, answered)
+        found = answer_logprobs(forward, inputs, answered)
         ratio = torch.exp(found - found.detach())
         gain = torch.tensor(gains, dtype=torch.float32)[:, None]
         (config.algo.kl.beta_min * kl_k3(found, referred) - ratio * gain).mean().backward()
@@ -61,3 +46,25 @@ def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Seq
         return time.perf_counter() - start
 
     return turn
+
+
+def padded_rows(groups: Sequence[Group], family: Family) -> tuple[dict[str, Any], Tensor]:
+    """What a network is given, prompts padded at their start, and its answers (rows, T), all of one length."""
+    asked = [torch.from_numpy(group.prompt_token_ids) for group in groups for _ in group.completions]
+    answered = torch.stack([torch.from_numpy(one.token_ids) for group in groups for one in group.completions])
+    prompts = pad_sequence(asked, batch_first=True, padding_value=family.pad_token_id, padding_side="left")
+    images = family.encode_images([one for group in groups for _ in group.completions for one in group.prompt.images])
+    seen = pad_sequence([torch.ones_like(own) for own in asked], batch_first=True, padding_side="left")
+    inputs = {
+        "input_ids": torch.cat([prompts, answered], dim=1),
+        "attention_mask": torch.cat([seen, torch.ones_like(answered)], dim=1),
+        "mm_token_type_ids": torch.cat([prompts == family.image_token_id, answered < 0], dim=1).long(),
+        **family.image_inputs(images),
+    }
+    return inputs, answered
+
+
+def answer_logprobs(network: Any, inputs: dict[str, Any], answered: Tensor) -> Tensor:
+    """(rows, T) in float32."""
+    logits = network(**inputs, use_cache=False, logits_to_keep=answered.shape[1] + 1).logits[:, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).gather(2, answered[..., None])[..., 0]

@@ -35,6 +35,7 @@ SHORT = (
 # What begins so is not run. The settings in it must be sound all the same.
 NOT_RUN = {
     "launch/setup_env.sh": "installs an environment; tests/launch/test_setup_env.py",
+    "launch/gpu_check.sh": "needs a GPU; tests/bench/test_gpu_check.py",
     "launch/local.sh": "sets up first; tests/launch/test_launchers.py",
     "make": "sets up first, and most of it takes minutes or hours: a dry run",
     "ray start": "would leave a cluster behind on fixed ports",

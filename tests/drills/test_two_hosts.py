@@ -28,6 +28,8 @@ QUICK = (
     *("train.checkpoint_every=1", "rollout.threads=1", "learner.threads=1", "model.tiny.warm_steps=0"),
     *("rollout.max_tokens=32", "rollout.step_timeout_s=60", "learner.micro_tokens=2048"),
 )
+# Where vLLM is not what a test is about: it takes long to load.
+PLAIN = ("rollout=hf", "rollout.num_actors=2")
 # Neither fits beside another rank, both leave room for an engine.
 RANK_EACH = ("learner.world_size=2", "learner.cpus_per_rank=0.7", "rollout.cpus_per_actor=0.3")
 
@@ -103,7 +105,7 @@ def test_a_job_learns_on_both_hosts_from_data_that_only_its_own_host_has(site: S
     asked = [{"image_path": f"{row}.png", "question": question(row), "ground_truth": solution(row)} for row in rows]
     test = write_jsonl(site.head_only / "test.jsonl", asked)
     data = ("data=own", f"data.train.files.path={train}", f"data.test.files.path={test}")
-    settings = ("algo=mine", *data, *RANK_EACH, "rollout.num_actors=2", "train.steps=2", "run.dir=runs/first")
+    settings = ("algo=mine", *data, *RANK_EACH, "train.steps=2", "run.dir=runs/first")
     status, said = ended(site.submit(settings=settings))
     assert status == 0, said
     assert "after GRPO-D" in said or "accuracy" in said
@@ -134,7 +136,9 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
     run_dir = site.shared / "stopped"
     there = ("--entrypoint-resources", f'{{"node:{site.hosts.addresses["worker"]}": 0.001}}', "--submission-id", "long")
     notice = ("--runtime-env", str(site.checkout / "launch" / "job.yaml"))
-    job = site.submit(*there, *notice, settings=("train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}"))
+    job = site.submit(
+        *there, *notice, settings=(*PLAIN, "train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}")
+    )
     wait_until(lambda: steps_done(run_dir) >= 2, 300)
     shown = wait_until(lambda: "ray_othink_ray_kl_beta" in site.gauges(run_dir), 30)
     site.ask_ray("stop", "long")
@@ -143,7 +147,7 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
     assert done >= 2 and shown, said
     assert "asked to end: this step is finished and saved first" in said, said
     assert (run_dir / "checkpoints" / f"step_{done}").is_dir()
-    settings = (f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")
+    settings = (*PLAIN, f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")
     status, said = ended(site.submit(settings=settings))
     assert status == 0, said
     assert [line["step"] for line in lines(run_dir)] == list(range(done + 1))
@@ -154,7 +158,7 @@ def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: 
     """When it is back, or with what is left."""
     overrides = (
         *(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={site.shared}", f"cluster.address={site.hosts.address}"),
-        *("cluster.placement=SPREAD", "rollout.num_actors=3", f"faults.lost_node={lost_node}", f"train.steps={STEPS}"),
+        *(*PLAIN, "cluster.placement=SPREAD", f"faults.lost_node={lost_node}", f"train.steps={STEPS}"),
     )
     with (tmp_path / "screen.txt").open("w") as screen:
         run = subprocess.Popen(
@@ -170,10 +174,10 @@ def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: 
     assert wait_until(lambda: steps_done(tmp_path / "run") >= 2, 240), said()
     site.hosts.cable("down")
     if lost_node == "wait":
-        assert wait_until(lambda: "waiting for the cluster: it needs 2 CPUs (has 1" in said(), 120), said()
+        assert wait_until(lambda: "waiting for the cluster: it needs 1.5 CPUs (has 1" in said(), 120), said()
         site.hosts.cable("up")
         site.hosts.bring_worker()
     status = run.wait(240)
     assert status == 0, said()
-    assert ("on what is left: 1 of 3 rollout actors" in said()) == (lost_node == "continue")
+    assert ("on what is left: 1 of 2 rollout actors" in said()) == (lost_node == "continue")
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(STEPS))

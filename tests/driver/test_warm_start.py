@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_the_base_model_is_taught_with_all_of_its_weights(tmp_path: Path) -> Non
 
     asked: list[LearnerConfig] = []
 
-    def open_classroom(config: Config, folder: Path) -> AbstractContextManager[Classroom]:
+    def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Classroom]:
         asked.append(config.learner)
         raise Opened
 

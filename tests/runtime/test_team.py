@@ -10,7 +10,10 @@ from othink_ray.runtime.team import Team
 
 
 class Recorder:
-    """A learner that only remembers how it was asked."""
+    """A learner that only remembers how it was asked, and engines that stay awake."""
+
+    def sleep(self) -> None:
+        pass
 
     def update(self, packs: Any, **how: Any) -> dict[str, Any]:
         return how
@@ -19,12 +22,12 @@ class Recorder:
 @pytest.mark.parametrize(("stale", "correction"), [(False, "none"), (True, "sequence")])
 def test_only_answers_of_older_weights_are_corrected(stale: bool, correction: str) -> None:
     unused: Any = None
-    learner: Any = Recorder()
+    recorder: Any = Recorder()
     team = Team(
-        rollout=unused,
+        rollout=recorder,
         rewards=unused,
         incidents=unused,
-        learner=learner,
+        learner=recorder,
         pusher=unused,
         max_tokens=1,
         temperature=1.0,

@@ -50,7 +50,7 @@ class Placement:
             self._wait(float("inf") if forever else cluster.wait_s, tell)
             found = placement_group_table(self.group)["bundles_to_node_id"]
             nodes = [found[place] for place in range(len(bundles))]
-            self.places = dealt(bundles, bundles, nodes)
+            self.places = dealt(bundles, nodes)
             self.nodes = [nodes[place] for place in self.places]
         except BaseException:
             remove_placement_group(self.group)
@@ -80,12 +80,9 @@ class Placement:
 
     def start(self, actor: type, role: str, index: int, *arguments: Any) -> Any:
         """The index-th process of a role, on its seat."""
-        bundle, seat = [(at, seat) for at, seats in enumerate(self.bundles) for seat in seats if seat.role == role][
-            index
-        ]
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_bundle_index=self.places[bundle]
-        )
+        seats = [(place, seat) for place, own in zip(self.places, self.bundles, strict=True) for seat in own]
+        place, seat = [(place, seat) for place, seat in seats if seat.role == role][index]
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=place)
         return _start(actor, arguments, num_cpus=seat.cpus, num_gpus=seat.gpus, scheduling_strategy=strategy)
 
     @staticmethod

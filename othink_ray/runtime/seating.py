@@ -51,16 +51,15 @@ def wanted(bundles: Sequence[Bundle]) -> dict[str, float]:
     return {"CPU": sum(seat.cpus for seat in seats)} | ({"GPU": gpus} if gpus else {})
 
 
-def dealt(bundles: Sequence[Hashable], reserved: Sequence[Hashable], nodes: Sequence[str]) -> list[int]:
-    """For each bundle the place of a reserved one of its size: neighbours in the list share nodes.
+def dealt(bundles: Sequence[Hashable], nodes: Sequence[str]) -> list[int]:
+    """For each bundle the place of one of its size, of which `nodes` says where Ray put it: neighbours share nodes.
 
     Ray keeps no order among equal ones, but ranks that talk to each other most should talk inside a node.
     """
     crowd = Counter(nodes)
-    order = sorted(range(len(nodes)), key=lambda place: (-crowd[nodes[place]], nodes[place], place))
     free: dict[Hashable, list[int]] = defaultdict(list)
-    for place in order:
-        free[reserved[place]].append(place)
+    for place in sorted(range(len(nodes)), key=lambda place: (-crowd[nodes[place]], nodes[place], place)):
+        free[bundles[place]].append(place)
     return [free[bundle].pop(0) for bundle in bundles]
 
 

@@ -37,14 +37,14 @@ def test_an_engine_on_several_gpus_is_one_bundle_that_no_node_can_split() -> Non
 def test_ranks_fill_nodes_one_after_the_other_however_ray_scattered_equal_bundles() -> None:
     nodes = ["a", "b"] * 8
     random.Random(0).shuffle(nodes)
-    seats = [nodes[place] for place in dealt(["gpu"] * 16, ["gpu"] * 16, nodes)]
+    seats = [nodes[place] for place in dealt(["gpu"] * 16, nodes)]
     assert seats == ["a"] * 8 + ["b"] * 8
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=20))
 def test_each_gets_a_bundle_of_its_own_size_and_none_is_dealt_twice(reserved: list[tuple[str, str]]) -> None:
     sizes = [size for size, _ in reserved]
-    places = dealt(sizes, sizes, [node for _, node in reserved])
+    places = dealt(sizes, [node for _, node in reserved])
     assert sorted(places) == list(range(len(reserved)))
     assert [sizes[place] for place in places] == sizes
 

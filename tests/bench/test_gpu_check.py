@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -225,6 +226,13 @@ def test_a_part_that_fails_or_is_missing_leaves_the_others(tmp_path: Path, monke
     assert (tmp_path / "gpu_check/device.txt").read_text() == "last words\n"
 
 
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_part_over_its_time_is_ended_and_what_it_said_is_kept(tmp_path: Path) -> None:
     row = json.dumps(Row(setting="early", figures={"s": 1.0}).record())
     children = f"""
@@ -240,8 +248,11 @@ time.sleep(60)
     assert (rows[0].setting, rows[0].state) == ("early", "ok")
     child = (tmp_path / "log.txt").read_text().splitlines()[1]
     assert (rows[1].state, rows[1].error) == ("failed", f"not done in 2 s: {child}")
-    stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    # A killed process is seen for a moment more, until the kernel has taken it down.
+    deadline = time.monotonic() + 10
+    while runs(int(child)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_without_time_left_a_part_is_skipped(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ bench:  ## set up, then the same work here and in TRL, in turn; ARGS="--cells 4 
 
 test:  ## set up, then all tests, two at a time; ARGS="tests/core -k kl" chooses some, ARGS="-n 0" one at a time
 	@launch/setup_env.sh auto dev
-	@$(python) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 drills:  ## set up, then faults in real runs, twenty times each, for hours; ARGS="--times 2 --only learner_dies" chooses
 	@launch/setup_env.sh auto dev

@@ -38,6 +38,14 @@ OVERRIDES = (
 )
 
 
+LONG = ("drills", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders with the longest files first, so that of two processes none waits long for the other in the end."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

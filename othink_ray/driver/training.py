@@ -24,6 +24,7 @@ from othink_ray.driver.build import (
 )
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
 from othink_ray.driver.console import Console
+from othink_ray.driver.continued import compare_settings
 from othink_ray.driver.environment import environment
 from othink_ray.driver.evaluate import exams
 from othink_ray.driver.folder import own_folder, set_aside_older, written_down
@@ -48,6 +49,8 @@ def train_model(
         if config.run.resume == "never":
             set_aside_older(run_dir)
         resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
+        if resumed:
+            compare_settings(resumed, config, console.say)
         while True:
             try:
                 summary = _train(config, run_dir, console, incidents, resumed, state, started)

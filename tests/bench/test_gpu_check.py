@@ -22,7 +22,7 @@ from othink_ray.bench.gpu.demo import curve
 from othink_ray.bench.gpu.learner import PASSES, PlainLearner
 from othink_ray.bench.gpu.parts import PARTS, Part
 from othink_ray.bench.gpu.peaks import mfu, peak
-from othink_ray.bench.gpu.rows import Row, each
+from othink_ray.bench.gpu.rows import Row, each, judged
 from othink_ray.bench.gpu.setup import Setup
 from othink_ray.bench.gpu.shapes import SHAPES, VOCABULARY, Shape, questions, random_answers
 from othink_ray.bench.gpu.table import table
@@ -59,6 +59,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         steps=1,
         colocated_steps=2,
         yardstick=128,
+        times_padded=0.0,
         engine={"gpus_per_actor": 0, "max_model_len": 128, "max_num_seqs": 8, "enforce_eager": True, "threads": 1},
     )
 
@@ -87,7 +88,7 @@ def test_padded_rows_give_the_logprobs_of_shared_prefix_rows(setup: Setup) -> No
     [row] = sound([*learning.padded(setup)])
     assert row.setting == "toy dense 56x56 T=8"  # what works here
     assert float(row.figures["logprob gap max"]) < 1e-3  # the ban of vision tokens, which padded rows have not
-    assert float(row.figures["speed-up"]) > 0
+    assert float(row.figures["times as fast"]) > 0
 
 
 def test_memory_and_kernels_are_measured_at_toy_size(setup: Setup) -> None:
@@ -207,6 +208,15 @@ def test_a_setting_that_fails_leaves_the_others() -> None:
     rows = [*each([("one", lambda: {"s": 1.0}), ("two", fails), ("three", lambda: {"s": 3.0})])]
     assert [row.state for row in rows] == ["ok", "failed", "ok"]
     assert rows[1].error == "RuntimeError: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("found", "error"), [(2.0, ""), (0.5, "s: wanted at least 1"), (9.0, "s: wanted at most 3"), (float("nan"), "s: w")]
+)
+def test_a_figure_that_is_not_what_was_wanted_fails_its_row(found: float, error: str) -> None:
+    row = judged(Row(setting="one", figures={"s": found}), "s", at_least=1.0, at_most=3.0)
+    assert (row.state, row.figures["s"]) == ("failed" if error else "ok", pytest.approx(found, nan_ok=True))
+    assert row.error.startswith(error)
 
 
 def test_a_part_that_fails_or_is_missing_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ NOT_RUN = {
     "launch/gpu_check.sh": "needs a GPU; tests/bench/test_gpu_check.py",
     "launch/local.sh": "sets up first; tests/launch/test_launchers.py",
     "make": "sets up first, and most of it takes minutes or hours: a dry run",
+    ".venv/bin/python -m tests.drills.unguarded": "takes a quarter of an hour; tests/drills/test_unguarded.py",
     "ray start": "would leave a cluster behind on fixed ports",
     "ray job": "needs a cluster at that address",
     "ray up": "needs machines; tests/launch/test_launchers.py",

@@ -14,7 +14,7 @@ from othink_ray.bench.gpu.generating import CANDIDATES
 from othink_ray.bench.gpu.learner import PlainLearner
 from othink_ray.bench.gpu.learning import open_learner
 from othink_ray.bench.gpu.peaks import settle
-from othink_ray.bench.gpu.rows import Row
+from othink_ray.bench.gpu.rows import Row, judged
 from othink_ray.bench.gpu.setup import Setup
 from othink_ray.bench.gpu.shapes import questions, scored
 from othink_ray.engines.base import Place, Sampling
@@ -26,6 +26,7 @@ RATE = 1e-4  # each step must be seen in the logprobs: the audit tells a push fr
 BUCKET = 2**26
 EARLY = 5  # the step whose memory the last one's is compared with
 PARTS = ("generate", "sleep", "learn", "push", "audit")
+_GAP, _GROWN = "gap mean", "GB more"
 _SHARE = 0.5  # of the GPU for the engine, as conf/cluster/one_gpu.yaml has it
 
 
@@ -86,26 +87,30 @@ def _life(setup: Setup, engine: EngineProcess, transport: str, *, sleeps: bool) 
         audits.append(timed("audit", _audit, setup, learner, engine, step))
         used.append(_used_gb(setup))
         if step == 1:
-            yield _audit_row(f"first push by {transport}", audits[0])
+            yield judged(_audit_row(f"first push by {transport}", audits[0]), _GAP, at_most=setup.gap)
     size = sum(weight.nbytes for _, weight in learner.named_weights()) / 1e9
     took = statistics.median(seconds["push"])
-    yield Row(setting=f"{transport}: push", figures={"s": took, "GB": size, "GB/s": size / took})
+    pushed = Row(setting=f"{transport}: push", figures={"s": took, "GB": size, "GB/s": size / took})
+    yield judged(pushed, "s", at_most=setup.push_s) if transport == "ipc" else pushed
     worst = max(audits, key=lambda one: one.gap_mean)
-    yield _audit_row(f"{transport}: worst of {len(audits)} audits", worst)
+    yield judged(_audit_row(f"{transport}: worst of {len(audits)} audits", worst), _GAP, at_most=setup.gap)
     if sleeps:
         yield Row(
             setting="sleep, waking within the push",
             figures={"GB freed": freed, "s": statistics.median(seconds["sleep"])},
         )
-    yield Row(
+    early = min(EARLY, len(used))
+    memory = Row(
         setting=f"{transport}: memory in use over the steps",
         figures={
-            f"GB after step {EARLY}": used[min(EARLY, len(used)) - 1],
+            f"GB after step {early}": used[early - 1],
             f"GB after step {len(used)}": used[-1],
+            _GROWN: used[-1] - used[early - 1],
             "GB of the engine": of_engine,
             "peak GB of the learner": learner.peak_gb(),
         },
     )
+    yield judged(memory, _GROWN, at_most=setup.grown_gb)
     yield Row(
         setting=f"{transport}: seconds of a step, {setup.learned} x {setup.answers} answers",
         figures={part: statistics.median(own) for part, own in seconds.items() if own},
@@ -150,9 +155,7 @@ def _audit(setup: Setup, learner: PlainLearner, engine: EngineProcess, version: 
 
 
 def _audit_row(setting: str, audit: Audit) -> Row:
-    return Row(
-        setting=setting, figures={"gap mean": audit.gap_mean, "gap max": audit.gap_max, "nats over": audit.tokens}
-    )
+    return Row(setting=setting, figures={_GAP: audit.gap_mean, "gap max": audit.gap_max, "nats over": audit.tokens})
 
 
 def _used_gb(setup: Setup) -> float:

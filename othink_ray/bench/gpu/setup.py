@@ -32,6 +32,11 @@ class Setup:
     steps: int = 3  # that are timed, after one that is not
     colocated_steps: int = 20
     yardstick: int = 8192  # side of the matrices that measure a peak
+    # What is wanted: a row that has less than that is failed.
+    gap: float = 0.05  # nats between engine and learner after a push, on average; bfloat16 rounds that much
+    push_s: float = 1.0  # of a push by IPC, at the median
+    grown_gb: float = 0.2  # of memory in use, from an early step to the last one
+    times_padded: float = 3.0  # as fast as padded rows
     # What the engine is set to, beside conf/rollout.
     engine: Mapping[str, Any] = field(default_factory=lambda: {"gpus_per_actor": 1, "max_model_len": 3072})
 

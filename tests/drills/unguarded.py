@@ -1,0 +1,285 @@
+"""Each guard taken out of a copy of the tree, and its test, which must fail then:  python -m tests.drills.unguarded"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_LIMIT_S = 300.0  # some guards are against waiting for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """`code` in `file` under othink_ray/ guards; with `without` in its place `test` under tests/ must fail."""
+
+    name: str
+    file: str
+    code: str
+    without: str
+    test: str
+
+
+GUARDS = (
+    Guard(
+        "a damaged checkpoint is not loaded",
+        "driver/checkpoint.py",
+        "    if changed:\n",
+        "    if False:\n",
+        "driver/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name",
+    ),
+    Guard(
+        "a checkpoint counts when it is whole",
+        "driver/checkpoint.py",
+        "if path.suffix != _UNFINISHED",
+        "if path",
+        "driver/test_checkpoint.py::test_a_checkpoint_counts_only_when_it_is_finished",
+    ),
+    Guard(
+        "a full disk costs a checkpoint, not the run",
+        "driver/checkpoint.py",
+        "        except OSError as error:\n            shutil.rmtree(aside",
+        "        except ZeroDivisionError as error:\n            shutil.rmtree(aside",
+        "drills/test_disk.py",
+    ),
+    Guard(
+        "the best checkpoint is kept",
+        "driver/checkpoint.py",
+        "        if self.keep_best:",
+        "        if False:",
+        "driver/test_checkpoint.py::test_the_newest_ones_and_the_best_one_are_kept",
+    ),
+    Guard(
+        "a run goes on with its own seed alone",
+        "driver/checkpoint.py",
+        "    if state.seed != seed:",
+        "    if False:",
+        "driver/test_checkpoint.py::test_going_on_with_another_seed_is_refused",
+    ),
+    Guard(
+        "a run goes on with the questions where it stopped",
+        "driver/overlap.py",
+        "        data_position = stream.position\n        ahead",
+        "        data_position = 0\n        ahead",
+        "driver/test_resume.py",
+    ),
+    Guard(
+        "Adam goes on with its moments",
+        "engines/learner_state.py",
+        "            for kind in _MOMENTS if stored.steps else ():",
+        "            for kind in ():",
+        "engines/test_learner_state.py::test_other_ranks_and_stages_go_on_where_the_first_stopped",
+    ),
+    Guard(
+        "a folder belongs to one run",
+        "driver/folder.py",
+        "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            pass",
+        "driver/test_folder.py::test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way",
+    ),
+    Guard(
+        "an engine that dies or hangs is replaced",
+        "runtime/rollout_pool.py",
+        "            if streams.lost:",
+        "            if False:",
+        "runtime/test_pools.py::test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again",
+    ),
+    Guard(
+        "an engine that hangs is noticed",
+        "runtime/calls.py",
+        "num_returns=1, timeout=self.timeout_s",
+        "num_returns=1, timeout=None",
+        "runtime/test_pools.py::test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again",
+    ),
+    Guard(
+        "a new engine gets the weights, and is asked for it",
+        "runtime/push.py",
+        "        require(compare_engines(probes, self.audited, self.version), self.weights.audit_tolerance)",
+        "        compare_engines(probes, self.audited, self.version)",
+        "runtime/test_replacing.py::test_a_new_engine_that_did_not_get_the_weights_is_caught",
+    ),
+    Guard(
+        "engines that differ from the learner stop the run",
+        "runtime/push.py",
+        "        require(audit, self.weights.audit_tolerance)\n",
+        "",
+        "runtime/test_push.py::test_a_stale_lm_head_is_caught",
+    ),
+    Guard(
+        "an engine with half a push does not answer",
+        "engines/base.py",
+        "        if self.version == _UNFINISHED:",
+        "        if False:",
+        "runtime/test_push.py::test_after_half_a_push_nobody_answers_until_the_next_whole_one",
+    ),
+    Guard(
+        "restarts have an end, with the first cause",
+        "runtime/incidents.py",
+        "        if self.restarts >= self.max_restarts:",
+        "        if False:",
+        "runtime/test_pools.py::test_after_its_restarts_a_run_stops_with_the_first_cause",
+    ),
+    Guard(
+        "a grader that hangs is killed at its limit",
+        "runtime/reward_pool.py",
+        "ray.get(asked.score, timeout=self.reward.timeout_s)",
+        "ray.get(asked.score)",
+        "runtime/test_pools.py::test_of_a_group_only_the_answer_that_hangs_or_kills_its_grader_is_masked",
+    ),
+    Guard(
+        "an answer that cannot be graded is masked",
+        "runtime/reward_pool.py",
+        "valid = np.zeros(size), np.zeros(size, dtype=np.bool_)",
+        "valid = np.zeros(size), np.ones(size, dtype=np.bool_)",
+        "runtime/test_pools.py::test_of_a_group_only_the_answer_that_hangs_or_kills_its_grader_is_masked",
+    ),
+    Guard(
+        "a grader has so much memory and no more",
+        "runtime/reward_actor.py",
+        "        _limit_memory(reward.actor_memory_mb)\n",
+        "",
+        "runtime/test_pools.py::test_of_a_group_only_the_answer_that_hangs_or_kills_its_grader_is_masked",
+    ),
+    Guard(
+        "where a learner rank is lost, all start again",
+        "driver/training.py",
+        "            except ProcessLost as error:",
+        "            except ZeroDivisionError as error:",
+        "e2e/test_faults.py::test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none",
+    ),
+    Guard(
+        "the next checkpoint is found by the same command",
+        "driver/checkpoint.py",
+        'if resume == "auto" else ():',
+        "if False else ():",
+        "e2e/test_faults.py::test_a_run_whose_driver_is_killed_leaves_no_process_and_goes_on_exactly",
+    ),
+    Guard(
+        "SIGTERM finishes the step and saves",
+        "driver/stopping.py",
+        "        if request.made:",
+        "        if True:",
+        "e2e/test_interrupt.py::test_a_polite_end_finishes_the_step_and_saves_it",
+    ),
+    Guard(
+        "an update that is not finite is counted",
+        "engines/deepspeed_learner.py",
+        "            skipped += int(self.engine.optimizer.overflow)",
+        "            skipped += 0",
+        "engines/test_learner.py::test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told",
+    ),
+    Guard(
+        "a KL that explodes is told and stops the run",
+        "driver/guards.py",
+        "        if stats.kl_mean > faults.kl_limit:",
+        "        if False:",
+        "driver/test_guards.py::test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops",
+    ),
+    Guard(
+        "bad steps in a row stop the run",
+        "driver/guards.py",
+        "        if self.in_a_row >= self.faults.patience:",
+        "        if False:",
+        "driver/test_guards.py::test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops",
+    ),
+    Guard(
+        "an image of too many pixels is a bad row",
+        "data/prompts.py",
+        "    if width * height > MAX_IMAGE_PIXELS:",
+        "    if False:",
+        "data/test_bad_inputs.py::test_each_bad_input_is_told_as_the_page_has_it",
+    ),
+    Guard(
+        "an image lies as its EXIF says, for both sides",
+        "data/pixels.py",
+        "        upright = ImageOps.exif_transpose(opened)",
+        "        upright = opened.copy()",
+        "data/test_pixels.py",
+    ),
+    Guard(
+        "weights that could run code are refused",
+        "driver/foresee.py",
+        '            problems.append(Problem(subject="model.path"',
+        '            str(Problem(subject="model.path"',
+        "driver/test_foresee.py::test_weights_that_are_not_safetensors_are_refused",
+    ),
+    Guard(
+        "checkpoints that find no room are foreseen",
+        "driver/foresee.py",
+        "    if needed > free:",
+        "    if False:",
+        "driver/test_foresee.py::test_a_disk_without_room_for_checkpoints_is_a_problem",
+    ),
+    Guard(
+        "on what is left, when a node is lost",
+        "driver/build.py",
+        'config.faults.lost_node == "continue"',
+        'config.faults.lost_node == "never"',
+        "drills/test_two_hosts.py::test_a_run_goes_on_when_the_cable_of_a_host_is_pulled[continue]",
+    ),
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.drills.unguarded", description=__doc__)
+    parser.add_argument("--only", default="", help="those whose name has this in it")
+    asked = parser.parse_args(arguments)
+    chosen = [guard for guard in GUARDS if asked.only in guard.name]
+    blind = []
+    for guard in chosen:
+        began = time.monotonic()
+        said = without(guard)
+        blind += [] if said else [guard.name]
+        print(f"{guard.name:<54}{time.monotonic() - began:>6.0f} s  {said or 'ITS TEST PASSED WITHOUT IT'}", flush=True)
+    print(f"{len(chosen)} guards, {len(blind)} whose tests do not need them")
+    return int(bool(blind))
+
+
+def without(guard: Guard) -> str:
+    """What the test said in a tree that lacks the guard; empty where it passed."""
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place) / "tree"
+        for part in ("othink_ray", "tests", "conf", "docs", "launch"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "Makefile", "README.md"):
+            shutil.copy(ROOT / name, tree / name)
+        file = tree / "othink_ray" / guard.file
+        code = file.read_text()
+        assert code.count(guard.code) == 1, f"{guard.name}: {guard.file} does not hold its code once"
+        file.write_text(code.replace(guard.code, guard.without))
+        return _failure([sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", f"tests/{guard.test}"], tree)
+
+
+def _failure(command: Sequence[str], tree: Path) -> str:
+    with (tree / "screen.txt").open("w+") as screen:
+        process = subprocess.Popen(
+            list(command),
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree)},
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(60)
+            return f"no end within {_LIMIT_S:.0f} s"
+        screen.seek(0)
+        said = screen.read()
+    assert code in (0, 1), said[-2000:]
+    errors = [line.removeprefix("E").strip() for line in said.splitlines() if line.startswith("E  ")]
+    return (errors or ["failed"])[0][:100] if code else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

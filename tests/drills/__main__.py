@@ -13,29 +13,30 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
 
-STEPS = 8
 SMALL = (
     *("model.tiny.warm_steps=40", "model.tiny.warm_lr=2e-3", "model.tiny.warm_batch=16", "eval.questions=16"),
-    *(f"train.steps={STEPS}", "train.prompts_per_step=4", "train.checkpoint_every=1", "algo.group_size=4"),
+    *("train.prompts_per_step=4", "train.checkpoint_every=1", "algo.group_size=4"),
     *("eval.every=0", "rollout.step_timeout_s=15", "learner.step_timeout_s=15", "algo.reward.timeout_s=5"),
-    "algo.reward.answer_cpu_s=0.5",
+    *("algo.reward.answer_cpu_s=0.5", "faults.max_restarts=1000"),
     *("rollout.threads=1", "learner.threads=1"),
 )
 EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")
+_APART = 2  # steps from one fault to the next: there is one in between that nothing happens to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a fault cost. `wrong` is empty where the run is, step by step, the one that was left in peace."""
+    """What a fault cost. `wrong` is empty where its run is, step by step, the one that was left in peace."""
 
     fault: str
-    seed: int
+    number: int
     noticed_after_s: float
     recovered_after_s: float
     steps_lost: int
@@ -44,18 +45,19 @@ class Outcome:
 
 
 class Ground:
-    """Where the drills take place: one base model, and a run that was left in peace."""
+    """Where the drills take place: one base model, and a run that was left in peace, long enough for all faults."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.peaceful = folder, folder / "in_peace"
+    def __init__(self, folder: Path, times: int, seed: int) -> None:
+        self.folder, self.peaceful, self.times, self.seed = folder, folder / "in_peace", times, seed
+        self.steps = _APART * times + 3
         assert self.finish(self.start(self.peaceful)) == 0, (self.peaceful / "screen.txt").read_text()
 
     def start(self, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
         run_dir.mkdir(parents=True, exist_ok=True)
-        folders = (f"run.dir={run_dir}", f"run.cache_dir={self.folder / 'cache'}")
+        own = (f"run.dir={run_dir}", f"run.cache_dir={self.folder / 'cache'}", f"train.steps={self.steps}")
         with (run_dir / "screen.txt").open("ab") as screen:
             return subprocess.Popen(
-                [sys.executable, "-m", "othink_ray.main", *SMALL, *folders, *overrides],
+                [sys.executable, "-m", "othink_ray.main", *SMALL, *own, *overrides],
                 stdout=screen,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"CI": "true"},
@@ -65,7 +67,7 @@ class Ground:
     @staticmethod
     def finish(run: subprocess.Popen[bytes]) -> int:
         try:
-            return run.wait(600)
+            return run.wait(3600)
         finally:
             if run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)
@@ -83,64 +85,62 @@ class Ground:
                     return f"step {one['step']}: {name} is {one[name]}, in peace {other[name]}"
         return ""
 
+    def outcomes(self, run_dir: Path, fault: str, deeds: Sequence[float], status: int) -> list[Outcome]:
+        """Of one run, after all that was done to it: each fault's part of what it told and wrote."""
+        wrong = f"ended with {status}, see {run_dir / 'screen.txt'}" if status else self.differences(run_dir)
+        wrong = wrong or ("" if len(deeds) == self.times else f"{len(deeds)} of {self.times} faults were done")
+        done, again, told = lines(run_dir), _written(run_dir, "metrics.discarded"), _written(run_dir, "incidents")
+        found, before = [], 0.0
+        for number, deed in enumerate(deeds):
+            noticed = min((one["unix_s"] for one in told if one["unix_s"] > deed), default=deed)
+            mended = min((one["time/unix_s"] for one in done if one["time/unix_s"] > noticed), default=float("nan"))
+            found.append(
+                Outcome(
+                    fault=fault,
+                    number=number,
+                    noticed_after_s=noticed - deed,
+                    recovered_after_s=mended - deed,
+                    steps_lost=sum(before < one["time/unix_s"] <= mended for one in again),
+                    samples_masked=int(
+                        sum(one["faults/masked_answers"] for one in done if before < one["time/unix_s"] <= mended)
+                    ),
+                    wrong=wrong,
+                )
+            )
+            before = mended
+        return found
 
-def lose_a_process(ground: Ground, role: str, how: signal.Signals, seed: int) -> Outcome:
-    """Two rollout actors and one learner rank lose a process at a random moment; the run mends itself."""
-    fault = Fault(role, how, random.Random(seed).randrange(1, STEPS - 1))
-    run_dir = ground.folder / f"{role}_{how.name}_{seed}"
+
+def _written(run_dir: Path, name: str) -> list[dict[str, float]]:
+    file = run_dir / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outcome]:
+    """Two rollout actors and one learner rank lose a process at random moments; the run mends itself each time."""
+    faults = [Fault(role, how, 1 + _APART * number) for number in range(ground.times)]
+    run_dir = ground.folder / f"{role}_{how.name}"
     run = ground.start(run_dir, "rollout.num_actors=2")
-    with Saboteur(psutil.Process(run.pid), run_dir, [fault], seed) as saboteur:
+    with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed) as saboteur:
         status = ground.finish(run)
-    said = (run_dir / "screen.txt").read_text()
-    wrong = f"ended with {status}: {said[-300:]}" if status else ground.differences(run_dir)
-    done = [line for line in lines(run_dir) if "time/unix_s" in line]
-    deed = saboteur.done[0][1] if saboteur.done else float("nan")
-    after = min((line["time/unix_s"] for line in done if line["time/unix_s"] > deed + 0.5), default=float("nan"))
-    discarded = run_dir / "metrics.discarded.jsonl"
-    return Outcome(
-        fault=str(fault),
-        seed=seed,
-        noticed_after_s=_noticed(run_dir, deed),
-        recovered_after_s=after - deed,
-        steps_lost=discarded.read_text().count("\n") if discarded.exists() else 0,
-        samples_masked=int(sum(line["faults/masked_answers"] for line in done)),
-        wrong=wrong,
-    )
+    return ground.outcomes(run_dir, str(faults[0]), [deed for _, deed in saboteur.done], status)
 
 
-def _noticed(run_dir: Path, deed: float) -> float:
-    diary = run_dir / "incidents.jsonl"
-    told = [json.loads(line)["unix_s"] for line in diary.read_text().splitlines()] if diary.exists() else []
-    return min((moment - deed for moment in told if moment > deed), default=float("nan"))
-
-
-def lose_the_driver(ground: Ground, seed: int) -> Outcome:
-    """kill -9 at a random moment, and the same command again with run.resume=auto."""
-    dice = random.Random(seed)
-    run_dir = ground.folder / f"driver_{seed}"
-    run = ground.start(run_dir)
-    goal = dice.randrange(1, STEPS - 1)
-    while steps_done(run_dir) < goal and run.poll() is None:
-        time.sleep(0.02)
-    time.sleep(dice.uniform(0.0, 1.0))
-    there = steps_done(run_dir)
-    run.kill()
-    run.wait()
-    deed = time.time()
-    status = ground.finish(ground.start(run_dir, "run.resume=auto"))
-    wrong = f"ended with {status}" if status else ground.differences(run_dir)
-    discarded = run_dir / "metrics.discarded.jsonl"
-    lost = discarded.read_text().count("\n") if discarded.exists() else 0
-    after = [line["time/unix_s"] for line in lines(run_dir) if line["step"] >= there - lost]
-    return Outcome(
-        fault="kill -9 of the driver, then run.resume=auto",
-        seed=seed,
-        noticed_after_s=0.0,
-        recovered_after_s=(min(after) - deed) if after else float("nan"),
-        steps_lost=lost,
-        samples_masked=0,
-        wrong=wrong,
-    )
+def lose_the_driver(ground: Ground) -> list[Outcome]:
+    """kill -9 at random moments, and the same command again with run.resume=auto."""
+    dice, deeds = random.Random(ground.seed), []
+    run_dir = ground.folder / "driver"
+    run = ground.start(run_dir, "run.resume=auto")
+    for number in range(ground.times):
+        while steps_done(run_dir) < 1 + _APART * number and run.poll() is None:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0.0, 1.0))
+        run.kill()
+        run.wait()
+        deeds.append(time.time())
+        run = ground.start(run_dir, "run.resume=auto")
+    status = ground.finish(run)
+    return ground.outcomes(run_dir, "kill -9 of the driver, then run.resume=auto", deeds, status)
 
 
 def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
@@ -182,7 +182,7 @@ def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
     )
     return Outcome(
         fault=f"{told} faults in {minutes:g} minutes, {len(found)} steps",
-        seed=0,
+        number=0,
         noticed_after_s=float("nan"),
         recovered_after_s=float("nan"),
         steps_lost=discarded.read_text().count("\n") if discarded.exists() else 0,
@@ -191,20 +191,17 @@ def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
     )
 
 
-DRILLS: dict[str, Callable[[Ground, int], Outcome]] = {
-    "rollout_dies": lambda ground, seed: lose_a_process(ground, "rollout", signal.SIGKILL, seed),
-    "learner_dies": lambda ground, seed: lose_a_process(ground, "learner", signal.SIGKILL, seed),
-    "reward_dies": lambda ground, seed: lose_a_process(ground, "reward", signal.SIGKILL, seed),
-    "rollout_hangs": lambda ground, seed: lose_a_process(ground, "rollout", signal.SIGSTOP, seed),
-    "learner_hangs": lambda ground, seed: lose_a_process(ground, "learner", signal.SIGSTOP, seed),
-    "reward_hangs": lambda ground, seed: lose_a_process(ground, "reward", signal.SIGSTOP, seed),
-    "driver_dies": lose_the_driver,
-}
+DRILLS: dict[str, Callable[[Ground], list[Outcome]]] = {
+    f"{role}_{name}": partial(lose_processes, role=role, how=how)
+    for name, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP))
+    for role in ROLES
+} | {"driver_dies": lose_the_driver}
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make drills", description=__doc__)
-    parser.add_argument("--times", type=int, default=20, help="each of them, at other moments")
+    parser.add_argument("--times", type=int, default=20, help="each of them, one after the other in one run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", nargs="*", choices=list(DRILLS), default=list(DRILLS))
     parser.add_argument(
         "--soak", type=float, default=60, help="minutes of one run, a random fault each minute; 0: none"
@@ -213,26 +210,29 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     folder = asked.dir.absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    ground = Ground(folder)
+    ground = Ground(folder, asked.times, asked.seed)
     found: list[Outcome] = []
-    print(f"{'fault':<46}{'seed':>5}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True)
-    for name in asked.only:
-        for seed in range(asked.times):
-            found.append(DRILLS[name](ground, seed))
-            print(row(found[-1]), flush=True)
-            (folder / "drills.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    if asked.soak:
-        found.append(soak(ground, asked.soak, every_s=60))
-        print(row(found[-1]), flush=True)
+
+    def keep(more: Sequence[Outcome]) -> None:
+        found.extend(more)
+        print("\n".join(map(row, more)), flush=True)
         (folder / "drills.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+
+    print(
+        f"{'fault':<46}{'number':>7}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True
+    )
+    for name in asked.only:
+        keep(DRILLS[name](ground))
+    if asked.soak:
+        keep([soak(ground, asked.soak, every_s=60)])
     failed = sum(bool(one.wrong) for one in found)
-    print(f"{len(found)} drills, {failed} went wrong; {folder / 'drills.json'}")
+    print(f"{len(found)} faults, {failed} of them in runs that went wrong; {folder / 'drills.json'}")
     return int(failed > 0)
 
 
 def row(one: Outcome) -> str:
     times = f"{one.noticed_after_s:>8.1f} s{one.recovered_after_s:>9.1f} s"
-    return f"{one.fault:<46}{one.seed:>5}{times}{one.steps_lost:>6}{one.samples_masked:>8}  {one.wrong or 'yes'}"
+    return f"{one.fault:<46}{one.number:>7}{times}{one.steps_lost:>6}{one.samples_masked:>8}  {one.wrong or 'yes'}"
 
 
 if __name__ == "__main__":

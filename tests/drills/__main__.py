@@ -218,9 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(map(row, more)), flush=True)
         (folder / "drills.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
-    print(
-        f"{'fault':<46}{'no.':>7}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True
-    )
+    print(f"{'fault':<46}{'no.':>7}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True)
     for name in asked.only:
         keep(DRILLS[name](ground))
     if asked.soak:

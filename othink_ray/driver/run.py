@@ -11,7 +11,7 @@ from pathlib import Path
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
-from othink_ray.runtime.cluster import ray_session
+from othink_ray.runtime.cluster import prepare, ray_session
 from othink_ray.runtime.job import short_notice
 
 WriteReport = Callable[[Path], Path]
@@ -41,6 +41,7 @@ def run(config: Config, write_report: WriteReport) -> int:
 
 def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> None:
     started = time.monotonic()
+    prepare(config.cluster)
     with ExitStack() as stack:
         with console.phase("starting Ray"), ThreadPoolExecutor(max_workers=1) as meanwhile:
             rooms = ("driver.build", "families")  # torch and transformers take seconds too

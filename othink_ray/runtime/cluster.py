@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,20 +19,34 @@ class ClusterError(RuntimeError):
     """The cluster cannot hold the run; says what is missing."""
 
 
+def prepare(cluster: ClusterConfig) -> None:
+    """What Ray reads from the environment when it is imported.
+
+    It listens on every interface, and whoever gets in can run code: one that starts here lets in this run alone.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU actor keeps its view of the GPUs
+    if _address(cluster) is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _address(cluster: ClusterConfig) -> str | None:
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     """Ray for the time of a run; without `cluster.address` it starts here, unless a submitted job is inside one.
 
     A process that is connected already stays so: that Ray is its owner's.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU actor keeps its view of the GPUs
+    prepare(cluster)
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(cluster)
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": None}
     if address is None:
         # A Ray of this run dies with it: what it leaves when the run is killed looks for it no longer than this.

@@ -25,6 +25,7 @@ SMALL = (
     *("train.prompts_per_step=4", "train.checkpoint_every=1", "algo.group_size=4"),
     *("eval.every=0", "rollout.step_timeout_s=15", "learner.step_timeout_s=15", "algo.reward.timeout_s=5"),
     *("algo.reward.answer_cpu_s=0.5", "faults.max_restarts=1000"),
+    *("rollout.load_timeout_s=90", "learner.load_timeout_s=90"),
     *("rollout.threads=1", "learner.threads=1"),
 )
 EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")
@@ -147,9 +148,7 @@ def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
     """One long run with a random fault every so often; in the end it is asked to go, and nothing may be left of it."""
     run_dir = ground.folder / "soak"
     dice = random.Random(0)
-    run = ground.start(
-        run_dir, "rollout.num_actors=2", "train.steps=100000", "train.checkpoint_every=5", "faults.max_restarts=100000"
-    )
+    run = ground.start(run_dir, "rollout.num_actors=2", "train.steps=100000", "train.checkpoint_every=5")
     driver = psutil.Process(run.pid)
     until, after, masked, told, sizes = time.time() + 60 * minutes, every_s, 0, 0, []
     while steps_done(run_dir) < 5 and run.poll() is None:

@@ -86,11 +86,13 @@ class Ground:
                     return f"step {one['step']}: {name} is {one[name]}, in peace {other[name]}"
         return ""
 
-    def outcomes(self, run_dir: Path, fault: str, deeds: Sequence[float], status: int) -> list[Outcome]:
+    def outcomes(
+        self, run_dir: Path, fault: str, deeds: Sequence[float], status: int, told: Sequence[dict[str, float]]
+    ) -> list[Outcome]:
         """Of one run, after all that was done to it: each fault's part of what it told and wrote."""
         wrong = f"ended with {status}, see {run_dir / 'screen.txt'}" if status else self.differences(run_dir)
         wrong = wrong or ("" if len(deeds) == self.times else f"{len(deeds)} of {self.times} faults were done")
-        done, again, told = lines(run_dir), _written(run_dir, "metrics.discarded"), _written(run_dir, "incidents")
+        done, again = lines(run_dir), _written(run_dir, "metrics.discarded")
         found, before = [], 0.0
         for number, deed in enumerate(deeds):
             noticed = min((one["unix_s"] for one in told if one["unix_s"] > deed), default=deed)
@@ -124,7 +126,8 @@ def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outco
     run = ground.start(run_dir, "rollout.num_actors=2")
     with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed) as saboteur:
         status = ground.finish(run)
-    return ground.outcomes(run_dir, str(faults[0]), [deed for _, deed in saboteur.done], status)
+    deeds, told = [deed for _, deed in saboteur.done], _written(run_dir, "incidents")
+    return ground.outcomes(run_dir, str(faults[0]), deeds, status, told)
 
 
 def lose_the_driver(ground: Ground) -> list[Outcome]:
@@ -141,7 +144,8 @@ def lose_the_driver(ground: Ground) -> list[Outcome]:
         deeds.append(time.time())
         run = ground.start(run_dir, "run.resume=auto")
     status = ground.finish(run)
-    return ground.outcomes(run_dir, "kill -9 of the driver, then run.resume=auto", deeds, status)
+    # Nobody is there to notice it: what is told later is of something else.
+    return ground.outcomes(run_dir, "kill -9 of the driver, then run.resume=auto", deeds, status, told=())
 
 
 def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:

@@ -41,7 +41,7 @@ def run(config: Config, write_report: WriteReport) -> int:
 
 def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> None:
     started = time.monotonic()
-    prepare(config.cluster)
+    prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
         with console.phase("starting Ray"), ThreadPoolExecutor(max_workers=1) as meanwhile:
             rooms = ("driver.build", "families")  # torch and transformers take seconds too

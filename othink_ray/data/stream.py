@@ -11,6 +11,7 @@ import numpy as np
 
 from othink_ray.data.passing import PassingRows
 from othink_ray.data.prompts import BadRow, Source
+from othink_ray.data.read_ahead import ReadAhead
 from othink_ray.data.tables import SourceError
 from othink_ray.types import Prompt
 
@@ -61,7 +62,9 @@ class PromptStream:
         on_bad_row: str,
         position: int = 0,
         screen: Screen | None = None,
+        ahead: int = 0,
     ) -> None:
+        """`ahead`: rows that are read before they are asked for, until `close`."""
         if on_bad_row not in ("drop", "stop"):
             raise ValueError(f"data.on_bad_row={on_bad_row!r} must be drop or stop; choose one of them")
         if position < 0:
@@ -69,6 +72,7 @@ class PromptStream:
         self._order: Order = source.order(seed) if isinstance(source, PassingRows) else Permutations(source, seed)
         self._stop = on_bad_row == "stop"
         self._screen = screen
+        self._ahead = ReadAhead(self._read, ahead) if ahead else None
         self._position = position
         self._bad_run = 0
         self._dropped: dict[str, str] = {}
@@ -91,9 +95,7 @@ class PromptStream:
         prompts: list[Prompt] = []
         while len(prompts) < n:
             try:
-                prompt = self._order.prompt(self._position)
-                if self._screen is not None:
-                    self._screen(prompt)
+                prompt = (self._ahead or self._read)(self._position)
             except BadRow as bad:
                 if self._stop:
                     raise
@@ -103,6 +105,16 @@ class PromptStream:
                 self._bad_run = 0
             self._position += 1
         return told_apart(prompts)
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _read(self, position: int) -> Prompt:
+        prompt = self._order.prompt(position)
+        if self._screen is not None:
+            self._screen(prompt)
+        return prompt
 
     def _drop(self, bad: BadRow) -> None:
         self._dropped[bad.row_id] = bad.reason

@@ -91,7 +91,9 @@ def _train(
             on_bad_row=config.data.on_bad_row,
             position=state.data_position,
             screen=fits,
+            ahead=config.train.prompts_per_step,
         )
+        stack.callback(stream.close)
         held_out = exams(config, fits)
         unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
         if unasked:

@@ -6,13 +6,14 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, get_num_threads, set_num_threads  # by name: vLLM has torch's own setter do nothing
 
 from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 
@@ -35,6 +36,17 @@ class Sampling:
 def share_of_cores(threads: int | None, sharers: int) -> int:
     """Threads for one of `sharers` processes that work at the same time; more than cores would wait for each other."""
     return threads or max(1, (os.cpu_count() or 1) // sharers)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """For what engines and learner do at the same time: threads of both on the same cores would wait for each other."""
+    threads = get_num_threads()
+    set_num_threads(1)
+    try:
+        yield
+    finally:
+        set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +109,8 @@ class Receiver(ABC):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """One bucket of a push; weights that are in none of them stay as they are."""
         assert self.version == _UNFINISHED, "weights outside of a push"
-        self._write(weights)
+        with on_one_thread():
+            self._write(weights)
         self._arrived += 1
 
     def finish_push(self, version: int, buckets: int) -> None:

@@ -20,7 +20,7 @@ from othink_ray.core.correction import RatioTerms, importance
 from othink_ray.core.losses import LOSSES, LossTerms
 from othink_ray.core.packing import pack
 from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
-from othink_ray.engines.base import Place, share_of_cores
+from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
@@ -224,6 +224,7 @@ class DeepSpeedLearner:
             policy.encoded_images = 0
         return encodes
 
+    @on_one_thread()
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         batch = self._collate([_row(probe.group) for probe in probes])
         with torch.no_grad():

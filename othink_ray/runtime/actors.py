@@ -91,8 +91,8 @@ class LearnerActor(Recorded):
         return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
 
     @span("audit")
-    def candidate_logprobs(self, *probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        return self.engine.candidate_logprobs([probe for of_engine in probes for probe in of_engine])
+    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+        return self.engine.candidate_logprobs(probes)
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""

@@ -57,9 +57,9 @@ class LearnerPool:
         stats: UpdateStats = self.wait_for(calls, "update")[0]
         return stats
 
-    def candidate_logprobs(self, probes: Sequence[Any]) -> list[Any]:
-        """For references to each engine's probes: one to each rank's logprobs of all of them, which are the same."""
-        return [actor.candidate_logprobs.remote(*probes) for actor in self.ranks]
+    def candidate_logprobs(self, probes: Any) -> list[Any]:
+        """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""
+        return [actor.candidate_logprobs.remote(probes) for actor in self.ranks]
 
     def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
         """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for."""
@@ -72,10 +72,9 @@ class LearnerPool:
             raise LearnerLost(f"{streams.who} {streams.lost[0]}")
         self.wait_for(following, "gathering weights")
 
-    def pushed_bytes(self) -> int:
-        """Of weights in the last push, to each engine."""
-        [count] = self.wait_for([self.ranks[0].pushed_bytes.remote()], "gathering weights")
-        return int(count)
+    def pushed_bytes(self) -> list[Any]:
+        """A reference to how many bytes of weights the last push had, to each engine."""
+        return [self.ranks[0].pushed_bytes.remote()]
 
     def open_senders(self, make_sender: Callable[[Place, int, NamedWeights], Sender]) -> None:
         """Meet the engines on a port of their own."""

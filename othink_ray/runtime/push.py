@@ -19,7 +19,7 @@ from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, compare_engines, require
+from othink_ray.weights.audit import AuditError, compare, repeated, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ class AuditedPush:
         self.sampling = Sampling(answers=1, max_tokens=weights.audit_tokens, temperature=temperature, seed=0)
         self.prompts = self.audited_with = self.first_prompts
         self.version = -1
-        self.audited: list[Probe] = []
+        self.audited: list[Probe] = []  # one engine's; the others answered like it
         rollout.equip = self.equip
 
     def __call__(self, version: int) -> Audit:
@@ -196,14 +196,22 @@ class AuditedPush:
 
     @span("audit")
     def _finish(self, sent: Sent) -> Audit:
-        """All is asked for at once: an engine answers when it has the weights, the learner when it has the answers."""
+        """Both sides at once: while the engines load, the learner says how likely their last answers are by now."""
         asked = self.rollout.probe(self.prompts, self.sampling, self.weights.audit_candidates)
-        repeated = self.learner.candidate_logprobs(asked)
+        last = self.audited if self.audited_with is self.prompts else []
+        expected, sent_bytes = self.learner.candidate_logprobs(last or asked[0]), self.learner.pushed_bytes()
         probes = self._arrived(sent, asked)
-        audit = compare(probes, self.learner.wait_for(repeated, "audit")[0], self.version)
+        now = probes[: len(probes) // len(asked)]  # of one engine
+        audit = self._compared(probes, last or now, expected)
+        if 2 * audit.tokens < sum(probe.logprobs.size for probe in probes):  # other answers than last time
+            audit = self._compared(probes, now, self.learner.candidate_logprobs(now))
         require(audit, self.weights.audit_tolerance)
-        self.audited, self.audited_with = probes, self.prompts
-        return replace(audit, sent_bytes=self.learner.pushed_bytes())
+        self.audited, self.audited_with = now, self.prompts
+        return replace(audit, sent_bytes=self.learner.wait_for(sent_bytes, "audit")[0])
+
+    def _compared(self, probes: Sequence[Probe], answers: Sequence[Probe], by_learner: Sequence[Any]) -> Audit:
+        """`by_learner`: references to its logprobs of the candidates of `answers`."""
+        return compare(probes, repeated(answers, self.learner.wait_for(by_learner, "audit")[0]), self.version)
 
     def equip(self, new: Sequence[int]) -> None:
         """New engines get what the others have and answer as they did: the learner may be further by now."""
@@ -212,7 +220,7 @@ class AuditedPush:
         sent = self.transport.send_again(self.version, new)
         asked = self.rollout.probe(self.audited_with, self.sampling, self.weights.audit_candidates, new)
         probes = self._arrived(sent, asked)
-        require(compare_engines(probes, self.audited, self.version), self.weights.audit_tolerance)
+        require(compare(probes, self.audited, self.version), self.weights.audit_tolerance)
 
     def _arrived(self, sent: Sent, asked: Sequence[Any]) -> list[Probe]:
         for calls in sent.loading:  # what failed first says why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,34 +15,32 @@ class AuditError(RuntimeError):
     """The engines do not sample from the policy that is trained."""
 
 
-def compare(probes: Sequence[Probe], learner_logprobs: Sequence[NDArray[np.float32]], version: int) -> Audit:
-    """Gaps in nats between both sides, over the likeliest tokens at each place of each probe."""
-    gaps = np.concatenate(
-        [np.abs(probe.logprobs - own).ravel() for probe, own in zip(probes, learner_logprobs, strict=True)]
-    )
-    worst = float(gaps.max()) if np.isfinite(gaps).all() else float("inf")
-    return Audit(version=version, gap_mean=float(gaps.mean()), gap_max=worst, tokens=gaps.size)
+def compare(probes: Sequence[Probe], known: Sequence[Probe], version: int) -> Audit:
+    """Gaps in nats between both sides, over the likeliest tokens at each place of each probe.
 
-
-def compare_engines(probes: Sequence[Probe], audited: Sequence[Probe], version: int) -> Audit:
-    """As `compare`, of engines that are new with one that was audited: both were asked the same, in the same order.
-
-    Where two candidates are all but alike one may be listed or sampled there and the other here; what follows another
-    token cannot be compared.
+    `known` is of one side, `probes` of one or several that were asked the same, in the same order. Candidates that only
+    one of both has are left out, and so is what follows where the answers part.
     """
     gaps: list[float] = []
-    for place, probe in enumerate(probes):
-        known = audited[place % len(audited)]
-        tokens, others = (one.group.completions[0].token_ids for one in (probe, known))
-        for at in range(min(len(tokens), len(others))):
+    for number, probe in enumerate(probes):
+        other = known[number % len(known)]
+        tokens, others = (one.group.completions[0].token_ids for one in (probe, other))
+        for place in range(min(len(tokens), len(others))):
             here, there = (
-                dict(zip(one.candidates[at].tolist(), one.logprobs[at].tolist(), strict=True)) for one in (probe, known)
+                dict(zip(one.candidates[place].tolist(), one.logprobs[place].tolist(), strict=True))
+                for one in (probe, other)
             )
             gaps += [abs(here[token] - there[token]) for token in here.keys() & there.keys()]
-            if tokens[at] != others[at]:
+            if tokens[place] != others[place]:
                 break
     found = np.array(gaps) if gaps else np.array([np.inf])
-    return Audit(version=version, gap_mean=float(found.mean()), gap_max=float(found.max()), tokens=len(gaps))
+    worst = float(found.max()) if np.isfinite(found).all() else float("inf")
+    return Audit(version=version, gap_mean=float(found.mean()), gap_max=worst, tokens=len(gaps))
+
+
+def repeated(probes: Sequence[Probe], logprobs: Sequence[NDArray[np.float32]]) -> list[Probe]:
+    """The same answers and candidates, as another side sees them."""
+    return [replace(probe, logprobs=own) for probe, own in zip(probes, logprobs, strict=True)]
 
 
 def require(audit: Audit, tolerance: float) -> None:

@@ -102,8 +102,8 @@ GUARDS = (
     Guard(
         "a new engine gets the weights, and is asked for it",
         "runtime/push.py",
-        "        require(compare_engines(probes, self.audited, self.version), self.weights.audit_tolerance)",
-        "        compare_engines(probes, self.audited, self.version)",
+        "        require(compare(probes, self.audited, self.version), self.weights.audit_tolerance)",
+        "        compare(probes, self.audited, self.version)",
         "runtime/test_replacing.py::test_a_new_engine_that_did_not_get_the_weights_is_caught",
     ),
     Guard(

@@ -21,7 +21,7 @@ from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, require
+from othink_ray.weights.audit import AuditError, compare, repeated, require
 from tests.engines.samples import ask, batch_of, give, group_of, row_of, sent_weights, worker_of
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def probe_of(family: Family, logprobs: list[list[float]]) -> Probe:
 def test_gaps_are_absolute_and_over_all_candidates_of_all_probes(family: Family) -> None:
     probes = [probe_of(family, [[-1.0, -2.0], [-3.0, -4.0]]), probe_of(family, [[-5.0, -6.0]])]
     own = [np.array([[-1.0, -2.5], [-2.0, -4.0]], np.float32), np.array([[-5.0, -6.0]], np.float32)]
-    audit = compare(probes, own, version=3)
+    audit = compare(probes, repeated(probes, own), version=3)
     assert (audit.version, audit.tokens) == (3, 6)
     assert audit.gap_mean == pytest.approx(1.5 / 6)
     assert audit.gap_max == pytest.approx(1.0)
@@ -49,7 +49,8 @@ def test_gaps_are_absolute_and_over_all_candidates_of_all_probes(family: Family)
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_none_is_no_agreement(family: Family, broken: float) -> None:
-    audit = compare([probe_of(family, [[-1.0, -2.0]])], [np.array([[-1.0, broken]], np.float32)], version=1)
+    probes = [probe_of(family, [[-1.0, -2.0]])]
+    audit = compare(probes, repeated(probes, [np.array([[-1.0, broken]], np.float32)]), version=1)
     with pytest.raises(AuditError, match="version 1 failed"):
         require(audit, tolerance=1e9)
 
@@ -73,7 +74,7 @@ def test_the_message_says_what_was_measured_and_where_to_look() -> None:
 
 def test_probes_and_answers_must_match_in_number(family: Family) -> None:
     with pytest.raises(ValueError, match="zip"):
-        compare([probe_of(family, [[-1.0]])] * 2, [np.array([[-1.0]], np.float32)], version=0)
+        repeated([probe_of(family, [[-1.0]])] * 2, [np.array([[-1.0]], np.float32)])
 
 
 # ---- on a real engine
@@ -100,7 +101,7 @@ class Auditor:
 
     def __call__(self, engine: VLLMRollout | HFRollout, policy: Policy) -> Audit:
         probes = engine.probe(self.prompts, self.sampling, self.weights.audit_candidates)
-        return compare(probes, learner_logprobs(policy, self.family, probes), engine.version)
+        return compare(probes, repeated(probes, learner_logprobs(policy, self.family, probes)), engine.version)
 
 
 @pytest.fixture(scope="module")
@@ -228,4 +229,4 @@ def test_other_pixels_on_one_side_are_caught(engine: VLLMRollout, taught: Policy
     ]
     own = learner_logprobs(taught, audit.family, swapped)
     with pytest.raises(AuditError):
-        require(compare(swapped, own, 0), audit.weights.audit_tolerance)
+        require(compare(swapped, repeated(swapped, own), 0), audit.weights.audit_tolerance)

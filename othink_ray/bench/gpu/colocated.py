@@ -20,7 +20,7 @@ from othink_ray.bench.gpu.shapes import questions, scored
 from othink_ray.engines.base import Place, Sampling
 from othink_ray.engines.vllm_transfer import open_sender
 from othink_ray.types import Audit
-from othink_ray.weights.audit import compare
+from othink_ray.weights.audit import compare, repeated
 
 RATE = 1e-4  # each step must be seen in the logprobs: the audit tells a push from none
 BUCKET = 2**26
@@ -151,7 +151,7 @@ def _sampling(setup: Setup) -> Sampling:
 def _audit(setup: Setup, learner: PlainLearner, engine: EngineProcess, version: int) -> Audit:
     asked = Sampling(answers=1, max_tokens=4, temperature=0.0, seed=0)
     probes = engine.ask("probe", questions(2, setup.sides[0]), asked, CANDIDATES)
-    return compare(probes, learner.candidate_logprobs(probes), version)
+    return compare(probes, repeated(probes, learner.candidate_logprobs(probes)), version)
 
 
 def _audit_row(setting: str, audit: Audit) -> Row:

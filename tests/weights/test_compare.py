@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare_engines, require
+from othink_ray.weights.audit import AuditError, compare, require
 
 
 def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[float]]) -> Probe:
@@ -21,18 +21,18 @@ KNOWN = probe([5, 6], [[5, 7], [6, 8]], [[-0.5, -1.0], [-0.25, -2.0]])
 
 
 def test_the_same_candidates_in_another_order_are_compared() -> None:
-    audit = compare_engines([probe([5, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-0.25, -2.0]])], [KNOWN], 3)
+    audit = compare([probe([5, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-0.25, -2.0]])], [KNOWN], 3)
     assert (audit.version, audit.gap_mean, audit.tokens) == (3, 0.0, 4)
 
 
 def test_what_follows_another_token_is_not_compared() -> None:
     found = probe([7, 1], [[7, 5], [1, 2]], [[-1.0, -0.5], [-9.0, -9.0]])
-    assert compare_engines([found], [KNOWN], 3).tokens == 2
+    assert compare([found], [KNOWN], 3).tokens == 2
 
 
 def test_each_new_engine_is_held_against_the_same_questions() -> None:
     other = probe([9], [[9, 1]], [[-0.1, -3.0]])
-    assert compare_engines([KNOWN, other, KNOWN, other], [KNOWN, other], 3).gap_max == 0
+    assert compare([KNOWN, other, KNOWN, other], [KNOWN, other], 3).gap_max == 0
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_each_new_engine_is_held_against_the_same_questions() -> None:
 )
 def test_an_engine_with_another_policy_is_refused(found: Probe) -> None:
     with pytest.raises(AuditError):
-        require(compare_engines([found], [KNOWN], 3), tolerance=1e-3)
+        require(compare([found], [KNOWN], 3), tolerance=1e-3)

@@ -25,7 +25,7 @@ from othink_ray.runtime.push import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.seating import Seat
 from othink_ray.runtime.team import Team
-from othink_ray.types import Group, Prompt
+from othink_ray.types import Audit, Group, Probe, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 from tests.engines.samples import ask, picture, sent_weights, worker_of
@@ -129,6 +129,36 @@ def test_images_are_small_after_the_first_push(team: Team, version: Callable[[],
     assert max(first.gap_mean, second.gap_mean) < 1e-4
     [small] = ray.get(push.quick_prompts)
     assert Image.open(io.BytesIO(small.images[0])).size == (112, 80)
+    team.rollout.equip = team.pusher.equip
+    team.push(version())
+
+
+class AskedAgain(AuditedPush):
+    """Counts what the learner is asked."""
+
+    asked = 0
+
+    def _compared(self, probes: Sequence[Probe], answers: Sequence[Probe], by_learner: Sequence[Any]) -> Audit:
+        self.asked += 1
+        return super()._compared(probes, answers, by_learner)
+
+
+def test_where_engines_answer_otherwise_than_last_time_the_learner_is_asked_again(
+    team: Team, asked: list[Prompt], version: Callable[[], int]
+) -> None:
+    weights = team.pusher.weights
+    push = AskedAgain(team.pusher.transport, team.learner, team.rollout, weights, asked, 1.0)
+    push(version())
+    push(version())
+    every = push.audited[0].logprobs.size * len(push.audited)
+    train_one_step(team, asked, version())
+    as_last_time = push(version())
+    assert (push.asked, every / 2 <= as_last_time.tokens <= every) == (3, True)
+    push.audited = [replace(probe, candidates=0 * probe.candidates) for probe in push.audited]
+    train_one_step(team, asked, version())
+    audit = push(version())
+    assert (push.asked, audit.tokens) == (5, every)
+    assert max(audit.gap_mean, as_last_time.gap_mean) < 1e-4
     team.rollout.equip = team.pusher.equip
     team.push(version())
 

@@ -29,7 +29,8 @@ SMALL = (
     *("rollout.threads=1", "learner.threads=1"),
 )
 EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")
-_APART = 2  # steps from one fault to the next: there is one in between that nothing happens to
+_APART = 6  # steps from one fault to the next, of which some go by before its random moment
+_MENDED = 2  # steps after a fault, of which one was begun when it was over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +125,7 @@ def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outco
     faults = [Fault(role, how, 1 + _APART * number) for number in range(ground.times)]
     run_dir = ground.folder / f"{role}_{how.name}"
     run = ground.start(run_dir, "rollout.num_actors=2")
-    with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed) as saboteur:
+    with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed, apart=_MENDED) as saboteur:
         status = ground.finish(run)
     deeds, told = [deed for _, deed in saboteur.done], _written(run_dir, "incidents")
     return ground.outcomes(run_dir, str(faults[0]), deeds, status, told)
@@ -132,16 +133,17 @@ def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outco
 
 def lose_the_driver(ground: Ground) -> list[Outcome]:
     """kill -9 at random moments, and the same command again with run.resume=auto."""
-    dice, deeds = random.Random(ground.seed), []
+    dice, deeds, due = random.Random(ground.seed), [], 1
     run_dir = ground.folder / "driver"
     run = ground.start(run_dir, "run.resume=auto")
     for number in range(ground.times):
-        while steps_done(run_dir) < 1 + _APART * number and run.poll() is None:
+        while steps_done(run_dir) < max(1 + _APART * number, due) and run.poll() is None:
             time.sleep(0.02)
         time.sleep(dice.uniform(0.0, 1.0))
         run.kill()
         run.wait()
         deeds.append(time.time())
+        due = steps_done(run_dir) + _MENDED
         run = ground.start(run_dir, "run.resume=auto")
     status = ground.finish(run)
     # Nobody is there to notice it: what is told later is of something else.

@@ -51,13 +51,14 @@ def lines(run_dir: Path) -> list[dict[str, float]]:
 
 @dataclass
 class Saboteur:
-    """Does one fault after the other to a run, each a random moment after its step."""
+    """Does one fault after the other to a run, each a random moment after its step and `apart` steps from the last."""
 
     driver: psutil.Process
     run_dir: Path
     faults: Sequence[Fault]
     seed: int
     within_s: float = 1.0
+    apart: int = 0
     done: list[tuple[Fault, float]] = field(default_factory=list)  # with the time of the deed
 
     def __enter__(self) -> Saboteur:
@@ -72,15 +73,16 @@ class Saboteur:
         self.thread.join()
 
     def _work(self) -> None:
-        dice = random.Random(self.seed)
+        dice, due = random.Random(self.seed), 0
         for fault in self.faults:
-            while steps_done(self.run_dir) < fault.after_steps and not self.over.wait(0.02):
+            while steps_done(self.run_dir) < max(fault.after_steps, due) and not self.over.wait(0.02):
                 pass
             self.over.wait(dice.uniform(0.0, self.within_s))
             while not self.over.is_set():
                 victims = [one for one in processes_of(fault.role, self.driver) if one.pid not in self.others]
                 if victims:
                     self.done.append((fault, time.time()))
+                    due = steps_done(self.run_dir) + self.apart
                     dice.choice(victims).send_signal(fault.how)
                     break
                 time.sleep(0.05)

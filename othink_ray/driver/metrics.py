@@ -7,17 +7,18 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeAlias, TypeGuard
+from typing import Any, Self, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from othink_ray.config.schema import WandbConfig
+from othink_ray.driver.step_lines import StepLines
 from othink_ray.driver.tracking import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 from othink_ray.whole_file import write_whole
@@ -43,6 +44,7 @@ class RunRecords:
         wandb: WandbConfig,
         config_yaml: str,
         environment: Mapping[str, Any],
+        tell: Callable[[str], None],
         resume_step: int | None = None,
     ) -> None:
         self._run_dir = run_dir
@@ -51,16 +53,17 @@ class RunRecords:
         self._environment = environment
         self._keep_up_to = -1 if resume_step is None else resume_step
         self._last_step = self._keep_up_to
-        self._metrics: TextIO
-        self._samples: TextIO
+        self._tell = tell
+        self._metrics: StepLines
+        self._samples: StepLines
         self._tracker: Tracker
 
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self._run_dir / "config.yaml", self._config_yaml)
         write_whole(self._run_dir / "environment.json", json.dumps(jsonable(self._environment), indent=2) + "\n")
-        self._metrics = _open_after(self._run_dir / "metrics.jsonl", self._keep_up_to)
-        self._samples = _open_after(self._run_dir / "samples.jsonl", self._keep_up_to)
+        self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._keep_up_to, self._tell)
+        self._samples = StepLines(self._run_dir / "samples.jsonl", self._keep_up_to, self._tell)
         resumed = self._keep_up_to >= 0
         self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml, self._environment, resumed=resumed)
         return self
@@ -77,7 +80,7 @@ class RunRecords:
         assert step > self._last_step, f"step {step} is already in metrics.jsonl (last line: step {self._last_step})"
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         line = {"step": step, "time/unix_s": round(time.time(), 3), **numbers}
-        _append(self._metrics, line)
+        self._metrics.append(_json(line))
         self._last_step = step
         self._tracker.log(step, numbers)
         return line
@@ -85,7 +88,7 @@ class RunRecords:
     def sample(self, step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> None:
         """Append one group with its images as thumbnails; `advantages` has one value per answer, length G."""
         record = sample_record(step, scored, advantages)
-        _append(self._samples, record)
+        self._samples.append(_json(record))
         self._tracker.sample(step, record)
 
     def summary(self, values: Mapping[str, object]) -> None:
@@ -172,31 +175,6 @@ def jsonable(value: object) -> Json:
     )
 
 
-def _append(file: TextIO, record: Mapping[str, object]) -> None:
+def _json(record: Mapping[str, object]) -> str:
     # ASCII only: a model may write half a surrogate pair, or a character that some readers take for a line end.
-    file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
-    file.flush()
-
-
-def _open_after(path: Path, last_kept_step: int) -> TextIO:
-    """Open a JSONL file for appending after the lines up to `last_kept_step`; later and torn lines are set aside."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [line for line in text.split("\n") if line]
-    discarded = [line for line in lines if _step_of(line) > last_kept_step]
-    if discarded:
-        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as aside:
-            aside.writelines(line + "\n" for line in discarded)
-    kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
-    if kept != text:
-        write_whole(path, kept)
-    return path.open("a", encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """The step of a JSONL line; infinity for a torn one, which is beyond every step."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return math.inf
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else math.inf
+    return json.dumps(jsonable(record), allow_nan=False)

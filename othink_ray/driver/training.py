@@ -116,6 +116,7 @@ def _train(
                 wandb=config.wandb,
                 config_yaml=to_yaml(config),
                 environment=environment(),
+                tell=incidents.tell,
                 resume_step=state.step - 1,
             )
         )

@@ -4,130 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import psutil
 
 from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
-
-SMALL = (
-    *("model.tiny.warm_steps=40", "model.tiny.warm_lr=2e-3", "model.tiny.warm_batch=16", "eval.questions=16"),
-    *("train.prompts_per_step=4", "train.checkpoint_every=1", "algo.group_size=4"),
-    *("eval.every=0", "rollout.step_timeout_s=15", "learner.step_timeout_s=15", "algo.reward.timeout_s=5"),
-    *("algo.reward.answer_cpu_s=0.5", "faults.max_restarts=1000"),
-    *("rollout.load_timeout_s=90", "learner.load_timeout_s=90"),
-    *("rollout.threads=1", "learner.threads=1"),
-)
-EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")
-_APART = 6  # steps from one fault to the next, of which some go by before its random moment
-_MENDED = 2  # steps after a fault, of which one was begun when it was over
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a fault cost. `wrong` is empty where its run is, step by step, the one that was left in peace."""
-
-    fault: str
-    number: int
-    noticed_after_s: float
-    recovered_after_s: float
-    steps_lost: int
-    samples_masked: int
-    wrong: str
-
-
-class Ground:
-    """Where the drills take place: one base model, and a run that was left in peace, long enough for all faults."""
-
-    def __init__(self, folder: Path, times: int, seed: int) -> None:
-        self.folder, self.peaceful, self.times, self.seed = folder, folder / "in_peace", times, seed
-        self.steps = _APART * times + 3
-        assert self.finish(self.start(self.peaceful)) == 0, (self.peaceful / "screen.txt").read_text()
-
-    def start(self, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        own = (f"run.dir={run_dir}", f"run.cache_dir={self.folder / 'cache'}", f"train.steps={self.steps}")
-        with (run_dir / "screen.txt").open("ab") as screen:
-            return subprocess.Popen(
-                [sys.executable, "-m", "othink_ray.main", *SMALL, *own, *overrides],
-                stdout=screen,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"CI": "true"},
-                start_new_session=True,
-            )
-
-    @staticmethod
-    def finish(run: subprocess.Popen[bytes]) -> int:
-        try:
-            return run.wait(3600)
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
-
-    def differences(self, run_dir: Path) -> str:
-        """From the run in peace; a masked answer changes what follows it: then only the steps are compared."""
-        found, expected = lines(run_dir), lines(self.peaceful)
-        if [line["step"] for line in found] != [line["step"] for line in expected]:
-            return f"steps {[line['step'] for line in found]}"
-        if any(line["faults/masked_answers"] for line in found):
-            return ""
-        for one, other in zip(found, expected, strict=True):
-            for name in EXACT:
-                if one[name] != other[name]:
-                    return f"step {one['step']}: {name} is {one[name]}, in peace {other[name]}"
-        return ""
-
-    def outcomes(
-        self, run_dir: Path, fault: str, deeds: Sequence[float], status: int, told: Sequence[dict[str, float]]
-    ) -> list[Outcome]:
-        """Of one run, after all that was done to it: each fault's part of what it told and wrote."""
-        wrong = f"ended with {status}, see {run_dir / 'screen.txt'}" if status else self.differences(run_dir)
-        wrong = wrong or ("" if len(deeds) == self.times else f"{len(deeds)} of {self.times} faults were done")
-        done, again = lines(run_dir), _written(run_dir, "metrics.discarded")
-        found, before = [], 0.0
-        for number, deed in enumerate(deeds):
-            noticed = min((one["unix_s"] for one in told if one["unix_s"] > deed), default=deed)
-            mended = min((one["time/unix_s"] for one in done if one["time/unix_s"] > noticed), default=float("nan"))
-            found.append(
-                Outcome(
-                    fault=fault,
-                    number=number,
-                    noticed_after_s=noticed - deed,
-                    recovered_after_s=mended - deed,
-                    steps_lost=sum(before < one["time/unix_s"] <= mended for one in again),
-                    samples_masked=int(
-                        sum(one["faults/masked_answers"] for one in done if before < one["time/unix_s"] <= mended)
-                    ),
-                    wrong=wrong,
-                )
-            )
-            before = mended
-        return found
-
-
-def _written(run_dir: Path, name: str) -> list[dict[str, float]]:
-    file = run_dir / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+from tests.drills.ground import APART, MENDED, Ground, Outcome, told_by
+from tests.drills.places import fill_the_disk, pull_the_cable
 
 
 def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outcome]:
     """Two rollout actors and one learner rank lose a process at random moments; the run mends itself each time."""
-    faults = [Fault(role, how, 1 + _APART * number) for number in range(ground.times)]
+    faults = [Fault(role, how, 1 + APART * number) for number in range(ground.times)]
     run_dir = ground.folder / f"{role}_{how.name}"
     run = ground.start(run_dir, "rollout.num_actors=2")
-    with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed, apart=_MENDED) as saboteur:
+    with Saboteur(psutil.Process(run.pid), run_dir, faults, ground.seed, apart=MENDED) as saboteur:
         status = ground.finish(run)
-    deeds, told = [deed for _, deed in saboteur.done], _written(run_dir, "incidents")
+    deeds, told = [deed for _, deed in saboteur.done], told_by(run_dir)
     return ground.outcomes(run_dir, str(faults[0]), deeds, status, told)
 
 
@@ -137,13 +38,13 @@ def lose_the_driver(ground: Ground) -> list[Outcome]:
     run_dir = ground.folder / "driver"
     run = ground.start(run_dir, "run.resume=auto")
     for number in range(ground.times):
-        while steps_done(run_dir) < max(1 + _APART * number, due) and run.poll() is None:
+        while steps_done(run_dir) < max(1 + APART * number, due) and run.poll() is None:
             time.sleep(0.02)
         time.sleep(dice.uniform(0.0, 1.0))
         run.kill()
         run.wait()
         deeds.append(time.time())
-        due = steps_done(run_dir) + _MENDED
+        due = steps_done(run_dir) + MENDED
         run = ground.start(run_dir, "run.resume=auto")
     status = ground.finish(run)
     # Nobody is there to notice it: what is told later is of something else.
@@ -200,7 +101,7 @@ DRILLS: dict[str, Callable[[Ground], list[Outcome]]] = {
     f"{role}_{name}": partial(lose_processes, role=role, how=how)
     for name, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP))
     for role in ROLES
-} | {"driver_dies": lose_the_driver}
+} | {"driver_dies": lose_the_driver, "disk_full": fill_the_disk, "cable_pulled": pull_the_cable}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +13,20 @@ import torch
 
 from othink_ray.driver import checkpoint
 from othink_ray.driver.checkpoint import Checkpoints
+from othink_ray.driver.step_lines import StepLines
 from othink_ray.engines.learner_state import StoredState, Writing
+from tests.drills.places import full, small_disk
 
 STATE = replace(checkpoint.fresh(0), step=1)
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """Of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs root: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    if os.geteuid() != 0:
+        pytest.skip("a small disk needs root")
+    with small_disk(tmp_path / "disk", megabytes=4):
+        yield tmp_path / "disk"
 
 
 class Learner:
@@ -45,17 +44,46 @@ class Learner:
         return self.writing.finish()
 
 
-def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(small_disk: Path) -> None:
+def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(disk: Path) -> None:
     told: list[str] = []
     learner = Learner()
-    checkpoints = Checkpoints(small_disk, learner, keep_last=1, keep_best=False, tell=told.append)
+    checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, tell=told.append)
     for step, learner.megabytes in ((1, 1), (2, 8), (3, 8), (4, 1)):
         checkpoints.begin(replace(STATE, step=step))
         checkpoints.finish()
-        found, state = checkpoint.find(small_disk, "auto", 0, told.append)
+        found, state = checkpoint.find(disk, "auto", 0, told.append)
         assert found is not None
         assert state.step == (1 if step < 4 else 4)
         assert StoredState(found).read("a", "weight").sum() == 2**18
     assert [text.partition(" could not be written")[0] for text in told] == ["checkpoint step_2", "checkpoint step_3"]
     assert all("No space left" in text and "the last whole one is step_1" in text for text in told)
-    assert os.listdir(small_disk / "checkpoints") == ["step_4"]
+    assert os.listdir(disk / "checkpoints") == ["step_4"]
+
+
+def test_lines_without_room_wait_for_it_and_none_is_torn_or_lost(disk: Path) -> None:
+    told: list[str] = []
+    written = StepLines(disk / "metrics.jsonl", -1, told.append)
+    long = "x" * 3000  # some fit on the page that is there, and the next one only in part
+    records = [json.dumps({"step": step, "long": long}) for step in range(12)]
+    for record in records[:3]:
+        written.append(record)
+    with full(disk):
+        for record in records[3:9]:
+            written.append(record)
+            there = (disk / "metrics.jsonl").read_text().splitlines()
+            assert there == records[: len(there)]
+        assert len(there) < 9
+    for record in records[9:]:
+        written.append(record)
+    written.close()
+    assert (disk / "metrics.jsonl").read_text().splitlines() == records
+    assert len(told) == 2
+    assert "has no room on the disk" in told[0] and "is written again" in told[1]
+
+
+def test_lines_do_not_wait_for_ever(disk: Path) -> None:
+    written = StepLines(disk / "metrics.jsonl", -1, lambda text: None)
+    with full(disk), pytest.raises(OSError, match="No space left"):
+        for step in range(2000):
+            written.append(json.dumps({"step": step, "long": "x" * 300}))
+    written.close()

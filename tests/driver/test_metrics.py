@@ -25,7 +25,12 @@ ENVIRONMENT = {"versions": {"ray": "2.60.0"}, "git": {"commit": "0123abcd", "dir
 
 def records(run_dir: Path, *, wandb: WandbConfig = OFF, resume_step: int | None = None) -> RunRecords:
     return RunRecords(
-        run_dir, wandb=wandb, config_yaml="train:\n  steps: 3\n", environment=ENVIRONMENT, resume_step=resume_step
+        run_dir,
+        wandb=wandb,
+        config_yaml="train:\n  steps: 3\n",
+        environment=ENVIRONMENT,
+        tell=pytest.fail,
+        resume_step=resume_step,
     )
 
 

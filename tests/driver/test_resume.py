@@ -97,7 +97,12 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
     exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
         RunRecords(
-            run_dir, wandb=config.wandb, config_yaml=to_yaml(config), environment={}, resume_step=state.step - 1
+            run_dir,
+            wandb=config.wandb,
+            config_yaml=to_yaml(config),
+            environment={},
+            tell=pytest.fail,
+            resume_step=state.step - 1,
         ) as records,
         Console(io.StringIO()) as console,
         open_loop(config) as loop,
@@ -194,7 +199,9 @@ def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tm
     exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop")
     with (
-        RunRecords(tmp_path, wandb=config.wandb, config_yaml="", environment={}, resume_step=STEPS - 1) as records,
+        RunRecords(
+            tmp_path, wandb=config.wandb, config_yaml="", environment={}, tell=pytest.fail, resume_step=STEPS - 1
+        ) as records,
         Console(io.StringIO()) as console,
     ):
         journal = journal_of(config, tmp_path, Pupil(version=STEPS), stream, exam, records, console, state)

@@ -25,7 +25,7 @@ test:  ## set up, then all tests, two at a time; ARGS="tests/core -k kl" chooses
 	@launch/setup_env.sh auto dev
 	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-drills:  ## set up, then faults in real runs, twenty of each kind: two hours; ARGS="--times 2 --only learner_dies" chooses
+drills:  ## set up, then faults in real runs, twenty of each kind: three hours; ARGS="--times 2 --only learner_dies" chooses
 	@launch/setup_env.sh auto dev
 	@$(python) -m tests.drills $(ARGS)
 

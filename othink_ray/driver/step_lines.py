@@ -41,7 +41,7 @@ class StepLines:
                 self._tell(f"{self._path.name} has no room on the disk: its lines wait in memory until there is some")
             return
         if waited:
-            self._tell(f"{self._path.name} is written again, with the {waited} lines that waited")
+            self._tell(f"{self._path.name} is written again, lines that waited first ({waited})")
 
     def _write(self, line: bytes) -> None:
         written = 0

@@ -18,6 +18,7 @@ import psutil
 
 from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
 from tests.drills.ground import APART, MENDED, Ground, Outcome, told_by
+from tests.drills.hosts import why_not
 from tests.drills.places import fill_the_disk, pull_the_cable
 
 
@@ -97,11 +98,12 @@ def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
     )
 
 
+AROUND: dict[str, Callable[[Ground], list[Outcome]]] = {"disk_full": fill_the_disk, "cable_pulled": pull_the_cable}
 DRILLS: dict[str, Callable[[Ground], list[Outcome]]] = {
     f"{role}_{name}": partial(lose_processes, role=role, how=how)
     for name, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP))
     for role in ROLES
-} | {"driver_dies": lose_the_driver, "disk_full": fill_the_disk, "cable_pulled": pull_the_cable}
+} | {"driver_dies": lose_the_driver, **AROUND}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,6 +128,9 @@ def main(arguments: Sequence[str]) -> int:
 
     print(f"{'fault':<46}{'no.':>7}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True)
     for name in asked.only:
+        if name in AROUND and (missing := why_not()):
+            print(f"{name}: not done, {missing}", flush=True)
+            continue
         keep(DRILLS[name](ground))
     if asked.soak:
         keep([soak(ground, asked.soak, every_s=60)])

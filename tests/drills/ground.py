@@ -45,7 +45,7 @@ class Ground:
 
     def __init__(self, folder: Path, times: int, seed: int) -> None:
         self.folder, self.peaceful, self.times, self.seed = folder, folder / "in_peace", times, seed
-        self.steps = APART * times + 3
+        self.steps = APART * times + 12  # after the last one the run must be at work for a while
         assert self.finish(self.start(self.peaceful)) == 0, self.screen(self.peaceful).read_text()
 
     def screen(self, run_dir: Path) -> Path:

@@ -12,7 +12,7 @@ from othink_ray.report.axes import short
 from othink_ray.report.cards import cards
 from othink_ray.report.figures import column, figures
 from othink_ray.report.records import RunFiles, is_finite, read_run
-from othink_ray.report.rendering import date, duration, write_page
+from othink_ray.report.rendering import date, duration, moment, write_page
 
 MOST_DROPPED_ROWS = 100
 
@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
         cards=cards(run.samples),
         table=_metrics_table(run.rows),
         dropped=run.summary.get("dropped") or [],
-        incidents=[(date(when), text) for when, text in run.incidents],
+        incidents=[(moment(when), text) for when, text in run.incidents],
         most_dropped=MOST_DROPPED_ROWS,
         config_yaml=run.config_yaml,
         environment=run.environment,

@@ -34,6 +34,11 @@ def date(unix_seconds: float) -> str:
     return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %B %Y, %H:%M UTC")
 
 
+def moment(unix_seconds: float) -> str:
+    """9 Oct 08:53:07 UTC."""
+    return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %b %H:%M:%S UTC")
+
+
 def duration(seconds: float) -> str:
     """48 s, 6 min 12 s or 1 h 24 min."""
     if seconds < 59.5:

@@ -12,6 +12,14 @@ from typing import Any
 
 from othink_ray.config.schema import ClusterConfig
 
+_OF_OUR_OWN = {
+    # It dies with the run: what is left when that is killed looks for it no longer than this.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    # Nobody looks into it: no lists of tasks, no statistics of itself, no spare processes, on cores that engines need.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
 _GPU_NAME = "accelerator_type:"  # Ray's resource of a node that has GPUs
 
 
@@ -49,8 +57,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     address = _address(cluster)
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": None}
     if address is None:
-        # A Ray of this run dies with it: what it leaves when the run is killed looks for it no longer than this.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+        for name, value in _OF_OUR_OWN.items():
+            os.environ.setdefault(name, value)
         settings |= {
             "address": "local",
             "num_cpus": cluster.num_cpus,

@@ -295,7 +295,7 @@ def test_what_went_wrong_and_was_mended_is_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "incidents.jsonl").write_text("\n".join([*told, '{"unix_s": 17']))
     page = page_of(run_dir)
     assert "what was done about it 2" in page.text
-    assert "actor 1 <died>" in page.text
+    assert "14 Nov 22:13:21 UTC" in page.text and "actor 1 <died>" in page.text
 
 
 def test_a_long_run_stays_a_small_file(tmp_path: Path) -> None:

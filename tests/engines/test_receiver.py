@@ -1,0 +1,60 @@
+"""The receiving end of a push, whatever engine it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from othink_ray.engines.base import Receiver, UnfinishedPush
+
+
+class Engine(Receiver):
+    """Notes the threads that it was given to write with."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.threads.append(torch.get_num_threads())
+        for _ in weights:
+            pass
+
+    def _forget(self) -> None: ...
+
+
+def breaking() -> Iterator[Any]:
+    raise OSError("a bucket was lost")
+    yield
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_weights_are_written_on_one_thread_and_the_engine_has_its_own_again(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # as vLLM has it
+    engine = Engine()
+    engine.begin_push()
+    engine.load_weights([])
+    assert torch.get_num_threads() == 3
+    with pytest.raises(OSError, match="a bucket was lost"):
+        engine.load_weights(breaking())
+    assert (torch.get_num_threads(), engine.threads) == (3, [1, 1])
+
+
+def test_a_push_with_a_bucket_missing_is_refused() -> None:
+    engine = Engine()
+    engine.begin_push()
+    engine.load_weights([])
+    with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 7, 1 arrived"):
+        engine.finish_push(7, buckets=2)

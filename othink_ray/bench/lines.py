@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -112,35 +113,46 @@ def rows(runs: Runs) -> list[Line]:
 def loop(runs: Runs) -> list[Line]:
     """What Ray, scoring and pushing add to the engines alone: first one after the other, then side by side.
 
-    All in turn, some rounds of it, so that a slow spell of the machine meets each of them.
+    All in turn, some rounds of it; what counts is the median of the rounds' ratios: a slow spell of the machine is one
+    round's alone.
     """
-    rounds = [Runs(runs.folder / f"round_{number}", runs.steps) for number in range(_ROUNDS)]
     sides: dict[str, list[float]] = defaultdict(list)
-    for one in rounds:
-        for name, overrides in (("step_s", ()), ("overlapped_s", ("train.overlap=true",))):
-            sides[name] += [line["time/step_s"] for line in one.metrics(USUAL, *overrides)]
-        for part in ("generate", "learn"):
-            sides[part] += one.bare([part], USUAL)[part]
-        beside = one.bare(["generate", "learn"], USUAL, "rollout.threads=1", "learner.threads=1")
-        for part, seconds in beside.items():
-            sides[f"{part} beside"] += seconds
-    found = {name: spread(seconds) for name, seconds in sides.items()}
-    together = found["generate"]["median"] + found["learn"]["median"]
-    longer = max(found["generate beside"]["median"], found["learn beside"]["median"])
+    plain, overlapped = [], []
+    for number in range(_ROUNDS):
+        seconds = _in_turn(Runs(runs.folder / f"round_{number}", runs.steps))
+        middle = {name: median(own) for name, own in seconds.items()}
+        plain.append(middle["step_s"] / (middle["generate"] + middle["learn"]))
+        overlapped.append(middle["overlapped_s"] / max(middle["generate beside"], middle["learn beside"]))
+        for name, own in seconds.items():
+            sides[name] += own
+    found = {name: spread(own) for name, own in sides.items()}
     return [
         Line(
             name="plain step / (bare generate + bare learn)",
-            found=found["step_s"]["median"] / together,
+            found=median(plain),
             limit=1.10,
-            detail={name: found[name] for name in ("step_s", "generate", "learn")},
+            detail={name: found[name] for name in ("step_s", "generate", "learn")} | {"rounds": plain},
         ),
         Line(
             name="overlapped step / the longer of both side by side, a core each",
-            found=found["overlapped_s"]["median"] / longer,
+            found=median(overlapped),
             limit=1.15,
-            detail={name: found[name] for name in ("overlapped_s", "generate beside", "learn beside")},
+            detail={name: found[name] for name in ("overlapped_s", "generate beside", "learn beside")}
+            | {"rounds": overlapped},
         ),
     ]
+
+
+def _in_turn(runs: Runs) -> dict[str, list[float]]:
+    """Seconds of each step: of whole runs, of the engines one at a time, and of both at work on a core each."""
+    seconds = {
+        name: [line["time/step_s"] for line in runs.metrics(USUAL, *overrides)]
+        for name, overrides in (("step_s", ()), ("overlapped_s", ("train.overlap=true",)))
+    }
+    for part in ("generate", "learn"):
+        seconds[part] = runs.bare([part], USUAL)[part]
+    beside = runs.bare(["generate", "learn"], USUAL, "rollout.threads=1", "learner.threads=1")
+    return seconds | {f"{part} beside": own for part, own in beside.items()}
 
 
 def limits(runs: Runs) -> list[Line]:

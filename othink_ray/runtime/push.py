@@ -19,7 +19,7 @@ from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, repeated, require
+from othink_ray.weights.audit import AuditError, compare, mostly_comparable, repeated, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,16 +202,17 @@ class AuditedPush:
         expected, sent_bytes = self.learner.candidate_logprobs(last or asked[0]), self.learner.pushed_bytes()
         probes = self._arrived(sent, asked)
         now = probes[: len(probes) // len(asked)]  # of one engine
-        audit = self._compared(probes, last or now, expected)
-        if 2 * audit.tokens < sum(probe.logprobs.size for probe in probes):  # other answers than last time
-            audit = self._compared(probes, now, self.learner.candidate_logprobs(now))
+        known = self._by_learner(last or now, expected)
+        if not mostly_comparable(probes, known):  # other answers than last time, or than the first engine's
+            known = self._by_learner(probes, self.learner.candidate_logprobs(probes))
+        audit = compare(probes, known, self.version)
         require(audit, self.weights.audit_tolerance)
         self.audited, self.audited_with = now, self.prompts
         return replace(audit, sent_bytes=self.learner.wait_for(sent_bytes, "audit")[0])
 
-    def _compared(self, probes: Sequence[Probe], answers: Sequence[Probe], by_learner: Sequence[Any]) -> Audit:
-        """`by_learner`: references to its logprobs of the candidates of `answers`."""
-        return compare(probes, repeated(answers, self.learner.wait_for(by_learner, "audit")[0]), self.version)
+    def _by_learner(self, answers: Sequence[Probe], logprobs: Sequence[Any]) -> list[Probe]:
+        """The same answers as the learner sees them; `logprobs` are references to its own of their candidates."""
+        return repeated(answers, self.learner.wait_for(logprobs, "audit")[0])
 
     def equip(self, new: Sequence[int]) -> None:
         """New engines get what the others have and answer as they did: the learner may be further by now."""

@@ -38,6 +38,14 @@ def compare(probes: Sequence[Probe], known: Sequence[Probe], version: int) -> Au
     return Audit(version=version, gap_mean=float(found.mean()), gap_max=worst, tokens=len(gaps))
 
 
+def mostly_comparable(probes: Sequence[Probe], known: Sequence[Probe]) -> bool:
+    """Of each probe by itself: one that shares nothing must not hide behind others that agree."""
+    return all(
+        2 * compare([probe], [known[number % len(known)]], 0).tokens >= probe.logprobs.size
+        for number, probe in enumerate(probes)
+    )
+
+
 def repeated(probes: Sequence[Probe], logprobs: Sequence[NDArray[np.float32]]) -> list[Probe]:
     """The same answers and candidates, as another side sees them."""
     return [replace(probe, logprobs=own) for probe, own in zip(probes, logprobs, strict=True)]

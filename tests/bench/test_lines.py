@@ -1,4 +1,4 @@
-"""What a line makes of the seconds that it was given."""
+"""What is asked of this system alone: switches that exist, verdicts, the page, and one engine without Ray."""
 
 from __future__ import annotations
 
@@ -8,8 +8,65 @@ from typing import Any
 
 import pytest
 
-from othink_ray.bench import lines, ours
+from othink_ray.bench import ours
+from othink_ray.bench.lines import SWITCHES, USUAL, Line, Runs, loop
+from othink_ray.bench.page import write_bench_page
+from othink_ray.bench.times import spread
 from othink_ray.bench.work import Work
+from othink_ray.config.check import machine_for, problems
+from othink_ray.config.load import read
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_changes_a_sound_run(switch: str) -> None:
+    changed, found = read([*USUAL.overrides(), switch])
+    usual, _ = read([*USUAL.overrides(), *("learner.compile=true",)])
+    assert changed is not None
+    assert found + problems(changed, machine_for(changed)) == []
+    assert changed != usual
+
+
+@pytest.mark.parametrize(("found", "more", "holds"), [(1.0, False, True), (1.2, False, False), (1.2, True, True)])
+def test_a_line_holds_on_the_right_side_of_its_limit(found: float, more: bool, holds: bool) -> None:
+    line = Line(name="ratio", found=found, limit=1.1, more_is_better=more)
+    assert line.holds == holds
+    assert line.record()["holds"] == holds
+    assert str(line).split()[0] == ("ok" if holds else "NOT")
+
+
+def test_the_page_shows_every_side_and_every_line(tmp_path: Path) -> None:
+    part = spread([0.1, 0.2, 0.3])
+    own = {"step_s": spread([1.0, 2.0]), "samples_per_s": 40.0, "times_trl": 2.5}
+    own |= {f"{name}_s": part for name in ("generate", "score", "update", "push")}
+    sides = {"plain": own, "trl": {"step_s": spread([3.75]), "samples_per_s": 16.0}}
+    lines = [
+        Line(name="held <b>", found=1.0, limit=1.1).record(),
+        Line(name="missed", found=2.0, limit=3.0, more_is_better=True).record(),
+    ]
+    found = {"machine": "a machine", "works": [{"name": "W(8, 8, 64, 16)", "sides": sides}], "lines": lines}
+    html = write_bench_page(tmp_path, found).read_text()
+    for said in ("W(8, 8, 64, 16)", "1.500", "2.50 ×", "3.750", "held &lt;b&gt;", "≤ 1.1", "≥ 3.0", "a machine"):
+        assert said in html, said
+    assert html.count('class="holds"') == html.count('class="misses"') == 1
+
+
+def test_steps_count_from_when_all_are_warm() -> None:
+    quick = [{"began": float(at), "seconds": 1.0} for at in range(20)]
+    slow = [{"began": 5.0 * at, "seconds": 5.0} for at in range(5)]
+    assert ours.side_by_side({"quick": quick, "slow": slow}) == {"quick": [1.0] * 5, "slow": [5.0, 5.0]}
+    assert ours.side_by_side({"quick": quick, "slow": slow[:3]}) == {"quick": [], "slow": []}
+
+
+def test_learners_run_alone_and_side_by_side(tmp_path: Path) -> None:
+    work = Work(prompts=2, answers=2, tokens=4, cells=2)
+    found = ours.bare(["learn", "learn_padded"], work, 2, tmp_path / "both", ["learner.compile=false"])
+    assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in found.values())
+
+
+def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
+    work = Work(prompts=2, answers=2, tokens=4, cells=2)
+    with pytest.raises(ours.BenchError, match="nonsense"):
+        ours.bare(["learn"], work, 2, tmp_path / "wrong", ["nonsense=1"])
 
 
 def test_a_slow_spell_of_the_machine_is_one_round_s_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -26,7 +83,7 @@ def test_a_slow_spell_of_the_machine_is_one_round_s_alone(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ours, "train", train)
     monkeypatch.setattr(ours, "bare", bare)
-    plain, overlapped = lines.loop(lines.Runs(tmp_path, steps=4))
+    plain, overlapped = loop(Runs(tmp_path, steps=4))
     assert (plain.found, overlapped.found) == (pytest.approx(1.0 / 0.9), pytest.approx(0.6 / 0.5))
     assert plain.detail["rounds"][1] == pytest.approx(3.0 / 0.9)
     assert (plain.holds, overlapped.holds) == (False, False)

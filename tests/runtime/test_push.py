@@ -25,7 +25,7 @@ from othink_ray.runtime.push import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.seating import Seat
 from othink_ray.runtime.team import Team
-from othink_ray.types import Audit, Group, Probe, Prompt
+from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.audit import AuditError
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 from tests.engines.samples import ask, picture, sent_weights, worker_of
@@ -138,9 +138,9 @@ class AskedAgain(AuditedPush):
 
     asked = 0
 
-    def _compared(self, probes: Sequence[Probe], answers: Sequence[Probe], by_learner: Sequence[Any]) -> Audit:
+    def _by_learner(self, answers: Sequence[Probe], logprobs: Sequence[Any]) -> list[Probe]:
         self.asked += 1
-        return super()._compared(probes, answers, by_learner)
+        return super()._by_learner(answers, logprobs)
 
 
 def test_where_engines_answer_otherwise_than_last_time_the_learner_is_asked_again(

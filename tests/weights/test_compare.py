@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, require
+from othink_ray.weights.audit import AuditError, compare, mostly_comparable, require
 
 
 def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[float]]) -> Probe:
@@ -47,3 +47,11 @@ def test_each_new_engine_is_held_against_the_same_questions() -> None:
 def test_an_engine_with_another_policy_is_refused(found: Probe) -> None:
     with pytest.raises(AuditError):
         require(compare([found], [KNOWN], 3), tolerance=1e-3)
+
+
+def test_one_engine_that_shares_nothing_does_not_hide_behind_others() -> None:
+    stranger = probe([1, 2], [[1, 2], [3, 4]], [[-0.5, -1.0], [-0.25, -2.0]])
+    engines = [KNOWN, KNOWN, stranger]
+    assert compare(engines, [KNOWN], 3).gap_max == 0  # nothing of the third one can be compared
+    assert not mostly_comparable(engines, [KNOWN])
+    assert mostly_comparable([KNOWN, KNOWN], [KNOWN])

@@ -26,5 +26,15 @@ class ReadAhead:
         self._coming.pop(position - 1, None)
         return self._coming[position].result()
 
+    def read(self, position: int) -> list[Prompt]:
+        """Of the rows from here on the good ones, up to the first that is not there yet."""
+        prompts = []
+        for row in range(position, position + self._rows):
+            if row not in self._coming or not self._coming[row].done():
+                break
+            if self._coming[row].exception() is None:
+                prompts.append(self._coming[row].result())
+        return prompts
+
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -106,6 +106,10 @@ class PromptStream:
             self._position += 1
         return told_apart(prompts)
 
+    def coming(self) -> list[Prompt]:
+        """Of what `take` will give next that which has been read by now."""
+        return told_apart(self._ahead.read(self._position)) if self._ahead else []
+
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.close()

@@ -142,7 +142,12 @@ def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
 
 @contextmanager
 def open_team(
-    config: Config, path: str, probe_prompts: Sequence[Prompt], incidents: Incidents, say: Callable[[str], None]
+    config: Config,
+    path: str,
+    probe_prompts: Sequence[Prompt],
+    incidents: Incidents,
+    say: Callable[[str], None],
+    coming: Callable[[], Sequence[Prompt]],
 ) -> Iterator[Team]:
     """Rollout, reward and learner processes, loaded side by side."""
     if incidents.restarts and config.faults.lost_node == "continue":
@@ -175,6 +180,7 @@ def open_team(
             seed=config.train.seed,
             loss=config.algo.loss,
             correction=config.algo.correction,
+            coming=coming,
         )
 
 

@@ -107,7 +107,7 @@ def _train(
         loop = stack.enter_context(open_loop(config))
         probes = held_out[0].prompts[: config.weights.audit_prompts]
         with console.phase("loading the rollout engines and the learner"):
-            team = stack.enter_context(open_team(config, path, probes, incidents, console.say))
+            team = stack.enter_context(open_team(config, path, probes, incidents, console.say, stream.coming))
             if resumed:
                 team.learner.load(resumed)
         records = stack.enter_context(

@@ -73,6 +73,10 @@ class RolloutEngine(Protocol):
 
     version: int
 
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """They will be asked next: do for them what needs no weights, and keep it until then."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         """Groups in the order in which they finish."""
         ...

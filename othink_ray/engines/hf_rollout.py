@@ -12,8 +12,9 @@ from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
+from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import DTYPES, logit_bias
-from othink_ray.families.base import Family
+from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
 
 
@@ -28,6 +29,10 @@ class HFRollout(Receiver):
             torch.set_num_threads(share_of_cores(rollout.threads, rollout.num_actors))
         self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
+        self.coming = Inputs(self._input)
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        self.coming.prepare(prompts)
 
     def sleep(self) -> None:
         """Its weights are all that it has, and they stay."""
@@ -60,11 +65,7 @@ class HFRollout(Receiver):
     @torch.no_grad()
     def _answer(self, prompt: Prompt, sampling: Sampling) -> tuple[Group, Tensor]:
         """The group, and the log distributions (T, G, V) it was sampled from."""
-        images = self.family.encode_images(prompt.images)
-        counts = self.family.image_token_counts(prompt.images)
-        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
-        require_room(prompt, prompt_ids, self.max_model_len)
-        positions = self.family.prompt_positions(torch.tensor(prompt_ids), images)
+        prompt_ids, images, positions = self.coming.take(prompt)
         draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())
         token_ids = torch.tensor([prompt_ids], device=self.device)
@@ -101,6 +102,14 @@ class HFRollout(Receiver):
             token_ids = chosen[:, None].to(self.device)
             position_ids = (positions.max() + 1 + place).expand(len(positions), sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
+
+    def _input(self, prompt: Prompt) -> tuple[list[int], ImageTensors, Tensor]:
+        """The expanded prompt, its pixels and its positions."""
+        images = self.family.encode_images(prompt.images)
+        counts = self.family.image_token_counts(prompt.images)
+        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
+        require_room(prompt, prompt_ids, self.max_model_len)
+        return prompt_ids, images, self.family.prompt_positions(torch.tensor(prompt_ids), images)
 
     def _ends(self, token_ids: Tensor) -> Tensor:
         """Where an answer ends."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
-from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
+from othink_ray.engines.base import Receiver, Sampling, on_one_thread, require_room, share_of_cores
+from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
@@ -92,12 +93,15 @@ class VLLMRollout(Receiver):
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
         self.engine.collective_rpc("open_network")
         self.asleep = False
-        self.probed: dict[Prompt, Any] = {}  # what vLLM was given for the prompts of the last probe
+        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        self.coming.prepare(prompts)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         encodes = self._images_encoded()
-        inputs = [self._input(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
+        inputs = [self.coming.take(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
         for index, output in self._outputs(prompts, inputs, sampling, logprobs=0):
             before, encodes = encodes, self._images_encoded()
             yield self._group(prompts[index], output, encodes - before)
@@ -105,9 +109,10 @@ class VLLMRollout(Receiver):
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         """The prompts are prepared once, as long as they are the same ones."""
         self._require_whole()
-        self.probed = {prompt: self.probed.get(prompt) or self._input(prompt) for prompt in prompts}
-        inputs = [self.probed[prompt] for prompt in prompts]
-        outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
+        self.probed.prepare(prompts)
+        inputs = [self.probed.of(prompt) for prompt in prompts]
+        with on_one_thread():  # so small a batch gains nothing by a second one, and often waits for it
+            outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
         return [self._probe(prompt, outputs[index]) for index, prompt in enumerate(prompts)]
 
     def transfer(self, verb: str, *arguments: Any) -> None:

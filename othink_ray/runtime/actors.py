@@ -40,6 +40,10 @@ class RolloutActor(Recorded):
                 yield group
         yield None  # the end, see Streams
 
+    @span("prepare")
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        self.engine.prepare(prompts)
+
     def sleep(self) -> None:
         self.engine.sleep()
 

@@ -48,13 +48,23 @@ class LearnerPool:
     def update(
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats:
-        """One batch of rows, balanced over ranks."""
+        return self.updated(
+            self.begin_update(packs, updates=updates, beta=beta, lr=lr, loss=loss, correction=correction)
+        )
+
+    def begin_update(
+        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
+    ) -> list[Any]:
+        """One batch of rows, balanced over ranks; what is asked of them meanwhile follows without a pause."""
         shares = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
         calls = []
         for rank, actor in enumerate(self.ranks):
             own = [[[packs[row] for row in micro] for micro in update[rank]] for update in shares]
             calls.append(actor.update.remote(own, beta, lr, loss, correction))
-        stats: UpdateStats = self.wait_for(calls, "update")[0]
+        return calls
+
+    def updated(self, begun: Sequence[Any]) -> UpdateStats:
+        stats: UpdateStats = self.wait_for(begun, "update")[0]
         return stats
 
     def candidate_logprobs(self, probes: Any) -> list[Any]:
@@ -62,10 +72,16 @@ class LearnerPool:
         return [actor.candidate_logprobs.remote(probes) for actor in self.ranks]
 
     def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
-        """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for."""
+        """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for.
+
+        The ranks begin with it as soon as they are free.
+        """
         following = [actor.follow.remote() for actor in self.ranks[1:]]
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
         stream = self.ranks[0].chunks.options(**streaming).remote(bucket_bytes)
+        return self._gathered(stream, following)
+
+    def _gathered(self, stream: Any, following: Sequence[Any]) -> Iterator[Any]:
         streams = Streams({0: stream}, "the learner (gathering weights)", self.learner.step_timeout_s)
         yield from streams
         if streams.lost:

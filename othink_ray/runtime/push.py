@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -43,13 +43,21 @@ class SharedMemoryPush:
 
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, bucket_mb: int) -> None:
         self.learner, self.rollout, self.bucket_bytes = learner, rollout, bucket_mb * 2**20
+        self.gathering: Iterator[Any] | None = None
         self.kept: list[Any] = []
 
+    def begin(self) -> None:
+        assert self.gathering is None, "an update that was not pushed"
+        self.gathering = self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
+
     def send(self, version: int) -> Sent:
-        self.kept = []
+        if self.gathering is None:
+            self.begin()
+        assert self.gathering is not None
+        buckets, self.gathering, self.kept = self.gathering, None, []
         lost: WorkersLost | None = None
         loading = [self.rollout.begin_push()]
-        for bucket in self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD):
+        for bucket in buckets:
             self.kept.append(bucket)
             loading.append(self.rollout.load_weights(bucket))
             if len(loading) > _BUCKETS_AHEAD and lost is None:
@@ -77,6 +85,9 @@ class TransferPush:
         learner.open_senders(
             partial(_make_sender, backend, engines, receivers=receivers, bucket_bytes=bucket_mb * 2**20)
         )
+
+    def begin(self) -> None:
+        """Both ends must be there for a transfer."""
 
     def send(self, version: int) -> Sent:
         self.learner.send()
@@ -136,6 +147,10 @@ class TransferClient:
 class Transport(Protocol):
     """A way for one version of the policy to reach every engine."""
 
+    def begin(self) -> None:
+        """What can be done before the engines are ready, as soon as the learner has ended what it is at."""
+        ...
+
     def send(self, version: int) -> Sent: ...
 
     def send_again(self, version: int, to: Sequence[int] | None) -> Sent:
@@ -174,6 +189,10 @@ class AuditedPush:
         self.version = -1
         self.audited: list[Probe] = []  # one engine's; the others answered like it
         rollout.equip = self.equip
+
+    def begin(self) -> None:
+        """The learner ends an update: the push of it follows."""
+        self.transport.begin()
 
     def __call__(self, version: int) -> Audit:
         """An engine that is lost on the way is replaced, and all get the weights again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,6 +22,14 @@ from othink_ray.types import Group, Prompt
 _WHO = "a rollout actor"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hand:
+    """An actor's prompts, and what it is given: these, or a reference to them."""
+
+    prompts: Sequence[Prompt]
+    given: Any
+
+
 class RolloutPool:
     """Groups come as references, so that images and answers need not pass through the driver."""
 
@@ -36,6 +45,7 @@ class RolloutPool:
         self.sleeps, self.processes_per_actor = rollout.sleep, rollout.tensor_parallel
         self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [self._start(index) for index in range(rollout.num_actors)]
+        self.expected: tuple[Sequence[Prompt], list[Hand]] = ([], [])
         self.equip: Callable[[Sequence[int]], None] | None = None
         """Gives new actors the weights that the others have; without it those of the folder are the right ones."""
 
@@ -49,18 +59,38 @@ class RolloutPool:
         """References to groups, as they finish on any actor: all of them, whoever is lost on the way."""
         left = list(prompts)
         while left:
-            hands = self._shares(left, sampling.answers)
+            hands = self._hands(left, sampling.answers)
             calls = {
-                index: actor.generate.options(num_returns="streaming").remote(own, sampling)
-                for index, (actor, own) in enumerate(zip(self.actors, hands, strict=True))
+                index: actor.generate.options(num_returns="streaming").remote(hand.given, sampling)
+                for index, (actor, hand) in enumerate(zip(self.actors, hands, strict=True))
             }
             streams = Streams(calls, _WHO, self.step_timeout_s)
             yield from streams
-            left = [prompt for index in streams.lost for prompt in _unanswered(hands[index], streams.came[index])]
+            left = [
+                prompt for index in streams.lost for prompt in _unanswered(hands[index].prompts, streams.came[index])
+            ]
             if streams.lost:
                 self.replace(WorkersLost(_WHO, streams.lost), equipped=True)
                 if left:
                     self.incidents.tell(f"{len(left)} of {len(prompts)} questions are asked again")
+
+    def expect(self, prompts: Sequence[Prompt], answers: int) -> None:
+        """These will be asked next: the engines get ready for them while the learner is at work."""
+        shares = self._shares(prompts, answers)
+        self.expected = list(prompts), [Hand(prompts=own, given=ray.put(own)) for own in shares]
+        if not self.sleeps:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Nobody waits for it; what cannot be prepared says why when it is asked."""
+        for actor, hand in zip(self.actors, self.expected[1], strict=False):
+            actor.prepare.remote(hand.given)
+
+    def _hands(self, prompts: Sequence[Prompt], answers: int) -> list[Hand]:
+        expected, hands = self.expected
+        if expected == prompts:
+            return hands
+        return [Hand(prompts=own, given=own) for own in self._shares(prompts, answers)]
 
     def _shares(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
         """The prompts of each actor; answers do not depend on where they are sampled."""
@@ -94,6 +124,7 @@ class RolloutPool:
         """Where they share GPUs with the learner: until the next push."""
         if self.sleeps:
             self.wait_for([actor.sleep.remote() for actor in self.actors], "going to sleep")
+            self._prepare()
 
     def begin_push(self, of: Sequence[int] | None = None) -> list[Any]:
         return [actor.begin_push.remote() for actor in self._those(of)]

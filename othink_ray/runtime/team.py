@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Team(Examiners):
     answers: int
     loss: str
     correction: str  # of answers that older weights sampled
+    coming: Callable[[], Sequence[Prompt]]  # as far as it is known, what will be asked next
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
         sampling = Sampling(
@@ -61,7 +62,8 @@ class Team(Examiners):
             temperature=self.temperature,
             seed=self.seed * _STEPS_PER_SEED + step,
         )
-        return self.rollout.generate(prompts, sampling)
+        yield from self.rollout.generate(prompts, sampling)
+        self.rollout.expect(self.coming(), self.answers)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         scored = self.rewards.score(groups)
@@ -71,7 +73,11 @@ class Team(Examiners):
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self.rollout.sleep()
         correction = self.correction if stale else "none"
-        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction)
+        begun = self.learner.begin_update(
+            packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction
+        )
+        self.pusher.begin()
+        return self.learner.updated(begun)
 
     def push(self, version: int) -> Audit:
         return self.pusher(version)

@@ -23,14 +23,6 @@ WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
 GREEDY = Sampling(answers=1, max_tokens=24, temperature=0.0, seed=0)
 
 
-@pytest.fixture(params=["vllm", "hf"])
-def engine(request: pytest.FixtureRequest, policy: Policy) -> RolloutEngine:
-    """Each engine in turn, with the weights of `policy` as version 0."""
-    opened: RolloutEngine = request.getfixturevalue(f"{request.param}_engine")
-    give(opened, sent_weights(policy.network), 0)
-    return opened
-
-
 def answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling) -> dict[str, list[list[int]]]:
     return {
         group.prompt.id: [completion.token_ids.tolist() for completion in group.completions]
@@ -158,6 +150,17 @@ def test_more_answers_than_places_are_all_given(engine: RolloutEngine, config: C
     found = answers(engine, MIXED, wide)
     assert [len(found[prompt.id]) for prompt in MIXED] == [wide.answers] * len(MIXED)
     assert all(len({tuple(answer) for answer in group}) == wide.answers for group in found.values())
+
+
+def test_prompts_that_were_prepared_are_answered_alike_and_not_prepared_again(
+    engine: RolloutEngine, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers(engine, MIXED, WARM)
+    engine.prepare(MIXED)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(family), "prompt_token_ids", lambda family, prompt: pytest.fail("prepared twice"))
+        assert answers(engine, MIXED, WARM) == expected
+    assert answers(engine, MIXED, WARM) == expected
 
 
 def test_an_iteration_that_is_left_early_does_not_disturb_the_next(engine: RolloutEngine) -> None:

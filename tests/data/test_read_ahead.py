@@ -72,6 +72,35 @@ def test_the_rows_of_the_next_take_are_there_before_it(ahead: Make) -> None:
     assert threading.current_thread().name not in rows.read
 
 
+@pytest.mark.parametrize("bad", [frozenset[int](), frozenset({0, 3, 4})])
+def test_what_is_coming_is_what_the_next_take_begins_with(ahead: Make, bad: frozenset[int]) -> None:
+    rows = Watched(7)
+    rows.bad = bad
+    stream = ahead(rows, ahead=7)
+    assert stream.coming() == []
+    for count in (1, 4, 9, 3):
+        stream.take(count)
+        wait_until(lambda: len(rows.read) == stream.position + 7)
+        coming = stream.coming()
+        assert len(coming) >= 7 - 2 * len(bad)  # two epochs may meet here
+        assert stream.take(len(coming)) == coming
+
+
+def test_what_is_not_read_yet_is_not_waited_for(ahead: Make) -> None:
+    rows = Watched(50, held=5)
+    stream = ahead(rows, ahead=4)
+    stream.take(3)
+    wait_until(lambda: len(rows.read) == 5)
+    assert len(stream.coming()) == 2
+    rows.let_go.set()
+
+
+def test_a_stream_that_does_not_read_ahead_knows_of_nothing_to_come() -> None:
+    stream = PromptStream(Rows(7), seed=5, on_bad_row="drop")
+    stream.take(1)
+    assert stream.coming() == []
+
+
 def test_a_take_does_not_wait_for_rows_that_it_was_not_asked_for(ahead: Make) -> None:
     rows = Watched(50, held=3)
     stream = ahead(rows, ahead=4)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, set_num_threads  # by name: an engine of another test may have made torch's own do nothing
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
 
@@ -34,9 +34,9 @@ def breaking() -> Iterator[Any]:
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    set_num_threads(3)
     yield
-    torch.set_num_threads(before)
+    set_num_threads(before)
 
 
 def test_weights_are_written_on_one_thread_and_the_engine_has_its_own_again(

@@ -54,5 +54,5 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(team_config, str(taught_folder), asked, incidents(), print) as team:
+    with open_team(team_config, str(taught_folder), asked, incidents(), print, tuple) as team:
         yield team

@@ -41,6 +41,9 @@ class TamperedPush:
     def __init__(self, learner: LearnerPool, rollout: RolloutPool, fault: Callable[[Weights], Weights]) -> None:
         self.learner, self.rollout, self.fault = learner, rollout, fault
 
+    def begin(self) -> None:
+        raise NotImplementedError
+
     def send(self, version: int) -> Sent:
         chunks: list[Chunk] = ray.get(list(self.learner.chunks(BUCKET, ahead=2)))
         [bucket] = to_chunks(self.fault(from_chunks(chunks)), BUCKET)

@@ -276,6 +276,21 @@ def test_a_bucket_is_loaded_while_the_next_ones_are_gathered(noting: Callable[..
         assert all(ends[number] < gathered[number + 4] for number in range(WEIGHTS - 4))
 
 
+def test_a_push_that_has_begun_is_gathered_before_the_engines_are_asked(noting: Callable[..., Noting]) -> None:
+    learner, rollout = noting(NotingEngine, NotingLearner)
+    push = SharedMemoryPush(learner, rollout, bucket_mb=1)
+    for version in (1, 2):
+        push.begin()
+        with pytest.raises(AssertionError, match="an update that was not pushed"):
+            push.begin()
+        time.sleep(1)
+        asked = time.monotonic()
+        assert ray.get(list(push.send(version).versions)) == [version] * 2
+        gathered, by_engine = noted(learner, rollout)
+        assert 0 < sum(when < asked for when in gathered[-WEIGHTS:]) < WEIGHTS  # and no more than is kept ready
+        assert [[name for name, _ in loaded] for loaded in by_engine] == [[*map(str, range(WEIGHTS))] * version] * 2
+
+
 def test_a_learner_does_not_run_ahead_of_slow_engines(noting: Callable[..., Noting]) -> None:
     """What a push holds in memory does not grow with the model."""
     learner, rollout = noting(partial(NotingEngine, seconds=0.1), NotingLearner)

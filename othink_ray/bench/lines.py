@@ -6,8 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -17,11 +16,12 @@ import psutil
 
 from othink_ray.bench import ours
 from othink_ray.bench.times import spread, spreads
+from othink_ray.bench.turns import Program, in_turn
 from othink_ray.bench.work import Work
 
 USUAL = Work(prompts=8, answers=8, tokens=64, cells=4)
 _ALIKE = 1e-4
-_ROUNDS = 3
+_TURNS, _STEPS_A_TURN = 12, 5
 SWITCHES = (
     "learner.compile=false",
     "learner.onednn=false",
@@ -113,46 +113,42 @@ def rows(runs: Runs) -> list[Line]:
 def loop(runs: Runs) -> list[Line]:
     """What Ray, scoring and pushing add to the engines alone: first one after the other, then side by side.
 
-    All in turn, some rounds of it; what counts is the median of the rounds' ratios: a slow spell of the machine is one
-    round's alone.
+    What counts is the median of the turns' ratios: a slow spell of the machine is one turn's alone.
     """
-    sides: dict[str, list[float]] = defaultdict(list)
-    plain, overlapped = [], []
-    for number in range(_ROUNDS):
-        seconds = _in_turn(Runs(runs.folder / f"round_{number}", runs.steps))
-        middle = {name: median(own) for name, own in seconds.items()}
-        plain.append(middle["step_s"] / (middle["generate"] + middle["learn"]))
-        overlapped.append(middle["overlapped_s"] / max(middle["generate beside"], middle["learn beside"]))
-        for name, own in seconds.items():
-            sides[name] += own
-    found = {name: spread(own) for name, own in sides.items()}
+
+    def bare(part: str, *overrides: str) -> Program:
+        beside = "_beside" if overrides else ""
+        return ours.bare_training(part, USUAL, runs.folder / f"{part}{beside}.txt", overrides)
+
+    plain = _in_turn(
+        {"step_s": ours.training(USUAL, runs.folder / "plain", ())},
+        {"generate": bare("generate")},
+        {"learn": bare("learn")},
+    )
+    one_core = ("rollout.threads=1", "learner.threads=1")
+    overlapped = _in_turn(
+        {"step_s": ours.training(USUAL, runs.folder / "overlapped", ("train.overlap=true",))},
+        {part: bare(part, *one_core) for part in ("generate", "learn")},
+    )
     return [
-        Line(
-            name="plain step / (bare generate + bare learn)",
-            found=median(plain),
-            limit=1.10,
-            detail={name: found[name] for name in ("step_s", "generate", "learn")} | {"rounds": plain},
-        ),
-        Line(
-            name="overlapped step / the longer of both side by side, a core each",
-            found=median(overlapped),
-            limit=1.15,
-            detail={name: found[name] for name in ("overlapped_s", "generate beside", "learn beside")}
-            | {"rounds": overlapped},
-        ),
+        _ratio("plain step / (bare generate + bare learn)", 1.10, plain, sum),
+        _ratio("overlapped step / the longer of both side by side, a core each", 1.15, overlapped, max),
     ]
 
 
-def _in_turn(runs: Runs) -> dict[str, list[float]]:
-    """Seconds of each step: of whole runs, of the engines one at a time, and of both at work on a core each."""
-    seconds = {
-        name: [line["time/step_s"] for line in runs.metrics(USUAL, *overrides)]
-        for name, overrides in (("step_s", ()), ("overlapped_s", ("train.overlap=true",)))
-    }
-    for part in ("generate", "learn"):
-        seconds[part] = runs.bare([part], USUAL)[part]
-    beside = runs.bare(["generate", "learn"], USUAL, "rollout.threads=1", "learner.threads=1")
-    return seconds | {f"{part} beside": own for part, own in beside.items()}
+def _in_turn(*sides: Mapping[str, Program]) -> list[dict[str, list[float]]]:
+    print(f"    in turn: {', '.join(' and '.join(side) for side in sides)}", flush=True)
+    return in_turn(sides, _TURNS, _STEPS_A_TURN)
+
+
+def _ratio(
+    name: str, limit: float, turns: Sequence[dict[str, list[float]]], of_parts: Callable[[list[float]], float]
+) -> Line:
+    """Of the medians within each turn."""
+    middles = [{part: median(own) for part, own in turn.items()} for turn in turns]
+    ratios = [turn["step_s"] / of_parts([turn["generate"], turn["learn"]]) for turn in middles]
+    detail: dict[str, Any] = {part: spread([one for turn in turns for one in turn[part]]) for part in turns[0]}
+    return Line(name=name, found=median(ratios), limit=limit, detail=detail | {"turns": ratios})
 
 
 def limits(runs: Runs) -> list[Line]:

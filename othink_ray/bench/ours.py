@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from othink_ray.bench.times import WARM_UP
+from othink_ray.bench.turns import Program, Timed
 from othink_ray.bench.work import Work
 from othink_ray.config.load import read
 from othink_ray.config.model_rules import base_model_folder
@@ -22,6 +23,7 @@ from othink_ray.study.launch import end
 # Half a minute in the first step of each run, which does not count; it needs a compiler, as the peer does.
 FAST = ("learner.compile=true",) if shutil.which("g++") else ()
 _UNTIL_STOPPED = 10**6
+_PATIENCE_S = 3600
 
 
 class BenchError(RuntimeError):
@@ -95,6 +97,33 @@ def bare(
             time.sleep(0.5)
     finally:
         end(list(processes.values()))
+
+
+def training(work: Work, folder: Path, overrides: Sequence[str]) -> Program:
+    """A run that goes on until it is ended; it may be stopped meanwhile for longer than a score should take."""
+    own = [f"run.dir={folder}", f"train.steps={_UNTIL_STOPPED}", f"algo.reward.timeout_s={_PATIENCE_S}"]
+    command = [sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *FAST, *overrides]
+    return _program(command, folder.with_suffix(".txt"), lambda: _run_said(folder / "metrics.jsonl"), None)
+
+
+def bare_training(part: str, work: Work, log: Path, overrides: Sequence[str]) -> Program:
+    """One engine of it without Ray or loop."""
+    own = [*FAST, *overrides, f"train.steps={_UNTIL_STOPPED}"]
+    command = [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), *own]
+    return _program(command, log, lambda: [Timed(**step) for step in _said(log)], {**os.environ, **PROCESS_ENVIRONMENT})
+
+
+def _program(
+    command: Sequence[str], log: Path, said: Callable[[], Sequence[Timed]], environment: dict[str, str] | None
+) -> Program:
+    process = _start(command, log, environment)
+    return Program(process=process, said=said, require=lambda: _expect_success(process.poll(), command, log))
+
+
+def _run_said(metrics: Path) -> list[Timed]:
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    steps = [line for line in map(json.loads, lines) if "time/step_s" in line]
+    return [Timed(began=one["time/unix_s"] - one["time/step_s"], seconds=one["time/step_s"]) for one in steps]
 
 
 def limits(work: Work, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:

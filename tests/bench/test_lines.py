@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from othink_ray.bench import ours
+from othink_ray.bench import lines, ours
 from othink_ray.bench.lines import SWITCHES, USUAL, Line, Runs, loop
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import spread
@@ -39,11 +39,11 @@ def test_the_page_shows_every_side_and_every_line(tmp_path: Path) -> None:
     own = {"step_s": spread([1.0, 2.0]), "samples_per_s": 40.0, "times_trl": 2.5}
     own |= {f"{name}_s": part for name in ("generate", "score", "update", "push")}
     sides = {"plain": own, "trl": {"step_s": spread([3.75]), "samples_per_s": 16.0}}
-    lines = [
+    verdicts = [
         Line(name="held <b>", found=1.0, limit=1.1).record(),
         Line(name="missed", found=2.0, limit=3.0, more_is_better=True).record(),
     ]
-    found = {"machine": "a machine", "works": [{"name": "W(8, 8, 64, 16)", "sides": sides}], "lines": lines}
+    found = {"machine": "a machine", "works": [{"name": "W(8, 8, 64, 16)", "sides": sides}], "lines": verdicts}
     html = write_bench_page(tmp_path, found).read_text()
     for said in ("W(8, 8, 64, 16)", "1.500", "2.50 ×", "3.750", "held &lt;b&gt;", "≤ 1.1", "≥ 3.0", "a machine"):
         assert said in html, said
@@ -69,22 +69,25 @@ def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
         ours.bare(["learn"], work, 2, tmp_path / "wrong", ["nonsense=1"])
 
 
-def test_a_slow_spell_of_the_machine_is_one_round_s_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def slow(folder: Path) -> float:
-        return 3.0 if folder.parent.name == "round_1" else 1.0
+def test_a_slow_spell_of_the_machine_is_one_turn_s_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It meets the run alone in the one turn, and one engine alone in the other."""
+    seconds = {
+        "step_s": [1.0, 3.0, 1.0, 1.0, 1.0],
+        "generate": [0.5, 0.5, 0.5, 2.0, 0.5],
+        "learn": [0.4] * 5,
+    }
 
-    def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
-        return [{"time/step_s": (0.6 if overrides else 1.0) * slow(folder)}] * steps
+    def in_turn(sides: Sequence[dict[str, str]], turns: int, steps: int) -> list[dict[str, list[float]]]:
+        assert [name for side in sides for name in side] == list(seconds)
+        return [{name: [own[turn], own[turn], 9.0] for name, own in seconds.items()} for turn in range(5)]
 
-    def bare(
-        parts: Sequence[str], work: Work, steps: int, folder: Path, overrides: Sequence[str]
-    ) -> dict[str, list[float]]:
-        return {part: [0.5 if part == "generate" else 0.4] * steps for part in parts}
-
-    monkeypatch.setattr(ours, "train", train)
-    monkeypatch.setattr(ours, "bare", bare)
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(lines, "in_turn", in_turn)
+    for start in ("training", "bare_training"):
+        monkeypatch.setattr(ours, start, lambda *asked: started.append(asked))
     plain, overlapped = loop(Runs(tmp_path, steps=4))
-    assert (plain.found, overlapped.found) == (pytest.approx(1.0 / 0.9), pytest.approx(0.6 / 0.5))
-    assert plain.detail["rounds"][1] == pytest.approx(3.0 / 0.9)
+    assert (plain.found, overlapped.found) == (pytest.approx(1.0 / 0.9), pytest.approx(1.0 / 0.5))
+    assert plain.detail["turns"] == pytest.approx([1 / 0.9, 3 / 0.9, 1 / 0.9, 1 / 2.4, 1 / 0.9])
     assert (plain.holds, overlapped.holds) == (False, False)
-    assert plain.detail["step_s"]["count"] == 12
+    assert plain.detail["step_s"]["count"] == 15
+    assert len(started) == 6

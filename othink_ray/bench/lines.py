@@ -21,7 +21,7 @@ from othink_ray.bench.work import Work
 
 USUAL = Work(prompts=8, answers=8, tokens=64, cells=4)
 _ALIKE = 1e-4
-_TURNS, _STEPS_A_TURN = 12, 5
+_TURNS = 12
 SWITCHES = (
     "learner.compile=false",
     "learner.onednn=false",
@@ -121,12 +121,14 @@ def loop(runs: Runs) -> list[Line]:
         return ours.bare_training(part, USUAL, runs.folder / f"{part}{beside}.txt", overrides)
 
     plain = _in_turn(
+        runs.steps,
         {"step_s": ours.training(USUAL, runs.folder / "plain", ())},
         {"generate": bare("generate")},
         {"learn": bare("learn")},
     )
     one_core = ("rollout.threads=1", "learner.threads=1")
     overlapped = _in_turn(
+        runs.steps,
         {"step_s": ours.training(USUAL, runs.folder / "overlapped", ("train.overlap=true",))},
         {part: bare(part, *one_core) for part in ("generate", "learn")},
     )
@@ -136,9 +138,9 @@ def loop(runs: Runs) -> list[Line]:
     ]
 
 
-def _in_turn(*sides: Mapping[str, Program]) -> list[dict[str, list[float]]]:
+def _in_turn(steps: int, *sides: Mapping[str, Program]) -> list[dict[str, list[float]]]:
     print(f"    in turn: {', '.join(' and '.join(side) for side in sides)}", flush=True)
-    return in_turn(sides, _TURNS, _STEPS_A_TURN)
+    return in_turn(sides, _TURNS, steps)
 
 
 def _ratio(

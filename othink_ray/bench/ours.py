@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from othink_ray.bench.times import WARM_UP
-from othink_ray.bench.turns import Program, Timed
+from othink_ray.bench.turns import Program, Timed, in_turn
 from othink_ray.bench.work import Work
 from othink_ray.config.load import read
 from othink_ray.config.model_rules import base_model_folder
@@ -60,11 +59,8 @@ def _expect_success(code: int | None, command: Sequence[str], log: Path) -> None
 
 def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """The metrics of `steps` steps that count."""
-    own = [f"run.dir={folder}", f"train.steps={steps + WARM_UP + 1}"]  # the last one samples nothing ahead
-    run(
-        [sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *FAST, *overrides],
-        folder.with_suffix(".txt"),
-    )
+    own = f"train.steps={steps + WARM_UP + 1}"  # the last one samples nothing ahead
+    run(_command(work, folder, own, *overrides), folder.with_suffix(".txt"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     done = [line for line in lines if "time/step_s" in line][WARM_UP:-1]
     wrong = {line["tokens/completion_mean"] for line in done} - {work.tokens}
@@ -73,36 +69,22 @@ def train(work: Work, steps: int, folder: Path, overrides: Sequence[str]) -> lis
     return done
 
 
+def _command(work: Work, folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "othink_ray.main", *work.overrides(), f"run.dir={folder}", *FAST, *overrides]
+
+
 def bare(
     parts: Sequence[str], work: Work, steps: int, folder: Path, overrides: Sequence[str] = ()
 ) -> dict[str, list[float]]:
     """Seconds of at least `steps` steps of each engine, a process each, while all of them work."""
-    logs = {part: folder.with_name(f"{folder.name}_{part}.txt") for part in parts}
-    commands = {
-        part: [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), *FAST, *overrides]
-        for part in parts
-    }
-    environment = {**os.environ, **PROCESS_ENVIRONMENT}
-    processes = {
-        part: _start([*command, f"train.steps={_UNTIL_STOPPED}"], logs[part], environment)
-        for part, command in commands.items()
-    }
-    try:
-        while True:
-            for part, process in processes.items():
-                _expect_success(process.poll(), commands[part], logs[part])
-            found = side_by_side({part: _said(log) for part, log in logs.items()})
-            if all(len(seconds) >= steps for seconds in found.values()):
-                return found
-            time.sleep(0.5)
-    finally:
-        end(list(processes.values()))
+    side = {part: bare_training(part, work, folder.with_name(f"{folder.name}_{part}.txt"), overrides) for part in parts}
+    return in_turn([side], turns=1, steps=steps)[0]
 
 
 def training(work: Work, folder: Path, overrides: Sequence[str]) -> Program:
     """A run that goes on until it is ended; it may be stopped meanwhile for longer than a score should take."""
-    own = [f"run.dir={folder}", f"train.steps={_UNTIL_STOPPED}", f"algo.reward.timeout_s={_PATIENCE_S}"]
-    command = [sys.executable, "-m", "othink_ray.main", *work.overrides(), *own, *FAST, *overrides]
+    own = [f"train.steps={_UNTIL_STOPPED}", f"algo.reward.timeout_s={_PATIENCE_S}"]
+    command = _command(work, folder, *own, *overrides)
     return _program(command, folder.with_suffix(".txt"), lambda: _run_said(folder / "metrics.jsonl"), None)
 
 
@@ -110,7 +92,7 @@ def bare_training(part: str, work: Work, log: Path, overrides: Sequence[str]) ->
     """One engine of it without Ray or loop."""
     own = [*FAST, *overrides, f"train.steps={_UNTIL_STOPPED}"]
     command = [sys.executable, "-m", "othink_ray.bench.bare", part, *work.overrides(), *own]
-    return _program(command, log, lambda: [Timed(**step) for step in _said(log)], {**os.environ, **PROCESS_ENVIRONMENT})
+    return _program(command, log, lambda: _said(log), {**os.environ, **PROCESS_ENVIRONMENT})
 
 
 def _program(
@@ -135,18 +117,10 @@ def limits(work: Work, folder: Path, overrides: Sequence[str] = ()) -> dict[str,
     return found
 
 
-def side_by_side(said: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
-    """Of what each said, the seconds of the steps that began when all were warm."""
-    if any(len(steps) <= WARM_UP for steps in said.values()):
-        return {part: [] for part in said}
-    since = max(steps[WARM_UP]["began"] for steps in said.values())
-    return {part: [step["seconds"] for step in steps if step["began"] >= since] for part, steps in said.items()}
-
-
-def _said(log: Path) -> list[dict[str, float]]:
+def _said(log: Path) -> list[Timed]:
     """The steps in a log, the last of which may be half written, and among other talk."""
     lines = log.read_text(errors="replace").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.startswith('{"began"')]
+    return [Timed(**json.loads(line)) for line in lines if line.startswith('{"began"')]
 
 
 def model_folder(work: Work) -> Path:

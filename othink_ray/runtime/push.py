@@ -48,13 +48,13 @@ class SharedMemoryPush:
 
     def begin(self) -> None:
         assert self.gathering is None, "an update that was not pushed"
-        self.gathering = self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
+        self.gathering = self._gather()
+
+    def _gather(self) -> Iterator[Any]:
+        return self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
 
     def send(self, version: int) -> Sent:
-        if self.gathering is None:
-            self.begin()
-        assert self.gathering is not None
-        buckets, self.gathering, self.kept = self.gathering, None, []
+        buckets, self.gathering, self.kept = self.gathering or self._gather(), None, []
         lost: WorkersLost | None = None
         loading = [self.rollout.begin_push()]
         for bucket in buckets:

@@ -196,7 +196,9 @@ class DeepSpeedLearner:
         features = self._shared_features(batch)
         return batch, features, self._no_grad(self.engine, batch, features) if with_old else None
 
+    @on_one_thread()
     def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
+        """While engines prepare what comes next."""
         return collate(packs, self.family, self.attend, self.device)
 
     def _shared_features(self, batch: MicroBatch) -> Tensor | None:

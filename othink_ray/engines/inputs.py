@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from othink_ray.engines.base import on_one_thread
 from othink_ray.types import Prompt
 
 T = TypeVar("T")
@@ -17,6 +18,7 @@ class Inputs(Generic[T]):
         self._make = make
         self._made: dict[Prompt, T] = {}
 
+    @on_one_thread()
     def prepare(self, prompts: Iterable[Prompt]) -> None:
         """These are kept, and no others."""
         self._made = {prompt: self.of(prompt) for prompt in prompts}

@@ -36,21 +36,21 @@ class Chunk:
 def to_chunks(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Chunk]:
     """Chunks of at most `bucket_bytes`, in order; a larger tensor makes a chunk of its own."""
     pieces: list[Piece] = []
-    buffers: list[Tensor] = []
+    data, used = np.empty(0, dtype=np.uint8), 0
     for name, weight in weights:
         piece = Piece(name=name, shape=tuple(weight.shape), dtype=weight.dtype)
-        if pieces and sum(p.nbytes for p in pieces) + piece.nbytes > bucket_bytes:
-            yield _join(pieces, buffers)
-            pieces, buffers = [], []
+        if used + piece.nbytes > len(data):
+            if pieces:
+                yield Chunk(pieces=tuple(pieces), data=data[:used])
+            pieces, used = [], 0
+            data = np.empty(max(bucket_bytes, piece.nbytes), dtype=np.uint8)  # what is not written takes no memory
         pieces.append(piece)
-        # A copy: the learner may overwrite or release the parameter before the chunk is sent.
-        buffers.append(weight.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8))
+        # Copied at once: the learner may overwrite or release the parameter before the chunk is sent.
+        bytes_of_it = weight.detach().contiguous().view(-1).view(torch.uint8)
+        torch.from_numpy(data[used : used + piece.nbytes]).copy_(bytes_of_it)
+        used += piece.nbytes
     if pieces:
-        yield _join(pieces, buffers)
-
-
-def _join(pieces: list[Piece], buffers: list[Tensor]) -> Chunk:
-    return Chunk(pieces=tuple(pieces), data=torch.cat(buffers).numpy())
+        yield Chunk(pieces=tuple(pieces), data=data[:used])
 
 
 def from_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[str, Tensor]]:

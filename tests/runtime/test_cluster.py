@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import ray
+
+from othink_ray.runtime import cluster
 
 OWNER = """
 import sys
@@ -34,3 +39,11 @@ def test_nobody_else_gets_in() -> None:
         assert owner.wait(60) == 0
     assert told.returncode != 0
     assert "Authentication token" in told.stderr
+
+
+def test_this_ray_knows_the_settings_that_it_is_given() -> None:
+    own = Path(ray.__file__).parent
+    readers = [own / "core/src/ray/raylet/raylet", *own.glob("_private/*.py"), *own.glob("dashboard/modules/**/*.py")]
+    known = [reader.read_bytes() for reader in readers]
+    unknown = [name for name in cluster._OF_OUR_OWN if not any(name.encode() in text for text in known)]
+    assert not unknown

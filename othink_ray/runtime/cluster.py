@@ -15,13 +15,12 @@ from othink_ray.config.schema import ClusterConfig
 _OF_OUR_OWN = {
     # It dies with the run: what is left when that is killed looks for it no longer than this.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-    # Nobody looks into it: no lists of tasks, no statistics of itself or of the machine, no reading of logs, no spare
-    # processes, on cores that engines need.
+    # Nobody looks into it: no lists of tasks, no statistics of itself, no reading of logs, no spare processes, on cores
+    # that engines need.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_io_context_monitor_probe_interval_ms": "60000",
     "RAY_io_context_event_loop_lag_collection_interval_ms": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "1e9",
     "RAY_prestart_worker_first_driver": "0",

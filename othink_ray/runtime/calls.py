@@ -92,11 +92,14 @@ class Streams:
     """What several actors give, one result after the other, as references; none of it is fetched.
 
     Each stream ends with a None of its own; where an error stands in its place, it broke off. After the last one `lost`
-    says whose did; `came` is what each had given until then.
+    says whose did; `came` is what each had given until then. Who dies behind its end leaves an error after the None:
+    `sizes`, where known, tells that None from a result.
     """
 
-    def __init__(self, streams: Mapping[int, Any], who: str, timeout_s: float) -> None:
-        self.streams, self.who, self.timeout_s = dict(streams), who, timeout_s
+    def __init__(
+        self, streams: Mapping[int, Any], who: str, timeout_s: float, sizes: Mapping[int, int] | None = None
+    ) -> None:
+        self.streams, self.who, self.timeout_s, self.sizes = dict(streams), who, timeout_s, dict(sizes or {})
         self.came: dict[int, list[Any]] = {place: [] for place in streams}
         self.lost: dict[int, str] = {}
 
@@ -116,10 +119,14 @@ class Streams:
                 self._end(held.pop(place), place)
                 continue
             if place in held:
-                self.came[place].append(held[place])
-                yield held[place]
+                yield from self._result(held[place], place)
             held[place] = following
         for place, reference in held.items():  # of those that hang: what they gave is sound
+            yield from self._result(reference, place)
+
+    def _result(self, reference: Any, place: int) -> Iterator[Any]:
+        """Nothing, where it has given all before."""
+        if len(self.came[place]) != self.sizes.get(place):
             self.came[place].append(reference)
             yield reference
 

@@ -64,7 +64,8 @@ class RolloutPool:
                 index: actor.generate.options(num_returns="streaming").remote(hand.given, sampling)
                 for index, (actor, hand) in enumerate(zip(self.actors, hands, strict=True))
             }
-            streams = Streams(calls, _WHO, self.step_timeout_s)
+            sizes = {index: len(hand.prompts) for index, hand in enumerate(hands)}
+            streams = Streams(calls, _WHO, self.step_timeout_s, sizes)
             yield from streams
             left = [
                 prompt for index in streams.lost for prompt in _unanswered(hands[index].prompts, streams.came[index])

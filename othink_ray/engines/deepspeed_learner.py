@@ -198,7 +198,7 @@ class DeepSpeedLearner:
 
     @on_one_thread()
     def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
-        """While engines prepare what comes next."""
+        """On one thread: engines prepare what comes next meanwhile."""
         return collate(packs, self.family, self.attend, self.device)
 
     def _shared_features(self, batch: MicroBatch) -> Tensor | None:

@@ -32,6 +32,7 @@ SWITCHES = (
     "learner.gradient_checkpointing=true",
     "rollout.prefix_caching=false",
     "rollout.balance=false",
+    "train.read_ahead=false",
     "weights.bucket_mb=1",
 )
 

@@ -43,5 +43,6 @@ class Work:
             f"rollout.max_num_seqs={max(128, self.samples)}",
             f"data.scenes.max_items={min(6, self.image_tokens)}",
             *("data.prompt_suffix=''", f"data.scenes.image_cells={self.cells}", "algo.reward.without_tag=last_number"),
-            *("eval.every=0", "eval.questions=1", f"learner.lr={RATE}", "learner.warmup_frac=0"),
+            *("eval.every=0", "eval.questions=1", "train.checkpoint_every=0"),  # the peer neither asks nor saves
+            *(f"learner.lr={RATE}", "learner.warmup_frac=0"),
         ]

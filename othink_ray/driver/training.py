@@ -91,7 +91,7 @@ def _train(
             on_bad_row=config.data.on_bad_row,
             position=state.data_position,
             screen=fits,
-            ahead=config.train.prompts_per_step,
+            ahead=config.train.prompts_per_step if config.train.read_ahead else 0,
         )
         stack.callback(stream.close)
         held_out = exams(config, fits)

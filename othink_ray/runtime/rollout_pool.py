@@ -85,7 +85,8 @@ class RolloutPool:
     def _prepare(self) -> None:
         """Nobody waits for it; what cannot be prepared says why when it is asked."""
         for actor, hand in zip(self.actors, self.expected[1], strict=False):
-            actor.prepare.remote(hand.given)
+            if hand.prompts:
+                actor.prepare.remote(hand.given)
 
     def _hands(self, prompts: Sequence[Prompt], answers: int) -> list[Hand]:
         expected, hands = self.expected

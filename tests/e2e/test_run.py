@@ -19,6 +19,7 @@ from othink_ray.engines.base import Sampling
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.families import open_family
 from othink_ray.rewards import accuracy
+from tests.driver.trace_events import spans_in
 from tests.e2e.conftest import Run, StartRun
 
 METRICS = (
@@ -37,6 +38,12 @@ def furthest_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
     """The largest relative distance of any tensor."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+def prepared(run: Run) -> bool:
+    """Whether engines made themselves ready for questions before they were asked."""
+    spans = spans_in(run.folder / "trace.json")
+    return any(one.process.startswith("rollout") and one.name == "prepare" for one in spans)
 
 
 def test_each_step_is_one_line_with_every_metric(plain_run: Run) -> None:
@@ -108,8 +115,9 @@ def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(pl
     assert float(said.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
-def test_ranks_actors_and_sharding_do_not_change_the_run(plain_run: Run, start_run: StartRun) -> None:
-    spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2")
+def test_ranks_actors_sharding_and_reading_ahead_do_not_change_the_run(plain_run: Run, start_run: StartRun) -> None:
+    spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.read_ahead=false")
+    assert prepared(plain_run) and not prepared(spread)
     assert furthest_apart(weights(plain_run.folder), weights(spread.folder)) < 1e-4
     for one, other in zip(plain_run.steps, spread.steps, strict=True):
         assert one["reward/mean"] == other["reward/mean"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 from othink_ray.bench import ours, peer
 from othink_ray.bench.lines import LINES, Runs
+from othink_ray.bench.machine import machine
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import PARTS, spread, spreads
 from othink_ray.bench.work import Work
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if python is not None and not python.exists():
         parser.error(f"--peer: there is no {python}; run launch/setup_peer.sh, or leave TRL out with --no-peer")
     interrupt_at_any_ending()
-    found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "works": [], "lines": []}
+    found: dict[str, Any] = {"machine": machine(), "works": [], "lines": []}
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:

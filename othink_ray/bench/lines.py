@@ -232,7 +232,7 @@ def switches(runs: Runs) -> list[Line]:
 
 
 def memory(runs: Runs) -> list[Line]:
-    """200 steps: the driver in MB, and the process that grows most, from a quarter of the run to its end."""
+    """200 steps, saving as a run does: the driver in MB, and the process that grows most, from a quarter to the end."""
     samples: list[dict[str, float]] = []
     over = threading.Event()
 
@@ -243,7 +243,7 @@ def memory(runs: Runs) -> list[Line]:
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        ours.train(replace(USUAL, tokens=16), 200, runs.folder / "memory", ())
+        ours.train(replace(USUAL, tokens=16), 200, runs.folder / "memory", ("train.checkpoint_every=25",))
     finally:
         over.set()
         watching.join()

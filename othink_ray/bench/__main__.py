@@ -20,8 +20,8 @@ from othink_ray.main import interrupt_at_any_ending
 
 WAYS = {
     "plain": (),
-    "overlapped": ("train.overlap=true",),
-    "overlapped_2_ranks": ("train.overlap=true", "learner.world_size=2"),
+    "overlapped": ("train.overlap=true", *ours.FAST_ENGINE),
+    "overlapped_2_ranks": ("train.overlap=true", *ours.FAST_ENGINE, "learner.world_size=2"),
 }
 PEER = "peer"
 

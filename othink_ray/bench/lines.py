@@ -222,10 +222,9 @@ def switches(runs: Runs) -> list[Line]:
     def curve(*overrides: str) -> list[float]:
         return [line[key] for line in runs.metrics(USUAL, *overrides) for key in ("loss", "kl/mean")]
 
-    on = curve()
     found = []
-    for switch in SWITCHES:
-        off = curve(switch)
+    for switch, others in {**dict.fromkeys(SWITCHES, ()), "train.prepare_ahead=false": ("train.overlap=true",)}.items():
+        on, off = curve(*others), curve(*others, switch)
         distance = max(abs(mine - other) for mine, other in zip(on, off, strict=True))
         found.append(Line(name=f"loss and KL with {switch}", found=distance, limit=_ALIKE, detail={"off": off}))
     return found

@@ -27,6 +27,7 @@ class TrainConfig:
     keep_last: int  # so many of the newest checkpoints are kept
     keep_best: bool  # and the one that answered best on held-out questions
     overlap: bool  # mode=train: generate the next step while this one is learned
+    prepare_ahead: bool  # with overlap: the learner begins with the next step's rows while it still updates
     read_ahead: bool  # the next questions are read, and prepared by the engines, while the learner works
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core.blocks import WORTH_IT, attend_in_blocks, blocks_of_line
+from othink_ray.core.blocks import attend_in_blocks, blocks_of_line, worth_it
 from othink_ray.core.line import Line, stretches, visibility
 
 
@@ -143,7 +143,7 @@ ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
 
 
 def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
-    """`auto`: flex on GPUs; elsewhere blocks for a line with a long prompt, else grouped."""
+    """`auto`: flex on GPUs; elsewhere blocks for a line with a prompt that is long enough, else grouped."""
     if name != "auto":
         return ATTENTIONS[name]
     return FlexAttention if device.type == "cuda" else _by_length
@@ -151,4 +151,4 @@ def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.devi
 
 def _by_length(line: Line, device: torch.device) -> Attention:
     prompts = [stop - start for start, stop, of_answer in stretches(line) if not of_answer]
-    return (BlockAttention if max(prompts) >= WORTH_IT else GroupedAttention)(line, device)
+    return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(line, device)

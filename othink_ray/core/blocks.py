@@ -1,13 +1,15 @@
 """Attention as plain matrix products, block by block of queries: a block's scores stay in the processor's cache.
 
-Backward makes the scores again. Where a fused kernel is as quick as the products are, as on GPUs, nobody needs this.
+Backward makes the scores again. Where a fused kernel is as quick as the products are, as on GPUs and on CPUs whose BLAS
+suits them, nobody needs this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from othink_ray.core.line import Line, stretches
 
-WORTH_IT = 512  # tokens seen; with fewer, the many calls cost more than the products save
+ENOUGH = 512  # tokens seen; with fewer, the many calls cost more than the products save
+_GAIN = 1.5  # torch's own kernel spares the calls, and reading the scores again
+_TRIES = 10
 _SCORES = 2**19  # of a block without a mask
 _CAUSAL = 128  # tokens of a block of which the later half is, on average, computed in vain
 
@@ -50,6 +54,29 @@ def blocks_of_line(line: Line) -> list[Block]:
 
 def _cut(start: int, stop: int, height: int) -> list[slice]:
     return [slice(at, min(at + height, stop)) for at in range(start, stop, height)]
+
+
+def worth_it(tokens: int) -> bool:
+    """Whether blocks are quicker than torch's own kernel where so many tokens are seen, on a CPU."""
+    return tokens >= ENOUGH and products_gain() >= _GAIN
+
+
+@cache
+def products_gain() -> float:
+    """How many times as fast as torch's BLAS, which its kernels use, this process multiplies; measured once."""
+    factor = torch.ones(384, 384)
+    place = torch.empty_like(factor)
+    seconds = [
+        (_seconds(lambda: torch.mm(factor, factor, out=place)), _seconds(lambda: torch.mm(factor, factor)))
+        for _ in range(_TRIES)
+    ]
+    return min(by_blas for by_blas, _ in seconds) / min(own for _, own in seconds)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:

@@ -96,7 +96,7 @@ def open_loop(config: Config) -> Iterator[Callable[..., None]]:
     """
     if config.mode == "train" and config.train.overlap:
         with ThreadPoolExecutor(max_workers=SIDES, thread_name_prefix="side") as sides:
-            yield partial(train_overlapped, sides)
+            yield partial(train_overlapped, sides, prepare_ahead=config.train.prepare_ahead)
     else:
         yield train
 

@@ -28,7 +28,7 @@ class Stream(Protocol):
 
 
 class Team(Protocol):
-    """The four verbs."""
+    """The four verbs, and a hint that they go without."""
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
         """Groups, or references to them, as they finish."""
@@ -42,6 +42,10 @@ class Team(Protocol):
 
     def push(self, version: int) -> Audit:
         """Returns when every engine has the version and answers like the learner."""
+        ...
+
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        """The update after the one that runs will be of `packs`. Returns at once."""
         ...
 
 

@@ -1,22 +1,42 @@
 """The loop with sampling and learning side by side: each step's answers are of the weights one step older.
 
-generate and score step k+1 | update with step k          then push, and only then the journal looks
+generate, score and prepare step k+1 | update with step k          then push, and only then the journal looks
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from othink_ray.core.schedules import BetaSchedule
 from othink_ray.driver.clock import Clock
-from othink_ray.driver.loop import Recipe, Step, Stream, Team, Watches, compared, measured, sample
+from othink_ray.driver.loop import Recipe, Sampled, Step, Stream, Team, Watches, compared, measured, sample
+from othink_ray.types import Pack
 
 SIDES = 2  # threads that `train_overlapped` needs
 _WAKE_S = 1.0  # a Ctrl-C that comes just before a thread falls asleep is heard only when it wakes
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """What one step learns from."""
+
+    sampled: Sampled
+    advantages: list[NDArray[np.float64]]
+    packs: list[Pack]
+
+
+def _rows(team: Team, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> _Rows:
+    sampled = sample(team, stream, recipe, clock, step=step, version=version)
+    advantages = compared(sampled.trained, recipe)
+    return _Rows(sampled=sampled, advantages=advantages, packs=recipe.pack(sampled.trained, advantages))
 
 
 def train_overlapped(
@@ -30,28 +50,35 @@ def train_overlapped(
     schedule_state: Mapping[str, float],
     lr: Callable[[int], float],
     journal: Watches,
+    prepare_ahead: bool,
 ) -> None:
     """As `loop.train`. The first step alone has answers of its own weights: nothing was learned before it.
 
     When it raises, the other side may still be at work: whoever ends the team's processes ends that too.
     """
+
+    def rows_ahead(clock: Clock, step: int, wants_reference: bool) -> _Rows:
+        rows = _rows(team, stream, recipe, clock, step=step, version=step - 1)
+        if prepare_ahead:
+            team.prepare(rows.packs, updates=recipe.updates_per_step, with_reference=wants_reference)
+        return rows
+
     team.push(steps.start)
     journal.begin(steps.start)
     for step in steps:
         clock = Clock()
         if step == steps.start:
-            following = sides.submit(sample, team, stream, recipe, clock, step=step, version=step)
-        sampled = _result(following)
+            following = sides.submit(_rows, team, stream, recipe, clock, step=step, version=step)
+        rows = _result(following)
         data_position = stream.position
+        beta = schedule.beta(step, schedule_state)
         ahead = Clock()
         if step + 1 in steps:
-            following = sides.submit(sample, team, stream, recipe, ahead, step=step + 1, version=step)
-        beta = schedule.beta(step, schedule_state)
-        advantages = compared(sampled.trained, recipe)
-        packs = recipe.pack(sampled.trained, advantages)
-        stale = any(one.group.version < step for one in sampled.trained)
+            likely = schedule.beta(step + 1, schedule_state)  # a schedule that steers knows better after this step
+            following = sides.submit(rows_ahead, ahead, step + 1, likely > 0)
+        stale = any(one.group.version < step for one in rows.sampled.trained)
         learning = sides.submit(
-            team.update, packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
+            team.update, rows.packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
         )
         stats = _result(learning, following)
         clock.lap("update")
@@ -59,16 +86,16 @@ def train_overlapped(
         clock.lap("generate")
         audit = team.push(step + 1)
         clock.lap("push")
-        schedule_state = schedule.after(schedule_state, measured(sampled, stats))
+        schedule_state = schedule.after(schedule_state, measured(rows.sampled, stats))
         journal.step(
             Step(
                 step=step,
                 beta=beta,
                 schedule_state=schedule_state,
                 data_position=data_position,
-                asked=sampled.asked,
-                scored=sampled.trained,
-                advantages=advantages,
+                asked=rows.sampled.asked,
+                scored=rows.sampled.trained,
+                advantages=rows.advantages,
                 stats=stats,
                 audit=audit,
                 times={"score": 0.0} | clock.times,  # waiting for the other side's scores is in `generate`

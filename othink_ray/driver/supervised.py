@@ -52,6 +52,9 @@ class Class:
     def push(self, version: int) -> Audit:
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=0)
 
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        """No update of a class runs beside anything."""
+
 
 class ExaminedClass(Class):
     """A class whose skill is measured: the engines get the weights when they are asked, not after each step."""

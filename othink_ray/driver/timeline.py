@@ -161,6 +161,9 @@ class TracedTeam:
         with span("update", rows=len(packs)):
             return self.team.update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
 
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        self.team.prepare(packs, updates=updates, with_reference=with_reference)
+
     def push(self, version: int) -> Audit:
         with span("push", version=version):
             return self.team.push(version)

@@ -150,6 +150,13 @@ class LearnerEngine(Protocol):
         """Optimiser steps over [update][micro-batch][row]; an empty one keeps this rank in step with others."""
         ...
 
+    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+        """On a thread of its own beside an `update`, until that ends: for the next one's rows, what it will not change.
+
+        With it or without it, the next update's outcome is the same.
+        """
+        ...
+
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         """The policy's logprobs (T, K) of each probe's candidates."""
         ...

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
-from othink_ray.core.correction import RatioTerms, importance
-from othink_ray.core.losses import LOSSES, LossTerms
+from othink_ray.core.correction import importance
+from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
 from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
+from othink_ray.engines.ahead import Ahead, Prepared, made_for
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
+from othink_ray.engines.totals import Totals
 from othink_ray.engines.trained import choose_trained, features_stay
 from othink_ray.families.base import Family
 from othink_ray.spans import span
@@ -86,6 +88,8 @@ class DeepSpeedLearner:
             world_size=place.world_size,
         )
         self.reference = self._open_reference(DTYPES[dtype], temperature) if with_reference else None
+        self.reference_beside = self._open_beside(temperature)
+        self.ahead = Ahead(self._make_ahead)
 
     def _open_reference(self, dtype: torch.dtype, temperature: float) -> Any:
         """What the policy was when training began."""
@@ -94,6 +98,17 @@ class DeepSpeedLearner:
         frozen = self._open_policy(dtype, temperature).requires_grad_(False).eval()
         sharded = self.learner.zero_stage == 3
         return self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
+
+    def _open_beside(self, temperature: float) -> Policy | None:
+        """The reference once more for a second thread, with a count of images of its own.
+
+        None where that thread would gain nothing (a GPU has one queue, or the ranks' threads are on all cores already),
+        or all ranks must make each pass together.
+        """
+        all_busy = self.learner.world_size * torch.get_num_threads() >= (os.cpu_count() or 1)
+        if not isinstance(self.reference, Policy) or self.device.type == "cuda" or all_busy:
+            return None
+        return Policy(self.reference.network, self.family, temperature, self.learner.logit_rows)
 
     def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
         network = self.family.load_network(dtype)
@@ -144,20 +159,39 @@ class DeepSpeedLearner:
         correction: str,
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
-        several = len(updates) > 1
+        with self.ahead.learning() as made:
+            return self._learn(updates, made, beta=beta, lr=lr, loss=loss, correction=correction)
+
+    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+        self.ahead.prepare(updates, with_reference=with_reference)
+
+    def _learn(
+        self,
+        updates: Sequence[Sequence[Sequence[Pack]]],
+        made: Sequence[Prepared],
+        *,
+        beta: float,
+        lr: float,
+        loss: str,
+        correction: str,
+    ) -> UpdateStats:
+        wants_reference, several = beta > 0 and self.reference is not None, len(updates) > 1
         with span("prepare"):
-            prepared = [[self._prepare(packs, with_old=several) for packs in update] for update in updates]
-        totals = _Totals(self.device)
+            prepared = [[self._prepared(rows, made) for rows in update] for update in updates]
+            # Of the policy before the first optimiser step.
+            olds = [[self._no_grad(self.engine, one) if several else None for one in update] for update in prepared]
+        totals = Totals(self.device)
         grad_norm, skipped = 0.0, 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        for update, rows in zip(prepared, updates, strict=True):
-            for index, (batch, features, old) in enumerate(update):
-                wants_reference = beta > 0 and self.reference is not None
-                reference = self._no_grad(self.reference, batch, features) if wants_reference else None
+        for update, old_of in zip(prepared, olds, strict=True):
+            for index, (one, old) in enumerate(zip(update, old_of, strict=True)):
+                batch, reference = one.batch, one.reference if wants_reference else None
+                if wants_reference and reference is None:
+                    reference = self._no_grad(self.reference, one)
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 with span("forward", tokens=len(batch.token_ids)):
-                    logprobs, entropy = self.engine(batch, features=features)
+                    logprobs, entropy = self.engine(batch, features=one.features)
                 before = logprobs.detach() if old is None else old
                 used, ratios = importance(
                     correction,
@@ -181,39 +215,51 @@ class DeepSpeedLearner:
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 with span("backward"):
                     self.engine.backward(value * self.place.world_size)
-                totals.note(rows[index], value)
+                totals.note(one.rows, value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
             with span("optimiser step"):
                 self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
+        encodes = self._take_encodes() + sum(one.encodes for update in prepared for one in update)
         with span("sum over ranks"):
-            return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=self._take_encodes(), skipped=skipped)
+            return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=encodes, skipped=skipped)
 
-    def _prepare(self, packs: Sequence[Pack], *, with_old: bool) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
-        """What is known before any optimiser step: the batch, its shared image features, the policy's logprobs."""
-        batch = self._collate(packs)
-        features = self._shared_features(batch)
-        return batch, features, self._no_grad(self.engine, batch, features) if with_old else None
+    def _prepared(self, rows: Sequence[Pack], made: Sequence[Prepared]) -> Prepared:
+        """What is known before any optimiser step."""
+        one = made_for(rows, made) or Prepared(rows=rows, batch=self._collate(rows))
+        if self.features_shared and one.features is None:
+            return replace(one, features=self._features(self.engine, one.batch))
+        return one
+
+    @span("prepare ahead")
+    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> Prepared:
+        one, beside = Prepared(rows=rows, batch=self._collate(rows)), self.reference_beside
+        if beside is None or not with_reference:
+            return one
+        if self.features_shared:
+            one = replace(one, features=self._features(beside, one.batch))
+        reference = self._no_grad(beside, one)
+        encodes, beside.encoded_images = beside.encoded_images, 0
+        return replace(one, reference=reference, encodes=encodes)
 
     @on_one_thread()
     def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
         """On one thread: engines prepare what comes next meanwhile."""
         return collate(packs, self.family, self.attend, self.device)
 
-    def _shared_features(self, batch: MicroBatch) -> Tensor | None:
+    @staticmethod
+    def _features(policy: Any, batch: MicroBatch) -> Tensor:
         """The images as a tower and a projector that stay see them: the same for policy, old policy and reference."""
-        if not self.features_shared:
-            return None
         with torch.no_grad():
-            features: Tensor = self.engine(batch, wanted="features")
+            features: Tensor = policy(batch, wanted="features")
         return features
 
     @staticmethod
     @span("pass without gradient")
-    def _no_grad(policy: Any, batch: MicroBatch, features: Tensor | None) -> Tensor:
+    def _no_grad(policy: Any, one: Prepared) -> Tensor:
         with torch.no_grad():
-            logprobs: Tensor = policy(batch, features=features)[0]
+            logprobs: Tensor = policy(one.batch, features=one.features)[0]
         return logprobs
 
     def _take_encodes(self) -> int:
@@ -285,89 +331,3 @@ def _row(group: Group) -> Pack:
     """A group as a row, for its logprobs alone."""
     nothing = np.zeros(len(group.completions))
     return pack(ScoredGroup(group=group, rewards=nothing, parts={}, valid=nothing == 0), nothing, 1)
-
-
-class _Totals:
-    """Sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(15, dtype=torch.float64, device=device)
-        self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
-        self.losses: list[tuple[list[str], Tensor]] = []
-
-    def note(self, packs: Sequence[Pack], value: Tensor) -> None:
-        """Whose loss it is, should it turn out that one is not finite."""
-        self.losses.append(([pack.prompt_id for pack in packs], value.detach()))
-
-    def _bad_prompts(self) -> tuple[str, ...]:
-        """Of all ranks, those in micro-batches whose loss is not finite."""
-        own = [prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        return tuple(prompt for prompts in everyone for prompt in prompts)
-
-    def add(
-        self,
-        batch: MicroBatch,
-        value: Tensor,
-        terms: LossTerms,
-        ratios: RatioTerms,
-        logprobs: Tensor,
-        entropy: Tensor,
-        referenced: bool,
-    ) -> None:
-        active = batch.loss_weights > 0
-        gap = (logprobs - batch.sampler_logprobs)[active].double()
-        ratio = gap.exp()
-        self.sums += torch.stack(
-            [
-                value.detach().double(),
-                terms.kl_sum.double(),
-                ratio.sum(),
-                terms.clipped.double(),
-                entropy[active].double().sum(),
-                gap.abs().sum(),
-                active.sum().double(),
-                gap.new_tensor(float(referenced)),
-                ratios.used,
-                ratios.truncated,
-                ratios.cut.double(),
-                ratios.sequence_raw,
-                ratios.sequence_truncated,
-                ratios.sequence_cut.double(),
-                ratios.answers,
-            ]
-        )
-        if len(gap):
-            self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
-
-    def stats(self, *, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
-        sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
-        dist.all_reduce(sums)
-        dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
-        loss, kl, ratio, clipped, entropy, gap, tokens, references, *corrected, encodes = sums.tolist()
-        used, truncated, cut, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
-        count, sequences = max(tokens, 1.0), max(answers, 1.0)
-        return UpdateStats(
-            loss=loss,
-            kl_mean=kl / count if references else float("nan"),
-            ratio_raw_mean=ratio / count,
-            ratio_raw_max=self.maxima[0].item(),
-            ratio_clip_frac=clipped / count,
-            ratio_used_mean=used / count,
-            ratio_truncated_mean=truncated / count,
-            ratio_truncated_frac=cut / count,
-            ratio_sequence_raw_mean=sequence_raw / sequences,
-            ratio_sequence_truncated_mean=sequence_truncated / sequences,
-            ratio_sequence_truncated_frac=sequence_cut / sequences,
-            entropy=entropy / count,
-            logp_gap_mean=gap / count,
-            logp_gap_max=self.maxima[1].item(),
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=int(tokens),
-            vision_encodes=int(encodes),
-            reference_passes=int(references),
-            skipped=skipped,
-            bad_prompts=() if math.isfinite(loss) else self._bad_prompts(),
-        )

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from othink_ray.core.attention import Attention
-from othink_ray.core.blocks import WORTH_IT, attend_in_blocks, blocks_of_image
+from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
 
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
@@ -40,7 +40,7 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
-    if query.shape[2] < WORTH_IT or query.device.type != "cpu":
+    if query.device.type != "cpu" or not worth_it(query.shape[2]):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
     asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -21,6 +21,8 @@ from othink_ray.runtime.recorded import Recorded
 from othink_ray.spans import keep, span
 from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+
+BESIDE = "beside"
 
 
 class RolloutActor(Recorded):
@@ -70,8 +72,9 @@ class RolloutActor(Recorded):
 
 
 class LearnerActor(Recorded):
-    """One rank of the learner."""
+    """One rank of the learner: one call after the other, and `prepare` beside them."""
 
+    concurrency_groups: ClassVar = {BESIDE: 1}
     engine: LearnerEngine
     sender: Sender
     pushed = 0  # bytes, in the last push
@@ -93,6 +96,10 @@ class LearnerActor(Recorded):
         self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats:
         return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
+
+    @ray.method(concurrency_group=BESIDE)  # type: ignore[untyped-decorator]
+    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
+        self.engine.prepare(updates, with_reference=with_reference)
 
     @span("audit")
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:

@@ -30,6 +30,7 @@ class LearnerPool:
         self.learner = learner
         self.ranks = [placement.start(LearnerActor, "learner", rank) for rank in range(learner.world_size)]
         self.make_engine = make_engine
+        self.preparing: list[Any] = []
 
     def start(self) -> list[Any]:
         """Begin loading; wait for the references to know that it is done."""
@@ -56,16 +57,31 @@ class LearnerPool:
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
     ) -> list[Any]:
         """One batch of rows, balanced over ranks; what is asked of them meanwhile follows without a pause."""
-        shares = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
-        calls = []
-        for rank, actor in enumerate(self.ranks):
-            own = [[[packs[row] for row in micro] for micro in update[rank]] for update in shares]
-            calls.append(actor.update.remote(own, beta, lr, loss, correction))
-        return calls
+        preparing, self.preparing = self.preparing, []
+        self.wait_for(preparing, "preparing")
+        return [
+            actor.update.remote(own, beta, lr, loss, correction)
+            for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True)
+        ]
+
+    def _shares(self, packs: Sequence[Pack], updates: int) -> list[list[list[list[Pack]]]]:
+        """The rows by [rank][update][micro-batch]."""
+        planned = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
+        return [
+            [[[packs[row] for row in micro] for micro in update[rank]] for update in planned]
+            for rank in range(len(self.ranks))
+        ]
 
     def updated(self, begun: Sequence[Any]) -> UpdateStats:
         stats: UpdateStats = self.wait_for(begun, "update")[0]
         return stats
+
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        """Begin, beside the update that runs and until it ends, with what of the next one can be known by now."""
+        self.preparing = [
+            actor.prepare.remote(own, with_reference)
+            for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True)
+        ]
 
     def candidate_logprobs(self, probes: Any) -> list[Any]:
         """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""

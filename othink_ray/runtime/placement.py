@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from othink_ray.config.schema import ClusterConfig
 from othink_ray.runtime.cluster import ClusterError
+from othink_ray.runtime.recorded import Recorded
 from othink_ray.runtime.seating import Bundle, dealt, picture, shortage, wanted
 
 # Set before a process starts, since malloc and OpenMP read them only then. Freed memory is kept for the next step.
@@ -83,7 +84,7 @@ class Placement:
         """Ray moves the seats of a node that is gone, when there is room elsewhere."""
         return bool(placement_group_table(self.group)["state"] != "CREATED")
 
-    def start(self, actor: type, role: str, index: int, *arguments: Any) -> Any:
+    def start(self, actor: type[Recorded], role: str, index: int, *arguments: Any) -> Any:
         """The index-th process of a role, on its seat."""
         seats = [(place, seat) for place, own in zip(self.places, self.bundles, strict=True) for seat in own]
         place, seat = [(place, seat) for place, seat in seats if seat.role == role][index]
@@ -91,7 +92,7 @@ class Placement:
         return _start(actor, arguments, num_cpus=seat.cpus, num_gpus=seat.gpus, scheduling_strategy=strategy)
 
     @staticmethod
-    def start_unseated(actor: type, *arguments: Any) -> Any:
+    def start_unseated(actor: type[Recorded], *arguments: Any) -> Any:
         """A process whose work takes milliseconds: nothing is reserved for it."""
         return _start(actor, arguments, num_cpus=0)
 
@@ -105,5 +106,6 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _start(actor: type, arguments: tuple[Any, ...], **options: Any) -> Any:
-    return ray.remote(actor).options(runtime_env={"env_vars": PROCESS_ENVIRONMENT}, **options).remote(*arguments)
+def _start(actor: type[Recorded], arguments: tuple[Any, ...], **options: Any) -> Any:
+    remote: Any = ray.remote(concurrency_groups=dict(actor.concurrency_groups))(actor)
+    return remote.options(runtime_env={"env_vars": PROCESS_ENVIRONMENT}, **options).remote(*arguments)

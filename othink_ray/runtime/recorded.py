@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.exceptions import RayError
@@ -15,6 +15,9 @@ _ASKED_S = 5.0
 
 class Recorded:
     """What every actor of a run can be asked."""
+
+    concurrency_groups: ClassVar[Mapping[str, int]] = {}
+    """Threads for methods that run beside the others, by the name of their group."""
 
     def spans(self, go_on: bool) -> Spans:
         return take(go_on=go_on)

@@ -79,6 +79,9 @@ class Team(Examiners):
         self.pusher.begin()
         return self.learner.updated(begun)
 
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        self.learner.prepare(packs, updates=updates, with_reference=with_reference)
+
     def push(self, version: int) -> Audit:
         return self.pusher(version)
 

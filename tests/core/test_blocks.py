@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from othink_ray.core import blocks
-from othink_ray.core.blocks import WORTH_IT, Block, attend_in_blocks, blocks_of_image, blocks_of_line
+from othink_ray.core.blocks import (
+    ENOUGH,
+    Block,
+    attend_in_blocks,
+    blocks_of_image,
+    blocks_of_line,
+    products_gain,
+    worth_it,
+)
 from othink_ray.core.line import line_up
 
 SCALE = 0.3
@@ -64,7 +72,7 @@ def test_blocks_of_any_height_give_the_slow_result(
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_real_sizes_are_cut_into_several_blocks(causal: bool) -> None:
-    tokens = 2 * WORTH_IT
+    tokens = 2 * ENOUGH
     query, key, value = states(2, tokens, 3)
     several = blocks_of(tokens, causal)
     assert len(several) >= 2
@@ -90,3 +98,11 @@ def test_half_precision_sums_in_float32() -> None:
     assert found.dtype == torch.bfloat16
     wide = attend_in_blocks(*(own.float() for own in half), blocks_of(40, causal=True), SCALE)
     assert_close(found, wide.bfloat16(), atol=0, rtol=0)
+
+
+# ---- where they are quicker
+
+
+def test_where_torch_multiplies_by_its_blas_its_own_kernel_is_quicker() -> None:
+    assert products_gain() < 1.5  # nobody has put other products in their place here
+    assert not worth_it(10 * ENOUGH)

@@ -51,6 +51,7 @@ class ScriptedTeam:
     kl: float = 0.0
     rates: list[float] = field(default_factory=list)
     stale: list[bool] = field(default_factory=list)
+    prepared: list[tuple[list[str], int, bool]] = field(default_factory=list)
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
@@ -96,6 +97,9 @@ class ScriptedTeam:
         self.stale.append(stale)
         self.weight = sum(pack.loss_weights.sum() for pack in packs)
         return stats_of(kl_mean=self.kl)
+
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        self.prepared.append(([pack.prompt_id for pack in packs], updates, with_reference))
 
     def push(self, version: int) -> Audit:
         self.calls.append(("push", version))

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -24,11 +24,17 @@ PATIENCE_S = 30
 
 
 def run(
-    team: ScriptedTeam, steps: range, *, rounds: int = 1, diary: Diary | None = None, stream: Numbers | None = None
+    team: ScriptedTeam,
+    steps: range,
+    *,
+    rounds: int = 1,
+    diary: Diary | None = None,
+    stream: Numbers | None = None,
+    **changes: Any,
 ) -> list[Step]:
-    diary = diary or Diary()
+    diary, how = diary or Diary(), {"prepare_ahead": True} | settings(steps, rounds) | changes
     with ThreadPoolExecutor(max_workers=SIDES) as sides:
-        train_overlapped(sides, team, stream or Numbers(), journal=diary, **settings(steps, rounds))
+        train_overlapped(sides, team, stream or Numbers(), journal=diary, **how)
     return diary.steps
 
 
@@ -111,6 +117,23 @@ def test_groups_of_equal_rewards_are_replaced_by_new_questions_here_too() -> Non
     assert [asked(seen) for seen in steps] == [[f"p{n}" for n in range(7)], [f"p{n}" for n in range(7, 12)]]
     assert [len(seen.scored) for seen in steps] == [4, 4]
     assert [versions(seen) for seen in steps] == [{0}, {0}]
+
+
+def test_the_learner_is_told_what_it_learns_next_and_whether_a_reference_will_be_asked() -> None:
+    team, unsure = ScriptedTeam(), ScriptedTeam()
+    run(team, range(3))
+    rows = [(call[1], call[2]) for call in team.calls if call[0] == "update"]
+    assert team.prepared == [(*own, True) for own in rows[1:]]
+    run(unsure, range(3), schedule=replace(PAPER, beta_min=0.0, beta_max=0.0))
+    assert [with_reference for *_, with_reference in unsure.prepared] == [False, False]
+
+
+def test_nothing_is_prepared_where_that_is_switched_off() -> None:
+    team, off = ScriptedTeam(), ScriptedTeam()
+    run(team, range(3))
+    run(off, range(3), prepare_ahead=False)
+    assert off.prepared == []
+    assert [call for call in off.calls if call[0] == "update"] == [call for call in team.calls if call[0] == "update"]
 
 
 # ---- what runs when
@@ -218,7 +241,7 @@ def test_the_failure_of_one_side_is_raised_at_once_while_the_other_one_hangs(fai
         try:
             began = time.monotonic()
             with pytest.raises(RuntimeError, match=f"{failing} broke"):
-                train_overlapped(sides, team, Numbers(), journal=diary, **settings(range(3)))
+                train_overlapped(sides, team, Numbers(), journal=diary, prepare_ahead=True, **settings(range(3)))
             assert time.monotonic() - began < PATIENCE_S / 2
         finally:
             team.released.set()
@@ -242,7 +265,7 @@ def test_ctrl_c_is_heard_while_both_sides_hang() -> None:
             threading.Thread(target=interrupt).start()
             began = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
-                train_overlapped(sides, team, Numbers(), journal=Diary(), **settings(range(3)))
+                train_overlapped(sides, team, Numbers(), journal=Diary(), prepare_ahead=True, **settings(range(3)))
             assert time.monotonic() - began < PATIENCE_S / 2
         finally:
             team.released.set()

@@ -77,3 +77,9 @@ def plain_run(start_run: StartRun) -> Run:
 def overlapped(start_run: StartRun) -> Run:
     """The next step is generated while this one is learned."""
     return start_run("train.overlap=true", "train.steps=3")
+
+
+@pytest.fixture(scope="session")
+def overlapped_alone(start_run: StartRun) -> Run:
+    """The same, and nothing is prepared beside an update."""
+    return start_run("train.overlap=true", "train.steps=3", "train.prepare_ahead=false")

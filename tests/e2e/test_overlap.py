@@ -46,3 +46,9 @@ def test_what_sampling_was_hidden_is_not_part_of_the_steps_time(overlapped: Run)
 def test_a_checkpoint_says_where_the_questions_of_its_next_step_begin(overlapped: Run) -> None:
     half = overlapped.folder / "checkpoints" / "step_2"
     assert json.loads((half / "state.json").read_text())["data_position"] == 8
+
+
+def test_what_is_prepared_beside_an_update_changes_no_step(overlapped: Run, overlapped_alone: Run) -> None:
+    for line, other in zip(overlapped.steps, overlapped_alone.steps, strict=True):
+        for name in ("reward/mean", "loss", "kl/mean", "grad_norm", "ratio/raw_mean", "vision/encodes"):
+            assert line[name] == pytest.approx(other[name], rel=1e-6)

@@ -11,7 +11,9 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Scenario:
     export: Path | None = None
     probes: Sequence[Probe] = ()
     watch: bool = False
+    ahead: bool = False  # each step's rows are prepared beside the update before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ class Outcome:
     candidate_logprobs: Sequence[NDArray[np.float32]] = field(default=())
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
     seen: Sequence[Seen] = field(default=())  # before and after training
+    made: Sequence[int] = ()  # micro-batches that were prepared ahead of each step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,16 +129,22 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         learner.load(scenario.load)
     seen = [_look(learner, scenario, rank)] if scenario.watch else []
     factors = {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
-    stats = [
-        learner.update(
-            shares[rank],
-            beta=scenario.beta,
-            lr=scenario.learner.lr,
-            loss=scenario.loss,
-            correction=scenario.correction,
-        )
-        for shares in scenario.steps
-    ]
+    stats, made = [], []
+    for number, shares in enumerate(scenario.steps):
+        made.append(len(learner.ahead.made))
+        following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.ahead else []
+        with ThreadPoolExecutor() as beside:
+            preparing = [beside.submit(_prepare, learner, own, scenario.beta > 0) for own in following]
+            stats.append(
+                learner.update(
+                    shares[rank],
+                    beta=scenario.beta,
+                    lr=scenario.learner.lr,
+                    loss=scenario.loss,
+                    correction=scenario.correction,
+                )
+            )
+            [one.result() for one in preparing]
     if scenario.watch:
         seen.append(_look(learner, scenario, rank))
     if scenario.save:
@@ -150,7 +160,16 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         candidate_logprobs=learner.candidate_logprobs(scenario.probes) if scenario.probes else (),
         factors=factors,
         seen=seen,
+        made=made,
     )
+
+
+def _prepare(learner: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
+    """As soon as the update has begun."""
+    until = time.monotonic() + TIMEOUT_S
+    while not learner.ahead.at_work and time.monotonic() < until:
+        time.sleep(0.001)
+    learner.prepare(updates, with_reference=with_reference)
 
 
 def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
@@ -163,7 +182,7 @@ def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
 def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
     digests = {name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in _whole(learner)}
     [[row, *_], *_], *_ = scenario.steps[0][rank]
-    logprobs = learner._no_grad(learner.reference, learner._collate([row]), None)
+    logprobs = learner._no_grad(learner.reference, learner._prepared([row], made=[]))
     learner._take_encodes()
     return Seen(digests=digests, reference_logprobs=logprobs.numpy().copy())
 

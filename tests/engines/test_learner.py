@@ -68,6 +68,10 @@ def alone(
         "sequence, a row at a time": replace(
             training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="sequence"
         ),
+        "ahead": replace(plain, ahead=True),
+        "ahead, frozen tower": replace(training(small, batches, 1, freeze="projector"), ahead=True),
+        "ahead, stage 3": replace(training(small, batches, 1, zero_stage=3), ahead=True),
+        "ahead, beta 0": replace(plain, ahead=True, beta=0.0),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
         "gspo": replace(plain, loss="gspo"),
@@ -237,6 +241,27 @@ def test_a_frozen_tower_encodes_an_image_once_for_all_passes_and_stays_as_it_was
     for outcomes in pair:
         assert_same_stats(outcomes["stage 3, frozen tower"].stats, shared.stats)
         assert distance(moved(outcomes["stage 3, frozen tower"], start), moved(shared, start))[0] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ahead", "alike"),
+    [
+        ("ahead", "stage 1"),
+        ("ahead, frozen tower", "frozen tower"),
+        ("ahead, stage 3", "stage 3, checkpointing"),
+        ("ahead, beta 0", "beta 0"),
+    ],
+)
+def test_what_is_prepared_beside_an_update_changes_nothing(alone: dict[str, Outcome], ahead: str, alike: str) -> None:
+    found, expected = alone[ahead], alone[alike]
+    assert found.made == [0, 1]
+    assert_same_stats(found.stats, expected.stats)
+    encodes = [[stats.vision_encodes for stats in outcome.stats] for outcome in (found, expected)]
+    assert [stats.reference_passes for stats in found.stats] == [stats.reference_passes for stats in expected.stats]
+    if alike != "stage 3, checkpointing":  # which encodes each image once more
+        assert encodes[0] == encodes[1]
+        assert distance(found.weights, expected.weights)[0] == 0
+    assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
 def test_the_reference_runs_only_where_beta_asks_for_it(alone: dict[str, Outcome]) -> None:

@@ -20,6 +20,10 @@ class Line:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, kept: torch.Tensor) -> Line:
+        """The tokens of a mask (N,) alone."""
+        return Line(rows=self.rows[kept], segments=self.segments[kept])
+
     @property
     def is_answer(self) -> torch.Tensor:
         return self.segments > 0
@@ -50,6 +54,12 @@ def predictors(line: Line) -> torch.Tensor:
     places = torch.arange(len(line))
     last_prompt = torch.where(line.segments == 0, places, 0).cummax(0).values
     return torch.where(_starts(line), last_prompt, places - 1)[line.is_answer]
+
+
+def predicting(line: Line) -> torch.Tensor:
+    """(N,): False on the last token of each answer, which nothing comes after: no network needs to read it."""
+    lasts = _starts(line).roll(-1)  # the line's first token is a start, and so its last one an end
+    return ~(lasts & line.is_answer)
 
 
 def offsets(line: Line) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""What no optimiser step changes of the rows to come, made on a second thread while an update still runs."""
+"""What no optimiser step changes of the rows to come, made on a second thread until the update with them begins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from itertools import chain
-from threading import Event, Lock
+from threading import Lock
 
 import numpy as np
 from torch import Tensor
@@ -26,51 +26,53 @@ class Prepared:
     encodes: int = 0  # images that a vision tower has looked at for this
 
 
+class Made:
+    """The first micro-batches of one update; the last of them may still be in the making."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[Sequence[Pack], Future[Prepared]]] = []
+
+    def of(self, rows: Sequence[Pack]) -> Prepared | None:
+        """That of exactly these rows, waited for where it is in the making."""
+        for own, making in self.begun:
+            if len(own) == len(rows) and all(map(_equal, own, rows)):
+                return making.result()
+        return None
+
+
 class Ahead:
-    """The first micro-batches of the next update, as many as the time of this one is enough for."""
+    """Prepares the next update's micro-batches, as many as there is time for."""
 
     def __init__(self, make: Callable[[Sequence[Pack], bool], Prepared]) -> None:
         """`make`: of the rows of a micro-batch, with the reference's logprobs or without."""
         self.make = make
-        self.made: list[Prepared] = []
-        self._most = 0
-        self._learning, self._making = Event(), Lock()
+        self._made, self._most = Made(), 0
+        self._lock = Lock()
 
-    @contextmanager
-    def learning(self) -> Iterator[list[Prepared]]:
-        """Around an update: gives what was made for it, and lets what comes after it be made meanwhile."""
-        with self._making:
-            made, self.made = self.made, []
-        self._learning.set()
-        try:
-            yield made
-        finally:
-            self._learning.clear()
-
-    @property
-    def at_work(self) -> bool:
-        """Whether an update runs."""
-        return self._learning.is_set()
+    def take(self) -> Made:
+        """At the beginning of an update: what was begun for it. No more is begun."""
+        with self._lock:
+            made, self._made = self._made, Made()
+        return made
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        """Until the update has ended, and one micro-batch more than the last time at most.
+        """Until the update begins, and one micro-batch more than the last time at most.
 
         What is made now shortens the next update, and so the time for making more: in small steps both settle.
         """
-        for rows in list(chain(*updates))[: self._most + 1]:
-            with self._making:
-                if not self.at_work:
+        made, most = self._made, self._most + 1
+        for rows in list(chain(*updates))[:most]:
+            making: Future[Prepared] = Future()
+            with self._lock:
+                if made is not self._made:
                     break
-                self.made.append(self.make(rows, with_reference))
-        self._most = len(self.made)
-
-
-def made_for(rows: Sequence[Pack], made: Sequence[Prepared]) -> Prepared | None:
-    """The one of exactly these rows."""
-    for one in made:
-        if len(one.rows) == len(rows) and all(map(_equal, one.rows, rows)):
-            return one
-    return None
+                made.begun.append((rows, making))
+            try:
+                making.set_result(self.make(rows, with_reference))
+            except BaseException as error:
+                making.set_exception(error)
+                raise
+        self._most = len(made.begun)
 
 
 def _equal(left: Pack, right: Pack) -> bool:

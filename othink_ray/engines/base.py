@@ -151,7 +151,7 @@ class LearnerEngine(Protocol):
         ...
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        """On a thread of its own beside an `update`, until that ends: for the next one's rows, what it will not change.
+        """On a thread of its own, until the `update` with these rows begins: what no update changes of them.
 
         With it or without it, the next update's outcome is the same.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from othink_ray.core.correction import importance
 from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
 from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
-from othink_ray.engines.ahead import Ahead, Prepared, made_for
+from othink_ray.engines.ahead import Ahead, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
@@ -159,33 +160,23 @@ class DeepSpeedLearner:
         correction: str,
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
-        with self.ahead.learning() as made:
-            return self._learn(updates, made, beta=beta, lr=lr, loss=loss, correction=correction)
+        made, wants_reference, several = self.ahead.take(), beta > 0 and self.reference is not None, len(updates) > 1
 
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        self.ahead.prepare(updates, with_reference=with_reference)
+        def before_any_step(rows: Sequence[Pack]) -> tuple[Prepared, Tensor | None]:
+            """With the logprobs of the old policy, where that is another one than the policy."""
+            with span("prepare"):
+                one = self._prepared(rows, made)
+                return one, self._no_grad(self.engine, one) if several else None
 
-    def _learn(
-        self,
-        updates: Sequence[Sequence[Sequence[Pack]]],
-        made: Sequence[Prepared],
-        *,
-        beta: float,
-        lr: float,
-        loss: str,
-        correction: str,
-    ) -> UpdateStats:
-        wants_reference, several = beta > 0 and self.reference is not None, len(updates) > 1
-        with span("prepare"):
-            prepared = [[self._prepared(rows, made) for rows in update] for update in updates]
-            # Of the policy before the first optimiser step.
-            olds = [[self._no_grad(self.engine, one) if several else None for one in update] for update in prepared]
+        prepared: Iterator[tuple[Prepared, Tensor | None]] = map(before_any_step, chain(*updates))
+        if several:
+            prepared = iter(list(prepared))
         totals = Totals(self.device)
-        grad_norm, skipped = 0.0, 0
+        grad_norm, skipped, encodes = 0.0, 0, 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        for update, old_of in zip(prepared, olds, strict=True):
-            for index, (one, old) in enumerate(zip(update, old_of, strict=True)):
+        for update in updates:
+            for index, (one, old) in enumerate(islice(prepared, len(update))):
                 batch, reference = one.batch, one.reference if wants_reference else None
                 if wants_reference and reference is None:
                     reference = self._no_grad(self.reference, one)
@@ -215,19 +206,22 @@ class DeepSpeedLearner:
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
                 with span("backward"):
                     self.engine.backward(value * self.place.world_size)
+                encodes += one.encodes
                 totals.note(one.rows, value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
             with span("optimiser step"):
                 self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
-        encodes = self._take_encodes() + sum(one.encodes for update in prepared for one in update)
+        encodes += self._take_encodes()
         with span("sum over ranks"):
             return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=encodes, skipped=skipped)
 
-    def _prepared(self, rows: Sequence[Pack], made: Sequence[Prepared]) -> Prepared:
-        """What is known before any optimiser step."""
-        one = made_for(rows, made) or Prepared(rows=rows, batch=self._collate(rows))
+    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+        self.ahead.prepare(updates, with_reference=with_reference)
+
+    def _prepared(self, rows: Sequence[Pack], made: Made) -> Prepared:
+        one = made.of(rows) or Prepared(rows=rows, batch=self._collate(rows))
         if self.features_shared and one.features is None:
             return replace(one, features=self._features(self.engine, one.batch))
         return one

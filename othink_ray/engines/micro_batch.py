@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.core.attention import Attention
-from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors
+from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """A line of N tokens, of which M are answers', in the same order."""
+    """A line of the N tokens that the network reads, and the M tokens of answers, which it predicts."""
 
     token_ids: Tensor  # (N,)
     position_ids: Tensor  # (axes, N)
@@ -42,8 +42,10 @@ def collate(
     if not any(pack.images for pack in packs):
         packs = [*packs, _weightless(family)]
     images = [family.encode_images(pack.images) for pack in packs]
-    token_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
-    line = line_up([pack.segments for pack in packs])
+    whole = line_up([pack.segments for pack in packs])
+    all_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
+    read = predicting(whole)
+    line, token_ids = whole[read], all_ids[read]
     prompts = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
     answer_start = torch.stack([prompt.max() + 1 for prompt in prompts])
     asked = torch.cat(prompts, dim=1)
@@ -58,9 +60,9 @@ def collate(
             pixels=torch.cat([image.pixels for image in shown]).to(device),
             grids=torch.cat([image.grids for image in shown]).to(device),
         ),
-        predictors=predictors(line).to(device),
-        targets=token_ids[line.is_answer].to(device),
-        answers=answer_index(line).to(device),
+        predictors=(read.cumsum(0) - 1)[predictors(whole)].to(device),
+        targets=all_ids[whole.is_answer].to(device),
+        answers=answer_index(whole).to(device),
         loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]).to(device),
         advantages=_of_answers(packs, [pack.advantages for pack in packs]).to(device),
         sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]).to(device),

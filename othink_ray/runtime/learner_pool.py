@@ -30,7 +30,6 @@ class LearnerPool:
         self.learner = learner
         self.ranks = [placement.start(LearnerActor, "learner", rank) for rank in range(learner.world_size)]
         self.make_engine = make_engine
-        self.preparing: list[Any] = []
 
     def start(self) -> list[Any]:
         """Begin loading; wait for the references to know that it is done."""
@@ -57,8 +56,6 @@ class LearnerPool:
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
     ) -> list[Any]:
         """One batch of rows, balanced over ranks; what is asked of them meanwhile follows without a pause."""
-        preparing, self.preparing = self.preparing, []
-        self.wait_for(preparing, "preparing")
         return [
             actor.update.remote(own, beta, lr, loss, correction)
             for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True)
@@ -77,11 +74,12 @@ class LearnerPool:
         return stats
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """Begin, beside the update that runs and until it ends, with what of the next one can be known by now."""
-        self.preparing = [
+        """Begin, beside the update that runs, with what of the next one can be known by now.
+
+        What goes wrong with that is the next update's to tell.
+        """
+        for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True):
             actor.prepare.remote(own, with_reference)
-            for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True)
-        ]
 
     def candidate_logprobs(self, probes: Any) -> list[Any]:
         """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""

@@ -18,7 +18,7 @@ from othink_ray.core.attention import (
     attention_for,
 )
 from othink_ray.core.blocks import ENOUGH, worth_it
-from othink_ray.core.line import Line, answer_index, line_up, offsets, predictors, visibility
+from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors, visibility
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -56,11 +56,21 @@ def test_answers_are_counted_over_all_rows_and_empty_ones_left_out() -> None:
     assert answer_index(line_of([(2, [2, 0, 1]), (1, [1, 3])])).tolist() == [0, 0, 1, 2, 3, 3, 3]
 
 
+def test_an_answers_last_token_is_read_by_nobody() -> None:
+    line = line_of([(2, [2, 0, 1]), (1, [1, 3]), (2, [])])
+    read = predicting(line)
+    assert read.tolist() == [True, True, True, False, False, True, False, True, True, False, True, True]
+    kept = line[read]
+    assert kept.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert kept.segments.tolist() == [0, 0, 1, 0, 2, 2, 0, 0]
+
+
 @REPEATABLE
 @given(ROWS)
 def test_visibility_predictors_and_offsets_equal_the_slow_reference(rows: list[tuple[int, list[int]]]) -> None:
     line = line_of(rows)
     seen, found_predictors, found_offsets = visibility(line), predictors(line).tolist(), offsets(line).tolist()
+    read = predicting(line)
     start = 0
     for row in rows:
         segments = segments_of(*row)
@@ -70,7 +80,9 @@ def test_visibility_predictors_and_offsets_equal_the_slow_reference(rows: list[t
         for i, segment in enumerate(segments):
             assert seen[own, own][i].tolist() == [grpo_d.sees(segments, i, j) for j in range(len(segments))]
             assert found_offsets[start + i] == (grpo_d.offset(segments, i) if segment else 0)
+            assert read[start + i] == (segment == 0 or segments[i + 1 : i + 2] == [segment])
             if segment:
+                assert read[found_predictors[0]]
                 assert found_predictors.pop(0) == start + grpo_d.predictor(segments, i)
         start = own.stop
     assert not found_predictors

@@ -131,10 +131,11 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     factors = {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
     stats, made = [], []
     for number, shares in enumerate(scenario.steps):
-        made.append(len(learner.ahead.made))
+        before = learner.ahead._made
+        made.append(len(before.begun))
         following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.ahead else []
         with ThreadPoolExecutor() as beside:
-            preparing = [beside.submit(_prepare, learner, own, scenario.beta > 0) for own in following]
+            preparing = [beside.submit(_prepare, learner, before, own, scenario.beta > 0) for own in following]
             stats.append(
                 learner.update(
                     shares[rank],
@@ -164,10 +165,10 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
     )
 
 
-def _prepare(learner: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
-    """As soon as the update has begun."""
+def _prepare(learner: Any, before: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
+    """As soon as the update has begun, which takes what was made before."""
     until = time.monotonic() + TIMEOUT_S
-    while not learner.ahead.at_work and time.monotonic() < until:
+    while learner.ahead._made is before and time.monotonic() < until:
         time.sleep(0.001)
     learner.prepare(updates, with_reference=with_reference)
 
@@ -182,7 +183,7 @@ def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
 def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
     digests = {name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in _whole(learner)}
     [[row, *_], *_], *_ = scenario.steps[0][rank]
-    logprobs = learner._no_grad(learner.reference, learner._prepared([row], made=[]))
+    logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.ahead.take()))
     learner._take_encodes()
     return Seen(digests=digests, reference_logprobs=logprobs.numpy().copy())
 

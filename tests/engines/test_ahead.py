@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from othink_ray.engines.ahead import Ahead, Prepared, made_for
+from othink_ray.engines.ahead import Ahead, Made, Prepared
 from othink_ray.types import Pack
 
 PATIENCE_S = 30
@@ -37,69 +38,78 @@ def prepared(rows: Sequence[Pack], with_reference: bool = True) -> Prepared:
 UPDATES = [[[row("a")], [row("b"), row("c")]], [[row("d")]]]
 
 
-def names(made: Sequence[Prepared]) -> list[list[str]]:
-    return [[own.prompt_id for own in one.rows] for one in made]
-
-
-def test_nothing_is_made_while_no_update_runs() -> None:
-    ahead = Ahead(prepared)
-    ahead.prepare(UPDATES, with_reference=True)
-    assert ahead.made == []
+def names(made: Made) -> list[list[str]]:
+    return [[own.prompt_id for own in rows] for rows, _ in made.begun]
 
 
 def test_one_micro_batch_more_than_last_time_is_made_in_their_order() -> None:
     ahead = Ahead(prepared)
     found = []
     for _ in range(5):
-        with ahead.learning() as made:
-            found.append(names(made))
-            ahead.prepare(UPDATES, with_reference=True)
+        found.append(names(ahead.take()))
+        ahead.prepare(UPDATES, with_reference=True)
     assert found == [[], [["a"]], [["a"], ["b", "c"]], [["a"], ["b", "c"], ["d"]], [["a"], ["b", "c"], ["d"]]]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_reference_is_asked_as_it_was_told(wanted: bool) -> None:
     ahead = Ahead(prepared)
-    with ahead.learning():
-        ahead.prepare(UPDATES, with_reference=wanted)
-    assert [one.encodes for one in ahead.made] == [wanted]
+    ahead.prepare(UPDATES, with_reference=wanted)
+    found = ahead.take().of(UPDATES[0][0])
+    assert found is not None
+    assert found.encodes == wanted
 
 
-def test_the_end_of_the_update_ends_it_and_the_next_one_waits_for_what_is_in_the_making() -> None:
+def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -> None:
     begun, finish = threading.Event(), threading.Event()
 
     def slowly(rows: Sequence[Pack], with_reference: bool) -> Prepared:
-        begun.set()
-        assert finish.wait(PATIENCE_S)
+        if rows[0].prompt_id == "b":
+            begun.set()
+            assert finish.wait(PATIENCE_S)
         return prepared(rows)
 
     ahead = Ahead(slowly)
     ahead._most = 2
-    preparing = threading.Thread(target=ahead.prepare, args=(UPDATES,), kwargs={"with_reference": True})
-    with ahead.learning():
-        preparing.start()
+    with ThreadPoolExecutor() as beside:
+        preparing = beside.submit(ahead.prepare, UPDATES, with_reference=True)
         assert begun.wait(PATIENCE_S)
-    threading.Timer(0.1, finish.set).start()
-    with ahead.learning() as made:
-        assert names(made)[:1] == [["a"]]
-    preparing.join(PATIENCE_S)
-    assert not preparing.is_alive()
+        made = ahead.take()
+        assert made.of([row("a")])
+        assert made.of([row("d")]) is None
+        waiting = beside.submit(made.of, [row("b"), row("c")])
+        assert not waiting.done()
+        finish.set()
+        found = waiting.result(PATIENCE_S)
+        preparing.result(PATIENCE_S)
+    assert found is not None
+    assert found.rows == UPDATES[0][1]
+    assert names(made) == [["a"], ["b", "c"]]
+    assert names(ahead.take()) == []
 
 
-def test_an_update_that_fails_ends_it_too() -> None:
-    ahead = Ahead(prepared)
-    with pytest.raises(RuntimeError, match="broke"), ahead.learning():
-        raise RuntimeError("broke")
-    ahead.prepare(UPDATES, with_reference=True)
-    assert ahead.made == []
+def test_what_goes_wrong_is_told_by_whoever_wants_the_rows() -> None:
+    def fails(rows: Sequence[Pack], with_reference: bool) -> Prepared:
+        raise ValueError("no such image")
+
+    ahead = Ahead(fails)
+    with pytest.raises(ValueError, match="no such image"):
+        ahead.prepare(UPDATES, with_reference=True)
+    made = ahead.take()
+    assert made.of([row("d")]) is None
+    with pytest.raises(ValueError, match="no such image"):
+        made.of([row("a")])
 
 
 def test_only_what_was_made_of_exactly_these_rows_is_used() -> None:
-    made = [prepared([row("a"), row("b")]), prepared([])]
-    assert made_for([row("a"), row("b")], made) is made[0]
-    assert made_for([], made) is made[1]
+    ahead = Ahead(prepared)
+    ahead._most = 1
+    ahead.prepare([[[row("a"), row("b")], []]], with_reference=True)
+    made = ahead.take()
+    assert made.of([row("a"), row("b")])
+    assert made.of([])
     changed = [replace(row("b"), **{name: getattr(row("b"), name) + 1}) for name in ("advantages", "loss_weights")]
     for other in (row("c"), row("b", (1, 3)), row("b", (1, 2, 3)), replace(row("b"), images=(b"others",)), *changed):
-        assert made_for([row("a"), other], made) is None
-    assert made_for([row("b"), row("a")], made) is None
-    assert made_for([row("a")], made) is None
+        assert made.of([row("a"), other]) is None
+    assert made.of([row("b"), row("a")]) is None
+    assert made.of([row("a")]) is None

@@ -73,6 +73,9 @@ class Pupil:
         self.drift += 0.02 - 0.2 * beta
         return stats_of(kl_mean=self.drift)
 
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        """A hint that this one does without."""
+
     def push(self, version: int) -> Audit:
         self.version = version
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)

@@ -27,6 +27,7 @@ SWITCHES = (
     "learner.onednn=false",
     "learner.attention=dense",
     "learner.shared_prefix=false",
+    "learner.narrow_last_layer=false",
     "learner.micro_tokens=1024",
     "learner.logit_rows=128",
     "learner.gradient_checkpointing=true",

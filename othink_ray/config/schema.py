@@ -222,6 +222,7 @@ class LearnerConfig:
     share_features: bool  # where tower and projector stay: images are encoded once for policy, old policy, reference
     shared_prefix: bool  # a group is one row; otherwise one row an answer, each with its own prompt and images
     onednn: bool  # on CPU: float32 matrices are multiplied by oneDNN, not by the BLAS that torch was built with
+    narrow_last_layer: bool  # the last text layer goes on only where an answer token is predicted
     compile: bool  # the layers are compiled at the first step, by a C++ compiler or Triton: half a minute, kept on disk
     attention: str  # auto | a key of othink_ray.core.attention.ATTENTIONS
     logit_rows: int  # at most this many rows of [rows, vocabulary] logits exist at a time

@@ -1,29 +1,35 @@
-"""Attention over a line of shared-prefix rows, four ways with one result."""
+"""Attention over a line of shared-prefix rows, five ways with one result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core.blocks import attend_in_blocks, blocks_of_line, worth_it
+from othink_ray.core import fused
+from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_line, worth_it
 from othink_ray.core.line import Line, stretches, visibility
 
 
-class Attention(Protocol):
+class Attention(ABC):
     """One line's attention, prepared once and used in every layer."""
 
+    @abstractmethod
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """(1, heads, N, D) and twice (1, key heads, N, D) -> (1, N, heads, D); heads are a multiple of key heads."""
-        ...
+
+    def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The same on answers and each prompt's last token; on the other tokens anything finite, as nobody reads it."""
+        return self(query, key, value, scale)
 
 
-class DenseAttention:
+class DenseAttention(Attention):
     """One mask over the whole line: plain to read, and quadratic in all answers of all rows together."""
 
     def __init__(self, line: Line, device: torch.device) -> None:
@@ -34,7 +40,7 @@ class DenseAttention:
         return attended.transpose(1, 2)
 
 
-class GroupedAttention:
+class GroupedAttention(Attention):
     """Prompts among themselves, then each answer against its prompt and itself: answers never meet.
 
     Short prompts and answers are padded at their end, where causality hides the padding from all others.
@@ -56,19 +62,40 @@ class GroupedAttention:
         self.mask = _seen_by_answers(lengths[~of_answer][owners], *self.prompts.shape[1:], *self.answers.shape[1:])
         self.mask = self.mask.to(device)
         self.homes = _homes(len(line), prompts, answers).to(device)
+        lasts = [prompt[-1:] for prompt in prompts]
+        self.lasts = torch.stack(lasts).to(device)
+        self.whole = (torch.arange(self.prompts.shape[1]) < lengths[~of_answer][:, None])[:, None, None].to(device)
+        self.homes_of_lasts = _homes(len(line), lasts, answers).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        tokens = [heads[0].transpose(0, 1) for heads in (query, key, value)]
-        asked, prompt_key, prompt_value = (own[self.prompts].transpose(1, 2) for own in tokens)
-        answered, own_key, own_value = (own[self.answers].transpose(1, 2) for own in tokens)
+        return self._attended(query, key, value, scale, self.prompts, self.homes, is_causal=True)
+
+    def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self._attended(query, key, value, scale, self.lasts, self.homes_of_lasts, attn_mask=self.whole)
+
+    def _attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        asking: Tensor,
+        homes: Tensor,
+        **seen_by_prompts: Any,
+    ) -> Tensor:
+        """`asking`: the tokens of prompts that ask."""
+        queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
+        prompt_key, prompt_value = (own[self.prompts].transpose(1, 2) for own in (keys, values))
+        own_key, own_value = (own[self.answers].transpose(1, 2) for own in (keys, values))
+        asked, answered = (queries[own].transpose(1, 2) for own in (asking, self.answers))
         seen_key = torch.cat([prompt_key[self.owners], own_key], dim=2)
         seen_value = torch.cat([prompt_value[self.owners], own_value], dim=2)
         settings: dict[str, Any] = {"scale": scale, "enable_gqa": True}
         attended = [
-            scaled_dot_product_attention(asked, prompt_key, prompt_value, is_causal=True, **settings),
+            scaled_dot_product_attention(asked, prompt_key, prompt_value, **seen_by_prompts, **settings),
             scaled_dot_product_attention(answered, seen_key, seen_value, attn_mask=self.mask, **settings),
         ]
-        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[self.homes][None]
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[homes][None]
 
 
 def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
@@ -80,8 +107,11 @@ def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer
 
 
 def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
-    """For each token of the line, where it stands when the padded prompts and answers are laid end to end."""
-    home = torch.empty(length, dtype=torch.long)
+    """For each token of the line, where it stands when the padded prompts and answers are laid end to end.
+
+    With the first one, if it is in none of them.
+    """
+    home = torch.zeros(length, dtype=torch.long)
     start = 0
     for blocks in (prompts, answers):
         width = max(map(len, blocks), default=0)
@@ -91,21 +121,47 @@ def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
     return home
 
 
-class BlockAttention:
+class BlockAttention(Attention):
     """Long prompts: block by block, which pads nothing and gathers nothing."""
 
     def __init__(self, line: Line, device: torch.device) -> None:
         self.blocks = blocks_of_line(line)
+        self.last_blocks = blocks_of_line(line, in_last_layer=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self._attended(query, key, value, scale, self.blocks)
+
+    def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self._attended(query, key, value, scale, self.last_blocks)
+
+    @staticmethod
+    def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None, blocks: Sequence[Block]) -> Tensor:
         heads, width = key.shape[1], key.shape[3]
         asked = query[0].unflatten(0, (heads, -1)).transpose(1, 2)  # (key heads, N, heads of each, D)
         scale = width**-0.5 if scale is None else scale
-        attended = attend_in_blocks(asked.flatten(1, 2), key[0], value[0], self.blocks, scale)
+        attended = attend_in_blocks(asked.flatten(1, 2), key[0], value[0], blocks, scale)
         return attended.view(asked.shape).transpose(0, 1).flatten(1, 2)[None]
 
 
-class FlexAttention:
+class FusedAttention(Attention):
+    """This package's own kernel for CPUs."""
+
+    def __init__(self, line: Line, device: torch.device) -> None:
+        self.blocks, self.last_blocks = (fused.blocks_of_line(line, in_last_layer=last) for last in (False, True))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self._attended(query, key, value, scale, self.blocks)
+
+    def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return self._attended(query, key, value, scale, self.last_blocks)
+
+    @staticmethod
+    def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None, blocks: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return fused.attend_fused(query[0], key[0], value[0], blocks, scale)[None]
+
+
+class FlexAttention(Attention):
     """One fused kernel that skips the blocks of the mask in which nobody sees anybody."""
 
     def __init__(self, line: Line, device: torch.device) -> None:
@@ -138,15 +194,25 @@ ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
     "dense": DenseAttention,
     "grouped": GroupedAttention,
     "blocks": BlockAttention,
+    "fused": FusedAttention,
     "flex": FlexAttention,
 }
 
 
-def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
-    """`auto`: flex on GPUs; elsewhere blocks for a line with a prompt that is long enough, else grouped."""
-    if name != "auto":
-        return ATTENTIONS[name]
-    return FlexAttention if device.type == "cuda" else _by_length
+def attention_for(
+    name: str, device: torch.device, *, compiled: bool = False
+) -> Callable[[Line, torch.device], Attention]:
+    """`auto`: flex on GPUs; on CPUs fused where something may be `compiled`, else as suits the length of a line.
+
+    Once a line's attention is fused, so is an image's.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "flex"
+    elif name == "auto" and compiled:
+        name = "fused"
+    if name == "fused":
+        fused.open_kernel()
+    return _by_length if name == "auto" else ATTENTIONS[name]
 
 
 def _by_length(line: Line, device: torch.device) -> Attention:

@@ -40,15 +40,16 @@ def blocks_of_image(tokens: int) -> list[Block]:
     return [Block(asking, (slice(0, tokens),), causal=False) for asking in _cut(0, tokens, height)]
 
 
-def blocks_of_line(line: Line) -> list[Block]:
-    """A prompt sees its past, an answer its prompt and its own past."""
+def blocks_of_line(line: Line, *, in_last_layer: bool = False) -> list[Block]:
+    """A prompt sees its past, an answer its prompt and its own past; of prompts the last layer's last tokens ask."""
     blocks: list[Block] = []
     prompt = slice(0)
     for start, stop, of_answer in stretches(line):
         if not of_answer:
             prompt = slice(start, stop)
         before = (prompt,) if of_answer else ()
-        blocks += [Block(asking, (*before, slice(start, asking.stop)), True) for asking in _cut(start, stop, _CAUSAL)]
+        first = stop - 1 if in_last_layer and not of_answer else start
+        blocks += [Block(asking, (*before, slice(start, asking.stop)), True) for asking in _cut(first, stop, _CAUSAL)]
     return blocks
 
 
@@ -80,7 +81,10 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
-    """(K, N * R, D), R queries a token, and twice (K, N, D) -> (K, N * R, D): K attentions, each token in one block."""
+    """(K, N * R, D), R queries a token, and twice (K, N, D) -> (K, N * R, D): K attentions.
+
+    Each token is in one block at most; zeros come out where it is in none.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     inputs = [own.to(wide).contiguous() for own in (query, key, value)]
     attended: Tensor = _BlockAttention.apply(*inputs, blocks, scale)  # type: ignore[no-untyped-call]
@@ -93,7 +97,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scale = blocks, scale
         each = query.shape[1] // key.shape[1]
-        attended = torch.empty_like(query)
+        attended = torch.zeros_like(query)
         for head in range(len(key)):
             for block in blocks:
                 rows = _rows(block, each)
@@ -106,7 +110,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         each = query.shape[1] // key.shape[1]
-        grad_query = torch.empty_like(query)
+        grad_query = torch.zeros_like(query)
         # Lying across, so that what each block adds is a few long rows.
         grad_key, grad_value = torch.zeros_like(key.mT), torch.zeros_like(value.mT)
         for head in range(len(key)):

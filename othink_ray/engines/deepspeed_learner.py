@@ -31,6 +31,7 @@ from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.totals import Totals
 from othink_ray.engines.trained import choose_trained, features_stay
 from othink_ray.families.base import Family
+from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
 from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
 
@@ -67,6 +68,8 @@ class DeepSpeedLearner:
         self.by_onednn = not on_gpu and learner.onednn and onednn_is_there()
         if not on_gpu:
             torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
+            self.threads = torch.get_num_threads()
+            self.alone = share_of_cores(None, learner.world_size)
             self.products = products_by_onednn() if self.by_onednn else None
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
@@ -75,7 +78,7 @@ class DeepSpeedLearner:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
-        self.attend = attention_for(learner.attention, self.device)
+        self.attend = attention_for(learner.attention, self.device, compiled=learner.compile)
         policy = self._open_policy(DTYPES[dtype], temperature)
         choose_trained(family, policy.network, learner)
         self.features_shared = learner.share_features and features_stay(family, policy.network)
@@ -113,6 +116,8 @@ class DeepSpeedLearner:
 
     def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
         network = self.family.load_network(dtype)
+        if self.learner.narrow_last_layer:
+            narrow(self.family.layers(network)[-1])
         if self.learner.compile:
             compile_layers(self.family, network, by_onednn=self.by_onednn)
         return Policy(network, self.family, temperature, self.learner.logit_rows)
@@ -180,6 +185,7 @@ class DeepSpeedLearner:
                 batch, reference = one.batch, one.reference if wants_reference else None
                 if wants_reference and reference is None:
                     reference = self._no_grad(self.reference, one)
+                self._spread()
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 with span("forward", tokens=len(batch.token_ids)):
                     logprobs, entropy = self.engine(batch, features=one.features)
@@ -204,18 +210,25 @@ class DeepSpeedLearner:
                     estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
+                self._spread()
                 with span("backward"):
                     self.engine.backward(value * self.place.world_size)
                 encodes += one.encodes
                 totals.note(one.rows, value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
+            self._spread()
             with span("optimiser step"):
                 self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
         encodes += self._take_encodes()
+        torch.set_num_threads(self.threads)
         with span("sum over ranks"):
             return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=encodes, skipped=skipped)
+
+    def _spread(self) -> None:
+        if self.ahead.over and self.alone > self.threads:
+            torch.set_num_threads(self.alone)
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
         self.ahead.prepare(updates, with_reference=with_reference)

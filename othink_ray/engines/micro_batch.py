@@ -24,7 +24,8 @@ class MicroBatch:
     position_ids: Tensor  # (axes, N)
     attention: Attention
     images: ImageTensors
-    predictors: Tensor  # (M,) places of the hidden states that predict the answer tokens
+    asked: Tensor  # (K,) places whose hidden states predict the answer tokens
+    predictors: Tensor  # (M,) which of these predicts each
     targets: Tensor  # (M,)
     answers: Tensor  # (M,) which answer a token belongs to
     loss_weights: Tensor  # (M,)
@@ -46,11 +47,12 @@ def collate(
     all_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
     read = predicting(whole)
     line, token_ids = whole[read], all_ids[read]
+    asked, which = (read.cumsum(0) - 1)[predictors(whole)].unique(return_inverse=True)
     prompts = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
     answer_start = torch.stack([prompt.max() + 1 for prompt in prompts])
-    asked = torch.cat(prompts, dim=1)
-    position_ids = (answer_start[line.rows] + offsets(line)).expand(len(asked), -1).clone()
-    position_ids[:, ~line.is_answer] = asked
+    of_prompts = torch.cat(prompts, dim=1)
+    position_ids = (answer_start[line.rows] + offsets(line)).expand(len(of_prompts), -1).clone()
+    position_ids[:, ~line.is_answer] = of_prompts
     shown = [image for image in images if len(image.grids)]
     return MicroBatch(
         token_ids=token_ids.to(device),
@@ -60,7 +62,8 @@ def collate(
             pixels=torch.cat([image.pixels for image in shown]).to(device),
             grids=torch.cat([image.grids for image in shown]).to(device),
         ),
-        predictors=(read.cumsum(0) - 1)[predictors(whole)].to(device),
+        asked=asked.to(device),
+        predictors=which.to(device),
         targets=all_ids[whole.is_answer].to(device),
         answers=answer_index(whole).to(device),
         loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]).to(device),

@@ -55,6 +55,7 @@ class Policy(nn.Module):
             position_ids=batch.position_ids,
             features=features,
             attention=batch.attention,
+            asked=batch.asked,
         )
         return hidden[batch.predictors]
 

@@ -84,7 +84,7 @@ class Family(Protocol):
         ...
 
     def layers(self, network: nn.Module) -> list[nn.Module]:
-        """The repeated ones of both towers, where nearly all of the work is."""
+        """The repeated ones of both towers, where nearly all of the work is; the text's come last."""
         ...
 
     def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
@@ -96,9 +96,16 @@ class Family(Protocol):
         ...
 
     def hidden_states(
-        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
+        self,
+        network: nn.Module,
+        *,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        features: Tensor,
+        attention: Attention,
+        asked: Tensor,
     ) -> Tensor:
-        """Last hidden states (N, H) of one line of tokens (N,) at positions (axes, N)."""
+        """Last hidden states (K, H) of the places (K,) asked for in one line of tokens (N,) at positions (axes, N)."""
         ...
 
     def output_weight(self, network: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from othink_ray.core.attention import Attention
+from othink_ray.families.last_layer import is_narrow
 from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
 from othink_ray.types import Prompt
 
@@ -78,7 +79,14 @@ class HuggingFaceFamily:
         return network
 
     def hidden_states(
-        self, network: nn.Module, *, token_ids: Tensor, position_ids: Tensor, features: Tensor, attention: Attention
+        self,
+        network: nn.Module,
+        *,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        features: Tensor,
+        attention: Attention,
+        asked: Tensor,
     ) -> Tensor:
         body: Any = network.model
         embedded = body.get_input_embeddings()(token_ids)
@@ -86,10 +94,11 @@ class HuggingFaceFamily:
             **self._with_images(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
             position_ids=position_ids[:, None].squeeze(0),  # where there is one axis only, text models want none
             line=attention,
+            asked=asked,
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return hidden if is_narrow(body.language_model.layers[-1]) else hidden[asked]
 
     def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
         """What the text model is given for embedded tokens (N, H) and the features of the images among them."""

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from othink_ray.core import fused
 from othink_ray.core.attention import Attention
 from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
 
@@ -27,11 +28,13 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     line: Attention | None = None,
+    in_last_layer: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Without a line the network is the unmodified one, mask and all."""
     if line is not None:
-        return line(query, key, value, scaling), None
+        attend = line.in_last_layer if in_last_layer else line
+        return attend(query, key, value, scaling), None
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     return attended, None
 
@@ -40,10 +43,13 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
+    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
+    if query.device.type == "cpu" and fused.is_open() and fused.suits(query):
+        attended = fused.attend_fused(asked, seen, shown, fused.blocks_of_image(query.shape[2]), scaling)
+        return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
     if query.device.type != "cpu" or not worth_it(query.shape[2]):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
-    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
     attended = attend_in_blocks(asked, seen, shown, blocks_of_image(query.shape[2]), scaling)
     return attended.view_as(query).transpose(1, 2), None
 

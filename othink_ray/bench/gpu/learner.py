@@ -21,6 +21,7 @@ from othink_ray.core.packing import pack
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.families import open_family
+from othink_ray.families.last_layer import narrow
 from othink_ray.types import Pack, Probe, ScoredGroup
 
 LOGIT_ROWS = 1024
@@ -43,6 +44,7 @@ class PlainLearner:
 
     def _open(self, model: ModelConfig) -> Policy:
         network = self.family.load_network(DTYPES[model.dtype])
+        narrow(self.family.layers(network)[-1])
         return Policy(network, self.family, temperature=1.0, logit_rows=LOGIT_ROWS).to(self.device)
 
     def choose_attention(self, groups: Sequence[ScoredGroup]) -> None:

@@ -14,10 +14,12 @@ namespace {
 constexpr int LANES = 16, ROWS = 12;
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 6;
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4, ROWS = 12;
 #else
-constexpr int LANES = 4, ROWS = 8;
+constexpr int LANES = 4, ROWS = 6;
 #endif
-constexpr int PART = 2 * LANES, KEYS = ROWS / 2, DEEPEST = 256;
+constexpr int PART = 2 * LANES, KEYS = 6, DEEPEST = 256;
 constexpr float LOG2_E = 1.44269504f;
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));

@@ -26,10 +26,12 @@ class _Inputs(ctypes.Structure):
     """What the kernel calls `Inputs`."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("query", "key", "value")]
-        + [(f"{name}_{axis}", ctypes.c_int64) for name in ("query", "key", "value") for axis in ("head", "token")]
-        + [(name, ctypes.c_int64) for name in ("tokens", "heads", "key_heads", "depth")]
-        + [("blocks", ctypes.c_void_p), ("block_count", ctypes.c_int64), ("scale", ctypes.c_float)]
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("query", "key", "value") for axis in ("head", "token")),
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "key_heads", "depth")),
+        ("blocks", ctypes.c_void_p),
+        ("block_count", ctypes.c_int64),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -73,8 +75,9 @@ def blocks_of_line(line: Line, *, in_last_layer: bool) -> Tensor:
 
 def suits(query: Tensor) -> bool:
     """Whether the kernel knows heads of this width."""
-    width = query.shape[-1]
-    return width % open_kernel().part() == 0 and width <= open_kernel().deepest()
+    kernel, width = open_kernel(), query.shape[-1]
+    known: bool = width % kernel.part() == 0 and width <= kernel.deepest()
+    return known
 
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:

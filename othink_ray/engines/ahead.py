@@ -47,14 +47,12 @@ class Ahead:
         """`make`: of the rows of a micro-batch, with the reference's logprobs or without."""
         self.make = make
         self._made, self._most = Made(), 0
-        self.over = False
         self._lock = Lock()
 
     def take(self) -> Made:
         """At the beginning of an update: what was begun for it. No more is begun."""
         with self._lock:
             made, self._made = self._made, Made()
-            self.over = False
         return made
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
@@ -75,8 +73,6 @@ class Ahead:
                 making.set_exception(error)
                 raise
         self._most = len(made.begun)
-        with self._lock:
-            self.over = made is self._made
 
 
 def _equal(left: Pack, right: Pack) -> bool:

@@ -68,8 +68,6 @@ class DeepSpeedLearner:
         self.by_onednn = not on_gpu and learner.onednn and onednn_is_there()
         if not on_gpu:
             torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
-            self.threads = torch.get_num_threads()
-            self.alone = share_of_cores(None, learner.world_size)
             self.products = products_by_onednn() if self.by_onednn else None
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
@@ -185,7 +183,6 @@ class DeepSpeedLearner:
                 batch, reference = one.batch, one.reference if wants_reference else None
                 if wants_reference and reference is None:
                     reference = self._no_grad(self.reference, one)
-                self._spread()
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 with span("forward", tokens=len(batch.token_ids)):
                     logprobs, entropy = self.engine(batch, features=one.features)
@@ -210,25 +207,18 @@ class DeepSpeedLearner:
                     estimator=self.kl_estimator,
                 )
                 # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
-                self._spread()
                 with span("backward"):
                     self.engine.backward(value * self.place.world_size)
                 encodes += one.encodes
                 totals.note(one.rows, value)
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
-            self._spread()
             with span("optimiser step"):
                 self.engine.step()
             grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
             skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
         encodes += self._take_encodes()
-        torch.set_num_threads(self.threads)
         with span("sum over ranks"):
             return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=encodes, skipped=skipped)
-
-    def _spread(self) -> None:
-        if self.ahead.over and self.alone > self.threads:
-            torch.set_num_threads(self.alone)
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
         self.ahead.prepare(updates, with_reference=with_reference)

@@ -43,13 +43,14 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
-    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
-    if query.device.type == "cpu" and fused.is_open() and fused.suits(query):
-        attended = fused.attend_fused(asked, seen, shown, fused.blocks_of_image(query.shape[2]), scaling)
-        return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
-    if query.device.type != "cpu" or not worth_it(query.shape[2]):
+    by_kernel = fused.is_open() and fused.suits(query)
+    if query.device.type != "cpu" or not (by_kernel or worth_it(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
+    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
+    if by_kernel:
+        attended = fused.attend_fused(asked, seen, shown, fused.blocks_of_image(query.shape[2]), scaling)
+        return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
     attended = attend_in_blocks(asked, seen, shown, blocks_of_image(query.shape[2]), scaling)
     return attended.view_as(query).transpose(1, 2), None
 

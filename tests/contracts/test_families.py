@@ -25,6 +25,7 @@ from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, ModelError, open_family
 from othink_ray.families.base import Family, ImageTensors
+from othink_ray.families.last_layer import narrow
 from othink_ray.families.parts import modules_by_part
 from othink_ray.types import Prompt
 from othink_ray.weights.chunks import to_chunks
@@ -211,11 +212,29 @@ def test_no_token_that_the_network_replaces_by_pixels_can_be_sampled(family: Fam
 # ---- the learner
 
 
-@pytest.mark.parametrize("attention", ["grouped", "dense", "blocks"])
+@pytest.mark.parametrize("attention", ["grouped", "dense", "blocks", "fused"])
 def test_shared_prefix_rows_equal_plain_rows_of_the_untouched_network(
     policy: Policy, untouched: Any, attention: str
 ) -> None:
     _assert_equals_plain_rows(policy, untouched, MIXED, attention)
+
+
+@pytest.mark.parametrize("attention", ["grouped", "dense", "blocks", "fused"])
+def test_a_narrow_last_layer_changes_nothing(policy: Policy, untouched: Any, attention: str) -> None:
+    learner = copy.deepcopy(policy)
+    narrow(policy.family.layers(learner.network)[-1])
+    _assert_equals_plain_rows(learner, untouched, MIXED, attention)
+
+
+def test_a_narrow_last_layer_is_as_narrow_as_what_is_predicted(policy: Policy) -> None:
+    learner = copy.deepcopy(policy)
+    last: Any = policy.family.layers(learner.network)[-1]
+    narrow(last)
+    seen: list[int] = []
+    last.mlp.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[1]))
+    batch = batch_of([row_of(group_of(policy.family, prompt, [1, 7, 3], 0)) for prompt in MIXED], policy.family)
+    learner(batch)
+    assert seen == [len(batch.asked)] == [len(MIXED) * (1 + 6 + 2 + 1 - 1)]
 
 
 def test_images_of_many_patches_look_the_same_to_the_untouched_network(

@@ -1,4 +1,4 @@
-"""Shared-prefix rows on a line: who sees whom, who predicts whom, and attention computed three ways."""
+"""Shared-prefix rows on a line: who sees whom, who predicts whom, and attention computed in several ways."""
 
 from __future__ import annotations
 
@@ -134,6 +134,32 @@ def test_every_attention_has_the_same_gradients(rows: list[tuple[int, list[int]]
     _, expected = attended(DenseAttention(line, CPU), len(line))
     for name in ("grouped", "blocks"):
         torch.testing.assert_close(attended(ATTENTIONS[name](line, CPU), len(line))[1], expected)
+
+
+def needed(line: Line) -> Tensor:
+    """(N,): the tokens whose last hidden states predict something: answers, and the last one of each prompt."""
+    segments = line.segments.tolist()
+    return torch.tensor(
+        [
+            bool(own) or segments[i + 1 : i + 2] != [0] or line.rows[i] != line.rows[i + 1]
+            for i, own in enumerate(segments)
+        ]
+    )
+
+
+@REPEATABLE
+@given(ROWS)
+def test_the_last_layer_attends_where_something_is_predicted(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    kept = needed(line)[None, :, None, None]
+    inputs = states(len(line))
+    expected = DenseAttention(line, CPU)(*inputs, 0.4) * kept
+    exact = torch.autograd.grad(expected.square().sum(), inputs)
+    for name in ("dense", "grouped", "blocks"):
+        whole = ATTENTIONS[name](line, CPU).in_last_layer(*inputs, 0.4)
+        assert whole.isfinite().all()
+        torch.testing.assert_close(whole * kept, expected)
+        torch.testing.assert_close(torch.autograd.grad((whole * kept).square().sum(), inputs), exact)
 
 
 def test_prompts_and_answers_of_several_blocks_are_attended_alike() -> None:

@@ -80,6 +80,7 @@ def alone(
         "poisoned": replace(plain, steps=[poisoned(plain.steps[0])]),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
+        "fused, wide": training(small, batches, 1, attention="fused", narrow_last_layer=False),  # images too from here
     }
     [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, places / "alone")
     return outcomes
@@ -147,7 +148,8 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense, few logits, by BLAS"]
+    "name",
+    ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense, few logits, by BLAS", "fused, wide"],
 )
 def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]

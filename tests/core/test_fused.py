@@ -1,0 +1,121 @@
+"""The kernel for CPUs attends as the plain masks do, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from othink_ray.core import fused
+from othink_ray.core.attention import DenseAttention, FusedAttention
+from othink_ray.core.line import Line
+from tests.core.test_line import CPU, REPEATABLE, ROWS, line_of, needed
+
+SCALE = 0.4
+LONG = [(100, [63] * 8), (37, [20, 1]), (300, [4])]
+HEADS = ((6, 2, 32), (3, 3, 64), (7, 1, 128))  # of queries, of keys, and their width
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def states(line: Line, heads: int, key_heads: int, width: int) -> list[Tensor]:
+    """Query, key and value, token by token in memory as a network makes them."""
+    rng = torch.Generator().manual_seed(len(line))
+    return [
+        torch.randn(1, len(line), own, width, generator=rng).transpose(1, 2).requires_grad_()
+        for own in (heads, key_heads, key_heads)
+    ]
+
+
+def assert_as_dense(line: Line, heads: tuple[int, int, int]) -> None:
+    """In all layers and in the last one, forward and backward, to the rounding of float32."""
+    own, plain = FusedAttention(line, CPU), DenseAttention(line, CPU)
+    kept = needed(line)[None, :, None, None]
+    for attend, wanted in ((own, torch.ones_like(kept)), (own.in_last_layer, kept)):
+        given = states(line, *heads)
+        exact = [one.detach().double().requires_grad_() for one in given]
+        found, expected = attend(*given, SCALE) * wanted, plain(*exact, SCALE) * wanted
+        direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+        assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
+        gradients = torch.autograd.grad((found * direction).sum(), given)
+        for gradient, right in zip(gradients, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
+            assert float((gradient.double() - right).norm() / right.norm().clamp(min=1.0)) < 3e-5
+
+
+@REPEATABLE
+@given(ROWS, st.sampled_from(HEADS))
+def test_a_small_line_is_attended_as_its_mask_says(
+    rows: list[tuple[int, list[int]]], heads: tuple[int, int, int]
+) -> None:
+    assert_as_dense(line_of(rows), heads)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_long_line_is_attended_as_its_mask_says(heads: tuple[int, int, int], threads: int) -> None:
+    assert_as_dense(line_of(LONG), heads)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of another processor")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_processors_that_know_less_attend_alike(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = fused.open_kernel(without)
+    monkeypatch.setattr(fused, "open_kernel", lambda: kernel)
+    assert kernel.part() < 32
+    assert_as_dense(line_of(LONG), HEADS[0])
+
+
+def test_an_image_is_attended_as_torch_does(threads: int) -> None:
+    query, key, value = (one[0] for one in states(line_of([(613, [0])]), 3, 3, 32))
+    found = fused.attend_fused(query, key, value, fused.blocks_of_image(613), SCALE)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=SCALE).transpose(0, 1)
+    assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    gradients = (torch.autograd.grad((one * direction).sum(), (query, key, value)) for one in (found, expected))
+    for own, right in zip(*gradients, strict=True):
+        assert_close(own, right, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_of_any_size_give_shares() -> None:
+    query = torch.tensor([3000.0, -3000.0, 0.0]).expand(32, 3).T[None].contiguous()
+    key = torch.tensor([1.0, -1.0, 0.5]).expand(32, 3).T[None].contiguous()
+    value = torch.tensor([1.0, 10.0, 100.0]).expand(32, 3).T[None].contiguous()
+    found = fused.attend_fused(query, key, value, fused.blocks_of_image(3), 1.0)[:, 0, 0]
+    assert_close(found, torch.tensor([1.0, 10.0, 37.0]))
+
+
+def test_what_is_not_a_number_comes_out_as_none() -> None:
+    query = torch.ones(1, 2, 32)
+    query[0, 1, 3] = float("nan")
+    found = fused.attend_fused(query, torch.ones(1, 2, 32), torch.ones(1, 2, 32), fused.blocks_of_image(2), 1.0)
+    assert found.isfinite().all(dim=-1).flatten().tolist() == [True, False]
+
+
+def test_narrower_numbers_are_attended_in_float32() -> None:
+    line = line_of(LONG)
+    given = [one.detach().bfloat16() for one in states(line, *HEADS[0])]
+    found = FusedAttention(line, CPU)(*given, SCALE)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, FusedAttention(line, CPU)(*(one.float() for one in given), SCALE).bfloat16())
+
+
+@pytest.mark.parametrize(("width", "known"), [(32, True), (80, False), (128, True), (512, False)])
+def test_it_knows_which_heads_suit_it(width: int, known: bool) -> None:
+    assert fused.suits(torch.empty(1, 1, 1, width)) == known
+
+
+def test_where_no_compiler_is_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match=r"g\+\+ did not compile fused\.cpp: .*; install g\+\+ 9 or newer, or set"):
+        fused.open_kernel("-g0")

@@ -199,19 +199,17 @@ ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
 }
 
 
-def attention_for(
-    name: str, device: torch.device, *, compiled: bool = False
-) -> Callable[[Line, torch.device], Attention]:
-    """`auto`: flex on GPUs; on CPUs fused where something may be `compiled`, else as suits the length of a line.
+def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
+    """`auto`: flex on GPUs; on CPUs fused where that is quick, else as suits the length of a line.
 
     Once a line's attention is fused, so is an image's.
     """
     if name == "auto" and device.type == "cuda":
         name = "flex"
-    elif name == "auto" and compiled:
+    elif name == "auto" and fused.is_quick():
         name = "fused"
     if name == "fused":
-        fused.open_kernel()
+        fused.choose()
     return _by_length if name == "auto" else ATTENTIONS[name]
 
 

@@ -6,9 +6,11 @@ import ctypes
 import platform
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from othink_ray.core.line import Line, stretches
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FOR_THIS_PROCESSOR = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_WIDE = 16  # where the kernel took 23 + 54 ms for an image of 2304 patches, and torch 28 + 77 (EPYC 25/17, one thread)
+_CHOSEN = Event()
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", _FOR_THIS_PROCESSOR)
 
 
@@ -43,17 +47,32 @@ def open_kernel(*more_flags: str) -> ctypes.CDLL:
         command = ["g++", *_FLAGS, *more_flags, str(_SOURCE), "-o", str(library)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
+            return ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             raise RuntimeError(
-                f"g++ did not compile {_SOURCE.name}: {said.strip().splitlines()[0]}; install g++ 9 or newer, or set "
+                f"g++ made no kernel of {_SOURCE.name}: {said.strip().splitlines()[0]}; install g++ 9 or newer, or set "
                 "learner.attention=grouped"
             ) from error
-        return ctypes.CDLL(str(library))
 
 
-def is_open() -> bool:
-    return open_kernel.cache_info().currsize > 0
+def is_quick() -> bool:
+    """Whether there is a kernel for wide registers: with others it is slower than torch's, or untried."""
+    try:
+        return bool(open_kernel().part() >= _WIDE)
+    except RuntimeError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return False
+
+
+def choose() -> None:
+    """From now on for images too, in all of this process."""
+    open_kernel()
+    _CHOSEN.set()
+
+
+def is_chosen() -> bool:
+    return _CHOSEN.is_set()
 
 
 def blocks_of_image(tokens: int) -> Tensor:

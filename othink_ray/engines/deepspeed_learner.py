@@ -76,7 +76,7 @@ class DeepSpeedLearner:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
         torch.manual_seed(seed)
-        self.attend = attention_for(learner.attention, self.device, compiled=learner.compile)
+        self.attend = attention_for(learner.attention, self.device)
         policy = self._open_policy(DTYPES[dtype], temperature)
         choose_trained(family, policy.network, learner)
         self.features_shared = learner.share_features and features_stay(family, policy.network)

@@ -43,7 +43,7 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
-    by_kernel = fused.is_open() and fused.suits(query)
+    by_kernel = fused.is_chosen() and fused.suits(query)
     if query.device.type != "cpu" or not (by_kernel or worth_it(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None

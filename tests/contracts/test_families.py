@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from othink_ray.config.bounds import CHOICES
 from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import Config, ModelConfig
+from othink_ray.core import fused
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, ModelError, open_family
@@ -237,10 +238,12 @@ def test_a_narrow_last_layer_is_as_narrow_as_what_is_predicted(policy: Policy) -
     assert seen == [len(batch.asked)] == [len(MIXED) * (1 + 6 + 2 + 1 - 1)]
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
 def test_images_of_many_patches_look_the_same_to_the_untouched_network(
-    name: str, models: dict[str, ModelConfig], untouched: Any
+    name: str, models: dict[str, ModelConfig], untouched: Any, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ours attends in blocks and projects patches by a product."""
+    """Ours attends by a kernel or in blocks, and projects patches by a product."""
+    monkeypatch.setattr(fused, "is_chosen", lambda: by_kernel)
     wide = replace(models[name], max_pixels=401408)
     policy = fresh_policy(open_family(wide, str(wide.path)))
     prompts = [ask("large", picture(640, 600, 1)), ask("ragged", picture(300, 90, 2), picture(84, 56, 3))]

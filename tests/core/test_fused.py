@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -68,11 +69,13 @@ def test_a_long_line_is_attended_as_its_mask_says(heads: tuple[int, int, int], t
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of another processor")
-@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
-def test_processors_that_know_less_attend_alike(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("without", "quick"), [("-mno-avx512f", True), ("-mno-avx", False)])
+def test_processors_that_know_less_attend_alike(without: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But it is not taken unasked where registers are narrow."""
     kernel = fused.open_kernel(without)
     monkeypatch.setattr(fused, "open_kernel", lambda: kernel)
     assert kernel.part() < 32
+    assert fused.is_quick() == quick
     assert_as_dense(line_of(LONG), HEADS[0])
 
 
@@ -117,5 +120,9 @@ def test_it_knows_which_heads_suit_it(width: int, known: bool) -> None:
 
 def test_where_no_compiler_is_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(RuntimeError, match=r"g\+\+ did not compile fused\.cpp: .*; install g\+\+ 9 or newer, or set"):
+    said = r"g\+\+ made no kernel of fused\.cpp: .*; install g\+\+ 9 or newer, or set learner.attention=grouped"
+    with pytest.raises(RuntimeError, match=said):
         fused.open_kernel("-g0")
+    monkeypatch.setattr(fused, "open_kernel", partial(fused.open_kernel, "-g0"))
+    with pytest.warns(UserWarning, match=said):
+        assert not fused.is_quick()

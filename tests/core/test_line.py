@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from othink_ray.core import fused
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
     BlockAttention,
     DenseAttention,
+    FusedAttention,
     GroupedAttention,
     attention_for,
 )
@@ -169,7 +171,16 @@ def test_prompts_and_answers_of_several_blocks_are_attended_alike() -> None:
     torch.testing.assert_close(gradients, exact)
 
 
-def test_a_long_prompt_is_attended_in_blocks_where_they_are_quicker_without_being_told() -> None:
+def test_the_kernel_for_cpus_is_taken_where_it_is_quick() -> None:
+    assert fused.is_quick()
+    assert isinstance(attention_for("auto", CPU)(line_of([(7, [2])]), CPU), FusedAttention)
+    assert fused.is_chosen()
+
+
+def test_a_long_prompt_is_attended_in_blocks_where_they_are_quicker_without_being_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "is_quick", lambda: False)
     attend, quicker = attention_for("auto", CPU), BlockAttention if worth_it(ENOUGH) else GroupedAttention
     assert isinstance(attend(line_of([(7, [2]), (ENOUGH, [4])]), CPU), quicker)
     assert isinstance(attend(line_of([(7, [2]), (ENOUGH - 1, [4])]), CPU), GroupedAttention)

@@ -57,7 +57,7 @@ def alone(
         "stage 2, a row at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
         "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
         "all at once": training(small, batches, 1, micro_tokens=10**6),
-        "dense, few logits, by BLAS": training(small, batches, 1, attention="dense", logit_rows=7, onednn=False),
+        "dense, by BLAS": training(small, batches, 1, attention="dense", logit_rows=7, onednn=False),
         "frozen tower": replace(
             training(small, batches, 1, freeze="projector"), export=places / "export_frozen", watch=True
         ),
@@ -80,7 +80,7 @@ def alone(
         "poisoned": replace(plain, steps=[poisoned(plain.steps[0])]),
         "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
-        "fused, wide": training(small, batches, 1, attention="fused", narrow_last_layer=False),  # images too from here
+        "grouped, wide": training(small, batches, 1, attention="grouped", narrow_last_layer=False),
     }
     [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, places / "alone")
     return outcomes
@@ -148,8 +148,7 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense, few logits, by BLAS", "fused, wide"],
+    "name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense, by BLAS", "grouped, wide"]
 )
 def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]

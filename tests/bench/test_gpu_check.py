@@ -112,7 +112,9 @@ def test_operations_equal_a_count_by_hand(learner: PlainLearner) -> None:
     [row] = learner.rows(random_answers(learner.family, questions(1, 56), answers, tokens))
     length, patches, image = len(row), 16, 4
     attention_in, attention_out = WIDTH * 2 * WIDTH, WIDTH * WIDTH  # q, k and v: two heads and one of 32 each
-    text = LAYERS * length * (attention_in + attention_out + 3 * WIDTH * INNER)
+    predicting = 1 + answers * (tokens - 1)  # all that the last layer goes on with
+    text = LAYERS * length * (attention_in + attention_out)
+    text += ((LAYERS - 1) * length + predicting) * 3 * WIDTH * INNER
     vision = patches * (3 * 14 * 14 * 2 * VISION + 4 * VISION**2 + 2 * VISION * 2 * VISION)
     merger = image * (4 * VISION * 4 * VISION + 4 * VISION * WIDTH)
     head = answers * tokens * WIDTH * VOCABULARY

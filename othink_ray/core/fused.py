@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from othink_ray.core.line import Line, stretches
 
@@ -93,7 +94,7 @@ def blocks_of_line(line: Line, *, in_last_layer: bool) -> Tensor:
 
 
 def suits(query: Tensor) -> bool:
-    """Whether the kernel knows heads of this width."""
+    """Whether the kernel takes heads of this width as they are."""
     kernel, width = open_kernel(), query.shape[-1]
     known: bool = width % kernel.part() == 0 and width <= kernel.deepest()
     return known
@@ -101,8 +102,15 @@ def suits(query: Tensor) -> bool:
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
     """(heads, N, D) and twice (key heads, N, D) -> (N, heads, D); zeros where a token is in none of the blocks."""
-    attended: Tensor = _Fused.apply(query.float(), key.float(), value.float(), blocks, scale)  # type: ignore[no-untyped-call]
-    return attended.to(query.dtype)
+    kernel, width = open_kernel(), query.shape[-1]
+    missing = -width % kernel.part()
+    if width + missing > kernel.deepest():
+        raise ValueError(f"heads of {width} numbers are too wide for {_SOURCE.name}: set learner.attention=grouped")
+    states = [own.float() for own in (query, key, value)]
+    if missing:  # zeros change no score, and bring zeros that nobody asks for
+        states = [pad(own, (0, missing)) for own in states]
+    attended: Tensor = _Fused.apply(*states, blocks, scale)  # type: ignore[no-untyped-call]
+    return attended[..., :width].to(query.dtype)
 
 
 class _Fused(torch.autograd.Function):

@@ -20,7 +20,7 @@ from tests.core.test_line import CPU, REPEATABLE, ROWS, line_of, needed
 
 SCALE = 0.4
 LONG = [(100, [63] * 8), (37, [20, 1]), (300, [4])]
-HEADS = ((6, 2, 32), (3, 3, 64), (7, 1, 128))  # of queries, of keys, and their width
+HEADS = ((6, 2, 32), (3, 3, 64), (7, 1, 128), (4, 2, 20))  # of queries, of keys, and their width
 
 
 @pytest.fixture(params=[1, 2])
@@ -116,6 +116,12 @@ def test_narrower_numbers_are_attended_in_float32() -> None:
 @pytest.mark.parametrize(("width", "known"), [(32, True), (80, False), (128, True), (512, False)])
 def test_it_knows_which_heads_suit_it(width: int, known: bool) -> None:
     assert fused.suits(torch.empty(1, 1, 1, width)) == known
+
+
+def test_heads_that_are_too_wide_are_refused() -> None:
+    state = torch.zeros(1, 2, 288)
+    with pytest.raises(ValueError, match=r"288 numbers are too wide .* learner\.attention=grouped"):
+        fused.attend_fused(state, state, state, fused.blocks_of_image(2), 1.0)
 
 
 def test_where_no_compiler_is_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ It says of each of `train.steps` steps, as JSON, when it began and the seconds t
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import ROLLOUT_ENGINES, learner_engine, open_classroom, recipe
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
-from othink_ray.engines.base import Place, Sampling
+from othink_ray.engines.base import Place, Sampling, meeting_place
 from othink_ray.families import open_family
 from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
@@ -65,7 +64,8 @@ def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]
 
 
 def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=20_000 + os.getpid() % 10_000)
+    meeting = meeting_place()
+    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=meeting.port)
     engine = learner_engine(config, path, place, with_reference=True)
     own, answers = recipe(config), random_answers(config, path)
 

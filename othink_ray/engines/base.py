@@ -13,7 +13,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, get_num_threads, set_num_threads  # by name: vLLM has torch's own setter do nothing
+from torch import Tensor, device, get_num_threads, set_num_threads  # by name: vLLM has torch's own setter do nothing
+from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
+from torch.distributed.constants import default_pg_timeout
 
 from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
 
@@ -57,6 +59,27 @@ class Place:
     world_size: int
     master_address: str
     master_port: int
+
+    def meet(self, on: device) -> None:
+        """Wait for the other ranks. A process meets them once, whatever it makes of it."""
+        if is_initialized():
+            return
+        init_process_group(
+            "nccl" if on.type == "cuda" else "gloo",
+            store=TCPStore(self.master_address, self.master_port),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=default_pg_timeout,
+            device_id=on if on.type == "cuda" and self.world_size > 1 else None,
+        )
+
+
+def meeting_place() -> TCPStore:
+    """Where the ranks of a learner meet, for as long as the caller keeps it.
+
+    It listens from the start: a port that only was free when somebody looked is another's by the time the ranks come.
+    """
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) -> None:

@@ -58,8 +58,6 @@ class DeepSpeedLearner:
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
-            MASTER_ADDR=place.master_address,
-            MASTER_PORT=str(place.master_port),
             RANK=str(place.rank),
             WORLD_SIZE=str(place.world_size),
             LOCAL_RANK="0",
@@ -74,7 +72,8 @@ class DeepSpeedLearner:
         self.deepspeed = deepspeed
         # DeepSpeed would compile collectives of its own for CPU ranks, a minute at the first start; gloo has them all.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+        place.meet(self.device)
+        deepspeed.init_distributed()
         torch.manual_seed(seed)
         self.attend = attention_for(learner.attention, self.device)
         policy = self._open_policy(DTYPES[dtype], temperature)

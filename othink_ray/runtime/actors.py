@@ -15,7 +15,7 @@ import ray
 from numpy.typing import NDArray
 from torch import Tensor
 
-from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling
+from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling, meeting_place
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.recorded import Recorded
 from othink_ray.spans import keep, span
@@ -79,11 +79,16 @@ class LearnerActor(Recorded):
     sender: Sender
     pushed = 0  # bytes, in the last push
 
-    def address(self) -> tuple[str, int]:
-        """Where the ranks can meet: this node, and a port that is free now."""
+    def open_meeting(self) -> tuple[str, int]:
+        """Where the ranks can meet: here."""
+        self.meeting = meeting_place()
+        return ray.util.get_node_ip_address(), self.meeting.port
+
+    def free_port(self) -> int:
+        """For vLLM's weight transfer, which opens its meeting itself."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            return int(probe.getsockname()[1])
 
     def start(self, make_engine: Callable[[Place], LearnerEngine], place: Place) -> int:
         # gloo would ask what the host's own name means, which often is 127.0.0.1: a rank elsewhere cannot go there.

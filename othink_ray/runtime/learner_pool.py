@@ -33,7 +33,7 @@ class LearnerPool:
 
     def start(self) -> list[Any]:
         """Begin loading; wait for the references to know that it is done."""
-        [(address, port)] = self.wait_for([self.ranks[0].address.remote()], "loading", self.learner.load_timeout_s)
+        [(address, port)] = self.wait_for([self.ranks[0].open_meeting.remote()], "loading", self.learner.load_timeout_s)
         self.places = [
             Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
@@ -108,7 +108,7 @@ class LearnerPool:
 
     def open_senders(self, make_sender: Callable[[Place, int, NamedWeights], Sender]) -> None:
         """Meet the engines on a port of their own."""
-        [(_, port)] = self.wait_for([self.ranks[0].address.remote()], "opening the weight transfer")
+        [port] = self.wait_for([self.ranks[0].free_port.remote()], "opening the weight transfer")
         opened = [
             actor.open_sender.remote(partial(make_sender, place, port))
             for actor, place in zip(self.ranks, self.places, strict=True)

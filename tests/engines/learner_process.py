@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig, ModelConfig
+from othink_ray.engines.base import meeting_place
 from othink_ray.types import Pack, Probe, UpdateStats
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +86,8 @@ def run_ranks(
 ) -> list[dict[str, Outcome]]:
     """The outcomes by rank; a rank that fails takes its log with it into the message."""
     scratch.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = Job(model=model, folder=folder, world_size=world_size, port=port, scenarios=scenarios)
+    meeting = meeting_place()
+    job = Job(model=model, folder=folder, world_size=world_size, port=meeting.port, scenarios=scenarios)
     (scratch / "job").write_bytes(pickle.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
     running = []

@@ -232,23 +232,27 @@ def switches(runs: Runs) -> list[Line]:
 
 
 def memory(runs: Runs) -> list[Line]:
-    """200 steps, saving as a run does: the driver in MB, and the process that grows most, from a quarter to the end."""
-    samples: list[dict[str, float]] = []
+    """200 steps, saving as a run does: the driver in MB, and the process that grows most, from a quarter to the end.
+
+    By then the learner has saved twice: what a checkpoint is copied to, it keeps for the next one.
+    """
+    samples: list[tuple[float, dict[str, float]]] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(2.0):
-            samples.append(_resident())
+            samples.append((time.time(), _resident()))
 
     watching = threading.Thread(target=watch)
     watching.start()
     try:
-        ours.train(replace(USUAL, tokens=16), 200, runs.folder / "memory", ("train.checkpoint_every=25",))
+        steps = ours.train(replace(USUAL, tokens=16), 200, runs.folder / "memory", ("train.checkpoint_every=25",))
     finally:
         over.set()
         watching.join()
-    there = [sample for sample in samples if any(name.startswith("learner") for name in sample)]
-    early, late = there[len(there) // 4], there[-2]
+    quarter_s, end_s = (steps[place]["time/unix_s"] for place in (len(steps) // 4, -1))
+    there = [resident for at_s, resident in samples if quarter_s <= at_s <= end_s]
+    early, late = there[0], there[-1]
     growth = {name: late[name] - mb for name, mb in early.items() if name in late}
     actors = {name: mb / early[name] for name, mb in growth.items() if name != "driver"}
     detail = {"early_mb": early, "late_mb": late}

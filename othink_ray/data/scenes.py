@@ -142,7 +142,10 @@ def near(rng: np.random.Generator, colour: RGB) -> RGB:
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as PNG, without metadata: the same pixels give the same bytes."""
+    """The image as PNG, without metadata: the same pixels give the same bytes.
+
+    Hardly compressed: these are drawn, and read by engine and learner, in half the time, and are small anyway.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=6)
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ class Team(Examiners):
             temperature=self.temperature,
             seed=self.seed * _STEPS_PER_SEED + step,
         )
-        yield from self.rollout.generate(prompts, sampling)
-        self.rollout.expect(self.coming(), self.answers)
+        groups = self.rollout.generate(prompts, sampling)
+        yield from islice(groups, len(prompts) // 2)
+        self.rollout.expect(self.coming(), self.answers)  # read by now; an engine begins when its last answer is out
+        yield from groups
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         scored = self.rewards.score(groups)

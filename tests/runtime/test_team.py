@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,14 +28,16 @@ class Recorder:
     def updated(self, begun: Any) -> list[Any]:
         return self.asked
 
+    def generate(self, prompts: Any, sampling: Any) -> Iterator[Any]:
+        yield from prompts
 
-@pytest.mark.parametrize(("stale", "correction"), [(False, "none"), (True, "sequence")])
-def test_only_answers_of_older_weights_are_corrected_and_a_push_begins_behind_each_update(
-    stale: bool, correction: str
-) -> None:
+    def expect(self, coming: Any, answers: int) -> None:
+        self.asked.append("expect")
+
+
+def team_of(recorder: Any) -> Team:
     unused: Any = None
-    recorder: Any = Recorder()
-    team = Team(
+    return Team(
         rollout=recorder,
         rewards=unused,
         incidents=unused,
@@ -48,5 +51,22 @@ def test_only_answers_of_older_weights_are_corrected_and_a_push_begins_behind_ea
         correction="sequence",
         coming=tuple,
     )
-    asked: Any = team.update([], updates=1, beta=0.1, lr=0.2, stale=stale)
+
+
+@pytest.mark.parametrize(("stale", "correction"), [(False, "none"), (True, "sequence")])
+def test_only_answers_of_older_weights_are_corrected_and_a_push_begins_behind_each_update(
+    stale: bool, correction: str
+) -> None:
+    asked: Any = team_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)
     assert asked == [{"updates": 1, "beta": 0.1, "lr": 0.2, "loss": "gspo", "correction": correction}, "push"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_engines_hear_of_the_next_questions_before_the_last_group_and_once(count: int) -> None:
+    recorder: Any = Recorder()
+    questions: Any = range(count)
+    for group in team_of(recorder).generate(questions, step=0):
+        recorder.asked.append(group)
+    assert [one for one in recorder.asked if one != "expect"] == list(range(count))
+    assert recorder.asked.count("expect") == 1
+    assert recorder.asked.index("expect") < recorder.asked.index(count - 1)

@@ -64,7 +64,7 @@ class Team(Examiners):
             seed=self.seed * _STEPS_PER_SEED + step,
         )
         groups = self.rollout.generate(prompts, sampling)
-        yield from islice(groups, len(prompts) // 2)
+        yield from islice(groups, (len(prompts) + 1) // 2)
         self.rollout.expect(self.coming(), self.answers)  # read by now; an engine begins when its last answer is out
         yield from groups
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 _CHOICE = re.compile(
-    r"(?:(?:option|choice)\s+)?(?P<open>[(\[]?)(?P<letter>[A-Ja-j])(?P<mark>[)\]]?[.:]?)\s*(?P<rest>.*)",
+    r"(?:(?:option|choice|answer)\s+)?(?P<open>[(\[]?)(?P<letter>[A-Ja-j])(?P<mark>[)\]]?[.:]?)\s*(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _ANOTHER = re.compile(r"(?<![A-Za-z\\])[(\[]?[A-J](?:[)\].:,]|$)")  # a second choice: A) 60° B) 70°

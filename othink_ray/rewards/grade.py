@@ -9,6 +9,8 @@ from othink_ray.rewards.closed_form import closed_form
 from othink_ray.rewards.notation import is_expression, may_be_number, plain
 from othink_ray.rewards.parse import answer_text, stated_text
 from othink_ray.rewards.quantity import parse_quantity, same
+from othink_ray.rewards.statement import stated_in
+from othink_ray.rewards.words import same_words, split_items
 
 MAX_CHARS = 256  # longer answers are only compared letter by letter
 
@@ -33,7 +35,8 @@ def compare(stated: str, truth: str) -> bool | None:
     """Whether both say the same; None where the rules cannot tell.
 
     Numbers are compared by exact value (see `parse_quantity`), choices by letter, and by value where both have one,
-    words without case and full stop; equal texts are equal.
+    words as `same_words` does; several answers (45° or 135°) in any order; equal texts are equal. A sentence is
+    compared by what it states of its subject.
     """
     if len(stated) > MAX_CHARS or len(truth) > MAX_CHARS:
         stated, truth = stated.strip(), truth.strip()
@@ -51,7 +54,11 @@ def _compare(stated: str, truth: str) -> bool | None:
         return True
     if len(said) == len(true) == 1 and all(word.isascii() and word.isdigit() for word in (*said, *true)):
         return int(said[0]) == int(true[0])  # counting, ten times quicker than what follows
-    return _compare_plain(plain(stated), plain(truth))
+    bare, right = plain(stated), plain(truth)
+    verdict = _compare_plain(bare, right)
+    if verdict is False and (inner := stated_in(bare)) is not None:
+        return _compare_plain(plain(inner), right) is True
+    return verdict
 
 
 def _compare_plain(stated: str, truth: str) -> bool | None:
@@ -71,4 +78,17 @@ def _compare_plain(stated: str, truth: str) -> bool | None:
         return None if is_expression(stated) and may_be_number(stated) else False
     if is_expression(truth):
         return None if is_expression(stated) or closed_form(stated) is not None else False
-    return stated == truth or (len(truth) > 2 and stated.casefold() == truth.casefold())
+    if len(items := split_items(truth)) > 1:
+        return _same_items(split_items(stated), items)
+    return same_words(stated, truth)
+
+
+def _same_items(stated: list[str], truth: list[str]) -> bool:
+    """Whether each of several answers (45° or 135°) is stated once, in any order, and nothing else."""
+    left = list(truth)
+    for item in stated:
+        match = next((one for one in left if _compare_plain(item, one) is True), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left

@@ -9,6 +9,9 @@ from collections.abc import Callable
 _LAYERS = 6  # at most this many wrappings are taken off one answer
 _FUNCTIONS = "sqrt pi sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_FULL_WIDTH = {0xFF01 + place: chr(0x21 + place) for place in range(0x5E)}  # ！ to ～
+_MARKS = (("__", "__"), *((mark, mark) for mark in "*_`\"'"), ("“", "”"), ("‘", "’"), ("«", "»"))
 
 _LEAD_IN = re.compile(
     r"""
@@ -18,7 +21,7 @@ _LEAD_IN = re.compile(
         \s* (?:is\b|[:=]) \s* :?
       | there\s+(?:is|are)\b
       | it\s+is\b
-      | =
+      | = (?!\s*=)
     )
     \s*
     """,
@@ -26,6 +29,7 @@ _LEAD_IN = re.compile(
 )
 
 _BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?=[\s.,;:!?]|$)")
+_MATH = re.compile(r"(?<!\\)(\$\$?)(?P<dollars>[^$]+)(?<!\\)\1|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
 
 
 def _vulgar(fraction: str) -> str:
@@ -41,15 +45,19 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])", ""),
         (r"\^\s*\{\s*(?:\\circ|\\degree|°)\s*\}|\^\s*(?:\\circ|\\degree|°)|\\(?:circ|degree)(?![A-Za-z])|[º˚]", "°"),
+        (r"(?<=[0-9])\^(?:o(?![A-Za-z])|\{o\})", "°"),
         (r"\{,\}", ","),
         (r"(?<=[0-9])\\[,!](?=[0-9]{3}(?![0-9]))", ""),
-        (r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\[,;:! ]|(?<=[0-9}°])~(?=[A-Za-z\\])|\\q?quad(?![A-Za-z])", " "),
         (r"\\([%$])", r"\1"),
         (r"[\u2212\u2013]", "-"),
         (r"\*\*", "^"),
         (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙]", "*"),
         (r"\\div(?![A-Za-z])|÷", "/"),
         (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
+        (r"[₀-₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}"),
+        (r"!=", "≠"),
+        (r"(?<=[A-Za-z]{3})!+$", ""),
         (r"[¼-¾⅓-⅞]", lambda match: _vulgar(match[0])),
         (r"π", r"\\pi "),
         (r"√", r"\\sqrt "),
@@ -66,14 +74,15 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
 
 
 def plain(text: str) -> str:
-    """The bare answer in plain LaTeX: without lead-in, $…$, \\boxed{…}, **…** or a full stop; units and words stay.
+    """The bare answer in plain LaTeX: without lead-in, $…$, \\boxed{…}, **…**, quotes, full stop; units and words stay.
 
     For a text of at most a few hundred characters: callers bound it.
     """
-    text = _BOLD.sub(r" \1 ", text)
+    text = _BOLD.sub(r" \1 ", text.translate(_FULL_WIDTH))
+    text = _MATH.sub(lambda math: f" {math['dollars'] or math['inline'] or math['display']} ", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _braced_roots(text).strip()
+    text = _braced_roots(_unboxed(text)).strip()
     for _ in range(_LAYERS):
         inner = _unwrapped(text)
         if inner == text:
@@ -88,14 +97,20 @@ def _unwrapped(text: str) -> str:
         text = text[lead_in.end() :]
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+    for opening, closing in _MARKS:
         inner = text[len(opening) : -len(closing)]
         wrapped = len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing)
         if wrapped and opening not in inner and closing not in inner:
             return inner.strip()
-    for box in ("\\boxed{", "\\fbox{"):
-        if text.startswith(box) and _closing(text, len(box) - 1, "{}") == len(text) - 1:
-            return text[len(box) : -1].strip()
+    return text
+
+
+def _unboxed(text: str) -> str:
+    """The contents in place of each box."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", text))):
+        end = _closing(text, match.end(), "{}")
+        if end > 0:
+            text = f"{text[: match.start()]} {text[match.end() + 1 : end]} {text[end + 1 :]}"
     return text
 
 

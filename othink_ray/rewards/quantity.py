@@ -7,67 +7,28 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from othink_ray.rewards.closed_form import Form, closed_form, multiply, pi_times, rational
+from othink_ray.rewards.closed_form import Form, closed_form, multiply, rational
+from othink_ray.rewards.notation import is_expression, may_be_number
+from othink_ray.rewards.numerals import spelled
+from othink_ray.rewards.units import DEGREE, Dimension, parse_unit
+from othink_ray.rewards.wording import is_harmless, names_several, without_tail
 
-WORDS = {
-    word: Fraction(value)
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
-    )
-}
-# Words that would make another number of the one before them, so none of them is a unit.
-NOT_UNITS = frozenset(WORDS) | frozenset(
-    "hundred hundreds thousand thousands million millions billion billions dozen dozens pair pairs half halves third "
-    "thirds quarter quarters fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths squared cubed "
-    "factorial sqrt root pi plus minus times over point or and to th st nd rd".split()
-)
-# kind: {names: size in the kind's first unit}
-_KINDS: dict[str, dict[str, Fraction]] = {
-    "length": {
-        "m meter meters metre metres": Fraction(1),
-        "mm millimeter millimeters millimetre millimetres": Fraction(1, 1000),
-        "cm centimeter centimeters centimetre centimetres": Fraction(1, 100),
-        "dm decimeter decimeters decimetre decimetres": Fraction(1, 10),
-        "km kilometer kilometers kilometre kilometres": Fraction(1000),
-        "in inch inches": Fraction(254, 10000),
-        "ft foot feet": Fraction(3048, 10000),
-        "yd yard yards": Fraction(9144, 10000),
-        "mi mile miles": Fraction(1609344, 1000),
-    },
-    "mass": {
-        "g gram grams": Fraction(1),
-        "mg milligram milligrams": Fraction(1, 1000),
-        "kg kilogram kilograms": Fraction(1000),
-    },
-    "time": {
-        "s sec secs second seconds": Fraction(1),
-        "min mins minute minutes": Fraction(60),
-        "h hr hrs hour hours": Fraction(3600),
-    },
-}
-_UNITS = {
-    name: (kind, rational(size))
-    for kind, units in _KINDS.items()
-    for names, size in units.items()
-    for name in names.split()
-} | {name: ("angle", pi_times(Fraction(1, 180))) for name in "° deg degree degrees".split()}
-_UNITS |= {name: ("angle", rational(1)) for name in "rad radian radians".split()}
-_SINGLE = frozenset("gsh")  # also names of variables: units only after a space
-
-_POWER = r"\s*\^\s*(?:\{\s*([23])\s*\}|([23]))"
-_UNIT = re.compile(
-    rf"""(?<![A-Za-z\\])
-    (?: (?P<degree>°) | (?P<percent>%|per\s?cent|pct)
-      | (?: (?P<shape>square|sq\.?|cubic|cu\.?) \s+ )? (?P<name>[A-Za-z]+) (?P<power>{_POWER})?
-        (?: \s*(?:/|\bper\b)\s* (?P<per>[A-Za-z]+) (?P<per_power>{_POWER})? )?
-    ) $""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_SHAPES = {"sq": 2, "cu": 3}
+_AFTER_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%]")  # where a unit or what is counted may begin
 _MINUTES = re.compile(r"(-?)([0-9]{1,6})°\s*([0-9]{1,2})\s*['′](?:\s*([0-9]{1,2})\s*(?:''|[\"″]))?")
-_LABEL = re.compile(r"(?:\\(?:angle|triangle)\s*|[∠△]\s*|angle\s+)?[A-Za-z]{1,4}[0-9]?\s*=\s*", re.IGNORECASE)
-_CURRENCY = re.compile(r"[$£€¥]\s*(?=[0-9.])")
+_CURRENCY = re.compile(r"^[$£€¥]\s*(?=[0-9.])|(?<=[0-9])\s*[$£€¥]$")
+_EXACTLY = re.compile(
+    r"(?:exactly|precisely|only|just|equal\s+to|(?:a\s+)?(?:grand\s+)?total\s+of|in\s+(?:total|all),?)\s+",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(r"(?P<before>[^()]+)\((?P<again>[^()]+)\)(?P<after>[^()]*)")
+_NONE_OF = re.compile(r"no\s+(?P<things>.+)", re.IGNORECASE)
+_EQUALS = re.compile(r"=|\s(?:is|equals)\s")
+# What an equation may give the value of: x, x_1, ∠ABC, ∠1, \sin A.
+_OF = r"(?:\\(?:sin|cos|tan|cot|sec|csc|angle|triangle)(?![A-Za-z])|m?\s*[∠△]|angle\s)\s*"
+_NAME = re.compile(
+    rf"(?:{_OF})*[A-Za-z]{{1,4}}(?:[0-9]|_\{{?[0-9A-Za-z]{{1,3}}\}}?)?['′]?|(?:{_OF})+[1-9]", re.IGNORECASE
+)
+_SEVERAL = re.compile(r"[,;<>]|\\(?:leq|geq|neq?|in)(?![A-Za-z])|[0-9]\s+[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +36,7 @@ class Quantity:
     """A value; `dimension` is empty without a known unit, and `scale` is that unit in the kind's first one."""
 
     value: Form
-    dimension: tuple[tuple[str, int], ...] = ()
+    dimension: Dimension = ()
     scale: Form | None = None
     percent: bool = False
 
@@ -84,35 +45,88 @@ class Quantity:
 def parse_quantity(text: str) -> Quantity | None:
     """The one number that a text in plain LaTeX states, exactly, or None.
 
-    Taken: closed forms and the words zero to twenty; before them a name (x =, ∠ABC =) or a currency; after them one
-    unit. Not taken: more than one number (3 or 4), other words (about 3), a word that changes the value (3 dozen).
+    Taken: closed forms and numbers in words; before them a name (x =, ∠ABC =), a computation (10 - 3 =) or a currency;
+    after them one unit, what is counted (3 red cubes in total), or the number once more, in brackets. Not taken: more
+    than one number (3 or 4), and words that make it another one or leave it open (3 less, about 3).
     """
-    text = _LABEL.sub("", text, count=1) if _LABEL.match(text) else text
-    if angle := _MINUTES.fullmatch(text):
-        sign, degrees, minutes, seconds = angle.groups()
-        size = Fraction(int(degrees)) + Fraction(int(minutes), 60) + Fraction(int(seconds or 0), 3600)
-        return Quantity(rational(-size if sign else size), *_dimension("°", 1))
-    money = _CURRENCY.match(text)
-    text = text[money.end() :] if money else text
-    if (value := _value(text)) is not None:
+    side = _last_side(text)
+    if side is None:
+        return None
+    side = _EXACTLY.sub("", side, count=1) if _EXACTLY.match(side) else side
+    return _angle(side) or _with_unit(side) or _restated(side) or _none_of(side)
+
+
+def _last_side(text: str) -> str | None:
+    """The value of a chain of equations, whose first side is a name or a number; a text without any is its own."""
+    *sides, last = (side.strip() for side in _EQUALS.split(text))
+    if not sides:
+        return last
+    if any(not side or _SEVERAL.search(side) for side in sides):
+        return None
+    first, *others = sides
+    if not (_NAME.fullmatch(first) or _has_value(first)) or not is_harmless(first):
+        return None
+    return last if all(_NAME.fullmatch(side) or _is_term(side) for side in others) else None
+
+
+def _is_term(side: str) -> bool:
+    return is_expression(f"{side}=") and re.search(r"[0-9A-Za-z]", side) is not None
+
+
+def _has_value(side: str) -> bool:
+    return closed_form(side.replace("°", "")) is not None or (is_expression(side) and may_be_number(side))
+
+
+def _angle(text: str) -> Quantity | None:
+    """Degrees with minutes."""
+    angle = _MINUTES.fullmatch(text)
+    if angle is None:
+        return None
+    sign, degrees, minutes, seconds = angle.groups()
+    size = Fraction(int(degrees)) + Fraction(int(minutes), 60) + Fraction(int(seconds or 0), 3600)
+    return Quantity(rational(-size if sign else size), DEGREE.dimension, DEGREE.scale)
+
+
+def _restated(text: str) -> Quantity | None:
+    """A number with itself in brackets: five (5) cubes."""
+    twice = _RESTATED.fullmatch(text)
+    if twice is None:
+        return None
+    quantity = _with_unit(f"{twice['before'].strip()} {twice['after'].strip()}".strip())
+    again = _with_unit(twice["again"].strip())
+    return quantity if quantity is not None and again is not None and same(again, quantity) else None
+
+
+def _none_of(text: str) -> Quantity | None:
+    """No cubes are 0 of them. Only a plural counts: no idea is none."""
+    things = _NONE_OF.fullmatch(text)
+    return Quantity(rational(0)) if things and names_several(without_tail(things["things"])) else None
+
+
+def _with_unit(text: str) -> Quantity | None:
+    """A number, and the unit or the counted things after it."""
+    text = _CURRENCY.sub("", text, count=1)
+    if (value := closed_form(text)) is not None:
         return Quantity(value)
-    unit = _UNIT.search(text)
-    if unit is None or (value := _value(text[: unit.start()].rstrip())) is None:
-        return None
-    if unit["degree"]:
-        return Quantity(value, *_dimension("°", 1))
-    if unit["percent"]:
-        return Quantity(value, percent=True)
-    name = unit["name"]
-    spaced = text[: unit.start()][-1:].isspace()
-    if name.lower() in NOT_UNITS or (len(name) == 1 and name != "m" and not (spaced and name in _SINGLE)):
-        return None
-    dimension, scale = _dimension(name.lower(), _exponent(unit["power"], unit["shape"]))
-    if unit["per"] and dimension:
-        below, other = _dimension(unit["per"].lower(), -_exponent(unit["per_power"], None))
-        both = multiply(scale, other) if scale is not None and other is not None else None
-        dimension, scale = ((*dimension, *below), both) if below and both is not None else ((), None)
-    return Quantity(value, dimension, scale)
+    if in_words := spelled(text):
+        number, after = in_words
+        return _of(rational(number), after, spaced=True)
+    for place in _AFTER_NUMBER.finditer(text):
+        before = text[: place.start()]
+        if (value := closed_form(before)) is None:
+            continue
+        if quantity := _of(value, text[place.start() :], spaced=before[-1:].isspace()):
+            return quantity
+    return None
+
+
+def _of(value: Form, after: str, *, spaced: bool) -> Quantity | None:
+    """The value with what stands after it, if that is a unit or names what is counted."""
+    after = without_tail(after)
+    if not after:
+        return Quantity(value)
+    unit = parse_unit(after, spaced=spaced)
+    return None if unit is None else Quantity(value, unit.dimension, unit.scale, unit.percent)
 
 
 def same(stated: Quantity, truth: Quantity) -> bool:
@@ -128,23 +142,3 @@ def same(stated: Quantity, truth: Quantity) -> bool:
         if multiply(share.value, rational(Fraction(1, 100))) == other.value:
             return True
     return stated.value == truth.value
-
-
-def _value(text: str) -> Form | None:
-    word = WORDS.get(text.lower())
-    return rational(word) if word is not None else closed_form(text)
-
-
-def _exponent(power: str | None, shape: str | None) -> int:
-    if shape:
-        return _SHAPES[shape[:2].lower()]
-    return int(power.strip(" ^{}")) if power else 1
-
-
-def _dimension(name: str, power: int) -> tuple[tuple[tuple[str, int], ...], Form | None]:
-    """((kind, power),) of a known unit and its size; nothing for another word."""
-    if name not in _UNITS:
-        return (), None
-    kind, size = _UNITS[name]
-    [(key, factor)] = size.items()
-    return ((kind, power),), {(1, key[1] * power): factor**power}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import othink_ray.rewards
@@ -12,6 +12,15 @@ from othink_ray.rewards import accuracy
 ANY_TEXT = st.text(st.characters(categories=None)) | st.lists(
     st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "3", "/", "e", ".", ",", "\0", "\ud800", " ", "°"])
 ).map("".join)
+# What answers are made of. Whatever they say together, it is one number or none.
+PHRASES = st.lists(
+    st.sampled_from(
+        "1 2 3 12 0.5 1/2 -1 three twenty one hundred half quarters ninths million and or not no is are = == ( ) [ ] , "
+        "; : . ? ! ~ + - * / ^ $ ° ' \" ** x ∠A B \\sqrt{ } \\boxed{ \\pi cm m^2 of the in total left cubes red there "
+        "It The answer exactly about less than at least per each yes".split()
+    ),
+    max_size=9,
+).map(" ".join)
 
 STATED = [  # what stands inside <answer>, the truth, the verdict
     ("3", "3", 1),
@@ -158,11 +167,20 @@ def test_the_package_exports_functions_not_modules() -> None:
     assert othink_ray.rewards.format_reward("3") == 0.0
 
 
-@given(ANY_TEXT, ANY_TEXT)
-@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT | PHRASES, ANY_TEXT | PHRASES)
+@settings(max_examples=500, deadline=None)
 def test_any_text_gets_a_verdict(text: str, answer: str) -> None:
     assert accuracy(text, answer) in (0.0, 1.0)
     assert accuracy(f"<answer>{text}</answer>", answer) in (0.0, 1.0)
+
+
+@given(PHRASES)
+@example("3 is one")
+@settings(max_examples=400, deadline=None)
+def test_no_answer_is_right_for_two_numbers(stated: str) -> None:
+    """What would pay an answer for saying several."""
+    numbers = ["0", "1", "2", "3", "12", "20", "21", "100", "1/2", "1/9", "-1", "2000000"]
+    assert sum(accuracy(f"<answer>{stated}</answer>", number) for number in numbers) <= 1
 
 
 @given(ANY_TEXT)

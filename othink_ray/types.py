@@ -33,7 +33,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled answer: exactly the sampled ids (the end token included) and their logprobs under the sampler."""
+    """One sampled answer: exactly the sampled ids (the end token included) and their logprobs under the sampler.
+
+    `text` is what is graded: what the chat template opened of the answer (none of the ids), then the ids decoded.
+    """
 
     token_ids: NDArray[np.int64]
     sampler_logprobs: NDArray[np.float32]

@@ -61,15 +61,25 @@ def validate(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def worked_answer(prompt: Prompt, *, reasoning: bool = True) -> str:
-    """The SFT target: a short thought, then the solution, in the format that the reward asks for; or no thought."""
+def worked_answer(prompt: Prompt, *, reasoning: bool = True, opened: str = "") -> str:
+    """The SFT target: a short thought, then the solution, in the format that the reward asks for; or no thought.
+
+    Where the chat template has written the beginning of the answer (`opened`), the target is what comes after it: no
+    tag twice, and an empty thought where one is open and none is wanted.
+    """
     working = WORKINGS.get(prompt.task)
     if working is None:
         reason = f"task {prompt.task!r} has no worked answers"
         raise BadRow(prompt.id, reason, f"use a task that has them: {', '.join(WORKINGS)}")
     answer = _plain_answer(prompt.answer)
     thought = prompt.thought or working.format(answer=answer)
-    return f"<think> {thought} </think><answer> {answer} </answer>" if reasoning else f"<answer> {answer} </answer>"
+    target = f"<answer> {answer} </answer>"
+    if reasoning or "<think>" in opened:
+        target = (f"<think> {thought} </think>" if reasoning else "<think></think>") + target
+    for tag in ("<think>", "</think>", "<answer>"):
+        if tag in opened:
+            target = target.partition(tag)[2]
+    return target.lstrip() if opened[-1:].isspace() else target
 
 
 def with_thumbnails(prompt: Prompt, side: int) -> Prompt:

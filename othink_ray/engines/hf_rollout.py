@@ -127,7 +127,7 @@ class HFRollout(Receiver):
                 Completion(
                     token_ids=ids[:length].astype(np.int64),
                     sampler_logprobs=chosen[:length, column].numpy().astype(np.float32),
-                    text=self.family.decode([ids[:length].tolist()])[0],
+                    text=self.family.answer_texts([ids[:length].tolist()])[0],
                     finish="stop" if len(ends) else "length",
                 )
             )

@@ -19,8 +19,8 @@ class Teacher:
 
     def generate(self, prompts: Sequence[Prompt], version: int = 0) -> Iterator[Group]:
         for prompt in prompts:
-            text = worked_answer(prompt, reasoning=self.reasoning)
-            answer = [*self.family.encode_text(text), self.family.eos_token_id]
+            written = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
+            answer = [*self.family.encode_text(written), self.family.eos_token_id]
             counts = self.family.image_token_counts(prompt.images)
             yield Group(
                 prompt=prompt,
@@ -31,7 +31,7 @@ class Teacher:
                     Completion(
                         token_ids=np.array(answer, dtype=np.int64),
                         sampler_logprobs=np.zeros(len(answer), dtype=np.float32),
-                        text=text,
+                        text=self.family.opened + written,
                         finish="stop",
                     ),
                 ),

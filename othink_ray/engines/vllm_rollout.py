@@ -188,7 +188,7 @@ class VLLMRollout(Receiver):
 
     def _group(self, prompt: Prompt, output: Any, image_encodes: int) -> Group:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
-        texts = self.family.decode([answer.token_ids for answer in answers])
+        texts = self.family.answer_texts([answer.token_ids for answer in answers])
         completions = tuple(
             Completion(
                 token_ids=np.array(answer.token_ids, dtype=np.int64),

@@ -39,6 +39,9 @@ class Family(Protocol):
     eos_token_id: int
     pad_token_id: int
 
+    opened: str
+    """The end of every prompt that is part of the answer: `<think>` where the chat template opens the thought."""
+
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         """The chat prompt with ONE placeholder per image: what an engine is given."""
         ...
@@ -68,6 +71,10 @@ class Family(Protocol):
     def encode_text(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]: ...
+
+    def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The answers of these sampled tokens as they are graded and shown: `opened`, then the tokens decoded."""
+        ...
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from othink_ray.core.attention import Attention
 from othink_ray.families.last_layer import is_narrow
 from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
-from othink_ray.types import Prompt
+from othink_ray.families.opened import opened_by
+from othink_ray.types import Message, Prompt
 
 
 class HuggingFaceFamily:
@@ -32,17 +33,25 @@ class HuggingFaceFamily:
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.opened = opened_by(self._chat, path)
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
+        return self.encode_text(self._chat(prompt.messages, True))
+
+    def _chat(self, messages: Sequence[Message], asks: bool) -> str:
+        """The messages as the chat template writes them, with its generation prompt if the chat `asks`."""
         chat = [
             {
                 "role": message.role,
                 "content": [{"type": "image"}] * message.images + [{"type": "text", "text": message.text}],
             }
-            for message in prompt.messages
+            for message in messages
         ]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return self.encode_text(text)
+        text: str = self.processor.apply_chat_template(chat, add_generation_prompt=asks, tokenize=False)
+        return text
+
+    def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        return [self.opened + text for text in self.decode(token_ids)]
 
     def encode_text(self, text: str) -> list[int]:
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])

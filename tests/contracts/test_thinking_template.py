@@ -1,0 +1,112 @@
+"""Models whose chat template opens the thought, by `<think>` or a newline more: what is graded, and what is taught."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from othink_ray.config.schema import Config
+from othink_ray.data import worked_answer
+from othink_ray.engines.base import RolloutEngine, Sampling
+from othink_ray.engines.policy import Policy
+from othink_ray.engines.teacher import Teacher
+from othink_ray.families import open_family
+from othink_ray.families.base import Family
+from othink_ray.rewards import Grader, format_reward, score_group
+from othink_ray.types import Prompt
+from tests.engines.samples import batch_of, give, row_of, sent_weights
+from tests.families.templates import with_template
+from tests.rewards.conftest import REWARD
+
+GREEDY = Sampling(answers=1, max_tokens=32, temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="module", params=["<think>", "<think>\n"], ids=["tag", "tag and newline"])
+def opened(request: pytest.FixtureRequest) -> str:
+    text: str = request.param
+    return text
+
+
+@pytest.fixture(scope="module")
+def thinking(config: Config, model_folder: Path, opened: str, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The tiny model with such a template."""
+    folder = tmp_path_factory.mktemp("thinking") / "model"
+    shutil.copytree(model_folder, folder)
+    with_template(
+        folder, lambda plain: plain.replace('assistant{{ "\\n" }}', f'assistant{{{{ "\\n" }}}}{{{{ {opened!r} }}}}')
+    )
+    return open_family(config.model, str(folder))
+
+
+@pytest.fixture(scope="module")
+def pupil(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
+    """A model that has seen, by some steps of SFT, what the teacher demonstrates under this template."""
+    pupil = copy.deepcopy(taught)
+    lessons = [row_of(group) for group in Teacher(thinking).generate(scenes)]
+    optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
+    for step in range(12):
+        start = step * 16 % len(lessons)
+        logprobs, _ = pupil(batch_of(lessons[start : start + 16], thinking))
+        optimizer.zero_grad()
+        (-logprobs.mean()).backward()
+        optimizer.step()
+    return pupil
+
+
+def test_the_prompt_ends_with_what_the_template_opens(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
+    [prompt] = thinking.decode([thinking.prompt_token_ids(scenes[0])])
+    assert prompt.endswith(f"assistant\n{opened}")
+    assert thinking.opened == opened
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_a_demonstration_goes_on_where_the_prompt_ends(
+    thinking: Family, scenes: Sequence[Prompt], opened: str, reasoning: bool
+) -> None:
+    for group in Teacher(thinking, reasoning=reasoning).generate(scenes[:4]):
+        [completion] = group.completions
+        own = completion.token_ids.tolist()
+        [whole] = thinking.decode([[*group.prompt_token_ids.tolist(), *own]])
+        seen = whole.partition("assistant\n")[2]
+        assert seen.count("<think>") == seen.count("</think>") == seen.count("<answer>") == 1
+        assert seen == completion.text
+        assert completion.text == opened + thinking.decode([own])[0]
+        assert own[-1] == thinking.eos_token_id
+        assert format_reward(completion.text) == 1.0
+        thought = worked_answer(group.prompt).partition("</think>")[0].removeprefix("<think>").strip()
+        assert (thought in completion.text) == reasoning
+
+
+def test_what_is_graded_includes_what_the_template_opened(
+    engine: RolloutEngine,
+    thinking: Family,
+    pupil: Policy,
+    scenes: Sequence[Prompt],
+    opened: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "family", thinking)
+    give(engine, sent_weights(pupil.network), 1)
+    prompts = [replace(prompt, id=f"{opened!r} {prompt.id}") for prompt in scenes[:4]]
+    groups = list(engine.generate(prompts, GREEDY))
+    assert len(groups) == 4
+    with Grader(REWARD) as grader:
+        for group in groups:
+            [completion] = group.completions
+            [own] = thinking.decode([completion.token_ids.tolist()])
+            assert "<think>" not in own  # the template's, so the model does not write it
+            assert format_reward(own) == 0.0
+            assert completion.text == opened + own
+            assert score_group(group, REWARD, grader).parts["format"].tolist() == [1.0]
+
+
+def test_an_answer_that_opens_the_thought_again_is_not_in_the_format(thinking: Family) -> None:
+    again = thinking.encode_text("<think> I count 3 items. </think><answer> 3 </answer>")
+    [text] = thinking.answer_texts([again])
+    assert format_reward(text) == 0.0

@@ -1,0 +1,15 @@
+"""Other chat templates for a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+
+def with_template(folder: Path, change: Callable[[str], str]) -> None:
+    """Replace the folder's chat template by what `change` makes of it."""
+    file = folder / "chat_template.jinja"
+    plain = file.read_text(encoding="utf-8")
+    changed = change(plain)
+    assert changed != plain
+    file.write_text(changed, encoding="utf-8")

@@ -1,0 +1,64 @@
+"""What chat templates write of an answer, found by comparing what they render."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.schema import Config
+from othink_ray.families import ModelError, open_family
+from othink_ray.types import Message, Prompt
+from tests.families.templates import with_template
+
+TURN = """\
+{%- for message in messages -%}
+{%- set text = message.content if message.content is string else message.content | map(attribute="text") | join -%}
+{%- if message.role != "assistant" -%}<|im_start|>{{ message.role }}{{ "\\n" + text }}<|im_end|>{{ "\\n" }}
+{%- else -%}PAST{{ "<|im_end|>\\n" }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}BEGIN{%- endif -%}"""
+HEAD = '<|im_start|>assistant{{ "\\n" }}'
+# As Qwen3's: the last answer is shown with an (empty) thought, earlier ones without.
+LAST_WITH_THOUGHT = HEAD + '{%- if loop.last -%}{{ "<think>\\n\\n</think>\\n\\n" }}{%- endif -%}{{ text }}'
+# As DeepSeek-R1's: of an earlier answer only what follows its thought.
+WITHOUT_THOUGHT = HEAD + '{{ text.split("</think>") | last }}'
+TEMPLATES = [  # of a past answer, of the beginning of the next, what that is of the answer
+    (HEAD + "{{ text }}", HEAD, ""),
+    (HEAD + "{{ text }}", HEAD + "<think>", "<think>"),
+    (HEAD + "{{ text }}", HEAD + '{{ "<think>\\n" }}', "<think>\n"),
+    (HEAD + "{{ text | trim }}", HEAD + '{{ "<think>\\n" }}', "<think>\n"),
+    (LAST_WITH_THOUGHT, HEAD + '{{ "<think>\\n" }}', "<think>\n"),
+    (WITHOUT_THOUGHT, HEAD + '{{ "<think>\\n" }}', "<think>\n"),
+    (HEAD + "{{ text }}", HEAD + '{{ "<think>\\n\\n</think>\\n\\n" }}', "<think>\n\n</think>\n\n"),
+    ("{{ text }}", "", ""),
+]
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    copied = tmp_path / "model"
+    shutil.copytree(model_folder, copied)
+    return copied
+
+
+@pytest.mark.parametrize(("past", "begin", "opened"), TEMPLATES)
+def test_what_a_template_opens_is_what_it_adds_to_the_head_of_an_answer(
+    past: str, begin: str, opened: str, folder: Path, config: Config
+) -> None:
+    with_template(folder, lambda plain: TURN.replace("PAST", past).replace("BEGIN", begin))
+    family = open_family(config.model, str(folder))
+    assert family.opened == opened
+    assert family.answer_texts([family.encode_text("3"), []]) == [opened + "3", opened]
+    prompt = Prompt(id="0", messages=(Message(role="user", text="How many?"),), images=(), answer="3", task="counting")
+    [shown] = family.decode([family.prompt_token_ids(prompt)])
+    assert shown.endswith(opened)
+
+
+def test_a_template_that_gives_every_answer_a_thought_is_refused_with_its_name(folder: Path, config: Config) -> None:
+    always = HEAD + '{{ "<think>\\n\\n</think>\\n\\n" + text }}'
+    with_template(folder, lambda plain: TURN.replace("PAST", always).replace("BEGIN", HEAD + '{{ "<think>\\n" }}'))
+    with pytest.raises(ModelError, match=r"chat template of .*model.*model\.path"):
+        open_family(config.model, str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from othink_ray.rewards.parse import WITHOUT_TAG, stated_text
 from tests.rewards.conftest import REWARD
 
 LINES = Path(__file__).with_name("verdicts.tsv").read_text(encoding="utf-8").splitlines()
+TABLE = (Path(__file__).parents[2] / "docs" / "own_reward.md").read_text(encoding="utf-8").splitlines()
 CASES = [tuple(line.split("\t")) for line in LINES if not line.startswith("#")]
 
 
@@ -29,6 +31,15 @@ def test_the_verdict_and_who_decides_it(stated: str, truth: str, verdict: str, l
     assert grader.accuracy(text, truth) == float(verdict)
     assert grader.counts - before == {layer: 1}
     assert accuracy(text, truth) == (float(verdict) if layer == "rules" else 0.0)
+
+
+def test_the_documented_verdicts_are_those_given() -> None:
+    rows = [line.strip("| ").split(" | ") for line in TABLE if line.startswith("| ")][1:]
+    assert len(rows) > 5
+    for truth, *columns in rows:
+        for verdict, answers in zip((1.0, 0.0), columns, strict=True):
+            for stated in re.findall("`([^`]+)`", answers):
+                assert accuracy(f"<answer>{stated}</answer>", truth) == verdict, stated
 
 
 @pytest.mark.parametrize(

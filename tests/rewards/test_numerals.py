@@ -55,6 +55,9 @@ def test_every_number_below_a_billion_reads_back(number: int, hyphen: str, joint
         ("three seconds", Fraction(3), "seconds"),
         ("two or three", Fraction(2), "or three"),
         ("five six", Fraction(5), "six"),
+        ("two thousand 3000", Fraction(2000), "3000"),
+        ("one hundred 300", Fraction(100), "300"),
+        ("three and five halves", Fraction(3), "and five halves"),
     ],
 )
 def test_the_longest_number_is_read_and_the_rest_is_kept(text: str, value: Fraction, rest: str) -> None:

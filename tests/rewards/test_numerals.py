@@ -55,6 +55,7 @@ def test_every_number_below_a_billion_reads_back(number: int, hyphen: str, joint
         ("three seconds", Fraction(3), "seconds"),
         ("two or three", Fraction(2), "or three"),
         ("five six", Fraction(5), "six"),
+        ("three third", Fraction(3), "third"),
         ("two thousand 3000", Fraction(2000), "3000"),
         ("one hundred 300", Fraction(100), "300"),
         ("three and five halves", Fraction(3), "and five halves"),
@@ -65,7 +66,7 @@ def test_the_longest_number_is_read_and_the_rest_is_kept(text: str, value: Fract
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "1,234", "cubes", "third", "the third", "a", "and", "three-sided", "point five"]
+    "text", ["", "3", "1,234", "cubes", "third", "the third", "a", "and", "three-sided", "five-six", "point five"]
 )
 def test_what_is_no_number_in_words_is_none(text: str) -> None:
     assert spelled(text) is None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from othink_ray.config.load import ConfigError, conf_dir, load, read, sweep_jobs, to_yaml
+from othink_ray.config.load import ConfigError, conf_dir, groups, load, read, sweep_jobs, to_yaml
 
 
 def report(overrides: list[str], folder: Path | None = None) -> str:
@@ -33,6 +33,17 @@ def test_defaults_are_the_papers_where_it_has_them() -> None:
 def test_override_beats_group_and_group_beats_default() -> None:
     config = load(["algo=grpo", "algo.group_size=4"])
     assert (config.algo.name, config.algo.kl.schedule, config.algo.group_size) == ("grpo", "constant", 4)
+
+
+@pytest.mark.parametrize("cluster", groups(conf_dir())["cluster"])
+def test_each_model_is_given_the_adam_of_its_size(cluster: str) -> None:
+    """The tiny one's would shrink a real one's steps: its gradients are not much larger than 1e-6."""
+    found = {}
+    for model in groups(conf_dir())["model"]:
+        config = load([f"model={model}", f"cluster={cluster}"])
+        adam = (config.learner.adam_beta1, config.learner.adam_beta2, config.learner.adam_eps)
+        found[config.model.tiny is None] = found.get(config.model.tiny is None, set()) | {adam}
+    assert found == {True: {(0.9, 0.999, 1e-8)}, False: {(0.9, 0.99, 1e-6)}}
 
 
 def test_cluster_chooses_gpu_engines_and_an_override_still_wins() -> None:

@@ -79,7 +79,7 @@ def lives(
         learner = replace(small.learner, zero_stage=stage, world_size=ranks, **changes)  # type: ignore[arg-type]
         return Scenario(learner=learner, steps=steps, beta=0.0, with_reference=False, temperature=TEMPERATURE)
 
-    alone: dict[str, Scenario] = {}
+    alone = {"1, 1, untouched": life(1, 1, []), "1, 2, at once": life(1, 2, [[[[step]]] for step in two_steps])}
     pair: dict[str, Scenario] = {}
     long = {"max_grad_norm": 1e6, "adam_eps": 1e-12, "weight_decay": 0.0}
     for stage in STAGES:
@@ -96,8 +96,6 @@ def lives(
             f"2, {stage}, long": life(2, stage, [dealt(packs, 2)], gradient_checkpointing=True, **long),
             f"2, {stage}, rest": replace(second, load=at / f"1_{stage % 3 + 1}_half"),  # of another stage
         }
-    alone["1, 2, at once"] = life(1, 2, [[[[step]]] for step in two_steps])
-    alone["1, 1, untouched"] = life(1, 1, [])
     return run(1, alone) | run(2, pair)
 
 
@@ -214,11 +212,14 @@ def test_bfloat16_gradients_are_summed_in_float32(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_updates_train_float32_weights(lives: dict[str, Life], slow: list[SlowStep], stage: int) -> None:
-    start, life = lives["1, 1, untouched"].masters, lives[f"1, {stage}, whole"]
-    error, name = distance(gone(life.masters, start), gone(slow[-1].masters, start))
-    assert error < 1e-3, name
-    for name, weight in life.outcome.weights.items():
-        assert np.array_equal(weight, torch.from_numpy(life.masters[name]).bfloat16().float().numpy()), name
+    """DeepSpeed's linear layers at ZeRO 3 round before they add a bias, which is 0 in the first step only."""
+    start = lives["1, 1, untouched"].masters
+    for name, step, bound in (("half", slow[0], 1e-3), ("whole", slow[1], 1e-3 if stage < 3 else 0.03)):
+        life = lives[f"1, {stage}, {name}"]
+        error, worst = distance(gone(life.masters, start), gone(step.masters, start))
+        assert error < bound, worst
+        for tensor, weight in life.outcome.weights.items():
+            assert np.array_equal(weight, torch.from_numpy(life.masters[tensor]).bfloat16().float().numpy()), tensor
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -254,7 +255,7 @@ def test_a_bfloat16_update_that_is_no_number_is_skipped(lives: dict[str, Life], 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_saved_bfloat16_learner_goes_on_exactly(lives: dict[str, Life], stage: int) -> None:
     whole, rest = lives[f"1, {stage}, whole"], lives[f"1, {stage}, rest"]
-    assert rest.outcome.stats == whole.outcome.stats[1:]
+    assert repr(rest.outcome.stats) == repr(whole.outcome.stats[1:])  # as NaN, of no KL, equals nothing
     assert distance(rest.masters, whole.masters)[0] == 0
     assert distance(rest.outcome.first_moments, whole.outcome.first_moments)[0] == 0
     assert distance(lives[f"1, {stage}, half"].masters, whole.masters)[0] > 1e-5
@@ -262,6 +263,6 @@ def test_a_saved_bfloat16_learner_goes_on_exactly(lives: dict[str, Life], stage:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_ranks_and_stages_go_on_in_bfloat16(lives: dict[str, Life], stage: int) -> None:
-    start, whole, rest = lives["1, 1, untouched"], lives["1, 1, whole"], lives[f"2, {stage}, rest"]
+    start, whole, rest = lives["1, 1, untouched"], lives[f"1, {stage}, whole"], lives[f"2, {stage}, rest"]
     assert_same_stats(rest.outcome.stats, whole.outcome.stats[1:])
     assert distance(gone(rest.masters, start.masters), gone(whole.masters, start.masters))[0] < 1e-3

@@ -242,11 +242,11 @@ class DeepSpeedLearner:
     @span("prepare")
     def _before_any_step(self, rows: Sequence[Pack], made: Made) -> Kept:
         """Logprobs of the policy before the first of several optimizer steps. Pixels are not kept until its own."""
-        one = self._prepared(rows, made, None)
+        one = self._prepared(rows, made)
         old = self._no_grad(self.engine, one)
         return Kept(old=old, features=one.features, reference=one.reference, encodes=one.encodes)
 
-    def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None) -> Prepared:
+    def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None = None) -> Prepared:
         if kept is not None:
             return kept.with_batch(rows, self._collate(rows))
         one = made.of(rows) or Prepared(rows=rows, batch=self._collate(rows))

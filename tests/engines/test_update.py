@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from othink_ray.config.schema import Config, LoraConfig
+from othink_ray.driver import build
+from othink_ray.engines import deepspeed_learner
+from othink_ray.engines.base import Place
 from othink_ray.engines.device_memory import release_cache
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Cost, Outcome, Scenario, run_ranks
@@ -114,6 +117,18 @@ def test_a_cuda_device_is_given_its_cache_back(monkeypatch: pytest.MonkeyPatch) 
     assert emptied == []
     release_cache(torch.device("cuda", 0))
     assert emptied == [True]
+
+
+def test_a_learner_is_told_whether_engines_sleep_on_its_gpu(
+    small: Config, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(deepspeed_learner, "DeepSpeedLearner", lambda *_, **given: told.append(given["shares_gpu"]))
+    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=0)
+    for sleep in (True, False):
+        config = replace(small, rollout=replace(small.rollout, sleep=sleep))
+        build.learner_engine(config, str(small_folder), place, with_reference=False)
+    assert told == [True, False]
 
 
 # ---- the learning rate

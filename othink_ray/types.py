@@ -102,7 +102,7 @@ class UpdateStats:
     before the first optimiser step with it. Sequence means are over answers.
     """
 
-    loss: float
+    loss: float  # with several optimizer steps, the mean of their losses
     kl_mean: float
     ratio_raw_mean: float
     ratio_raw_max: float
@@ -116,7 +116,7 @@ class UpdateStats:
     entropy: float
     logp_gap_mean: float
     logp_gap_max: float
-    grad_norm: float
+    grad_norm: float  # before clipping; the mean over the optimizer steps that were made, inf where none was
     lr: float
     tokens: int
     vision_encodes: int

@@ -100,9 +100,11 @@ def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence
         for size in range(len(parts), 0, -1):
             if ".".join(parts[:size]) in typed - set(choices):
                 return COMMAND_LINE
-            for name, content in files()[::-1]:
-                if _has(content, parts[:size]):
-                    return name
+            found = [name for name, content in files()[::-1] if _has(content, parts[:size])]
+            # A key that no file has belongs to the file of its section, not to another that sets some of its numbers.
+            of_section = [name for name in found if size < len(parts) and f"/{parts[0]}/" in name]
+            if found:
+                return (of_section or found)[0]
         return files()[0][0]
 
     return origin

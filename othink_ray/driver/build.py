@@ -273,6 +273,7 @@ def learner_engine(config: Config, path: str, place: Place, *, with_reference: b
         with_reference=with_reference,
         seed=config.train.seed,
         place=place,
+        shares_gpu=config.rollout.sleep,
     )
 
 

@@ -23,7 +23,29 @@ class Prepared:
     batch: MicroBatch
     features: Tensor | None = None  # of its images, where policy and reference share them
     reference: Tensor | None = None  # its logprobs
+    old: Tensor | None = None  # logprobs before the first of several optimizer steps
     encodes: int = 0  # images that a vision tower has looked at for this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What several optimizer steps keep of each micro-batch from before the first of them: no pixels, no positions."""
+
+    old: Tensor
+    features: Tensor | None
+    reference: Tensor | None
+    encodes: int
+
+    def with_batch(self, rows: Sequence[Pack], batch: MicroBatch) -> Prepared:
+        """The micro-batch laid out again, for its own optimizer step."""
+        return Prepared(
+            rows=rows,
+            batch=batch,
+            features=self.features,
+            reference=self.reference,
+            old=self.old,
+            encodes=self.encodes,
+        )
 
 
 class Made:
@@ -33,9 +55,10 @@ class Made:
         self.begun: list[tuple[Sequence[Pack], Future[Prepared]]] = []
 
     def of(self, rows: Sequence[Pack]) -> Prepared | None:
-        """That of exactly these rows, waited for where it is in the making."""
-        for own, making in self.begun:
+        """That of exactly these rows, waited for where it is in the making; it is not kept here any longer."""
+        for place, (own, making) in enumerate(self.begun):
             if len(own) == len(rows) and all(map(_equal, own, rows)):
+                del self.begun[place]
                 return making.result()
         return None
 
@@ -60,19 +83,20 @@ class Ahead:
 
         What is made now shortens the next update, and so the time for making more: in small steps both settle.
         """
-        made, most = self._made, self._most + 1
+        made, most, begun = self._made, self._most + 1, 0
         for rows in list(chain(*updates))[:most]:
             making: Future[Prepared] = Future()
             with self._lock:
                 if made is not self._made:
                     break
                 made.begun.append((rows, making))
+            begun += 1
             try:
                 making.set_result(self.make(rows, with_reference))
             except BaseException as error:
                 making.set_exception(error)
                 raise
-        self._most = len(made.begun)
+        self._most = begun
 
 
 def _equal(left: Pack, right: Pack) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, repeat
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,18 @@ from othink_ray.core.correction import importance
 from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
 from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
-from othink_ray.engines.ahead import Ahead, Made, Prepared
+from othink_ray.engines.ahead import Ahead, Kept, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
+from othink_ray.engines.device_memory import release_cache
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.totals import Totals
 from othink_ray.engines.trained import choose_trained, features_stay
+from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
+from othink_ray.engines.zero_settings import zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
@@ -52,7 +57,10 @@ class DeepSpeedLearner:
         with_reference: bool,
         seed: int,
         place: Place,
+        shares_gpu: bool,
     ) -> None:
+        """`shares_gpu`: engines sleep while this one works, and need its memory when they wake."""
+        self.shares_gpu = shares_gpu
         self.learner, self.family, self.place = learner, family, place
         self.clip_eps, self.kl_estimator, self.correction_cap = clip_eps, kl_estimator, correction_cap
         on_gpu = learner.gpus_per_rank > 0
@@ -78,6 +86,9 @@ class DeepSpeedLearner:
         self.attend = attention_for(learner.attention, self.device)
         policy = self._open_policy(DTYPES[dtype], temperature)
         choose_trained(family, policy.network, learner)
+        train_without_dropout(policy.network)
+        if learner.gradient_checkpointing:
+            checkpoint_layers(policy.network)
         self.features_shared = learner.share_features and features_stay(family, policy.network)
         self.engine = self._initialise(policy, train=True)
         self.state = ZeroState(
@@ -121,24 +132,14 @@ class DeepSpeedLearner:
 
     def _initialise(self, policy: Policy, *, train: bool) -> Any:
         """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""
-        if train and self.learner.gradient_checkpointing:
-            network: Any = policy.network
-            network.gradient_checkpointing_enable({"use_reentrant": False})
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": self.learner.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": next(policy.parameters()).dtype == torch.bfloat16},
-            "gradient_clipping": self.learner.max_grad_norm,
-            "steps_per_print": 10**9,
-        }
+        settings = zero_settings(self.learner, next(policy.parameters()).dtype)
         if self.learner.zero_stage == 3:
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
             trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trained, **self._hyperparameters())
+            # Fused: one kernel, and no temporary as large as the weights, as torch's default on GPUs has.
+            optimizer = torch.optim.AdamW(trained, fused=True, **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
             model=policy.to(self.device), config=settings, optimizer=optimizer, dist_init_required=False
         )
@@ -162,30 +163,38 @@ class DeepSpeedLearner:
         correction: str,
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
-        made, wants_reference, several = self.ahead.take(), beta > 0 and self.reference is not None, len(updates) > 1
+        stats = self._update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
+        self._release_cache()
+        return stats
 
-        def before_any_step(rows: Sequence[Pack]) -> tuple[Prepared, Tensor | None]:
-            """With the logprobs of the old policy, where that is another one than the policy."""
-            with span("prepare"):
-                one = self._prepared(rows, made)
-                return one, self._no_grad(self.engine, one) if several else None
+    def _release_cache(self) -> None:
+        """Leave what this process does not use to the engines on the same GPU, which wake when it is done."""
+        if self.shares_gpu:
+            release_cache(self.device)
 
-        prepared: Iterator[tuple[Prepared, Tensor | None]] = map(before_any_step, chain(*updates))
-        if several:
-            prepared = iter(list(prepared))
+    def _update(
+        self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str, correction: str
+    ) -> UpdateStats:
+        made, wants_reference = self.ahead.take(), beta > 0 and self.reference is not None
+        kept: Iterator[Kept | None] = repeat(None)
+        if len(updates) > 1:
+            kept = iter([self._before_any_step(rows, made) for rows in chain(*updates)])
         totals = Totals(self.device)
-        grad_norm, skipped, encodes = 0.0, 0, 0
+        grad_norms: list[float] = []
+        skipped, encodes = 0, 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         for update in updates:
-            for index, (one, old) in enumerate(islice(prepared, len(update))):
+            for index, rows in enumerate(update):
+                with span("prepare"):
+                    one = self._prepared(rows, made, next(kept))
                 batch, reference = one.batch, one.reference if wants_reference else None
                 if wants_reference and reference is None:
                     reference = self._no_grad(self.reference, one)
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 with span("forward", tokens=len(batch.token_ids)):
                     logprobs, entropy = self.engine(batch, features=one.features)
-                before = logprobs.detach() if old is None else old
+                before = logprobs.detach() if one.old is None else one.old
                 used, ratios = importance(
                     correction,
                     before,
@@ -213,16 +222,33 @@ class DeepSpeedLearner:
                 totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
             with span("optimiser step"):
                 self.engine.step()
-            grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-            skipped += int(self.engine.optimizer.overflow)  # DeepSpeed steps on no gradient that is not finite
+            if self.engine.optimizer.overflow:  # DeepSpeed steps on no gradient that is not finite
+                skipped += 1
+            else:
+                grad_norms.append(float(self.engine.get_global_grad_norm()))
         encodes += self._take_encodes()
         with span("sum over ranks"):
-            return totals.stats(grad_norm=grad_norm, lr=lr, vision_encodes=encodes, skipped=skipped)
+            return totals.stats(
+                updates=len(updates),
+                grad_norm=fmean(grad_norms) if grad_norms else math.inf,
+                lr=lr,
+                vision_encodes=encodes,
+                skipped=skipped,
+            )
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
         self.ahead.prepare(updates, with_reference=with_reference)
 
-    def _prepared(self, rows: Sequence[Pack], made: Made) -> Prepared:
+    @span("prepare")
+    def _before_any_step(self, rows: Sequence[Pack], made: Made) -> Kept:
+        """Logprobs of the policy before the first of several optimizer steps. Pixels are not kept until its own."""
+        one = self._prepared(rows, made)
+        old = self._no_grad(self.engine, one)
+        return Kept(old=old, features=one.features, reference=one.reference, encodes=one.encodes)
+
+    def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None = None) -> Prepared:
+        if kept is not None:
+            return kept.with_batch(rows, self._collate(rows))
         one = made.of(rows) or Prepared(rows=rows, batch=self._collate(rows))
         if self.features_shared and one.features is None:
             return replace(one, features=self._features(self.engine, one.batch))
@@ -270,10 +296,8 @@ class DeepSpeedLearner:
 
     @on_one_thread()
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        batch = self._collate([_row(probe.group) for probe in probes])
-        with torch.no_grad():
-            log_p = self.engine(batch, wanted="distributions").cpu()
-        self._take_encodes()
+        log_p = self._distributions(probes)
+        self._release_cache()
         results, start = [], 0
         for probe in probes:
             candidates = torch.from_numpy(probe.candidates)
@@ -281,6 +305,14 @@ class DeepSpeedLearner:
             results.append(rows.gather(1, candidates).numpy())
             start += len(candidates)
         return results
+
+    def _distributions(self, probes: Sequence[Probe]) -> Tensor:
+        """(answer tokens of all probes, V) in host memory."""
+        batch = self._collate([_row(probe.group) for probe in probes])
+        with torch.no_grad():
+            log_p: Tensor = self.engine(batch, wanted="distributions").cpu()
+        self._take_encodes()
+        return log_p
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self._weights(trained_only=True)

@@ -22,6 +22,12 @@ from othink_ray.spans import span
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
+# What each of DeepSpeed's optimizers calls this rank's float32 weights.
+_FLAT_PARTITIONS = (
+    "fp32_partitioned_groups_flat",  # ZeRO 3
+    "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+    "fp32_groups_flat_partition",  # ZeRO 1 of bfloat16 weights
+)
 
 
 class StateError(ValueError):
@@ -91,9 +97,9 @@ class ZeroState:
 
     def _flat_partitions(self) -> list[Tensor]:
         """What Adam steps on."""
-        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
-        flat: list[Tensor] = getattr(self.optimizer, name)
-        return flat
+        [flat] = [getattr(self.optimizer, name) for name in _FLAT_PARTITIONS if hasattr(self.optimizer, name)]
+        found: list[Tensor] = flat
+        return found
 
     def _adam_steps(self) -> int:
         states = [self.optimizer.optimizer.state.get(flat) for flat in self._flat_partitions()]
@@ -103,7 +109,8 @@ class ZeroState:
         """Adam makes its state at its first step; one that goes on needs it before."""
         for flat in self._flat_partitions():
             moments = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
-            self.optimizer.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+            made = torch.tensor(float(steps), device=flat.device)  # fused AdamW counts its steps there
+            self.optimizer.optimizer.state[flat] = {"step": made, **moments}
         if self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()

@@ -68,7 +68,8 @@ class Totals:
         if len(gap):
             self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
 
-    def stats(self, *, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
+    def stats(self, *, updates: int, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
+        """`updates`: how many optimizer steps the losses are of; the weights of each one's add up to a whole loss."""
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
@@ -76,7 +77,7 @@ class Totals:
         used, truncated, cut, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
         count, sequences = max(tokens, 1.0), max(answers, 1.0)
         return UpdateStats(
-            loss=loss,
+            loss=loss / updates,
             kl_mean=kl / count if references else float("nan"),
             ratio_raw_mean=ratio / count,
             ratio_raw_max=self.maxima[0].item(),

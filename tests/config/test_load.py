@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+from hydra import compose, initialize_config_dir
 
-from othink_ray.config.load import ConfigError, conf_dir, load, read, sweep_jobs, to_yaml
+from othink_ray.config.load import ConfigError, conf_dir, groups, load, read, sweep_jobs, to_yaml
 
 
 def report(overrides: list[str], folder: Path | None = None) -> str:
@@ -33,6 +35,17 @@ def test_defaults_are_the_papers_where_it_has_them() -> None:
 def test_override_beats_group_and_group_beats_default() -> None:
     config = load(["algo=grpo", "algo.group_size=4"])
     assert (config.algo.name, config.algo.kl.schedule, config.algo.group_size) == ("grpo", "constant", 4)
+
+
+def test_each_model_is_given_the_adam_of_its_size() -> None:
+    """The tiny one's would shrink a real one's steps: its gradients are not much larger than 1e-6."""
+    models, clusters = (groups(conf_dir())[group] for group in ("model", "cluster"))
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().resolve())):
+        for model, cluster in itertools.product(models, clusters):
+            composed = compose("config", overrides=[f"model={model}", f"cluster={cluster}"])
+            adam = tuple(composed.learner[name] for name in ("adam_beta1", "adam_beta2", "adam_eps"))
+            expected = (0.9, 0.999, 1e-8) if composed.model.tiny is None else (0.9, 0.99, 1e-6)
+            assert tuple(map(float, adam)) == expected, (model, cluster)
 
 
 def test_cluster_chooses_gpu_engines_and_an_override_still_wins() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import random
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
@@ -24,6 +27,7 @@ from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.core import fused
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
+from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, open_family
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.last_layer import narrow
@@ -251,12 +255,45 @@ def test_images_of_many_patches_look_the_same_to_the_untouched_network(
 
 
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
+    """Each layer runs once more in backward, the narrow one too."""
     learner = copy.deepcopy(policy)
+    layers: Any = policy.family.layers(learner.network)
+    narrow(layers[-1])
+    begun: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: begun.append(number))
     batch = batch_of([row_of(group_of(policy.family, prompt, [3, 5], 0)) for prompt in MIXED], policy.family)
     expected = gradients(learner, learner(batch)[0].sum())
-    learner.train()
-    learner.network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    assert Counter(begun) == Counter(range(len(layers)))
+    train_without_dropout(learner.network)
+    checkpoint_layers(learner.network)
     assert_same_gradients(gradients(learner, learner(batch)[0].sum()), expected, 1e-5)
+    assert Counter(begun) == Counter(list(range(len(layers))) * 3)
+
+
+def test_a_network_with_dropout_is_trained_without_it(
+    name: str, folders: dict[str, Path], models: dict[str, ModelConfig], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[name], tmp_path / "with_dropout"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"attention_dropout": 0.5}
+    config["vision_config"] |= {"attention_dropout": 0.5, "projection_dropout": 0.5, "hidden_dropout_prob": 0.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    policy = fresh_policy(open_family(models[name], str(folder)))
+    groups = [group_of(policy.family, MIXED[0], [3, 5], 0)]
+
+    def logprobs() -> Tensor:
+        """By the network's own attention; the learner's has no dropout."""
+        with torch.no_grad():
+            return plain_logprobs(policy, policy.family, groups)
+
+    expected = logprobs()
+    policy.network.train()
+    assert (logprobs() - expected).abs().max() > 0.01
+    with pytest.warns(UserWarning, match=r"dropout rates above 0 \(model\.\S+ = 0\.5, \.\.\.\): it is trained without"):
+        train_without_dropout(policy.network)
+    assert policy.network.training
+    assert torch.equal(logprobs(), expected)
 
 
 def test_features_of_a_frozen_tower_can_be_shared(policy: Policy) -> None:

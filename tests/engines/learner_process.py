@@ -11,8 +11,10 @@ import pickle
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from othink_ray.config.schema import LearnerConfig, ModelConfig
 from othink_ray.engines.base import meeting_place
+from othink_ray.engines.micro_batch import MicroBatch
 from othink_ray.types import Pack, Probe, UpdateStats
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +53,8 @@ class Scenario:
     probes: Sequence[Probe] = ()
     watch: bool = False
     ahead: bool = False  # each step's rows are prepared beside the update before
+    shares_gpu: bool = False
+    rates: Sequence[float] = ()  # learning rate of each step; none: learner.lr, which the optimizer was made with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,18 @@ class Outcome:
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
     seen: Sequence[Seen] = field(default=())  # before and after training
     made: Sequence[int] = ()  # micro-batches that were prepared ahead of each step
+    cost: Cost | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Cost:
+    """What a life took, counted from outside."""
+
+    forwards: list[int]  # forward passes of each layer of the policy, the vision tower's first
+    kept_bytes: int = 0  # tensors that autograd kept for backward
+    pixels: int = 0  # micro-batches whose pixels are alive
+    most_pixels: int = 0
+    releases: list[tuple[int, int]] = field(default_factory=list)  # (optimizer steps made, `pixels`) at each release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +124,53 @@ def run_ranks(
 
 
 def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
+    with counted() as cost:
+        return _live(job, scenario, rank, cost)
+
+
+@contextmanager
+def counted() -> Iterator[Cost]:
+    """Counts micro-batches whose pixels are alive, and what autograd keeps, of all that is learned inside."""
+    from othink_ray.engines import deepspeed_learner
+
+    cost, collate = Cost(forwards=[]), deepspeed_learner.collate
+
+    def counting(*inputs: Any) -> MicroBatch:
+        batch = collate(*inputs)
+        cost.pixels += 1
+        cost.most_pixels = max(cost.most_pixels, cost.pixels)
+        weakref.finalize(batch.images.pixels, gone)
+        return batch
+
+    def gone() -> None:
+        cost.pixels -= 1
+
+    def keep(tensor: Tensor) -> Tensor:
+        cost.kept_bytes += tensor.nbytes
+        return tensor
+
+    deepspeed_learner.collate = counting
+    try:
+        with saved_tensors_hooks(keep, lambda kept: kept):
+            yield cost
+    finally:
+        deepspeed_learner.collate = collate
+
+
+def watch(learner: Any, cost: Cost) -> None:
+    """Count forward passes when they begin: one that is repeated for backward stops where it has what is missing."""
+    from othink_ray.engines import deepspeed_learner
+
+    def begun(number: int) -> None:
+        cost.forwards[number] += 1
+
+    for number, layer in enumerate(learner.family.layers(learner.engine.module.network)):
+        cost.forwards.append(0)
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: begun(number))
+    deepspeed_learner.release_cache = lambda device: cost.releases.append((learner.engine.global_steps, cost.pixels))
+
+
+def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     from othink_ray.engines.base import Place
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
@@ -122,13 +187,16 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         with_reference=scenario.with_reference,
         seed=0,
         place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
+        shares_gpu=scenario.shares_gpu,
     )
+    watch(learner, cost)
     if scenario.load:
         learner.load(scenario.load)
     seen = [_look(learner, scenario, rank)] if scenario.watch else []
     factors = {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
     stats, made = [], []
-    for number, shares in enumerate(scenario.steps):
+    rates = scenario.rates or [scenario.learner.lr] * len(scenario.steps)
+    for number, (shares, rate) in enumerate(zip(scenario.steps, rates, strict=True)):
         before = learner.ahead._made
         made.append(len(before.begun))
         following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.ahead else []
@@ -138,7 +206,7 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
                 learner.update(
                     shares[rank],
                     beta=scenario.beta,
-                    lr=scenario.learner.lr,
+                    lr=rate,
                     loss=scenario.loss,
                     correction=scenario.correction,
                 )
@@ -160,6 +228,7 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
         factors=factors,
         seen=seen,
         made=made,
+        cost=cost,
     )
 
 

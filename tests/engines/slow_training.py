@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ Rewards = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slow:
-    """What the paper's formulas give."""
+    """What the paper's formulas give; losses and norms are means over the updates of a step."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -67,7 +68,7 @@ def slow_training(
         with torch.no_grad():
             old = [answers_of(plain_logprobs(policy, family, [group]), group) for group in groups]
             ref = [answers_of(plain_logprobs(reference, family, [group]), group) for group in groups]
-        step_loss, share = 0.0, len(groups) // updates
+        step_losses, step_norms, share = [], [], len(groups) // updates
         for update in range(updates):
             slow_groups = []
             for i in range(update * share, (update + 1) * share):
@@ -90,9 +91,10 @@ def slow_training(
                 first_gradient = {
                     n: p.grad.numpy().copy() for n, p in policy.network.named_parameters() if p.grad is not None
                 }
-            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
+            step_norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), learner.max_grad_norm)))
             optimizer.step()
-            step_loss += float(value.detach())
-        losses.append(step_loss)
+            step_losses.append(float(value.detach()))
+        losses.append(fmean(step_losses))
+        grad_norms.append(fmean(step_norms))
     weights = {name: p.detach().numpy().copy() for name, p in policy.network.named_parameters()}
     return Slow(losses=losses, grad_norms=grad_norms, weights=weights, first_gradient=first_gradient)

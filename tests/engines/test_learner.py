@@ -142,7 +142,7 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
     slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA)
     found = alone["stage 1"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
-    assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms[1::2], rel=1e-4)
+    assert [stats.grad_norm for stats in found.stats] == pytest.approx(slow.grad_norms, rel=1e-4)
     assert max(slow.grad_norms) > small.learner.max_grad_norm
     assert distance(found.weights, slow.weights)[0] < 2e-5
 
@@ -255,7 +255,7 @@ def test_what_is_prepared_beside_an_update_changes_nothing(alone: dict[str, Outc
     assert_same_stats(found.stats, expected.stats)
     for own, other in zip(found.stats, expected.stats, strict=True):
         assert own.reference_passes == other.reference_passes
-        assert own.vision_encodes == other.vision_encodes or alike == "stage 3, checkpointing"  # again in backward
+        assert own.vision_encodes == other.vision_encodes
     if alike != "stage 3, checkpointing":
         assert distance(found.weights, expected.weights)[0] == 0
     assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
@@ -381,6 +381,7 @@ def test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told(
     ):
         [stats] = outcome.stats
         assert stats.skipped == 1
+        assert 0 < stats.grad_norm < math.inf, "of the update that was made"
         assert stats.bad_prompts[0] in ("a", "b", "c", "d")
         assert math.isnan(stats.loss)
         assert all(np.isfinite(weight).all() for weight in outcome.weights.values())

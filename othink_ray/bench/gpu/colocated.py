@@ -52,7 +52,7 @@ def by_memory(setup: Setup) -> Iterator[Row]:
 
 def _life(setup: Setup, engine: EngineProcess, transport: str, *, sleeps: bool) -> Iterator[Row]:
     of_engine = _used_gb(setup)
-    learner = open_learner(setup, lr=RATE)
+    learner = open_learner(setup, lr=RATE, shares_gpu=sleeps)
     push = _pusher(learner, engine, transport)
     prompts = questions(setup.learned, setup.sides[0])
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -70,8 +70,6 @@ def _life(setup: Setup, engine: EngineProcess, transport: str, *, sleeps: bool) 
     def learn(groups: list[Any]) -> None:
         rows = learner.rows([scored(group, seed) for seed, group in enumerate(groups)])
         learner.update([learner.batch(row) for row in rows])
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the step left is the engine's
 
     push(0)
     for step in range(1, setup.colocated_steps + 1):

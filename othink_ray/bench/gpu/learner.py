@@ -18,8 +18,10 @@ from othink_ray.config.schema import ModelConfig
 from othink_ray.core.attention import attention_for
 from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
+from othink_ray.engines.device_memory import release_cache
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
 from othink_ray.families import open_family
 from othink_ray.families.last_layer import narrow
 from othink_ray.types import Pack, Probe, ScoredGroup
@@ -34,11 +36,13 @@ PASSES = 4
 class PlainLearner:
     """One process, one device. A row is a micro-batch of its own."""
 
-    def __init__(self, model: ModelConfig, device: torch.device, *, lr: float) -> None:
+    def __init__(self, model: ModelConfig, device: torch.device, *, lr: float, shares_gpu: bool = False) -> None:
         assert model.path is not None
+        self.shares_gpu = shares_gpu
         self.family, self.device = open_family(model, model.path), device
         self.policy, self.reference = (self._open(model) for _ in range(2))
-        self.reference.requires_grad_(False)
+        self.reference.requires_grad_(False).eval()
+        train_without_dropout(self.policy.network)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=lr, fused=True)
         self.attention = ATTENTIONS[-1]
 
@@ -66,12 +70,10 @@ class PlainLearner:
         return collate([row], self.family, attention_for(self.attention, self.device), self.device)
 
     def set_checkpointing(self, wanted: bool) -> None:
-        network = self.policy.network
         if wanted:
-            network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            checkpoint_layers(self.policy.network)
         else:
-            network.gradient_checkpointing_disable()  # type: ignore[operator]
-        self.policy.train(wanted)  # transformers' layers look at it; nothing is dropped out in these networks
+            self.policy.network.gradient_checkpointing_disable()  # type: ignore[operator]
 
     def update(self, batches: Sequence[MicroBatch]) -> None:
         for batch in batches:
@@ -91,6 +93,8 @@ class PlainLearner:
             )
             loss.backward()
         self.descend()
+        if self.shares_gpu:
+            release_cache(self.device)
 
     def descend(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -130,8 +134,8 @@ class PlainLearner:
     def clear(self) -> None:
         """After a step that found no memory: what it left is dropped, and the peak is counted anew."""
         self.optimizer.zero_grad()
+        release_cache(self.device)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gb(self) -> float:

@@ -49,9 +49,9 @@ def learn(setup: Setup) -> Iterator[Row]:
     )
 
 
-def open_learner(setup: Setup, *, lr: float) -> PlainLearner:
+def open_learner(setup: Setup, *, lr: float, shares_gpu: bool = False) -> PlainLearner:
     """With gradient checkpointing, and the attention that works here."""
-    learner = PlainLearner(setup.model(), setup.device, lr=lr)
+    learner = PlainLearner(setup.model(), setup.device, lr=lr, shares_gpu=shares_gpu)
     learner.set_checkpointing(True)
     learner.choose_attention(_groups(setup, learner, 1, setup.sides[0], setup.tokens[0]))
     return learner

@@ -26,7 +26,8 @@ OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
-SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
+SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk", "easy_vqa")
+EASY_VQA_SUBSETS = ("open", "yes_no")  # colours and shapes | yes and no
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.freeze": tuple(FROZEN),
     "model.family": FAMILIES,
     "model.dtype": ("float32", "bfloat16"),
-    "data.task": ("counting", "geometry"),
+    "data.task": ("counting", "geometry", "vqa"),
     "data.train.source": SOURCES,
     "data.test.source": SOURCES,
     "data.on_bad_row": ("drop", "stop"),

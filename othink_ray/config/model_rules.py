@@ -61,7 +61,9 @@ def _rate(config: Config, path: str) -> Iterator[Problem]:
     highest = _HIGHEST_LORA_RATE if learner.lora.rank else _HIGHEST_RATE[config.mode]
     if learner.lr > highest:
         usual = "1e-4" if learner.lora.rank else {"train": "1e-6", "sft": "2e-5"}[config.mode]
-        rule = f"must be at most {highest:g} where model.path = {path}: it suits the embedded model of a million weights"
+        rule = (
+            f"must be at most {highest:g} where model.path = {path}: it suits the embedded model of a million weights"
+        )
         yield broken(config, "learner.lr", rule, f"Set learner.lr={usual}, or use learner=deepspeed_gpu.")
 
 

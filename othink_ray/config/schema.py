@@ -233,7 +233,7 @@ class LearnerConfig:
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
-    vision_lr_scale: float  # the vision tower learns at lr times this; 0 keeps it as it is, but for weight decay
+    vision_lr_scale: float  # the vision tower learns at lr times this
     projector_lr_scale: float  # its projector likewise
     freeze: str  # none | vision (the tower without its projector) | projector (the tower and its projector)
     lora: LoraConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from othink_ray.config.model_rules import base_model_folder, model_folder
-from othink_ray.config.schema import Config, DataConfig
+from othink_ray.config.schema import Config, DataConfig, LearnerConfig
 from othink_ray.core.rates import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
@@ -77,7 +77,8 @@ def _make_tiny(config: Config, place: Path, console: Console, open_classroom: Op
         reasoning=tiny.warm_reasoning,
     )
     with console.phase("warm start: the tiny model learns to answer, by supervised fine-tuning"):
-        _teach(config, place / "untaught", place / "taught", lessons, console, open_classroom)
+        whole = replace(config, learner=_all_trained(config.learner))
+        _teach(whole, place / "untaught", place / "taught", lessons, console, open_classroom)
     return place / "taught"
 
 
@@ -91,17 +92,18 @@ def _make_smol(config: Config, place: Path, console: Console, open_classroom: Op
     seeing = warm_started(eyes, console, open_classroom)
     with console.phase(f"fetching {smol.weights}, and putting the vision tower before it"):
         build_smol(place / "untaught", config.model, seeing)
-    lessons = _Lessons(
-        questions=None, steps=smol.warm_steps, batch=smol.warm_batch, lr=smol.warm_lr, reasoning=True
-    )
-    scaled = replace(
-        config.learner, vision_lr_scale=0.0, projector_lr_scale=smol.warm_projector_scale, gradient_checkpointing=False
-    )
+    lessons = _Lessons(questions=None, steps=smol.warm_steps, batch=smol.warm_batch, lr=smol.warm_lr, reasoning=True)
+    learner = replace(_all_trained(config.learner), freeze="vision", projector_lr_scale=smol.warm_projector_scale)
     with console.phase("warm start: the language model learns what the tower sees, by supervised fine-tuning"):
-        _teach(
-            replace(config, learner=scaled), place / "untaught", place / "taught", lessons, console, open_classroom
-        )
+        taught = replace(config, learner=learner)
+        _teach(taught, place / "untaught", place / "taught", lessons, console, open_classroom)
     return place / "taught"
+
+
+def _all_trained(learner: LearnerConfig) -> LearnerConfig:
+    """Base models learn with all of their weights at one rate, whatever the run trains of them."""
+    lora = replace(learner.lora, rank=0)
+    return replace(learner, freeze="none", lora=lora, vision_lr_scale=1.0, projector_lr_scale=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,7 @@ def _teach(
     config: Config, untaught: Path, taught: Path, lessons: _Lessons, console: Console, open_classroom: OpenClassroom
 ) -> None:
     few = replace(config.data, train=replace(config.data.train, size=lessons.questions))
-    whole = replace(config.learner, freeze="none", lora=replace(config.learner.lora, rank=0))
-    shown = replace(config, learner=whole, sft=replace(config.sft, reasoning=lessons.reasoning))
+    shown = replace(config, sft=replace(config.sft, reasoning=lessons.reasoning))
     with open_classroom(shown, untaught, console.say) as room:
         train(
             room.students,

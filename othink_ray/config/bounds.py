@@ -26,7 +26,8 @@ OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
 GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
-SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk")
+SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk", "easy_vqa")
+EASY_VQA_SUBSETS = ("open", "yes_no")  # colours and shapes | yes and no
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.freeze": tuple(FROZEN),
     "model.family": FAMILIES,
     "model.dtype": ("float32", "bfloat16"),
-    "data.task": ("counting", "geometry"),
+    "data.task": ("counting", "geometry", "vqa"),
     "data.train.source": SOURCES,
     "data.test.source": SOURCES,
     "data.on_bad_row": ("drop", "stop"),
@@ -106,6 +107,7 @@ BOUNDS = (
             *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
             *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
+            "model.smol.warm_batch",
             *("train.keep_last", "faults.patience", "wandb.samples_every"),
         ),
     ),
@@ -133,6 +135,7 @@ BOUNDS = (
             ),
             *("rollout.cpus_per_actor", "rollout.gpus_per_actor", "learner.cpus_per_rank", "cluster.wait_s"),
             "learner.lora.rank",
+            *("model.smol.seed", "model.smol.warm_steps"),
         ),
     ),
     Bound(
@@ -143,6 +146,8 @@ BOUNDS = (
             *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "algo.reward.answer_cpu_s"),
             *("model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
+            *("learner.vision_lr_scale", "learner.projector_lr_scale"),
+            *("model.smol.warm_lr", "model.smol.warm_projector_scale"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
             "learner.lora.alpha",
             *("faults.kl_limit", "faults.gap_limit"),

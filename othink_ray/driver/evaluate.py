@@ -13,6 +13,7 @@ from othink_ray.config.load import data_named
 from othink_ray.config.schema import Config
 from othink_ray.core.intervals import wilson
 from othink_ray.data import BadRow, Screen, Source, SourceError, open_source
+from othink_ray.data.prompts import with_grey_images
 from othink_ray.types import Prompt, ScoredGroup
 
 
@@ -38,11 +39,14 @@ class Evaluation:
 
 
 def exams(config: Config, screen: Screen) -> list[Exam]:
-    """The run's own data set first, then those of eval.also."""
+    """The run's own data set first, then those of eval.also; each with its blind twin where data.blind asks for one."""
     found = []
     for data in (config.data, *(data_named(name) for name in config.eval.also)):
         good, bad = held_out_prompts(open_source(data, "test"), config.eval.questions, data.on_bad_row, screen)
         found.append(Exam(name=data.name, prompts=good, bad_rows=bad))
+        if data.blind:
+            unseen = [with_grey_images(prompt) for prompt in good]
+            found.append(Exam(name=f"{data.name}-blind", prompts=unseen, bad_rows=[]))
     return found
 
 

@@ -32,7 +32,7 @@ from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.totals import Totals
-from othink_ray.engines.trained import choose_trained, features_stay
+from othink_ray.engines.trained import choose_trained, features_stay, parameter_groups
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
 from othink_ray.engines.zero_settings import zero_settings
 from othink_ray.families.base import Family
@@ -137,7 +137,7 @@ class DeepSpeedLearner:
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
-            trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+            trained = parameter_groups(self.family, policy.network, self.learner)
             # Fused: one kernel, and no temporary as large as the weights, as torch's default on GPUs has.
             optimizer = torch.optim.AdamW(trained, fused=True, **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
@@ -183,7 +183,7 @@ class DeepSpeedLearner:
         grad_norms: list[float] = []
         skipped, encodes = 0, 0
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for update in updates:
             for index, rows in enumerate(update):
                 with span("prepare"):

@@ -48,6 +48,8 @@ class ZeroState:
     def share(self) -> tuple[dict[str, Tensor], int]:
         """This rank's parameters as `name/weight`, `name/exp_avg`, …, copied; and how many steps Adam has made."""
         steps = self._adam_steps()
+        if steps:
+            self.link_moments()
         kinds = (_WEIGHT, *_MOMENTS) if steps else (_WEIGHT,)
         held, kept = [0] * self.world_size, {}
         for name, parameter in self.trained:
@@ -111,6 +113,13 @@ class ZeroState:
             moments = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
             made = torch.tensor(float(steps), device=flat.device)  # fused AdamW counts its steps there
             self.optimizer.optimizer.state[flat] = {"step": made, **moments}
+        self.link_moments()
+
+    def link_moments(self) -> None:
+        """Let DeepSpeed find Adam's moments of each parameter.
+
+        It does so once by itself, after the step of the first parameter group: those of other groups are not made yet.
+        """
         if self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 from torch import nn
 
 from othink_ray.config.bounds import FROZEN
@@ -21,6 +24,22 @@ def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -
             if part in frozen:
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
+
+
+def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig) -> list[dict[str, Any]]:
+    """What is trained, as an optimizer takes it: parts that learn at the same rate together.
+
+    The rate of a group is learner.lr times its `lr_scale`.
+    """
+    scales = {"vision": learner.vision_lr_scale, "projector": learner.projector_lr_scale}
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    grouped: set[int] = set()  # a tied weight belongs to several modules
+    for part, _, module in modules_by_part(family, network):
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in grouped:
+                grouped.add(id(parameter))
+                groups[scales.get(part, 1.0)].append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
 
 
 def count_trained(family: Family, learner: LearnerConfig) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
+from othink_ray.data.pixels import decoded, size_of
 from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 
@@ -83,3 +84,13 @@ def test_the_runs_own_exam_comes_first_and_further_data_sets_follow() -> None:
     found = exams(config, lambda prompt: None)
     assert [exam.name for exam in found] == ["counting", "geometry"]
     assert [{prompt.task for prompt in exam.prompts} for exam in found] == [{"counting"}, {"geometry"}]
+
+
+def test_a_blind_data_set_is_asked_once_more_with_grey_images_of_the_same_size() -> None:
+    seen, unseen, other = exams(load(["data.blind=true", "eval.questions=4", "eval.also=[geometry]"]), lambda _: None)
+    assert [exam.name for exam in (seen, unseen, other)] == ["counting", "counting-blind", "geometry"]
+    for shown, hidden in zip(seen.prompts, unseen.prompts, strict=True):
+        assert (hidden.id, hidden.messages, hidden.answer) == (shown.id, shown.messages, shown.answer)
+        assert [size_of(image) for image in hidden.images] == [size_of(image) for image in shown.images]
+        for image in hidden.images:
+            assert len(set(np.asarray(decoded(image)).flatten())) == 1

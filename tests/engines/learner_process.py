@@ -259,6 +259,7 @@ def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     moments = {}
+    learner.state.link_moments()
     for name, parameter in learner.engine.module.network.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -49,6 +49,8 @@ def lives(
         }
         sharp = life(stage, adam_eps=1e-12, weight_decay=0.0)
         scenarios |= {f"{stage}, rate {rate}": replace(sharp, rates=[rate]) for rate in RATES}
+        apart = life(stage, adam_eps=1e-12, weight_decay=0.0, vision_lr_scale=0.5, projector_lr_scale=4.0)
+        scenarios[f"{stage}, rates apart"] = replace(apart, rates=[RATES[0]])
     group = replace(batches[0][0], completions=batches[0][0].completions[:1])
     candidates = np.zeros((len(group.completions[0].token_ids), 1), dtype=np.int64)
     probe = Probe(group=group, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32))
@@ -140,3 +142,14 @@ def test_the_first_step_is_as_long_as_its_rate(lives: dict[str, Outcome], stage:
     """Adam's first step moves each weight by the rate, whatever its gradient."""
     changes = moved(lives[f"{stage}, rate {rate}"], lives["untouched"])
     assert max(float(np.abs(change).max()) for change in changes.values()) == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tower_and_projector_step_at_their_share_of_the_rate(lives: dict[str, Outcome], stage: int) -> None:
+    changes = moved(lives[f"{stage}, rates apart"], lives["untouched"])
+    longest: dict[str, float] = {}
+    for name, change in changes.items():
+        part = "projector" if ".merger." in name else "vision" if ".visual." in name else "text"
+        longest[part] = max(longest.get(part, 0.0), float(np.abs(change).max()))
+    expected = {"text": RATES[0], "vision": 0.5 * RATES[0], "projector": 4.0 * RATES[0]}
+    assert longest == pytest.approx(expected, rel=1e-3)

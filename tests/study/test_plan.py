@@ -80,12 +80,41 @@ def test_what_is_added_to_the_command_goes_to_every_run_but_never_blurs_what_tel
     assert load(base_overrides(STUDY, extra)).train.steps == load(STUDY.base).train.steps
 
 
-def test_the_full_size_study_is_the_same_command_with_another_model_and_other_data() -> None:
-    study = load(["study.counting.data=clevr", "study.geometry.data=geoqa"]).study
-    runs = planned(study, ["model=qwen2_vl_2b", "cluster=one_node"])
-    configs = [load(run.overrides) for run in runs if run.seed == 0]
-    assert {config.model.name for config in configs} == {"qwen2_vl_2b"}
-    assert {config.data.name for config in configs} == {"clevr", "geoqa"}
+FULL_SIZE = ["model=qwen2_vl_2b", "cluster=one_node"]
+
+
+def full_size_runs() -> list[StudyRun]:
+    return planned(load(["study=r1_v"]).study, FULL_SIZE)
+
+
+@pytest.mark.parametrize("run", full_size_runs(), ids=lambda run: run.name)
+def test_full_size_runs_train_at_the_rates_of_the_r1_v_recipe(run: StudyRun) -> None:
+    config = config_of(run.overrides)
+    assert (config.model.name, config.model.dtype) == ("qwen2_vl_2b", "bfloat16")
+    assert config.data.name == {VC: "clevr", GR: "geoqa"}[run.task]
+    assert config.learner.lr == (2e-5 if run.method == "sft" else 1e-6)
+    assert config.train.prompts_per_step * config.algo.group_size == 128
+    assert config.data.train.size == {VC: 100, GR: None}[run.task]
+    assert config.train.steps == {VC: 100, GR: 500}[run.task]
+    one_node = load(["cluster=one_node"])
+    assert (config.rollout.threads, config.learner.threads) == (one_node.rollout.threads, one_node.learner.threads)
+
+
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_full_size_runs_miss_nothing_but_the_users_own_test_files(size: str) -> None:
+    study = load(["study=r1_v", f"study.size={size}"]).study
+    for run in planned(study, FULL_SIZE):
+        if run.seed == 0:
+            found = problems(config_of(run.overrides), Machine(cpus=256, gpus=8))
+            assert [
+                one for one in found if "there is none here" not in one.rule and "image_root" not in one.subject
+            ] == []
+
+
+def test_the_tiny_models_study_is_refused_on_a_real_model() -> None:
+    for run in planned(STUDY, FULL_SIZE):
+        subjects = [one.subject for one in problems(config_of(run.overrides), Machine(cpus=256, gpus=8))]
+        assert any(one.startswith("learner.lr = ") for one in subjects), run.name
 
 
 def test_of_two_overrides_of_one_key_the_last_holds() -> None:

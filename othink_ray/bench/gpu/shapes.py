@@ -49,6 +49,7 @@ class Shape:
             min_pixels=3136,
             max_pixels=MOST_PIXELS,
             tiny=None,
+            smol=None,
         )
 
 

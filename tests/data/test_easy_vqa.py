@@ -1,0 +1,71 @@
+"""easy-VQA as its package has it, and wheels that are fetched once."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config.check import problems
+from othink_ray.config.load import load
+from othink_ray.data import SourceError, open_source
+from othink_ray.data.wheels import WheelError, fetch_wheel
+
+COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+SHAPES = {"circle", "rectangle", "triangle"}
+WHEEL = "easy-vqa==1.0"
+
+
+def answers(name: str, split: str, *overrides: str) -> list[str]:
+    data = load([f"data={name}", *overrides]).data
+    source = open_source(data, split)  # type: ignore[arg-type]
+    return [source.prompt(index).answer for index in range(0, len(source), 41)]
+
+
+def test_open_questions_ask_for_colours_and_shapes_alone() -> None:
+    assert set(answers("easy_vqa", "train")) == set(answers("easy_vqa", "test")) == COLOURS | SHAPES
+
+
+def test_subsets_divide_all_questions_of_a_split() -> None:
+    def count(subset: str) -> int:
+        return len(open_source(load(["data=easy_vqa", f"data.test.files.subset={subset}"]).data, "test"))
+
+    assert (count("open"), count("yes_no"), count("null")) == (2537, 7136, 9673)
+    assert set(answers("easy_vqa", "test", "data.test.files.subset=yes_no")) == {"yes", "no"}
+    assert len(open_source(load(["data=easy_vqa_all"]).data, "train")) == 38_575
+
+
+def test_every_row_has_its_own_image_and_name() -> None:
+    source = open_source(load(["data=easy_vqa"]).data, "train")
+    prompts = [source.prompt(index) for index in range(60)]
+    assert len({prompt.id for prompt in prompts}) == 60
+    assert len({prompt.images for prompt in prompts}) > 10
+    table_ids = [prompt.id.rpartition("/")[2] for prompt in prompts]
+    assert table_ids == sorted(table_ids)
+
+
+def test_a_subset_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    [problem] = problems(load(["data=easy_vqa", "data.train.files.subset=opn"]), None)
+    assert problem.subject == "data.train.files.subset = opn"
+    assert "open, yes_no or null" in problem.rule
+
+
+def test_a_wheel_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = fetch_wheel(WHEEL)
+
+    def never(*arguments: object, **settings: object) -> None:
+        raise AssertionError("fetched again")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    assert fetch_wheel(WHEEL) == wheel
+
+
+def test_a_package_that_cannot_be_had_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(WheelError, match=r"easy-vqa==1\.0 could not be fetched from PyPI: .*put its wheel into "):
+        fetch_wheel(WHEEL)
+    assert list((tmp_path / "othink_ray" / "wheels").iterdir()) == []
+    with pytest.raises(SourceError, match=r"data\.test\.files\.path = easy-vqa==1\.0: easy-vqa==1\.0 could not be"):
+        open_source(load(["data=easy_vqa"]).data, "test")

@@ -57,6 +57,19 @@ class VLLMRollout(Receiver):
 
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
+        arguments = self.arguments(rollout, model, family, path, transport=transport, max_logprobs=max_logprobs)
+        if not on_gpu:
+            _inspect_here(path)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
+        self.engine.collective_rpc("open_network")
+        self.asleep = False
+        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+
+    @staticmethod
+    def arguments(
+        rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str, max_logprobs: int
+    ) -> dict[str, Any]:
+        """Keyword arguments of vLLM's `EngineArgs`; computed without importing vLLM or touching a device."""
         arguments: dict[str, Any] = {
             "model": path,
             "dtype": model.dtype,
@@ -80,20 +93,16 @@ class VLLMRollout(Receiver):
             "trust_remote_code": False,
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
-        if on_gpu:
+        if rollout.gpus_per_actor > 0:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
             arguments["enable_sleep_mode"] = rollout.sleep
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
-            _inspect_here(path)
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
-        self.engine.collective_rpc("open_network")
-        self.asleep = False
-        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+        return arguments
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         self.coming.prepare(prompts)

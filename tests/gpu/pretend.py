@@ -103,8 +103,10 @@ class PretendedMemory:
     def __init__(self, worker: Any) -> None:
         self.worker = worker
         self.kept: dict[str, Tensor] = {}
+        self.calls: list[str] = []
 
     def suspend(self, level: int) -> None:
+        self.calls.append(f"suspend at level {level}")
         network = self.worker.model_runner.get_model()
         tensors = dict(network.named_parameters()) | dict(network.named_buffers())
         self.kept = {name: tensor.detach().clone() for name, tensor in tensors.items()} if level == 1 else {}
@@ -112,6 +114,7 @@ class PretendedMemory:
             tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     def resume(self, tags: list[str] | None) -> None:
+        self.calls.append(f"resume {tags}")
         if tags is None or "weights" in tags:
             network = self.worker.model_runner.get_model()
             for name, tensor in (dict(network.named_parameters()) | dict(network.named_buffers())).items():

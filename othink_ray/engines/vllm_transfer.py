@@ -62,7 +62,7 @@ def open_sender(
 
         def largest(self) -> int:
             """Bytes of the largest weight."""
-            return max(math.prod(one.shape) * one.dtype.itemsize for one in self._metadata)
+            return max(int(math.prod(one.shape)) * int(one.dtype.itemsize) for one in self._metadata)
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return named_weights()

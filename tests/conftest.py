@@ -38,7 +38,7 @@ OVERRIDES = (
 )
 
 
-LONG = ("drills", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
+LONG = ("drills", "gpu", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,6 +30,25 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def candidate_logprobs(
+    hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    candidates: torch.Tensor,
+    *,
+    temperature: float,
+    logit_bias: torch.Tensor | None,
+    chunk: int,
+) -> torch.Tensor:
+    """Logprobs (N, K) in nats of the tokens `candidates` (N, K), by the arithmetic of `token_logprobs`; no gradient."""
+    with torch.no_grad():
+        return torch.cat(
+            [
+                _log_softmax(states, lm_head_weight, logit_bias, temperature).gather(1, tokens)
+                for states, tokens in zip(hidden.split(chunk), candidates.split(chunk), strict=True)
+            ]
+        )
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Recomputes each chunk's logits in the backward pass instead of keeping them."""
 

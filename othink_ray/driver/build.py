@@ -234,6 +234,7 @@ def _teacher(config: Config, path: str) -> Teaches:
 
 
 def _vllm_engine(config: Config, path: str) -> RolloutEngine:
+    from othink_ray.engines.trained import trains_all
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 
@@ -245,6 +246,7 @@ def _vllm_engine(config: Config, path: str) -> RolloutEngine:
         path,
         transport=transport_of(config),
         max_logprobs=config.weights.audit_candidates,
+        sleep_level=2 if trains_all(config.learner) else 1,
     )
 
 

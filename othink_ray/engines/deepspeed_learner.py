@@ -296,23 +296,17 @@ class DeepSpeedLearner:
 
     @on_one_thread()
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        log_p = self._distributions(probes)
-        self._release_cache()
-        results, start = [], 0
-        for probe in probes:
-            candidates = torch.from_numpy(probe.candidates)
-            rows = log_p[start : start + len(candidates)]
-            results.append(rows.gather(1, candidates).numpy())
-            start += len(candidates)
-        return results
-
-    def _distributions(self, probes: Sequence[Probe]) -> Tensor:
-        """(answer tokens of all probes, V) in host memory."""
         batch = self._collate([_row(probe.group) for probe in probes])
+        asked = torch.from_numpy(np.concatenate([probe.candidates for probe in probes]))
+        unasked = len(batch.targets) - len(asked)  # of the row that joins probes without an image
+        candidates = torch.nn.functional.pad(asked, (0, 0, 0, unasked)).to(self.device)
         with torch.no_grad():
-            log_p: Tensor = self.engine(batch, wanted="distributions").cpu()
+            found = self.engine(batch, candidates=candidates).cpu()
         self._take_encodes()
-        return log_p
+        del batch, candidates
+        self._release_cache()
+        lengths = [len(probe.candidates) for probe in probes]
+        return [own.numpy() for own in found[: len(asked)].split(lengths)]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self._weights(trained_only=True)

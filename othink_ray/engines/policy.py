@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from othink_ray.core.logprobs import token_logprobs
+from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from othink_ray.engines.micro_batch import MicroBatch
 from othink_ray.families.base import Family
 
@@ -16,7 +16,7 @@ BANNED_BIAS = -100.0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Wanted = Literal["logprobs", "features", "distributions"]
+Wanted = Literal["logprobs", "features"]
 
 
 class Policy(nn.Module):
@@ -30,17 +30,25 @@ class Policy(nn.Module):
         self.logit_rows = logit_rows
         self.encoded_images = 0
 
-    def forward(self, batch: MicroBatch, *, features: Tensor | None = None, wanted: Wanted = "logprobs") -> Any:
+    def forward(
+        self,
+        batch: MicroBatch,
+        *,
+        features: Tensor | None = None,
+        wanted: Wanted = "logprobs",
+        candidates: Tensor | None = None,
+    ) -> Any:
         """One door for all that runs the network: a wrapper that gathers sharded weights stands before it.
 
-        `features` are the batch's own, where they are known already.
+        `features` are the batch's own, where they are known already. With `candidates` (M, K), tokens for each answer
+        place, it returns their logprobs (M, K) instead of the targets'.
         """
         if features is None:
             features = self.image_features(batch)
         if wanted == "features":
             return features
         states = self.predicting_states(batch, features)
-        return self.logprobs(batch, states) if wanted == "logprobs" else self.distributions(states)
+        return self.logprobs(batch, states) if candidates is None else self.candidate_logprobs(states, candidates)
 
     def image_features(self, batch: MicroBatch) -> Tensor:
         """(image tokens, H) of all images."""
@@ -71,11 +79,17 @@ class Policy(nn.Module):
             chunk=self.logit_rows,
         )
 
-    def distributions(self, states: Tensor) -> Tensor:
-        """Log probabilities (M, V) of every token at every answer place: for a few rows, such as an audit's."""
+    def candidate_logprobs(self, states: Tensor, candidates: Tensor) -> Tensor:
+        """Log probabilities (M, K) of a few tokens at each answer place, without gradient: for an audit."""
         weight = self.family.output_weight(self.network)
-        logits = states.float() @ weight.float().T + logit_bias(self.family, weight)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        return candidate_logprobs(
+            states,
+            weight,
+            candidates,
+            temperature=self.temperature,
+            logit_bias=logit_bias(self.family, weight),
+            chunk=self.logit_rows,
+        )
 
 
 def logit_bias(family: Family, weight: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig)
     return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
 
 
+def trains_all(learner: LearnerConfig) -> bool:
+    """Whether every push brings every weight: no adapters in their place, and no part is frozen."""
+    return not learner.lora.rank and not FROZEN[learner.freeze]
+
+
 def count_trained(family: Family, learner: LearnerConfig) -> int:
     """How many numbers are trained, before any weight is loaded; AdapterError where there is nothing to adapt."""
     network = family.skeleton()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
-from othink_ray.engines.base import Receiver, Sampling, on_one_thread, require_room, share_of_cores
+from othink_ray.engines.base import Receiver, Sampling, UnfinishedPush, on_one_thread, require_room, share_of_cores
 from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
@@ -32,8 +32,10 @@ class VLLMRollout(Receiver):
         *,
         transport: str,
         max_logprobs: int,
+        sleep_level: int = 1,
     ) -> None:
-        self.family = family
+        """Sleeping at level 2 drops the weights: only where every push brings all of them."""
+        self.family, self.sleep_level = family, sleep_level
         self.limit, self.prefix_caching = rollout.max_model_len, rollout.prefix_caching
         self.fixed_length = rollout.fixed_length
         on_gpu = rollout.gpus_per_actor > 0
@@ -57,6 +59,19 @@ class VLLMRollout(Receiver):
 
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
+        arguments = self.arguments(rollout, model, family, path, transport=transport, max_logprobs=max_logprobs)
+        if not on_gpu:
+            _inspect_here(path)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
+        self.engine.collective_rpc("open_network")
+        self.asleep = False
+        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+
+    @staticmethod
+    def arguments(
+        rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str, max_logprobs: int
+    ) -> dict[str, Any]:
+        """Keyword arguments of vLLM's `EngineArgs`; computed without importing vLLM or touching a device."""
         arguments: dict[str, Any] = {
             "model": path,
             "dtype": model.dtype,
@@ -80,20 +95,16 @@ class VLLMRollout(Receiver):
             "trust_remote_code": False,
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
-        if on_gpu:
+        if rollout.gpus_per_actor > 0:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
             arguments["enable_sleep_mode"] = rollout.sleep
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
-            _inspect_here(path)
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
-        self.engine.collective_rpc("open_network")
-        self.asleep = False
-        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+        return arguments
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         self.coming.prepare(prompts)
@@ -122,9 +133,18 @@ class VLLMRollout(Receiver):
         self.engine.collective_rpc(verb, args=arguments)
 
     def sleep(self) -> None:
-        """The device is the learner's until the next push: weights wait in host memory, keys and values are dropped."""
-        self.engine.sleep(level=1)
+        """Leave the device to the learner until the next push: keys and values are dropped, weights too at level 2.
+
+        At level 1 the weights wait in host memory. What vLLM derives from the configuration (rotary tables and other
+        buffers) it keeps at both levels.
+        """
+        self.engine.sleep(level=self.sleep_level)
         self.asleep = True
+
+    def _require_whole(self) -> None:
+        super()._require_whole()
+        if self.asleep:
+            raise UnfinishedPush("this engine sleeps: its memory is the learner's until the next push")
 
     def begin_push(self) -> None:
         super().begin_push()

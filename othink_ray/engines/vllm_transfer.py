@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -41,7 +42,10 @@ def open_sender(
     receivers: int,
     bucket_bytes: int,
 ) -> Sender:
-    """Meets the engines and returns a sender; rank 0 sends, the others join its gathering under ZeRO-3."""
+    """Meets the engines and returns a sender; rank 0 sends, the others join its gathering under ZeRO-3.
+
+    A bucket holds `bucket_bytes`, or the largest weight alone where that is more.
+    """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -56,9 +60,14 @@ def open_sender(
         def metadata(self) -> list[ParamMeta]:
             return self._metadata
 
+        def largest(self) -> int:
+            """Bytes of the largest weight."""
+            return max(int(math.prod(one.shape)) * int(one.dtype.itemsize) for one in self._metadata)
+
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return named_weights()
 
+    source = PolicySource()
     meeting = {
         "nccl": lambda: NCCLTrainerInitInfo(
             rank=place.rank,
@@ -67,9 +76,11 @@ def open_sender(
             world_size=1 + receivers,
             packed_buffer_size_bytes=bucket_bytes,
         ),
-        "ipc": lambda: IPCTrainerInitInfo(rank=place.rank, packed=True, packed_buffer_size_bytes=bucket_bytes),
+        # Its buffer has a fixed size and refuses a weight that is larger, where NCCL's grows by that one weight. Every
+        # rank has all shapes and comes to the same size: they must cut the weights into the same buckets.
+        "ipc": lambda: IPCTrainerInitInfo(
+            rank=place.rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, source.largest())
+        ),
     }
-    sender: Sender = WeightTransferTrainerFactory.trainer_init(
-        meeting[backend](), client=engines, source=PolicySource()
-    )
+    sender: Sender = WeightTransferTrainerFactory.trainer_init(meeting[backend](), client=engines, source=source)
     return sender

@@ -16,7 +16,18 @@ from othink_ray.engines.base import RolloutEngine, Sampling, UnfinishedPush
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Prompt
-from tests.engines.samples import MIXED, always_says, ask, batch_of, give, learner_gap, picture, row_of, sent_weights
+from tests.engines.samples import (
+    MIXED,
+    always_says,
+    ask,
+    batch_of,
+    distributions,
+    give,
+    learner_gap,
+    picture,
+    row_of,
+    sent_weights,
+)
 
 CPU = torch.device("cpu")
 WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
@@ -393,7 +404,7 @@ def test_a_probe_holds_the_likeliest_tokens_of_each_place_in_order(
         assert probe.logprobs.dtype == np.float32
         row = row_of(probe.group)
         with torch.no_grad():
-            own = taught(batch_of([row], family), wanted="distributions")[:places]
+            own = distributions(taught, batch_of([row], family))[:places]
         assert own.topk(8).values.numpy() == pytest.approx(probe.logprobs, abs=1e-4)
         for tokens, logprobs in zip(probe.candidates, probe.logprobs, strict=True):
             assert len(set(tokens.tolist())) == 8

@@ -94,6 +94,13 @@ def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:
     return Policy(family.load_network(torch.float32), family, temperature, logit_rows=64).eval()
 
 
+def distributions(policy: Policy, batch: MicroBatch) -> Tensor:
+    """Log probabilities (M, V) of all tokens at every answer place."""
+    vocabulary = len(policy.family.output_weight(policy.network))
+    every: Tensor = policy(batch, candidates=torch.arange(vocabulary).expand(len(batch.targets), -1))
+    return every
+
+
 def batch_of(packs: Sequence[Pack], family: Family, attention: str = "auto") -> MicroBatch:
     cpu = torch.device("cpu")
     return collate(packs, family, attention_for(attention, cpu), cpu)

@@ -22,7 +22,7 @@ from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, run_ranks
 from tests.engines.lives import BETA, planned, training
 from tests.engines.nearness import assert_same_stats, distance, moved
-from tests.engines.samples import batch_of, fresh_policy, row_of
+from tests.engines.samples import batch_of, distributions, fresh_policy, row_of
 from tests.engines.slow_training import TEMPERATURE
 
 TEXT = LoraConfig(rank=4, alpha=12, targets=("text",))
@@ -183,7 +183,7 @@ def test_a_plain_network_with_the_sent_weights_answers_as_the_learner(
     for group, found, before in zip(batches[0], trained.candidate_logprobs, start.candidate_logprobs, strict=True):
         row = row_of(replace(group, completions=group.completions[:1]))
         with torch.no_grad():
-            expected = policy(batch_of([row], small_family), wanted="distributions")[: len(found), 100:104].numpy()
+            expected = distributions(policy, batch_of([row], small_family))[: len(found), 100:104].numpy()
         assert np.abs(found - expected).max() < 1e-5 < 1e-3 < np.abs(found - before).max()
 
 

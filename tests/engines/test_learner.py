@@ -21,7 +21,7 @@ from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
 from tests.engines.lives import BETA, REWARDS, packs_of, planned, training
 from tests.engines.nearness import assert_same_stats, distance, moved
-from tests.engines.samples import ask, batch_of, fresh_policy, picture, scored
+from tests.engines.samples import ask, batch_of, distributions, fresh_policy, picture, scored
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
 # ---- one process a rank, once for all tests
@@ -362,7 +362,7 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
         for probe, found in zip(probes, outcome.candidate_logprobs, strict=True):
             packed = pack(scored(probe.group, [0.0]), np.zeros(1), 1)
             with torch.no_grad():
-                whole = policy(batch_of([packed], small_family), wanted="distributions")
+                whole = distributions(policy, batch_of([packed], small_family))
             expected = whole[: len(probe.candidates)].gather(1, torch.from_numpy(probe.candidates)).numpy()
             assert found.shape == probe.candidates.shape
             assert found == pytest.approx(expected, abs=1e-4)

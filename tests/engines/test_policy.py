@@ -16,7 +16,7 @@ from othink_ray.families.base import Family
 from othink_ray.types import Group, Pack, Prompt
 from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
-from tests.engines.samples import ask, batch_of, group_of, picture, row_of
+from tests.engines.samples import ask, batch_of, distributions, group_of, picture, row_of
 
 TEMPERATURE = 0.8
 
@@ -76,7 +76,7 @@ def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, fa
     batch = batch_of([row_of(group) for group in groups_of(family, "images of several sizes")], family)
     with torch.no_grad():
         logprobs, entropy = policy(batch)
-        whole = policy(batch, wanted="distributions")
+        whole = distributions(policy, batch)
     assert torch.allclose(whole.exp().sum(-1), torch.ones(len(whole)), atol=1e-5)
     assert torch.allclose(whole.gather(1, batch.targets[:, None])[:, 0], logprobs, atol=1e-5)
     assert torch.allclose(-(whole.exp() * whole).sum(-1), entropy, atol=1e-4)
@@ -179,7 +179,7 @@ def test_a_row_whose_image_tokens_are_not_the_processors_is_refused_by_name(fami
 def test_tokens_that_stand_for_pixels_have_no_chance_at_any_place(policy: Policy, family: Family) -> None:
     batch = batch_of([row_of(group_of(family, ask("a", picture(84, 84, 0)), [3], 0))], family)
     with torch.no_grad():
-        whole = policy(batch, wanted="distributions")
+        whole = distributions(policy, batch)
     assert len(set(family.banned_token_ids)) == 5
     assert whole[:, list(family.banned_token_ids)].max() < -90
     assert whole[:, family.eos_token_id].min() > -20

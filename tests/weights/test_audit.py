@@ -22,7 +22,7 @@ from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, compare, repeated, require
-from tests.engines.samples import ask, batch_of, give, group_of, row_of, sent_weights, worker_of
+from tests.engines.samples import ask, batch_of, distributions, give, group_of, row_of, sent_weights, worker_of
 
 CPU = torch.device("cpu")
 # A mean gap of float32 engines that is no rounding: they agree to less than 2e-6 on the tiny model.
@@ -82,7 +82,7 @@ def test_probes_and_answers_must_match_in_number(family: Family) -> None:
 
 def learner_logprobs(policy: Policy, family: Family, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
     with torch.no_grad():
-        whole = policy(batch_of([row_of(probe.group) for probe in probes], family), wanted="distributions")
+        whole = distributions(policy, batch_of([row_of(probe.group) for probe in probes], family))
     places = [len(probe.candidates) for probe in probes]
     return [
         rows.gather(1, torch.from_numpy(probe.candidates)).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def _pusher(learner: PlainLearner, engine: EngineProcess, transport: str) -> Cal
         lambda: ((name, weight.detach()) for name, weight in learner.named_weights()),
         engine,
         place,
-        port=29_501,
+        port=_free_port(),
         receivers=1,
         bucket_bytes=BUCKET,
     )
@@ -140,6 +141,13 @@ def _pusher(learner: PlainLearner, engine: EngineProcess, transport: str) -> Cal
         engine.ask("finish_push", version, 0)
 
     return send
+
+
+def _free_port() -> int:
+    """For vLLM's weight transfer, which opens its rendezvous itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _sampling(setup: Setup) -> Sampling:

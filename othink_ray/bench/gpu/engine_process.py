@@ -26,7 +26,7 @@ class EngineProcess:
         """`gpu` is the number of a device of its own."""
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, setup, transport, gpu, changes))
+        self.process = spawn.Process(target=serve_engine, args=(theirs, setup, transport, gpu, changes))
         self.process.start()
         theirs.close()  # or the end of the process would not be the end of the pipe
 
@@ -67,7 +67,7 @@ class EngineProcess:
         self.ask("transfer", "finish_weight_update")
 
 
-def _serve(pipe: Connection, setup: Setup, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
+def serve_engine(pipe: Connection, setup: Setup, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     try:

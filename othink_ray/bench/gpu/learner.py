@@ -126,9 +126,9 @@ class PlainLearner:
         for probe in probes:
             nothing = np.zeros(len(probe.group.completions))
             row = pack(ScoredGroup(group=probe.group, rewards=nothing, parts={}, valid=nothing == 0), nothing, 1)
+            candidates = torch.from_numpy(probe.candidates).to(self.device)
             with torch.no_grad():
-                log_p: Tensor = self.policy(self.batch(row), wanted="distributions").cpu()
-            found.append(log_p.gather(1, torch.from_numpy(probe.candidates)).numpy())
+                found.append(self.policy(self.batch(row), candidates=candidates).cpu().numpy())
         return found
 
     def clear(self) -> None:

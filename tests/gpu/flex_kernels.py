@@ -1,0 +1,294 @@
+"""Compile the learner's FlexAttention for an H100 on a machine without one; prints each kernel as JSON.
+
+    python -m tests.gpu.flex_kernels forward|backward HEADS KEY_HEADS
+
+Inductor lowers what the learner calls to Triton, and Triton compiles that to a cubin for sm_90: neither needs a device.
+A program of its own: torch believes in a device from its start to its end.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+WIDTH, PROMPT, ANSWER, ANSWERS = 128, 600, 256, 8  # of a head; tokens of a prompt and of each of its answers
+STREAM_MULTIPROCESSORS, SHARED_BYTES = 132, 232_448
+Captured = list[tuple[str, str]]
+
+
+class LoweredError(Exception):
+    """All is compiled: a device would run it now."""
+
+
+def _stop(*_: Any) -> Any:
+    raise LoweredError
+
+
+def pretend_hopper() -> Captured:
+    """torch finds one H100; what would be loaded onto it is kept instead, by name and source."""
+    import torch
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import async_compile, output_code
+    from torch._inductor import config as inductor
+    from torch._inductor.fx_passes import joint_graph, post_grad
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    properties = SimpleNamespace(
+        name="NVIDIA H100",
+        major=9,
+        minor=0,
+        multi_processor_count=STREAM_MULTIPROCESSORS,
+        total_memory=80 * 2**30,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=SHARED_BYTES,
+        shared_memory_per_multiprocessor=233_472,
+        L2_cache_size=50 * 2**20,
+        gcnArchName="",
+    )
+    shared = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _device: None,
+        "get_device_properties": lambda _device=None: properties,
+        "current_stream": lambda *_: mock.Mock(),
+        "synchronize": lambda _device=None: None,
+    }
+    own = {
+        "get_device_capability": lambda _device=None: (9, 0),
+        "get_device_name": lambda _device=None: properties.name,
+        "is_initialized": lambda: True,
+        "_lazy_init": lambda: None,
+        "get_rng_state": lambda *_: torch.zeros(1),
+        "set_rng_state": lambda *_, **__: None,
+        "_exchange_device": lambda _device: 0,
+        "_maybe_exchange_device": lambda _device: 0,
+    }
+    interface = {
+        "get_compute_capability": lambda _device=None: 90,
+        "exchange_device": lambda _device: 0,
+        "maybe_exchange_device": lambda _device: 0,
+        "is_triton_capable": lambda _device=None: True,
+        "raise_if_triton_unavailable": lambda _device=None: None,
+        "is_bf16_supported": lambda including_emulation=False: True,
+        "get_raw_stream": lambda _device=0: 0,
+    }
+    for name, value in (shared | own).items():
+        setattr(torch.cuda, name, value)
+    for name, value in (shared | interface).items():
+        setattr(CudaInterface, name, staticmethod(value))
+    for name in ("current_device", "set_device", "get_device_properties"):
+        setattr(CudaInterface.Worker, name, staticmethod(shared[name]))
+    torch.version.cuda = "13.0"
+    torch.accelerator.is_available = lambda: False  # type: ignore[assignment]
+    torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")  # type: ignore[assignment]
+    torch._C._cuda_getCurrentRawStream = lambda _device=0: 0
+    torch._C._cuda_setDevice = lambda _device: None
+
+    class Driver(mock.MagicMock):
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self) -> Any:
+            return torch.device("cuda", 0)
+
+    driver.set_active(Driver())
+    joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None  # patterns are traced on a device
+    inductor.pattern_matcher = False
+    inductor.force_disable_caches = True
+    import torch._higher_order_ops.flex_attention
+
+    # It would copy to the strides of the query, which are those of the result already.
+    flex = sys.modules["torch._higher_order_ops.flex_attention"]
+    flex._permute_strides = lambda out, _strides: torch.empty_like(out)  # type: ignore[attr-defined]
+    output_code.CompiledFxGraph.__call__ = _stop  # type: ignore[method-assign, assignment]
+    captured: Captured = []
+
+    def keep(_self: Any, name: str, source: str, device_str: str = "cuda") -> Any:
+        captured.append((name, source))
+        return mock.MagicMock()
+
+    async_compile.AsyncCompile.triton = keep  # type: ignore[method-assign, assignment]
+    return captured
+
+
+def learners_attention() -> Any:
+    """`core.attention.FlexAttention` over one line, made on the CPU; a prompt with its answers, as `auto` has it."""
+    import numpy as np
+    import torch
+
+    from othink_ray.core.attention import FlexAttention
+    from othink_ray.core.line import line_up
+
+    segments = [0] * PROMPT + [1 + place // ANSWER for place in range(ANSWERS * ANSWER)]
+    line = line_up([np.array(segments, dtype=np.int32)])
+    return FlexAttention(line, torch.device("cpu"))
+
+
+def over(mask: Callable[..., Any], tensors: dict[str, Any]) -> Callable[..., Any]:
+    """The learner's own mask function, looking at these tensors instead."""
+    assert isinstance(mask, types.FunctionType)
+    assert set(mask.__code__.co_freevars) == set(tensors), mask.__code__.co_freevars
+    cells = tuple(types.CellType(tensors[name]) for name in mask.__code__.co_freevars)
+    return types.FunctionType(mask.__code__, mask.__globals__, mask.__name__, mask.__defaults__, cells)
+
+
+_TABLES = [
+    f"{full}{axis}_{what}" for axis in "kv q".split() for full in ("", "full_") for what in ("num_blocks", "indices")
+]
+
+
+def lower(direction: str, heads: int, key_heads: int) -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from othink_ray.core import attention as ours
+
+    attention = learners_attention()
+    length = PROMPT + ANSWERS * ANSWER
+    sees = attention.mask.mask_mod
+    if direction == "backward":
+        _lower_backward(attention, sees, length, heads, key_heads)
+        return
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        rows = torch.zeros(length, dtype=torch.int64, device="cuda")
+        attention.mask.mask_mod = over(sees, {"rows": rows, "segments": torch.zeros_like(rows)})
+        for name in _TABLES:
+            table = getattr(attention.mask, name)
+            setattr(attention.mask, name, torch.empty(table.shape, dtype=table.dtype, device="cuda"))
+        attention.attend = ours._flex_kernel("cuda")
+        query, key, value = (
+            torch.empty(1, own, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+            for own in (heads, key_heads, key_heads)
+        )
+        with contextlib.suppress(LoweredError):
+            attention(query, key, value, WIDTH**-0.5)
+
+
+def _lower_backward(attention: Any, sees: Any, length: int, heads: int, key_heads: int) -> None:
+    """What autograd of the compiled kernel runs, traced and given to Inductor: autograd itself wants a device."""
+    import torch
+    import torch._higher_order_ops.flex_attention
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    flex = sys.modules["torch._higher_order_ops.flex_attention"]
+    options = {
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": True,
+        "OUTPUT_MAX": False,
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scalars = [torch.zeros((), dtype=torch.bfloat16, requires_grad=True)]
+        scalars += [torch.zeros((), dtype=torch.int32) for _ in range(4)]
+        forward, joint = flex.create_fw_bw_graph(lambda score, _b, _h, _m, _n: score, tuple(scalars), ())
+    with FakeTensorMode(shape_env=ShapeEnv()) as fake:
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        def mask(b: Any, h: Any, viewer: Any, seen: Any, segments: Any, rows: Any) -> Any:
+            return over(sees, {"rows": rows, "segments": segments})(b, h, viewer, seen)
+
+        asking, keys = (1, heads, length, WIDTH), (1, key_heads, length, WIDTH)
+        sums = [empty(*asking[:3], dtype=torch.float32) for _ in range(2)]
+        rows = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in range(2)]
+        tables = [
+            empty(*table.shape, dtype=table.dtype) for table in (getattr(attention.mask, name) for name in _TABLES)
+        ]
+        inputs = [empty(*asking), empty(*keys), empty(*keys), empty(*asking), sums[0], empty(*asking), sums[1], *rows]
+
+        def back(query: Any, key: Any, value: Any, out: Any, lse: Any, grad: Any, grad_lse: Any, *rest: Any) -> Any:
+            segments, row_numbers, *blocks = rest
+            size = attention.mask.BLOCK_SIZE
+            described = (length, length, *blocks, None, None, None, None, *size, mask)
+            return flex.flex_attention_backward(
+                query, key, value, out, lse, grad, grad_lse, forward, joint, described, WIDTH**-0.5, options,
+                (), (segments, row_numbers),
+            )[:3]  # fmt: skip
+
+        graph = make_fx(back, tracing_mode="real")(*inputs, *tables)
+        with tracing(TracingContext(fake)), V.set_fake_mode(fake):
+            compile_fx_inner(graph, [*inputs, *tables])
+
+
+def compiled(name: str, source: str, folder: Path) -> dict[str, Any]:
+    """What Triton makes of a kernel's source for sm_90, with the warps and stages that Inductor chose."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def chosen(pattern: str, otherwise: str) -> Any:
+        found = re.search(pattern, source, re.DOTALL)
+        return ast.literal_eval(found.group(1) if found else otherwise)
+
+    body = source[source.index("@triton.jit") :]
+    imports = (
+        "from torch._inductor.runtime import triton_helpers\n"
+        "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math\n"
+        "import triton\nimport triton.language as tl\n"
+    )
+    file = folder / f"{name}.py"
+    file.write_text(imports + body)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = triton.compile(
+        ASTSource(
+            fn=getattr(module, name),
+            signature=chosen(r"'signature': (\{.*?\})", "{}"),
+            constexprs=chosen(r"'constants': (\{.*?\})", "{}"),
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": chosen(r"num_warps=(\d+)", "4"), "num_stages": chosen(r"num_stages=(\d+)", "3")},
+    )
+    return {
+        "name": name,
+        "shared": made.metadata.shared,
+        "tensor cores": "wgmma" in made.asm["ptx"],
+        "cubin": len(made.asm["cubin"]),
+    }
+
+
+def main(direction: str, heads: int, key_heads: int) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        os.environ |= {
+            "TORCHINDUCTOR_CACHE_DIR": f"{made}/inductor",
+            "TRITON_CACHE_DIR": f"{made}/triton",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        captured = pretend_hopper()
+        lower(direction, heads, key_heads)
+        for name, source in captured:
+            if name.startswith("triton_tem"):  # the template of attention; the rest are sums
+                print("KERNEL " + json.dumps(compiled(name, source, Path(made))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,192 @@
+"""A GPU's memory played by this machine's, so that vLLM's code for GPUs runs between real processes on CPUs.
+
+Only what needs a device is replaced: a CUDA IPC handle is a file that two processes map, NCCL is vLLM's own
+StatelessProcessGroup over sockets, and the allocator that sleeping empties forgets what is in the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = "GPU-0000"  # both processes see the same one
+FOLDER = "PRETEND_FOLDER"  # the environment's name of where handles lie
+_MODULES = (
+    *(f"vllm.distributed.weight_transfer.{name}" for name in ("base", "ipc_engine", "nccl_engine", "nccl_common")),
+    "vllm.distributed.weight_transfer.packed_tensor",
+    "vllm.v1.worker.gpu_worker",
+)
+
+
+class Stream:
+    """Everything that it is given has been done already."""
+
+    def __init__(self, device: int = 0) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class PretendedTorch:
+    """torch as a module of vLLM sees it, with one device."""
+
+    def __init__(self, meta: bool) -> None:
+        self.meta = meta  # tensors of the device have shapes alone
+        self.cuda = SimpleNamespace(
+            Stream=Stream,
+            current_stream=Stream,
+            get_device_properties=lambda _index: SimpleNamespace(uuid=DEVICE),
+            ipc_collect=lambda: None,
+            is_available=lambda: True,
+            stream=lambda _stream: contextlib.nullcontext(),
+            synchronize=lambda: None,
+        )
+        self.accelerator = SimpleNamespace(
+            current_device_index=lambda: 0, get_memory_info=lambda: (0, 0), synchronize=lambda: None
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, size: int, *, dtype: torch.dtype, device: Any) -> Tensor:
+        if self.meta:
+            return torch.empty(size, dtype=dtype, device="meta")
+        return _file_of(size, dtype) if device == "cuda" else torch.empty(size, dtype=dtype)
+
+
+_numbers = itertools.count()
+_files: dict[int, Path] = {}  # by the address of their first byte
+
+
+def _file_of(size: int, dtype: torch.dtype) -> Tensor:
+    path = Path(os.environ[FOLDER]) / f"{os.getpid()}_{next(_numbers)}"
+    memory = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+    _files[memory.data_ptr()] = path
+    return memory
+
+
+def _export(memory: Tensor) -> tuple[None, tuple[Any, ...]]:
+    """What torch's `reduce_tensor` gives: a function, and what another process rebuilds the tensor from."""
+    path = None if memory.is_meta else str(_files[memory.data_ptr()])
+    return None, (path, memory.numel(), memory.dtype, None, None, None, 0)
+
+
+def _import(path: str | None, size: int, dtype: torch.dtype, *_rest: Any) -> Tensor:
+    if path is None:
+        return torch.empty(size, dtype=dtype, device="meta")
+    return torch.from_file(path, shared=True, size=size, dtype=dtype)
+
+
+class SocketCommunicator:
+    """NCCL's part: vLLM's group of processes has met over sockets already, and moves the bytes too."""
+
+    def __init__(self, group: Any, device: Any) -> None:
+        self.group = group
+
+    def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> None:
+        tensor.copy_(self.group.broadcast(tensor, src))
+
+    def destroy(self) -> None: ...
+
+
+class PretendedMemory:
+    """vLLM's allocator for sleeping: at level 1 it keeps the weights on the host, at level 2 they are lost."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+        self.kept: dict[str, Tensor] = {}
+        self.calls: list[str] = []
+
+    def suspend(self, level: int) -> None:
+        self.calls.append(f"suspend at level {level}")
+        network = self.worker.model_runner.get_model()
+        tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+        self.kept = {name: tensor.detach().clone() for name, tensor in tensors.items()} if level == 1 else {}
+        for tensor in tensors.values():
+            tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
+
+    def resume(self, tags: list[str] | None) -> None:
+        self.calls.append(f"resume {tags}")
+        if tags is None or "weights" in tags:
+            network = self.worker.model_runner.get_model()
+            for name, tensor in (dict(network.named_parameters()) | dict(network.named_buffers())).items():
+                if name in self.kept:
+                    tensor.data.copy_(self.kept[name])
+            self.kept = {}
+
+
+@contextlib.contextmanager
+def device(*, meta: bool = False) -> Iterator[None]:
+    """While it lasts, vLLM's weight transfer finds a GPU in this process."""
+    from importlib import import_module
+
+    from torch.multiprocessing import reductions
+    from vllm.distributed.device_communicators import pynccl
+    from vllm.distributed.weight_transfer import packed_tensor
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    pretended = PretendedTorch(meta)
+    with contextlib.ExitStack() as undo:
+        for name in _MODULES:
+            _replace(undo, import_module(name), "torch", pretended)
+        _replace(undo, packed_tensor, "reduce_tensor", _export)
+        _replace(undo, reductions, "rebuild_cuda_tensor", _import)
+        _replace(undo, pynccl, "PyNcclCommunicator", SocketCommunicator)
+        # The worker for CPUs does nothing when it is to sleep; the one for GPUs is what is looked at.
+        memory = property(lambda worker: worker.__dict__.setdefault("pretended", PretendedMemory(worker)))
+        _replace(undo, CPUWorker, "sleep_mode_backend", memory)
+        for verb in ("sleep", "wake_up"):
+            _replace(undo, CPUWorker, verb, getattr(Worker, verb))
+        _replace(undo, CPUWorker, "synchronize_device", lambda worker: None)
+        _replace(undo, CPUWorker, "finish_weight_update", _finish)
+        packed_tensor._get_streams.cache_clear()
+        yield
+        packed_tensor._get_streams.cache_clear()
+
+
+def _finish(worker: Any) -> None:
+    """The worker's own, and what kernels for CPUs keep of the weights made anew: kernels for GPUs keep nothing."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from othink_ray.engines.vllm_worker import _pack
+
+    Worker.finish_weight_update(worker)
+    for module in worker.packed:
+        _pack(module, remove_weight=False)
+
+
+def _replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    undo.callback(lambda: setattr(owner, name, before) if had else delattr(owner, name))
+
+
+def with_transfer(arguments: dict[str, Any], transport: str) -> dict[str, Any]:
+    """An engine's arguments as they are on a GPU, as far as one on a CPU takes them."""
+    return arguments | ({"weight_transfer_config": {"backend": transport}} if transport in ("ipc", "nccl") else {})
+
+
+def serve(pipe: Any, setup: Any, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
+    """The GPU check's process of an engine, with a device to pretend."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from othink_ray.bench.gpu import engine_process
+    from othink_ray.engines.vllm_rollout import VLLMRollout
+
+    plain = VLLMRollout.arguments
+
+    def arguments(*inputs: Any, **named: Any) -> dict[str, Any]:
+        return with_transfer(plain(*inputs, **named), transport)
+
+    VLLMRollout.arguments = staticmethod(arguments)  # type: ignore[method-assign]
+    with device():
+        engine_process.serve_engine(pipe, setup, transport, None, changes)

@@ -1,0 +1,59 @@
+"""The GPU check's own program of an engine and a learner, on this machine: vLLM's weight transfer between processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from othink_ray.bench.gpu import colocated, engine_process
+from othink_ray.bench.gpu.rows import Row
+from othink_ray.bench.gpu.setup import Setup
+from tests.bench.test_gpu_check import TOY
+from tests.gpu import pretend
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    monkeypatch.setenv(pretend.FOLDER, str(tmp_path))
+    monkeypatch.setattr(engine_process, "serve_engine", pretend.serve)
+    return Setup(
+        folder=tmp_path,
+        device=torch.device("cpu"),
+        dtype="float32",
+        name="toy",
+        shapes={"toy": TOY},
+        sides=(56,),
+        tokens=(8,),
+        answers=3,
+        asked=2,
+        learned=2,
+        steps=1,
+        colocated_steps=2,
+        push_s=60.0,
+        engine={"gpus_per_actor": 0, "max_model_len": 128, "max_num_seqs": 8, "enforce_eager": True, "threads": 1},
+    )
+
+
+def by_setting(rows: list[Row]) -> dict[str, Row]:
+    assert [row for row in rows if row.state != "ok"] == []
+    return {row.setting: row for row in rows}
+
+
+def test_the_colocated_part_pushes_by_ipc_and_sleeps(setup: Setup) -> None:
+    with pretend.device():
+        rows = by_setting(list(colocated.colocated(setup)))
+    assert float(rows["first push by ipc"].figures["gap max"]) < 1e-5
+    assert float(rows["ipc: worst of 2 audits"].figures["gap max"]) < 1e-5
+    assert set(rows["ipc: seconds of a step, 2 x 3 answers"].figures) == set(colocated.PARTS)
+
+
+def test_the_part_of_two_gpus_pushes_by_nccl(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pretend.device():
+        rows = by_setting(list(colocated.apart(dataclasses.replace(setup, colocated_steps=1))))
+    before, after = rows["audit before the push"], rows["nccl: worst of 1 audits"]
+    assert float(after.figures["gap max"]) < 1e-5
+    assert float(before.figures["gap mean"]) > 100 * float(after.figures["gap mean"])

@@ -139,6 +139,9 @@ class Audit:
     gap_mean: float
     gap_max: float
     tokens: int
+    logp_mean: float = 0.0  # of |logprob|, as the learner has it
+    tolerance: float = 0.0  # of gap_mean
+    verified: int = 0  # weights that each engine was seen to hold to the bit
     sent_bytes: int = 0  # of weights, to each engine
 
 

@@ -283,11 +283,15 @@ class DeepSpeedLearner:
         return results
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._weights(trained_only=True)
+        return self._weights(trained=True)
 
-    def _weights(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+    def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._weights(trained=False)
+
+    def _weights(self, *, trained: bool | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All, or those that are trained, or those that are not."""
         for weight in plain_weights(self.engine.module.network):
-            if weight.trained or not trained_only:
+            if trained in (None, weight.trained):
                 with self._whole(weight.parts):
                     yield weight.name, weight.merged()
 
@@ -297,7 +301,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         network: Any = self.engine.module.network
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights(trained_only=False)}
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights()}
         adapter = {}
         for name, factor in adapter_weights(network):
             with self._whole([factor]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.weights.arrival import Held, HeldPart
+from othink_ray.weights.digest import TensorDigest, digests
 
 
 class HFRollout(Receiver):
@@ -45,6 +47,13 @@ class HFRollout(Receiver):
 
     def _forget(self) -> None:
         """Nothing outlives a prompt here."""
+
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        own = dict(self.network.named_parameters(remove_duplicate=False))
+        asked = digests((name, own[name].to(weight.dtype)) for name, weight in expected.items() if name in own)
+        parts = {name: HeldPart(value=found.value, elements=own[name].numel()) for name, found in asked.items()}
+        unreached = [name for name, _ in self.network.named_parameters() if name not in expected] if complete else []
+        return [Held(parts=parts, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()

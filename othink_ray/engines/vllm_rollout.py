@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.weights.arrival import Held
+from othink_ray.weights.digest import TensorDigest
 
 
 class VLLMRollout(Receiver):
@@ -133,6 +135,10 @@ class VLLMRollout(Receiver):
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.engine.collective_rpc("write_weights", args=(list(weights),))
+
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        held: list[Held] = self.engine.collective_rpc("held_weights", args=(dict(expected), self.version, complete))
+        return held
 
     def _images_encoded(self) -> int:
         encoded: int = self.engine.collective_rpc("images_encoded")[0]

@@ -123,12 +123,21 @@ class UpdateStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PixelDigest:
+    """A checksum of a prompt's images as they go into the vision tower; they may be normalised inside it, or before."""
+
+    value: int = 0  # of no image
+    dtype: str = "uint8"  # uint8: before they are normalised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
 
     group: Group
     candidates: NDArray[np.int64]  # (T, K)
     logprobs: NDArray[np.float32]  # (T, K)
+    pixels: PixelDigest = PixelDigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

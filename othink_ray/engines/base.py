@@ -17,7 +17,7 @@ from torch import Tensor, device, get_num_threads, set_num_threads  # by name: v
 from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
 from torch.distributed.constants import default_pg_timeout
 
-from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
 from othink_ray.weights.arrival import Held, mismatches
 from othink_ray.weights.digest import TensorDigest
 
@@ -197,6 +197,10 @@ class LearnerEngine(Protocol):
 
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         """The policy's logprobs (T, K) of each probe's candidates."""
+        ...
+
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        """Of the images of each probe as the policy sees them, in the form that the probe has them in."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

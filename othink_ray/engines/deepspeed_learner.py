@@ -24,6 +24,7 @@ from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_
 from othink_ray.engines.ahead import Ahead, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
+from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
@@ -33,7 +34,7 @@ from othink_ray.engines.trained import choose_trained, features_stay
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
-from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, ScoredGroup, UpdateStats
 
 
 class DeepSpeedLearner:
@@ -281,6 +282,13 @@ class DeepSpeedLearner:
             results.append(rows.gather(1, candidates).numpy())
             start += len(candidates)
         return results
+
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        images = [self.family.encode_images(probe.group.prompt.images) for probe in probes]
+        return [
+            pixel_digest(pixels_as(self.family, own, probe.pixels.dtype))
+            for own, probe in zip(images, probes, strict=True)
+        ]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self._weights(trained=True)

@@ -12,12 +12,14 @@ from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
-from othink_ray.engines.inputs import Inputs
+from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
 from othink_ray.weights.arrival import Held, HeldPart
 from othink_ray.weights.digest import TensorDigest, digests
+
+HFInput = tuple[list[int], ImageTensors, Tensor]
 
 
 class HFRollout(Receiver):
@@ -58,23 +60,29 @@ class HFRollout(Receiver):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         for prompt in prompts:
-            yield self._answer(prompt, sampling)[0]
+            yield self._answer(prompt, self.coming.take(prompt), sampling)[0]
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         self._require_whole()
         probes = []
         for prompt in prompts:
-            group, log_p = self._answer(prompt, sampling)
+            given = self._input(prompt)
+            group, log_p = self._answer(prompt, given, sampling)
             likeliest = log_p[: len(group.completions[0].token_ids), 0].topk(candidates)
             probes.append(
-                Probe(group=group, candidates=likeliest.indices.numpy(), logprobs=likeliest.values.float().numpy())
+                Probe(
+                    group=group,
+                    candidates=likeliest.indices.numpy(),
+                    logprobs=likeliest.values.float().numpy(),
+                    pixels=pixel_digest(given[1].pixels),
+                )
             )
         return probes
 
     @torch.no_grad()
-    def _answer(self, prompt: Prompt, sampling: Sampling) -> tuple[Group, Tensor]:
+    def _answer(self, prompt: Prompt, given: HFInput, sampling: Sampling) -> tuple[Group, Tensor]:
         """The group, and the log distributions (T, G, V) it was sampled from."""
-        prompt_ids, images, positions = self.coming.take(prompt)
+        prompt_ids, images, positions = given
         draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())
         token_ids = torch.tensor([prompt_ids], device=self.device)
@@ -112,7 +120,7 @@ class HFRollout(Receiver):
             position_ids = (positions.max() + 1 + place).expand(len(positions), sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
 
-    def _input(self, prompt: Prompt) -> tuple[list[int], ImageTensors, Tensor]:
+    def _input(self, prompt: Prompt) -> HFInput:
         """The expanded prompt, its pixels and its positions."""
         images = self.family.encode_images(prompt.images)
         counts = self.family.image_token_counts(prompt.images)

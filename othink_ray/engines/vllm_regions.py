@@ -37,9 +37,7 @@ class Region:
 
 def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str, list[Region]]:
     """The regions of each of these weights, in this worker. The parameters stay as they are."""
-    blank = {
-        name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in expected.items()
-    }
+    blank = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in expected.items()}
     names = {_storage(weight): name for name, weight in blank.items()}
     owners = {
         parameter.untyped_storage().data_ptr(): (name, parameter)
@@ -85,7 +83,7 @@ class _NotedCopies(TorchDispatchMode):
     """Notes copies from tensors without memory instead of making them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +94,8 @@ class _NotedCopies(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def _in_order(source: Tensor, target: Tensor, row_length: int) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
 from othink_ray.engines.base import Receiver, Sampling, on_one_thread, require_room, share_of_cores
-from othink_ray.engines.inputs import Inputs
+from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
-from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
 from othink_ray.weights.arrival import Held
 from othink_ray.weights.digest import TensorDigest
 
@@ -115,7 +115,7 @@ class VLLMRollout(Receiver):
         inputs = [self.probed.of(prompt) for prompt in prompts]
         with on_one_thread():  # so small a batch gains nothing by a second one, and often waits for it
             outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
-        return [self._probe(prompt, outputs[index]) for index, prompt in enumerate(prompts)]
+        return [self._probe(prompt, inputs[index], outputs[index]) for index, prompt in enumerate(prompts)]
 
     def transfer(self, verb: str, *arguments: Any) -> None:
         """One call of vLLM's own weight transfer, made by the learner's sender."""
@@ -212,13 +212,25 @@ class VLLMRollout(Receiver):
             image_encodes=image_encodes,
         )
 
-    def _probe(self, prompt: Prompt, output: Any) -> Probe:
+    def _probe(self, prompt: Prompt, given: Any, output: Any) -> Probe:
         [answer] = output.outputs
         return Probe(
             group=self._group(prompt, output, image_encodes=0),
             candidates=_by_place(answer.logprobs.token_ids, answer)[:, 1:].astype(np.int64),
             logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 1:].astype(np.float32),
+            pixels=_pixels(given),
         )
+
+
+def _pixels(given: Any) -> PixelDigest:
+    """Of the images that go to vLLM's vision tower."""
+    found = [
+        field.data
+        for image in given.get("mm_kwargs", {}).get("image", ())
+        for name, field in image.items()
+        if name.startswith("pixel_values")
+    ]
+    return pixel_digest(torch.cat(found)) if found else PixelDigest()
 
 
 def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:

@@ -63,7 +63,7 @@ class WorkerExtension:
         faults = dict(self._stale_copies(version))
         if complete:
             regions = (region for name in expected for region in self.regions[name])
-            faults |= {name: "is not reached by any weight of the learner" for name in unreached(self.network, regions)}
+            faults |= dict.fromkeys(unreached(self.network, regions), "is not reached by any weight of the learner")
         return Held(parts=self._digests(expected), faults=faults)
 
     def _digests(self, expected: Mapping[str, TensorDigest]) -> dict[str, HeldPart]:

@@ -20,7 +20,7 @@ from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Samplin
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.recorded import Recorded
 from othink_ray.spans import keep, span
-from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 
@@ -115,6 +115,9 @@ class LearnerActor(Recorded):
     @span("audit")
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs(probes)
+
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        return self.engine.pixel_digests(probes)
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""

@@ -85,6 +85,10 @@ class LearnerPool:
         """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""
         return [actor.candidate_logprobs.remote(probes) for actor in self.ranks]
 
+    def pixel_digests(self, probes: Any) -> list[Any]:
+        """One reference: the digests of the images of probes (or a reference to them), as the learner sees them."""
+        return [self.ranks[0].pixel_digests.remote(probes)]
+
     def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
         """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for.
 

@@ -20,7 +20,7 @@ from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.arrival import require_arrived
-from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable, repeated
+from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable, repeated, require_pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +243,10 @@ class AuditedPush:
         asked = self._ask(sent, self.prompts, complete=complete)
         last = self.audited if self.audited_with is self.prompts else []
         expected = self.learner.candidate_logprobs(last or asked.probes[0])
+        pixels = [] if last else self.learner.pixel_digests(asked.probes[0])
         probes = self._arrived(asked)
+        seen = self.learner.wait_for(pixels, "audit")[0] if pixels else [probe.pixels for probe in last]
+        require_pixels(probes, seen, self.version)
         now = probes[: len(probes) // len(asked.probes)]  # of one engine
         known = self._by_learner(last or now, expected)
         if not mostly_comparable(probes, known):  # other answers than last time, or than the first engine's
@@ -262,7 +265,9 @@ class AuditedPush:
         if self.version < 0:
             return
         asked = self._ask(self.transport.send_again(self.version, new), self.audited_with, complete=True, of=new)
-        self.tolerance.require(compare(self._arrived(asked), self.audited, self.version))
+        probes = self._arrived(asked)
+        require_pixels(probes, [probe.pixels for probe in self.audited], self.version)
+        self.tolerance.require(compare(probes, self.audited, self.version))
 
     def _ask(self, sent: Sent, prompts: Any, *, complete: bool, of: Sequence[int] | None = None) -> Asked:
         digests = [*self.pushed, *self.frozen[:1]] if complete else self.pushed

@@ -1,7 +1,7 @@
 """A checksum of a tensor's bits that can be added up from pieces of it, wherever those lie.
 
-The tensor is read as a matrix X (rows, columns) of 16-bit integers; the digest is sum(a[row] * X[row, column] * b[column])
-modulo 2**64 with fixed pseudo-random keys a and b. Sums are exact in any order, so that CPU and GPU, whole tensors and
+The tensor is read as a matrix X of 16-bit integers; with fixed pseudo-random keys a and b, the digest is the sum of
+a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in any order, so that CPU and GPU, whole tensors and
 shards agree to the bit; a flipped bit, a swap or a shift changes the digest, and zero padding does not.
 """
 
@@ -62,7 +62,9 @@ class DigestCollector:
 
 def as_matrix(weight: Tensor) -> Tensor:
     """(first dimension, all others); a vector is one column."""
-    return weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1) if weight.numel() else weight.new_empty(0, 1)
+    return (
+        weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1) if weight.numel() else weight.new_empty(0, 1)
+    )
 
 
 def read_back(values: list[Tensor]) -> list[int]:

@@ -50,7 +50,10 @@ class WorkerExtension:
         written = {id(self.named[name]) for name in self.network.load_weights(weights)}
         for _, module in self.packed:
             if id(module.weight) in written:
-                _pack(module, remove_weight=False)
+                self.pack(module)
+
+    def pack(self, module: Any) -> None:
+        _pack(module, remove_weight=False)
 
     def held_weights(self, expected: Mapping[str, TensorDigest], version: int, complete: bool) -> Held:
         """What this worker computes with: digests of its parts of `expected`, and which packed matrices are stale.

@@ -391,14 +391,13 @@ def test_an_engine_that_holds_what_was_sent_is_told_from_one_that_does_not(
 
 def test_weights_that_one_side_alone_has_are_named(engine: RolloutEngine, policy: Policy) -> None:
     expected = digests(sent_weights(policy.network))
+    assert engine.check_weights(expected, complete=True) == {}
     [(first, digest), *others] = expected.items()
-    missing = engine.check_weights(dict(others), complete=True)
-    assert list(missing.values()) == ["is not reached by any weight of the learner"]
+    assert list(engine.check_weights(dict(others), complete=True).values()) == [
+        "is not reached by any weight of the learner"
+    ]
     longer = replace(digest, shape=(digest.shape[0] + 1, *digest.shape[1:]))
-    try:
-        found = engine.check_weights({**expected, first: longer}, complete=False)
-    except (AssertionError, RuntimeError):
-        return  # vLLM's loader refuses it
+    found = engine.check_weights({**expected, first: longer}, complete=False)
     assert found == {first: "is not in the engine, or not whole"}
 
 

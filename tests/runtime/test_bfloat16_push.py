@@ -37,7 +37,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def config(team_config: Config) -> Config:
+def bf16_config(team_config: Config) -> Config:
     """Two ranks, buckets small enough for a push to have several, and seats beside those of other tests."""
     return replace(
         team_config,
@@ -49,27 +49,27 @@ def config(team_config: Config) -> Config:
 
 
 @pytest.fixture(scope="module")
-def first(ray_here: None, config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(config, str(taught_folder), asked, incidents(), print, tuple) as team:
+def first(ray_here: None, bf16_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
+    with open_team(bf16_config, str(taught_folder), asked, incidents(), print, tuple) as team:
         yield team
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero_{stage}")
 def team(
-    request: pytest.FixtureRequest, first: Team, config: Config, taught_folder: Path, asked: list[Prompt]
+    request: pytest.FixtureRequest, first: Team, bf16_config: Config, taught_folder: Path, asked: list[Prompt]
 ) -> Iterator[Team]:
     """One engine; the learner of each stage pushes to it in turn."""
     if request.param == 1:
         yield first
         return
-    learner = replace(config.learner, zero_stage=request.param)
-    with Placement(learner_bundles(learner), config.cluster, print) as placement:
-        make = partial(learner_engine, replace(config, learner=learner), str(taught_folder), with_reference=False)
+    learner = replace(bf16_config.learner, zero_stage=request.param)
+    with Placement(learner_bundles(learner), bf16_config.cluster, print) as placement:
+        make = partial(learner_engine, replace(bf16_config, learner=learner), str(taught_folder), with_reference=False)
         pool = LearnerPool(make, learner, placement)
         pool.wait(pool.start())
         transport = SharedMemoryPush(pool, first.rollout, bucket_mb=1)
         tolerance = Tolerance("bfloat16", LAYERS)
-        pusher = AuditedPush(transport, pool, first.rollout, config.weights, asked, 1.0, tolerance)
+        pusher = AuditedPush(transport, pool, first.rollout, bf16_config.weights, asked, 1.0, tolerance)
         yield replace(first, learner=pool, pusher=pusher)
 
 

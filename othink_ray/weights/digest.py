@@ -17,7 +17,7 @@ from torch import Tensor
 
 _KEY_BITS = 20  # 16-bit values x 20-bit keys, 2**16 columns summed at a time: exact in float64's 53 bits
 _COLUMNS = 2**16
-_BLOCK = {"cpu": 2**18, "cuda": 2**25}  # values converted at a time: what a core's cache holds, what fills a GPU
+_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # values converted at a time: what a core's cache holds; 64 MiB of a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,17 +80,17 @@ def test_the_first_gap_has_a_bound_from_precision_and_depth(dtype: str, eps: flo
     assert shallow.measured is None  # a gap that did not pass measures nothing
 
 
-def test_afterwards_four_times_the_gap_of_the_first_push_passes() -> None:
+def test_afterwards_eight_times_the_gap_of_the_first_push_passes() -> None:
     tolerance = Tolerance("bfloat16", LAYERS)
     bound = tolerance.of(gap_of(0))
     tolerance.require(gap_of(bound / 10))
-    assert tolerance.of(gap_of(0)) == pytest.approx(0.4 * bound)
-    tolerance.require(gap_of(0.399 * bound))  # and does not raise the next one
+    assert tolerance.of(gap_of(0)) == pytest.approx(0.8 * bound)
+    tolerance.require(gap_of(0.799 * bound))  # and does not raise the next one
     with pytest.raises(AuditError, match="from the gap at the first push"):
-        tolerance.require(gap_of(0.401 * bound))
+        tolerance.require(gap_of(0.801 * bound))
 
 
-@pytest.mark.parametrize(("first", "later"), [(0.0, 0.25), (0.9, 1.0)])
+@pytest.mark.parametrize(("first", "later"), [(0.0, 0.5), (0.9, 1.0)])
 def test_a_first_gap_that_is_tiny_or_large_promises_no_less_and_no_more(first: float, later: float) -> None:
     tolerance = Tolerance("float32", LAYERS)
     bound = tolerance.of(gap_of(0))

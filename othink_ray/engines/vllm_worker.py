@@ -74,16 +74,21 @@ class WorkerExtension:
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         names, values, elements = [], [], []
         for name, weight in expected.items():
-            pieces = [(region, region.of(parameters).to(weight.dtype)) for region in self.regions[name]]
+            pieces = list(self._used(name, parameters))
             if pieces:
-                own = [piece_digest(piece, region.first_row, region.first_column) for region, piece in pieces]
+                own = [piece_digest(piece.to(weight.dtype), row, column) for piece, row, column in pieces]
                 names.append(name)
                 values.append(torch.stack(own).sum())
-                elements.append(sum(piece.numel() for _, piece in pieces))
+                elements.append(sum(piece.numel() for piece, _, _ in pieces))
         return {
             name: HeldPart(value=value, elements=count)
             for name, value, count in zip(names, read_back(values), elements, strict=True)
         }
+
+    def _used(self, name: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int, int]]:
+        """What this worker computes with of a weight that was sent: pieces (rows, columns), and where they begin."""
+        for region in self.regions[name]:
+            yield region.of(parameters), region.first_row, region.first_column
 
     def _stale_copies(self, version: int) -> Iterator[tuple[str, str]]:
         """Packed matrices that are not their parameter: unit vectors, multiplied by a matrix, are columns of it.

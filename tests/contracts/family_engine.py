@@ -9,7 +9,7 @@ import torch
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling
-from othink_ray.types import Group, PixelDigest, Prompt
+from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.chunks import Chunk, from_chunks
 from othink_ray.weights.digest import digests
 
@@ -26,7 +26,7 @@ class Lived:
     kept: dict[str, int]  # numbers of this engine's weight that no push changed
     wrong: dict[str, str]  # what digests say of its weights after the push
     wrong_by_a_bit: dict[str, str]  # ... where the last bit of one number of each weight should have been another
-    pixels: Sequence[PixelDigest]  # of the images of each prompt
+    probes: Sequence[Probe]  # after the push
 
 
 def live(
@@ -62,5 +62,5 @@ def live(
         kept={name: int((weight == start[name]).sum()) for name, weight in parameters.items()},
         wrong=wrong,
         wrong_by_a_bit=engine.check_weights(digests(whole.items()), complete=False),
-        pixels=[probe.pixels for probe in engine.probe(prompts, replace(SAMPLING, answers=1), 2)],
+        probes=engine.probe(prompts, replace(SAMPLING, answers=1), 8),
     )

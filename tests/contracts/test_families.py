@@ -30,6 +30,7 @@ from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.last_layer import narrow
 from othink_ray.families.parts import modules_by_part
 from othink_ray.types import PixelDigest, Prompt
+from othink_ray.weights.audit import Tolerance, compare, repeated
 from othink_ray.weights.chunks import to_chunks
 from tests.contracts.family_engine import SAMPLING, Lived, live
 from tests.engines.nearness import assert_same_gradients, gradients
@@ -308,8 +309,24 @@ def test_digests_read_from_an_engine_are_those_of_the_weights_sent(policy: Polic
     assert set(lived.wrong_by_a_bit) == {name for name, _ in sent_weights(policy.network)}
 
 
+def test_the_gap_of_a_first_push_is_within_its_bound(name: str, trained: dict[str, Policy], lived: Lived) -> None:
+    policy = trained[name]
+    batch = batch_of([row_of(probe.group) for probe in lived.probes], policy.family)
+    with torch.no_grad():
+        whole = policy(batch, wanted="distributions")
+    sizes = [len(probe.candidates) for probe in lived.probes]
+    own = [
+        rows.gather(1, torch.from_numpy(probe.candidates)).numpy()
+        for rows, probe in zip(whole[: sum(sizes)].split(sizes), lived.probes, strict=True)
+    ]
+    layers = len(policy.family.layers(policy.network))
+    audit = Tolerance("float32", layers).require(compare(lived.probes, repeated(lived.probes, own), 1))
+    assert 0 < audit.gap_mean < audit.tolerance / 2
+
+
 def test_an_engine_gives_its_tower_the_pixels_of_the_learner(family: Family, lived: Lived) -> None:
-    for prompt, found in zip(MIXED, lived.pixels, strict=True):
+    for prompt, probe in zip(MIXED, lived.probes, strict=True):
+        found = probe.pixels
         if not prompt.images:
             assert found == PixelDigest()
             continue

@@ -126,12 +126,21 @@ class UpdateStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PixelDigest:
+    """A checksum of a prompt's images as they go into the vision tower; they may be normalised inside it, or before."""
+
+    value: int = 0  # of no image
+    dtype: str = "uint8"  # uint8: before they are normalised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
 
     group: Group
     candidates: NDArray[np.int64]  # (T, K)
     logprobs: NDArray[np.float32]  # (T, K)
+    pixels: PixelDigest = PixelDigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +151,9 @@ class Audit:
     gap_mean: float
     gap_max: float
     tokens: int
+    logp_mean: float = 0.0  # of |logprob|, as the learner has it
+    tolerance: float = 0.0  # of gap_mean
+    verified: int = 0  # weights that each engine was seen to hold to the bit
     sent_bytes: int = 0  # of weights, to each engine
 
 

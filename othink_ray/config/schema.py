@@ -259,7 +259,7 @@ class WeightsConfig:
     audit_prompts: int
     audit_tokens: int
     audit_candidates: int  # likeliest tokens compared at each place of the probe
-    audit_tolerance: float  # nats, mean over the probe's tokens; above it the run stops
+    audit_tolerance: float | None  # nats, mean over the probe's tokens; null: from precision, depth and the first push
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

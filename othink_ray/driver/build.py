@@ -28,6 +28,7 @@ from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.seating import learner_bundles, paired, rollout_bundles, team_bundles
 from othink_ray.runtime.team import Examiners, Team
 from othink_ray.types import Prompt
+from othink_ray.weights.audit import Tolerance
 
 
 def screen(config: Config, path: str) -> Screen:
@@ -45,6 +46,14 @@ def require_targets(config: Config, path: str) -> None:
 
     if config.learner.lora.rank:
         count_trained(open_family(config.model, path), config.learner)
+
+
+def depth(config: Config, path: str) -> int:
+    """Layers of both towers."""
+    from othink_ray.families import open_family
+
+    family = open_family(config.model, path)
+    return len(family.layers(family.skeleton()))
 
 
 def recipe(config: Config) -> Recipe:
@@ -164,6 +173,7 @@ def open_team(
         rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         loading = learner.start()
+        tolerance = Tolerance(config.model.dtype, depth(config, path), config.weights.audit_tolerance)
         rollout.wait()
         learner.wait(loading)
         rewards.wait()
@@ -173,7 +183,9 @@ def open_team(
             rewards=rewards,
             incidents=incidents,
             learner=learner,
-            pusher=AuditedPush(transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature),
+            pusher=AuditedPush(
+                transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature, tolerance
+            ),
             answers=config.algo.group_size,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,

@@ -50,6 +50,8 @@ def measures(step: Step) -> dict[str, float]:
         "loss": step.stats.loss,
         "audit/logp_gap_mean": step.audit.gap_mean,
         "audit/logp_gap_max": step.audit.gap_max,
+        "audit/tolerance": step.audit.tolerance,
+        "audit/verified_weights": float(step.audit.verified),
         "push/mb": step.audit.sent_bytes / 2**20,
         "sampler/logp_gap_mean": step.stats.logp_gap_mean,
         "sampler/logp_gap_max": step.stats.logp_gap_max,

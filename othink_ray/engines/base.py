@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch import Tensor, device, get_num_threads, set_num_threads  # by name: v
 from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
 from torch.distributed.constants import default_pg_timeout
 
-from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
+from othink_ray.weights.arrival import Held, mismatches
+from othink_ray.weights.digest import TensorDigest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,10 @@ class RolloutEngine(Protocol):
 
     def finish_push(self, version: int, buckets: int) -> None: ...
 
+    def check_weights(self, expected: Mapping[str, TensorDigest], *, complete: bool) -> dict[str, str]:
+        """What is wrong with the weights that this engine computes with, by name; `complete`: these are all of them."""
+        ...
+
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]: ...
 
 
@@ -147,6 +153,10 @@ class Receiver(ABC):
         self._forget()
         self.version = version
 
+    def check_weights(self, expected: Mapping[str, TensorDigest], *, complete: bool) -> dict[str, str]:
+        with on_one_thread():
+            return mismatches(expected, self._held_weights(expected, complete))
+
     def _require_whole(self) -> None:
         if self.version == _UNFINISHED:
             raise UnfinishedPush("a push of weights did not finish: this engine holds parts of two policies")
@@ -156,6 +166,11 @@ class Receiver(ABC):
 
     @abstractmethod
     def _forget(self) -> None: ...
+
+    @abstractmethod
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        """Read from what the engine computes with, never from what it received; one for each of its workers."""
+        ...
 
 
 class LearnerEngine(Protocol):
@@ -184,8 +199,16 @@ class LearnerEngine(Protocol):
         """The policy's logprobs (T, K) of each probe's candidates."""
         ...
 
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        """Of the images of each probe as the policy sees them, in the form that the probe has them in."""
+        ...
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that training changes, whole, one after the other, under their Hugging Face module names."""
+        ...
+
+    def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All others, in the same way."""
         ...
 
     def export(self, folder: Path) -> None:

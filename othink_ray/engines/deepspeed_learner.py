@@ -27,6 +27,7 @@ from othink_ray.engines.ahead import Ahead, Kept, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.device_memory import release_cache
+from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
 from othink_ray.engines.policy import DTYPES, Policy
@@ -38,7 +39,7 @@ from othink_ray.engines.zero_settings import zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
-from othink_ray.types import Group, Pack, Probe, ScoredGroup, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, ScoredGroup, UpdateStats
 
 
 class DeepSpeedLearner:
@@ -308,12 +309,23 @@ class DeepSpeedLearner:
         lengths = [len(probe.candidates) for probe in probes]
         return [own.numpy() for own in found[: len(asked)].split(lengths)]
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._weights(trained_only=True)
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        images = [self.family.encode_images(probe.group.prompt.images) for probe in probes]
+        return [
+            pixel_digest(pixels_as(self.family, own, probe.pixels.dtype))
+            for own, probe in zip(images, probes, strict=True)
+        ]
 
-    def _weights(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._weights(trained=True)
+
+    def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._weights(trained=False)
+
+    def _weights(self, *, trained: bool | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All, or those that are trained, or those that are not."""
         for weight in plain_weights(self.engine.module.network):
-            if weight.trained or not trained_only:
+            if trained in (None, weight.trained):
                 with self._whole(weight.parts):
                     yield weight.name, weight.merged()
 
@@ -323,7 +335,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         network: Any = self.engine.module.network
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights(trained_only=False)}
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights()}
         adapter = {}
         for name, factor in adapter_weights(network):
             with self._whole([factor]):

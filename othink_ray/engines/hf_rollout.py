@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,14 @@ from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
-from othink_ray.engines.inputs import Inputs
+from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.weights.arrival import Held, HeldPart
+from othink_ray.weights.digest import TensorDigest, digests
+
+HFInput = tuple[list[int], ImageTensors, Tensor]
 
 
 class HFRollout(Receiver):
@@ -46,26 +50,39 @@ class HFRollout(Receiver):
     def _forget(self) -> None:
         """Nothing outlives a prompt here."""
 
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        own = dict(self.network.named_parameters(remove_duplicate=False))
+        asked = digests((name, own[name].to(weight.dtype)) for name, weight in expected.items() if name in own)
+        parts = {name: HeldPart(value=found.value, elements=own[name].numel()) for name, found in asked.items()}
+        unreached = [name for name, _ in self.network.named_parameters() if name not in expected] if complete else []
+        return [Held(parts=parts, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))]
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         for prompt in prompts:
-            yield self._answer(prompt, sampling)[0]
+            yield self._answer(prompt, self.coming.take(prompt), sampling)[0]
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         self._require_whole()
         probes = []
         for prompt in prompts:
-            group, log_p = self._answer(prompt, sampling)
+            given = self._input(prompt)
+            group, log_p = self._answer(prompt, given, sampling)
             likeliest = log_p[: len(group.completions[0].token_ids), 0].topk(candidates)
             probes.append(
-                Probe(group=group, candidates=likeliest.indices.numpy(), logprobs=likeliest.values.float().numpy())
+                Probe(
+                    group=group,
+                    candidates=likeliest.indices.numpy(),
+                    logprobs=likeliest.values.float().numpy(),
+                    pixels=pixel_digest(given[1].pixels),
+                )
             )
         return probes
 
     @torch.no_grad()
-    def _answer(self, prompt: Prompt, sampling: Sampling) -> tuple[Group, Tensor]:
+    def _answer(self, prompt: Prompt, given: HFInput, sampling: Sampling) -> tuple[Group, Tensor]:
         """The group, and the log distributions (T, G, V) it was sampled from."""
-        prompt_ids, images, positions = self.coming.take(prompt)
+        prompt_ids, images, positions = given
         draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())
         token_ids = torch.tensor([prompt_ids], device=self.device)
@@ -103,7 +120,7 @@ class HFRollout(Receiver):
             position_ids = (positions.max() + 1 + place).expand(len(positions), sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
 
-    def _input(self, prompt: Prompt) -> tuple[list[int], ImageTensors, Tensor]:
+    def _input(self, prompt: Prompt) -> HFInput:
         """The expanded prompt, its pixels and its positions."""
         images = self.family.encode_images(prompt.images)
         counts = self.family.image_token_counts(prompt.images)

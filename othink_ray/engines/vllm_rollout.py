@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from torch import Tensor
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
 from othink_ray.engines.base import Receiver, Sampling, UnfinishedPush, on_one_thread, require_room, share_of_cores
-from othink_ray.engines.inputs import Inputs
+from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
-from othink_ray.types import Completion, Group, Probe, Prompt
+from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
+from othink_ray.weights.arrival import Held
+from othink_ray.weights.digest import TensorDigest
 
 
 class VLLMRollout(Receiver):
@@ -124,7 +126,7 @@ class VLLMRollout(Receiver):
         inputs = [self.probed.of(prompt) for prompt in prompts]
         with on_one_thread():  # so small a batch gains nothing by a second one, and often waits for it
             outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
-        return [self._probe(prompt, outputs[index]) for index, prompt in enumerate(prompts)]
+        return [self._probe(prompt, inputs[index], outputs[index]) for index, prompt in enumerate(prompts)]
 
     def transfer(self, verb: str, *arguments: Any) -> None:
         """One call of vLLM's own weight transfer, made by the learner's sender."""
@@ -153,6 +155,10 @@ class VLLMRollout(Receiver):
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.engine.collective_rpc("write_weights", args=(list(weights),))
+
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        held: list[Held] = self.engine.collective_rpc("held_weights", args=(dict(expected), self.version, complete))
+        return held
 
     def _images_encoded(self) -> int:
         encoded: int = self.engine.collective_rpc("images_encoded")[0]
@@ -226,13 +232,25 @@ class VLLMRollout(Receiver):
             image_encodes=image_encodes,
         )
 
-    def _probe(self, prompt: Prompt, output: Any) -> Probe:
+    def _probe(self, prompt: Prompt, given: Any, output: Any) -> Probe:
         [answer] = output.outputs
         return Probe(
             group=self._group(prompt, output, image_encodes=0),
             candidates=_by_place(answer.logprobs.token_ids, answer)[:, 1:].astype(np.int64),
             logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 1:].astype(np.float32),
+            pixels=_pixels(given),
         )
+
+
+def _pixels(given: Any) -> PixelDigest:
+    """Of the images that go to vLLM's vision tower."""
+    found = [
+        field.data
+        for image in given.get("mm_kwargs", {}).get("image", ())
+        for name, field in image.items()
+        if name.startswith("pixel_values")
+    ]
+    return pixel_digest(torch.cat(found)) if found else PixelDigest()
 
 
 def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:

@@ -48,6 +48,10 @@ class Family(Protocol):
 
     def encode_images(self, images: Sequence[bytes]) -> ImageTensors: ...
 
+    def raw_pixels(self, images: ImageTensors) -> Tensor:
+        """Their pixels before they were normalised, as uint8, in the same layout."""
+        ...
+
     def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
         """How many tokens each image takes, from its size alone."""
         ...

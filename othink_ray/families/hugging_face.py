@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from othink_ray.core.attention import Attention
+from othink_ray.families.base import ImageTensors
 from othink_ray.families.last_layer import is_narrow
 from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
 from othink_ray.families.opened import opened_by
@@ -52,6 +53,13 @@ class HuggingFaceFamily:
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.opened + text for text in self.decode(token_ids)]
+
+    def raw_pixels(self, images: ImageTensors) -> Tensor:
+        """Exact: pixels are whole numbers, and float32 keeps them apart. Channels are the first axis of each patch."""
+        processor = self.processor.image_processor
+        mean, std = (torch.tensor(each)[:, None] for each in (processor.image_mean, processor.image_std))
+        channels = images.pixels.float().reshape(len(images.pixels), len(mean), -1)
+        return (255 * (channels * std + mean)).round().to(torch.uint8).reshape(images.pixels.shape)
 
     def encode_text(self, text: str) -> list[int]:
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -24,7 +24,7 @@ def figures(run: RunFiles) -> list[Chart]:
     def curve(label: str, name: str, colour: int, **how: Any) -> Series:
         return Series(label=label, colour=colour, points=column(rows, name), **how)
 
-    tolerance = run.config.get("weights", {}).get("audit_tolerance")
+    tolerances = column(rows, "audit/tolerance")
     steps = (rows[0]["step"], rows[-1]["step"]) if rows else (0, 0)
     lines = partial(line_chart, steps=steps)
     charts = [
@@ -75,7 +75,7 @@ def figures(run: RunFiles) -> list[Chart]:
                 curve("mean", "audit/logp_gap_mean", BLUE, smooth=True),
             ],
             left=Scale(log=True),
-            reference=("tolerance of the mean", float(tolerance)) if tolerance else None,
+            reference=("tolerance of the mean", tolerances[-1][1]) if tolerances else None,
         ),
         area_chart("Seconds a step", time_split(rows), scale=PLAIN),
         lines("Throughput", [curve("answers/s", "throughput/samples_per_s", BLUE, smooth=True)], left=PLAIN),

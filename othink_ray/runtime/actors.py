@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,9 @@ from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Samplin
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.recorded import Recorded
 from othink_ray.spans import keep, span
-from othink_ray.types import Group, Pack, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 
 BESIDE = "beside"
 
@@ -66,6 +68,10 @@ class RolloutActor(Recorded):
         engine: Any = self.engine
         engine.transfer(verb, *arguments)
 
+    @span("check weights")
+    def check_weights(self, complete: bool, *expected: Mapping[str, TensorDigest]) -> dict[str, str]:
+        return self.engine.check_weights(dict(ChainMap(*map(dict, expected))), complete=complete)
+
     @span("probe")
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         return self.engine.probe(prompts, sampling, candidates)
@@ -77,7 +83,7 @@ class LearnerActor(Recorded):
     concurrency_groups: ClassVar = {BESIDE: 1}
     engine: LearnerEngine
     sender: Sender
-    pushed = 0  # bytes, in the last push
+    pushed = DigestCollector()  # in the last push
 
     def open_meeting(self) -> tuple[str, int]:
         """Where the ranks can meet: here."""
@@ -110,23 +116,31 @@ class LearnerActor(Recorded):
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs(probes)
 
+    def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
+        return self.engine.pixel_digests(probes)
+
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
         with span("gather weights"):
-            yield from to_chunks(self._counted_weights(), bucket_bytes)
+            yield from to_chunks(self._digested_weights(), bucket_bytes)
         yield None  # the end, see Streams
 
-    def _counted_weights(self) -> Iterator[tuple[str, Tensor]]:
-        self.pushed = 0
-        for name, weight in self.engine.named_weights():
-            self.pushed += weight.nbytes
-            yield name, weight
+    def _digested_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Digested before anything else reads them: what goes wrong on their way shows."""
+        self.pushed = DigestCollector()
+        return self.pushed.passing(self.engine.named_weights())
 
-    def pushed_bytes(self) -> int:
-        return self.pushed
+    @span("digest weights")
+    def pushed_digests(self) -> dict[str, TensorDigest]:
+        return self.pushed.digests()
+
+    @span("digest weights")
+    def frozen_digests(self) -> dict[str, TensorDigest]:
+        """Of what is never pushed; all ranks gather together."""
+        return digests(self.engine.frozen_weights())
 
     def open_sender(self, make_sender: Callable[[NamedWeights], Sender]) -> None:
-        self.sender = make_sender(self._counted_weights)
+        self.sender = make_sender(self._digested_weights)
 
     @span("send weights")
     def send(self) -> None:

@@ -85,6 +85,10 @@ class LearnerPool:
         """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""
         return [actor.candidate_logprobs.remote(probes) for actor in self.ranks]
 
+    def pixel_digests(self, probes: Any) -> list[Any]:
+        """One reference: the digests of the images of probes (or a reference to them), as the learner sees them."""
+        return [self.ranks[0].pixel_digests.remote(probes)]
+
     def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
         """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for.
 
@@ -102,9 +106,13 @@ class LearnerPool:
             raise LearnerLost(f"{streams.who} {streams.lost[0]}")
         self.wait_for(following, "gathering weights")
 
-    def pushed_bytes(self) -> list[Any]:
-        """A reference to how many bytes of weights the last push had, to each engine."""
-        return [self.ranks[0].pushed_bytes.remote()]
+    def pushed_digests(self) -> list[Any]:
+        """One reference: the digests of the weights of the last push, taken as they were gathered."""
+        return [self.ranks[0].pushed_digests.remote()]
+
+    def frozen_digests(self) -> list[Any]:
+        """One reference to each rank's digests of all weights that are never pushed, which are the same."""
+        return [actor.frozen_digests.remote() for actor in self.ranks]
 
     def open_senders(self, make_sender: Callable[[Place, int, NamedWeights], Sender]) -> None:
         """Meet the engines on a port of their own."""

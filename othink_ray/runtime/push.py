@@ -19,7 +19,8 @@ from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.spans import span
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, mostly_comparable, repeated, require
+from othink_ray.weights.arrival import require_arrived
+from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable, repeated, require_pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +166,20 @@ def open_transport(name: str, learner: LearnerPool, rollout: RolloutPool, bucket
     return TransferPush(name, learner, rollout, bucket_mb)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What engines are asked after a push, as references."""
+
+    sent: Sent
+    checks: Sequence[Any]  # what is wrong with each engine's weights
+    probes: Sequence[Any]
+
+
 class AuditedPush:
-    """Sends one version and returns when every engine reports it and answers the probe as the learner does."""
+    """Sends one version and returns when every engine reports it, holds its very bits and answers as the learner does.
+
+    Weights that are never pushed are checked once on each engine.
+    """
 
     def __init__(
         self,
@@ -176,8 +189,10 @@ class AuditedPush:
         weights: WeightsConfig,
         probe_prompts: Sequence[Prompt],
         temperature: float,
+        tolerance: Tolerance,
     ) -> None:
         self.transport, self.learner, self.rollout, self.weights = transport, learner, rollout, weights
+        self.tolerance = tolerance
         # Only weights change from push to push: after the first one, which shows that both sides see the same pixels,
         # small images are enough. They are among the first ones too, so that what an engine keeps of them shows.
         quick = [with_thumbnails(prompt, _THUMBNAIL) for prompt in probe_prompts]
@@ -188,6 +203,8 @@ class AuditedPush:
         self.prompts = self.audited_with = self.first_prompts
         self.version = -1
         self.audited: list[Probe] = []  # one engine's; the others answered like it
+        self.pushed: Sequence[Any] = []  # references to digests
+        self.frozen: Sequence[Any] = []
         rollout.equip = self.equip
 
     def begin(self) -> None:
@@ -198,36 +215,46 @@ class AuditedPush:
         """An engine that is lost on the way is replaced, and all get the weights again."""
         self.version = version
         try:
-            with span("send weights"):
-                sent = self.transport.send(version)
-            audit = self._finish(sent)
+            sent = self._send()
+            audit = self._finish(sent, complete=self.prompts is self.first_prompts)
         except WorkersLost as failure:
             audit = self._finish_with_others(failure)
         self.prompts = self.quick_prompts
         return audit
 
+    @span("send weights")
+    def _send(self) -> Sent:
+        try:
+            return self.transport.send(self.version)
+        finally:  # where an engine was lost too: the learner has gathered everything, and it is sent again
+            self.pushed = self.learner.pushed_digests()
+            self.frozen = self.frozen or self.learner.frozen_digests()
+
     def _finish_with_others(self, failure: WorkersLost) -> Audit:
         self.rollout.replace(failure, equipped=False)
         try:
-            return self._finish(self.transport.send_again(self.version, None))
+            return self._finish(self.transport.send_again(self.version, None), complete=True)
         except WorkersLost as another:
             return self._finish_with_others(another)
 
     @span("audit")
-    def _finish(self, sent: Sent) -> Audit:
+    def _finish(self, sent: Sent, *, complete: bool) -> Audit:
         """Both sides at once: while the engines load, the learner says how likely their last answers are by now."""
-        asked = self.rollout.probe(self.prompts, self.sampling, self.weights.audit_candidates)
+        asked = self._ask(sent, self.prompts, complete=complete)
         last = self.audited if self.audited_with is self.prompts else []
-        expected, sent_bytes = self.learner.candidate_logprobs(last or asked[0]), self.learner.pushed_bytes()
-        probes = self._arrived(sent, asked)
-        now = probes[: len(probes) // len(asked)]  # of one engine
+        expected = self.learner.candidate_logprobs(last or asked.probes[0])
+        pixels = [] if last else self.learner.pixel_digests(asked.probes[0])
+        probes = self._arrived(asked)
+        seen = self.learner.wait_for(pixels, "audit")[0] if pixels else [probe.pixels for probe in last]
+        require_pixels(probes, seen, self.version)
+        now = probes[: len(probes) // len(asked.probes)]  # of one engine
         known = self._by_learner(last or now, expected)
         if not mostly_comparable(probes, known):  # other answers than last time, or than the first engine's
             known = self._by_learner(probes, self.learner.candidate_logprobs(probes))
-        audit = compare(probes, known, self.version)
-        require(audit, self.weights.audit_tolerance)
+        audit = self.tolerance.require(compare(probes, known, self.version))
         self.audited, self.audited_with = now, self.prompts
-        return replace(audit, sent_bytes=self.learner.wait_for(sent_bytes, "audit")[0])
+        [pushed] = self.learner.wait_for(self.pushed, "audit")
+        return replace(audit, verified=len(pushed), sent_bytes=sum(weight.nbytes for weight in pushed.values()))
 
     def _by_learner(self, answers: Sequence[Probe], logprobs: Sequence[Any]) -> list[Probe]:
         """The same answers as the learner sees them; `logprobs` are references to its own of their candidates."""
@@ -237,15 +264,25 @@ class AuditedPush:
         """New engines get what the others have and answer as they did: the learner may be further by now."""
         if self.version < 0:
             return
-        sent = self.transport.send_again(self.version, new)
-        asked = self.rollout.probe(self.audited_with, self.sampling, self.weights.audit_candidates, new)
-        probes = self._arrived(sent, asked)
-        require(compare(probes, self.audited, self.version), self.weights.audit_tolerance)
+        asked = self._ask(self.transport.send_again(self.version, new), self.audited_with, complete=True, of=new)
+        probes = self._arrived(asked)
+        require_pixels(probes, [probe.pixels for probe in self.audited], self.version)
+        self.tolerance.require(compare(probes, self.audited, self.version))
 
-    def _arrived(self, sent: Sent, asked: Sequence[Any]) -> list[Probe]:
-        for calls in sent.loading:  # what failed first says why
+    def _ask(self, sent: Sent, prompts: Any, *, complete: bool, of: Sequence[int] | None = None) -> Asked:
+        digests = [*self.pushed, *self.frozen[:1]] if complete else self.pushed
+        return Asked(
+            sent=sent,
+            checks=self.rollout.check_weights(*digests, complete=complete, of=of),
+            probes=self.rollout.probe(prompts, self.sampling, self.weights.audit_candidates, of),
+        )
+
+    def _arrived(self, asked: Asked) -> list[Probe]:
+        for calls in asked.sent.loading:  # what failed first says why
             self.rollout.wait_for(calls, "loading weights")
-        reached = self.rollout.wait_for(sent.versions, "loading weights")
+        reached = self.rollout.wait_for(asked.sent.versions, "loading weights")
         if set(reached) != {self.version}:
             raise AuditError(f"engines report weights versions {reached} after a push of version {self.version}")
-        return list(chain.from_iterable(self.rollout.wait_for(asked, "probe")))
+        self.learner.wait_for([*self.pushed, *self.frozen], "digesting weights")
+        require_arrived(self.rollout.wait_for(asked.checks, "checking weights"), self.version)
+        return list(chain.from_iterable(self.rollout.wait_for(asked.probes, "probe")))

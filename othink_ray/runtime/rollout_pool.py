@@ -138,6 +138,10 @@ class RolloutPool:
         """A reference to each engine's version after it."""
         return [actor.finish_push.remote(version, buckets) for actor in self._those(of)]
 
+    def check_weights(self, *expected: Any, complete: bool, of: Sequence[int] | None = None) -> list[Any]:
+        """A reference to what is wrong with each engine's weights; `expected`: digests, or references to them."""
+        return [actor.check_weights.remote(complete, *expected) for actor in self._those(of)]
+
     def probe(self, prompts: Any, sampling: Sampling, candidates: int, of: Sequence[int] | None = None) -> list[Any]:
         """A reference to each engine's list of probes."""
         return [actor.probe.remote(prompts, sampling, candidates) for actor in self._those(of)]

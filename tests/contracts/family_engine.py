@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling
-from othink_ray.types import Group, Prompt
+from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.chunks import Chunk, from_chunks
+from othink_ray.weights.digest import digests
 
 SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
 
@@ -21,6 +24,9 @@ class Lived:
     pushed: Sequence[Group]
     moved: dict[str, int]  # numbers in the engine that changed when the weight of this name came
     kept: dict[str, int]  # numbers of this engine's weight that no push changed
+    wrong: dict[str, str]  # what digests say of its weights after the push
+    wrong_by_a_bit: dict[str, str]  # ... where the last bit of one number of each weight should have been another
+    probes: Sequence[Probe]  # after the push
 
 
 def live(
@@ -44,9 +50,17 @@ def live(
         [piece] = chunk.pieces
         moved[piece.name] = sum(int((weight != before[name]).sum()) for name, weight in parameters.items())
     engine.finish_push(1, buckets=len(weights))
+    whole = dict(from_chunks(weights))
+    pushed = list(engine.generate(prompts, SAMPLING))
+    wrong = engine.check_weights(digests(whole.items()), complete=True)
+    for weight in whole.values():
+        weight.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
     return Lived(
         opened=opened,
-        pushed=list(engine.generate(prompts, SAMPLING)),
+        pushed=pushed,
         moved=moved,
         kept={name: int((weight == start[name]).sum()) for name, weight in parameters.items()},
+        wrong=wrong,
+        wrong_by_a_bit=engine.check_weights(digests(whole.items()), complete=False),
+        probes=engine.probe(prompts, replace(SAMPLING, answers=1), 8),
     )

@@ -26,13 +26,15 @@ from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.core import fused
 from othink_ray.engines.hf_rollout import HFRollout
+from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, open_family
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.last_layer import narrow
 from othink_ray.families.parts import modules_by_part
-from othink_ray.types import Prompt
+from othink_ray.types import PixelDigest, Prompt
+from othink_ray.weights.audit import Tolerance, compare, repeated
 from othink_ray.weights.chunks import to_chunks
 from tests.contracts.family_engine import SAMPLING, Lived, live
 from tests.engines.nearness import assert_same_gradients, gradients
@@ -337,6 +339,39 @@ def test_an_engine_expands_prompts_as_the_family_does(family: Family, lived: Liv
 def test_an_engine_that_opened_a_saved_folder_samples_from_the_learners_policy(policy: Policy, lived: Lived) -> None:
     gaps = [learner_gap(policy, policy.family, group) for group in lived.opened]
     assert max(float(gap.max()) for gap in gaps) < 1e-4
+
+
+def test_digests_read_from_an_engine_are_those_of_the_weights_sent(policy: Policy, lived: Lived) -> None:
+    assert lived.wrong == {}
+    assert set(lived.wrong_by_a_bit) == {name for name, _ in sent_weights(policy.network)}
+
+
+def test_the_gap_of_a_first_push_is_within_its_bound(name: str, trained: dict[str, Policy], lived: Lived) -> None:
+    policy = trained[name]
+    batch = batch_of([row_of(probe.group) for probe in lived.probes], policy.family)
+    with torch.no_grad():
+        whole = policy(batch, wanted="distributions")
+    sizes = [len(probe.candidates) for probe in lived.probes]
+    own = [
+        rows.gather(1, torch.from_numpy(probe.candidates)).numpy()
+        for rows, probe in zip(whole[: sum(sizes)].split(sizes), lived.probes, strict=True)
+    ]
+    layers = len(policy.family.layers(policy.network))
+    audit = Tolerance("float32", layers).require(compare(lived.probes, repeated(lived.probes, own), 1))
+    assert 0 < audit.gap_mean < audit.tolerance / 2
+
+
+def test_an_engine_gives_its_tower_the_pixels_of_the_learner(family: Family, lived: Lived) -> None:
+    for prompt, probe in zip(MIXED, lived.probes, strict=True):
+        found = probe.pixels
+        if not prompt.images:
+            assert found == PixelDigest()
+            continue
+        images = family.encode_images(prompt.images)
+        assert found == pixel_digest(pixels_as(family, images, found.dtype))
+        one_off = replace(images, pixels=images.pixels.clone())
+        one_off.pixels[-1].view(-1)[-1] += 1 / 255 / family.processor.image_processor.image_std[-1]
+        assert found != pixel_digest(pixels_as(family, one_off, found.dtype))
 
 
 def test_a_push_reaches_every_number_of_an_engine_once(policy: Policy, lived: Lived) -> None:

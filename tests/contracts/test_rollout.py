@@ -16,6 +16,7 @@ from othink_ray.engines.base import RolloutEngine, Sampling, UnfinishedPush
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Prompt
+from othink_ray.weights.digest import digests
 from tests.engines.samples import (
     MIXED,
     always_says,
@@ -381,6 +382,34 @@ def test_a_bucket_that_cannot_be_loaded_leaves_the_push_unfinished(
     with pytest.raises(UnfinishedPush):
         list(engine.generate(MIXED, WARM))
     give(engine, sent_weights(policy.network), 2)
+
+
+def test_an_engine_that_holds_what_was_sent_is_told_from_one_that_does_not(
+    engine: RolloutEngine, policy: Policy, taught: Policy
+) -> None:
+    weights = sent_weights(taught.network)
+    expected = digests(weights)
+    older = sent_weights(policy.network)
+    assert engine.check_weights(digests(older), complete=True) == {}
+    give(engine, weights[:-1], 1)  # the last one does not arrive
+    wrong = {weights[-1][0]: "differs from what the learner sent"}
+    assert engine.check_weights(expected, complete=True) == wrong
+    give(engine, weights, 2)
+    assert engine.check_weights(expected, complete=True) == {}
+    part = dict(list(expected.items())[3:5])
+    assert engine.check_weights(part, complete=False) == {}
+
+
+def test_weights_that_one_side_alone_has_are_named(engine: RolloutEngine, policy: Policy) -> None:
+    expected = digests(sent_weights(policy.network))
+    assert engine.check_weights(expected, complete=True) == {}
+    [(first, digest), *others] = expected.items()
+    assert list(engine.check_weights(dict(others), complete=True).values()) == [
+        "is not reached by any weight of the learner"
+    ]
+    longer = replace(digest, shape=(digest.shape[0] + 1, *digest.shape[1:]))
+    found = engine.check_weights({**expected, first: longer}, complete=False)
+    assert found == {first: "is not in the engine, or not whole"}
 
 
 def test_each_image_is_looked_at_once_for_all_answers(engine: RolloutEngine) -> None:

@@ -101,7 +101,8 @@ def test_what_is_frozen_is_neither_changed_nor_pushed(start_run: StartRun, freez
     trained = base_of(run).keys() - kept
     assert 0 < len(projector) < len(tower) and changed_by(run) == trained
     assert [line["push/mb"] for line in run.steps] == pytest.approx([megabytes(run, trained)] * 2)
-    assert all(line["audit/logp_gap_mean"] < 1e-5 for line in run.steps)
+    assert all(line["audit/logp_gap_mean"] <= line["audit/tolerance"] < 1e-5 for line in run.steps)
+    assert {line["audit/verified_weights"] for line in run.steps} == {len(trained)}  # and the others at the first push
 
 
 def test_a_target_that_is_not_there_ends_the_run_in_a_line(ray_here: None, cache: Path, tmp_path: Path) -> None:

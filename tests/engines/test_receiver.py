@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, set_num_threads  # by name: an engine of another test may have made torch's own do nothing
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
+from othink_ray.weights.arrival import Held
+from othink_ray.weights.digest import TensorDigest
 
 
 class Engine(Receiver):
@@ -24,6 +26,10 @@ class Engine(Receiver):
             pass
 
     def _forget(self) -> None: ...
+
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+        self.threads.append(torch.get_num_threads())
+        return [Held(parts={}, faults={"w": "is stale"})]
 
 
 def breaking() -> Iterator[Any]:
@@ -49,7 +55,8 @@ def test_weights_are_written_on_one_thread_and_the_engine_has_its_own_again(
     assert torch.get_num_threads() == 3
     with pytest.raises(OSError, match="a bucket was lost"):
         engine.load_weights(breaking())
-    assert (torch.get_num_threads(), engine.threads) == (3, [1, 1])
+    assert engine.check_weights({}, complete=False) == {"w": "is stale"}
+    assert (torch.get_num_threads(), engine.threads) == (3, [1, 1, 1])
 
 
 def test_a_push_with_a_bucket_missing_is_refused() -> None:

@@ -20,7 +20,7 @@ train: {steps: 200, seed: 7}
 algo: {name: grpo_d}
 model: {name: tiny}
 data: {name: counting}
-weights: {audit_tolerance: 0.01}
+weights: {bucket_mb: 64}
 """
 SUMMARY: dict[str, Any] = {
     "before": {"accuracy": 0.46, "lo": 0.392, "hi": 0.529, "format": 0.88, "n": 200, "tokens_mean": 24.1},
@@ -68,6 +68,7 @@ def row(step: int) -> dict[str, Any]:
         "kl/mean": 0.001 * step,
         "audit/logp_gap_mean": 1e-7,
         "audit/logp_gap_max": 1e-6,
+        "audit/tolerance": 1e-5 * step,
         "ratio/raw_mean": 1.0,
         "ratio/raw_max": 1.1,
         "ratio/clip_frac": 0.01,
@@ -286,7 +287,7 @@ def test_dropped_rows_and_configuration_are_on_the_page(tmp_path: Path) -> None:
     many = [[f"row-{i}", "no answer"] for i in range(130)]
     page = page_of(write_run(tmp_path, rows=[row(1)], summary={**SUMMARY, "dropped": many}))
     assert "row-99 no answer and 30 more" in page.text
-    assert "audit_tolerance: 0.01" in page.text
+    assert "bucket_mb: 64" in page.text
 
 
 def test_what_went_wrong_and_was_mended_is_on_the_page(tmp_path: Path) -> None:

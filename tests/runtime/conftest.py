@@ -26,12 +26,12 @@ def incidents(max_restarts: int = 3) -> Incidents:
     return Incidents(max_restarts, tell=print)
 
 
-def train_one_step(team: Team, prompts: list[Prompt], step: int) -> None:
+def train_one_step(team: Team, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:
     """One real step with rewards that differ, so that all weights move as in training."""
     scored = team.score(team.generate(prompts, step))
     rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
     packs = [pack(one, group_advantages(one.rewards, one.valid), len(rigged)) for one in rigged]
-    team.update(packs, updates=1, beta=0.04, lr=2e-4, stale=False)
+    team.update(packs, updates=1, beta=0.04, lr=lr, stale=False)
 
 
 @pytest.fixture(scope="session")

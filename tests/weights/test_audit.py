@@ -20,11 +20,12 @@ from othink_ray.engines.policy import Policy
 from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
-from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, repeated, require
+from othink_ray.types import Audit, PixelDigest, Probe, Prompt
+from othink_ray.weights.audit import AuditError, Tolerance, compare, repeated, require_pixels
 from tests.engines.samples import ask, batch_of, distributions, give, group_of, row_of, sent_weights, worker_of
 
 CPU = torch.device("cpu")
+LAYERS = 5  # of the tiny model, both towers
 # A mean gap of float32 engines that is no rounding: they agree to less than 2e-6 on the tiny model.
 SHARP = 1e-5
 
@@ -52,24 +53,77 @@ def test_a_number_that_is_none_is_no_agreement(family: Family, broken: float) ->
     probes = [probe_of(family, [[-1.0, -2.0]])]
     audit = compare(probes, repeated(probes, [np.array([[-1.0, broken]], np.float32)]), version=1)
     with pytest.raises(AuditError, match="version 1 failed"):
-        require(audit, tolerance=1e9)
+        Tolerance("float32", LAYERS, fixed=1e9).require(audit)
 
 
-def test_a_gap_at_the_tolerance_passes_and_one_above_it_stops() -> None:
-    require(Audit(version=1, gap_mean=0.01, gap_max=5.0, tokens=192), tolerance=0.01)
-    with pytest.raises(AuditError):
-        require(Audit(version=1, gap_mean=0.0101, gap_max=0.02, tokens=192), tolerance=0.01)
+def gap_of(gap: float, logp_mean: float = 1.0) -> Audit:
+    return Audit(version=17, gap_mean=gap, gap_max=6 * gap, tokens=192, logp_mean=logp_mean)
+
+
+def test_a_gap_at_a_fixed_tolerance_passes_and_one_above_it_stops() -> None:
+    fixed = Tolerance("bfloat16", LAYERS, fixed=0.01)
+    for _ in range(2):  # whatever was measured
+        assert fixed.require(gap_of(0.01)).tolerance == 0.01
+        with pytest.raises(AuditError, match=r"tolerance 0\.01 \(weights\.audit_tolerance\)"):
+            fixed.require(gap_of(0.0101))
+        fixed.require(gap_of(1e-4))
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float32", 2**-23), ("bfloat16", 2**-7)])
+def test_the_first_gap_has_a_bound_from_precision_and_depth(dtype: str, eps: float) -> None:
+    assert eps == torch.finfo(getattr(torch, dtype)).eps
+    shallow, deep = Tolerance(dtype, 4), Tolerance(dtype, 36)
+    assert deep.of(gap_of(0)) == pytest.approx(3 * shallow.of(gap_of(0)))
+    assert eps <= shallow.of(gap_of(0)) <= 16 * eps
+    with pytest.raises(AuditError, match="from precision and depth"):
+        shallow.require(gap_of(1.01 * shallow.of(gap_of(0))))
+    assert shallow.measured is None  # a gap that did not pass measures nothing
+
+
+def test_afterwards_eight_times_the_gap_of_the_first_push_passes() -> None:
+    tolerance = Tolerance("bfloat16", LAYERS)
+    bound = tolerance.of(gap_of(0))
+    tolerance.require(gap_of(bound / 10))
+    assert tolerance.of(gap_of(0)) == pytest.approx(0.8 * bound)
+    tolerance.require(gap_of(0.799 * bound))  # and does not raise the next one
+    with pytest.raises(AuditError, match="from the gap at the first push"):
+        tolerance.require(gap_of(0.801 * bound))
+
+
+@pytest.mark.parametrize(("first", "later"), [(0.0, 0.5), (0.9, 1.0)])
+def test_a_first_gap_that_is_tiny_or_large_promises_no_less_and_no_more(first: float, later: float) -> None:
+    tolerance = Tolerance("float32", LAYERS)
+    bound = tolerance.of(gap_of(0))
+    tolerance.require(gap_of(first * bound))
+    assert tolerance.of(gap_of(0)) == pytest.approx(later * bound)
+
+
+def test_tolerances_grow_with_the_logprobs_that_are_compared() -> None:
+    """Rounding is relative: a policy that has become sure of itself has logprobs of -10 where it had -5."""
+    tolerance = Tolerance("bfloat16", LAYERS)
+    assert tolerance.of(gap_of(0, 10.0)) == pytest.approx(10 * tolerance.of(gap_of(0, 1.0)))
+    assert tolerance.of(gap_of(0, 0.01)) == tolerance.of(gap_of(0, 1.0))
+    tolerance.require(gap_of(0.03, 5.0))
+    assert tolerance.measured == pytest.approx(0.006)
 
 
 def test_the_message_says_what_was_measured_and_where_to_look() -> None:
     with pytest.raises(AuditError) as caught:
-        require(Audit(version=17, gap_mean=0.25, gap_max=1.5, tokens=192), tolerance=0.01)
+        Tolerance("bfloat16", LAYERS).require(Audit(version=17, gap_mean=0.25, gap_max=1.5, tokens=192))
     message = str(caught.value)
     for part in (
-        *("version 17", "0.25 nats on average", "1.5 at most", "192 logprobs", "weights.audit_tolerance = 0.01"),
-        *("lm_head", "caches", "model.max_pixels", "dtype"),
+        *("version 17", "0.25 nats on average", "1.5 at most", "192 logprobs", "tolerance 0.00873"),
+        *("compared to the bit", "caches", "rollout.temperature", "weights.audit_tolerance"),
     ):
         assert part in message
+
+
+def test_other_pixels_are_named_with_their_prompt(family: Family) -> None:
+    probes = [probe_of(family, [[-1.0]]), replace(probe_of(family, [[-1.0]]), pixels=PixelDigest(value=7))]
+    require_pixels(probes + probes, [PixelDigest(), PixelDigest(value=7)], 3)
+    for other in (PixelDigest(value=8), PixelDigest(value=7, dtype="bfloat16")):
+        with pytest.raises(AuditError, match=r"version 3 failed: engine and learner see other pixels .* prompt q\."):
+            require_pixels(probes, [PixelDigest(), other], 3)
 
 
 def test_probes_and_answers_must_match_in_number(family: Family) -> None:
@@ -95,6 +149,7 @@ class Auditor:
 
     def __init__(self, config: Config, family: Family) -> None:
         self.weights, self.family = config.weights, family
+        self.tolerance = Tolerance("float32", LAYERS)
         source = open_source(config.data, "test")
         self.prompts: list[Prompt] = [source.prompt(index) for index in range(config.weights.audit_prompts)]
         self.sampling = Sampling(answers=1, max_tokens=config.weights.audit_tokens, temperature=1.0, seed=0)
@@ -127,7 +182,7 @@ def stepped(taught: Policy, family: Family, scenes: Sequence[Prompt], config: Co
 def engine(vllm_engine: VLLMRollout, taught: Policy, audit: Auditor) -> VLLMRollout:
     """Has `taught`, and everything cached that the probe needs."""
     give(vllm_engine, sent_weights(taught.network), 0)
-    assert audit(vllm_engine, taught).gap_mean < SHARP
+    assert audit.tolerance.require(audit(vllm_engine, taught)).gap_mean < SHARP
     return vllm_engine
 
 
@@ -145,7 +200,7 @@ def test_a_clean_push_passes_by_far(engine: VLLMRollout, hf_engine: HFRollout, s
     for opened in (engine, hf_engine):
         give(opened, sent_weights(stepped.network), 1)
         found = audit(opened, stepped)
-        require(found, audit.weights.audit_tolerance)
+        audit.tolerance.require(found)
         assert found.gap_mean < SHARP / 5
         assert found.gap_max < 10 * SHARP
         assert found.tokens == audit.weights.audit_prompts * audit.weights.audit_tokens * audit.weights.audit_candidates
@@ -153,23 +208,22 @@ def test_a_clean_push_passes_by_far(engine: VLLMRollout, hf_engine: HFRollout, s
 
 def test_weights_of_one_step_ago_are_caught(engine: VLLMRollout, stepped: Policy, audit: Auditor) -> None:
     found = audit(engine, stepped)
-    assert found.gap_mean > 100 * audit.weights.audit_tolerance
+    assert found.gap_mean > 100 * audit.tolerance.of(found)
     with pytest.raises(AuditError):
-        require(found, audit.weights.audit_tolerance)
+        audit.tolerance.require(found)
 
 
 def test_a_tied_head_with_its_old_copy_is_caught(
     engine: VLLMRollout, stepped: Policy, audit: Auditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's CPU kernels have the matrix twice, packed for the embedding and for the head."""
-    worker = worker_of(engine)
-    kept = [module for module in worker.packed if module is not worker.network.language_model.lm_head]
-    assert len(kept) == len(worker.packed) - 1
+    worker = worker_of(engine).worker  # inside vLLM's wrapper
+    head, pack = worker.network.language_model.lm_head, worker.pack
     with monkeypatch.context() as patched:
-        patched.setattr(worker.worker, "packed", kept)  # inside vLLM's wrapper
+        patched.setattr(worker, "pack", lambda module: None if module is head else pack(module))
         give(engine, sent_weights(stepped.network), 1)
     with pytest.raises(AuditError):
-        require(audit(engine, stepped), audit.weights.audit_tolerance)
+        audit.tolerance.require(audit(engine, stepped))
 
 
 @pytest.mark.parametrize("caches", [("prefix",), ("prefix", "encoder")])
@@ -178,7 +232,7 @@ def test_caches_kept_over_a_push_are_caught(
 ) -> None:
     give_keeping(engine, sent_weights(stepped.network), monkeypatch, *caches)
     with pytest.raises(AuditError):
-        require(audit(engine, stepped), audit.weights.audit_tolerance)
+        audit.tolerance.require(audit(engine, stepped))
 
 
 def test_image_features_kept_over_a_push_are_caught(
@@ -186,7 +240,7 @@ def test_image_features_kept_over_a_push_are_caught(
 ) -> None:
     give_keeping(engine, sent_weights(stepped.network), monkeypatch, "encoder")
     with pytest.raises(AuditError):
-        require(audit(engine, stepped), audit.weights.audit_tolerance)
+        audit.tolerance.require(audit(engine, stepped))
 
 
 def kinds(policy: Policy) -> dict[str, str]:
@@ -201,7 +255,7 @@ def kinds(policy: Policy) -> dict[str, str]:
 def test_one_layer_wrong_by_a_hundredth_shows_whichever_it_is(
     engine: VLLMRollout, taught: Policy, audit: Auditor
 ) -> None:
-    clean = audit(engine, taught).gap_mean
+    clean = audit(engine, taught)
     gaps = {}
     for name in kinds(taught).values():
         give(engine, [(n, w * 1.01 if n == name else w) for n, w in sent_weights(taught.network)], 1)
@@ -210,14 +264,14 @@ def test_one_layer_wrong_by_a_hundredth_shows_whichever_it_is(
     in_vision = {name: gap for name, gap in gaps.items() if ".visual." in name}
     in_text = {name: gap for name, gap in gaps.items() if ".visual." not in name}
     assert (len(in_vision), len(in_text)) == (9, 11)
-    assert {name: gap for name, gap in in_text.items() if not gap > audit.weights.audit_tolerance} == {}
-    assert {name: gap for name, gap in in_vision.items() if not gap > 3 * clean} == {}
+    assert {name: gap for name, gap in in_text.items() if not gap > audit.tolerance.of(clean)} == {}
+    assert {name: gap for name, gap in in_vision.items() if not gap > 3 * clean.gap_mean} == {}
 
 
 def test_another_temperature_on_one_side_is_caught(engine: VLLMRollout, taught: Policy, audit: Auditor) -> None:
     other = Policy(taught.network, audit.family, temperature=0.9, logit_rows=64)
     with pytest.raises(AuditError):
-        require(audit(engine, other), audit.weights.audit_tolerance)
+        audit.tolerance.require(audit(engine, other))
 
 
 def test_other_pixels_on_one_side_are_caught(engine: VLLMRollout, taught: Policy, audit: Auditor) -> None:
@@ -229,4 +283,4 @@ def test_other_pixels_on_one_side_are_caught(engine: VLLMRollout, taught: Policy
     ]
     own = learner_logprobs(taught, audit.family, swapped)
     with pytest.raises(AuditError):
-        require(compare(swapped, repeated(swapped, own), 0), audit.weights.audit_tolerance)
+        audit.tolerance.require(compare(swapped, repeated(swapped, own), 0))

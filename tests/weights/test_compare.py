@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.audit import AuditError, compare, mostly_comparable, require
+from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable
 
 
 def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[float]]) -> Probe:
@@ -26,8 +26,10 @@ def test_the_same_candidates_in_another_order_are_compared() -> None:
 
 
 def test_what_follows_another_token_is_not_compared() -> None:
-    found = probe([7, 1], [[7, 5], [1, 2]], [[-1.0, -0.5], [-9.0, -9.0]])
-    assert compare([found], [KNOWN], 3).tokens == 2
+    """The same candidates, after other tokens, have other logprobs by right."""
+    found = probe([7, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-9.0, -9.0]])
+    audit = compare([found], [KNOWN], 3)
+    assert (audit.tokens, audit.gap_max) == (2, 0.0)
 
 
 def test_each_new_engine_is_held_against_the_same_questions() -> None:
@@ -46,7 +48,7 @@ def test_each_new_engine_is_held_against_the_same_questions() -> None:
 )
 def test_an_engine_with_another_policy_is_refused(found: Probe) -> None:
     with pytest.raises(AuditError):
-        require(compare([found], [KNOWN], 3), tolerance=1e-3)
+        Tolerance("float32", layers=5, fixed=1e-3).require(compare([found], [KNOWN], 3))
 
 
 def test_one_engine_that_shares_nothing_does_not_hide_behind_others() -> None:

@@ -1,0 +1,121 @@
+"""A checksum of a tensor's bits that can be added up from pieces of it, wherever those lie.
+
+The tensor is read as a matrix X of 16-bit integers; with fixed pseudo-random keys a and b, the digest is the sum of
+a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in any order, so that CPU and GPU, whole tensors and
+shards agree to the bit; a flipped bit, a swap or a shift changes the digest, and zero padding does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_KEY_BITS = 20  # 16-bit values x 20-bit keys, 2**16 columns summed at a time: exact in float64's 53 bits
+_COLUMNS = 2**16
+_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # values converted at a time: what a core's cache holds; 64 MiB of a GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDigest:
+    """What a tensor that arrived must match."""
+
+    value: int  # signed 64 bits
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, TensorDigest]:
+    """The digest of each whole tensor."""
+    collected = DigestCollector()
+    for _ in collected.passing(weights):
+        pass
+    return collected.digests()
+
+
+class DigestCollector:
+    """Digests tensors on their own device as they pass by; the values are read back once, at the end."""
+
+    def __init__(self) -> None:
+        self._passed: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            self._passed.append((name, piece_digest(as_matrix(weight), 0, 0), tuple(weight.shape), weight.dtype))
+            yield name, weight
+
+    def digests(self) -> dict[str, TensorDigest]:
+        values = read_back([value for _, value, _, _ in self._passed])
+        return {
+            name: TensorDigest(value=value, shape=shape, dtype=dtype)
+            for (name, _, shape, dtype), value in zip(self._passed, values, strict=True)
+        }
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(first dimension, all others); a vector is one column."""
+    return (
+        weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1) if weight.numel() else weight.new_empty(0, 1)
+    )
+
+
+def read_back(values: list[Tensor]) -> list[int]:
+    """Scalars as numbers, in one transfer from a device."""
+    found: list[int] = torch.stack(values).tolist() if values else []
+    return found
+
+
+def piece_digest(piece: Tensor, first_row: int, first_column: int) -> Tensor:
+    """What this piece (rows, columns) of a matrix adds to its digest, as an int64 scalar on the piece's device."""
+    bits = _bits(piece)
+    parts = piece.element_size() // bits.element_size()
+    rows, columns = bits.shape
+    row_keys = _keys(first_row + rows, 64, piece.device)[first_row:]
+    column_keys = _keys((first_column * parts) + columns, _KEY_BITS, piece.device)[first_column * parts :].double()
+    total = torch.zeros((), dtype=torch.int64, device=piece.device)
+    for left in range(0, columns, _COLUMNS):
+        width = min(_COLUMNS, columns - left)
+        height = max(1, _BLOCK.get(piece.device.type, _BLOCK["cpu"]) // width)
+        for top in range(0, rows, height):
+            block = bits[top : top + height, left : left + width].double()
+            sums = torch.mv(block, column_keys[left : left + width]).long()
+            total += (sums * row_keys[top : top + height]).sum()
+    return total
+
+
+def _bits(piece: Tensor) -> Tensor:
+    """As integers of 16 bits (of 8 where elements are no longer), several columns for one where elements are longer."""
+    dense = piece if piece.stride(-1) == 1 else piece.clone(memory_format=torch.contiguous_format)
+    return dense.view(torch.uint8 if piece.element_size() == 1 else torch.int16)
+
+
+def _keys(count: int, bits: int, device: torch.device) -> Tensor:
+    """Odd numbers that look random, the same on every machine; made for a power of two at a time, and kept."""
+    return _key_table(1 << max(10, (count - 1).bit_length()), bits, device)[:count]
+
+
+@lru_cache(maxsize=16)
+def _key_table(count: int, bits: int, device: torch.device) -> Tensor:
+    """SplitMix64 of 0, 1, 2, ...: int64 arithmetic wraps modulo 2**64."""
+    state = (torch.arange(1, count + 1, dtype=torch.int64) + (bits << 32)) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ _shifted(state, shift)) * _signed(factor)
+    state = state ^ _shifted(state, 31)
+    return ((state if bits == 64 else _shifted(state, 64 - bits)) | 1).to(device)
+
+
+def _shifted(numbers: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    return (numbers >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number

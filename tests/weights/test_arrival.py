@@ -1,0 +1,60 @@
+"""What engines hold against what was sent: parts of workers are added up, and the message names what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from othink_ray.weights.arrival import Held, HeldPart, mismatches, require_arrived
+from othink_ray.weights.audit import AuditError
+from othink_ray.weights.digest import digests, piece_digest
+
+WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+SENT = digests([("w", WEIGHT)])
+TOP, BOTTOM = (
+    HeldPart(value=int(piece_digest(WEIGHT[rows], rows.start, 0)), elements=12) for rows in (slice(0, 3), slice(3, 6))
+)
+WHOLE = HeldPart(value=SENT["w"].value, elements=24)
+DIFFERS, PARTIAL = {"w": "differs from what the learner sent"}, {"w": "is not in the engine, or not whole"}
+
+
+def held(*parts: HeldPart | None) -> list[Held]:
+    return [Held(parts={} if part is None else {"w": part}, faults={}) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("parts", "wrong"),
+    [
+        ((WHOLE,), {}),
+        ((WHOLE, WHOLE), {}),
+        ((TOP, BOTTOM), {}),
+        ((TOP, BOTTOM, TOP, BOTTOM), {}),  # as keys and values where there are fewer heads than workers
+        ((TOP, TOP), DIFFERS),
+        ((TOP, TOP, TOP, BOTTOM), DIFFERS),
+        ((WHOLE, HeldPart(value=WHOLE.value + 1, elements=24)), DIFFERS),
+        ((TOP,), PARTIAL),
+        ((WHOLE, TOP), PARTIAL),
+        ((None, None), PARTIAL),
+    ],
+)
+def test_workers_share_a_weight_out_or_hold_it_whole(parts: tuple[HeldPart, ...], wrong: dict[str, str]) -> None:
+    assert mismatches(SENT, held(*parts)) == wrong
+
+
+def test_faults_of_any_worker_count() -> None:
+    stale = Held(parts={"w": WHOLE}, faults={"head": "is stale"})
+    assert mismatches(SENT, [*held(WHOLE), stale]) == {"head": "is stale"}
+
+
+def test_the_message_names_the_engine_some_weights_and_how_many_there_are() -> None:
+    require_arrived([{}, {}], 4)
+    with pytest.raises(AuditError) as caught:
+        require_arrived([{}, {f"w{number}": "differs" for number in range(5)}], 4)
+    message = str(caught.value)
+    for part in (
+        *("audit of weights version 4 failed: in engine 1 of 2, digests of 5 weights are wrong", "weights.transport"),
+        *("w0 differs; w1 differs; w2 differs; and 2 more.", "tied lm_head", "logprobs were not compared"),
+    ):
+        assert part in message
+    with pytest.raises(AuditError, match=r"w differs\. The logprobs"):
+        require_arrived([{"w": "differs"}], 4)

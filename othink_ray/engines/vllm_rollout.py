@@ -55,6 +55,8 @@ class VLLMRollout(Receiver):
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from othink_ray.engines.vllm_rounding import rounding_arguments
+
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         arguments: dict[str, Any] = {
@@ -80,6 +82,8 @@ class VLLMRollout(Receiver):
             "trust_remote_code": False,
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
+        if model.dtype != "float32":
+            arguments |= rounding_arguments()
         if on_gpu:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
             arguments["enable_sleep_mode"] = rollout.sleep

@@ -12,6 +12,8 @@ from torch import Tensor
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
+import othink_ray.engines.vllm_rounding  # noqa: F401  # patches vLLM in this process
+
 _pack = utils.dispatch_cpu_unquantized_gemm
 
 if current_platform.is_cpu():

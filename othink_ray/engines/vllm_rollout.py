@@ -48,6 +48,7 @@ class VLLMRollout(Receiver):
                 VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
                 OMP_NUM_THREADS=str(threads),
+                VLLM_CPU_ATTN_SPLIT_KV="0" if model.dtype != "float32" else "1",  # sums in one order, as the learner
             )
             torch.set_num_threads(threads)  # OpenMP has read its environment by now, where Ray wrote one thread
         from vllm import SamplingParams

@@ -1,7 +1,7 @@
 """Settings and patches with which vLLM rounds half-precision numbers where transformers' modules round them.
 
 A rounding that only one side makes changes about half of all later numbers by one unit in the last place, and from then
-on engine and learner round independently of each other. float32 needs none of this and is left as it is.
+on engine and learner round independently of each other. In float32 none of this changes more than the last digits.
 
 Import this in every process of vLLM before its network is built: implementations and patches must stand by then.
 """
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 import vllm.kernels  # noqa: F401  # registers vLLM's own implementations of the operations below
 from torch import Tensor
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 from vllm import ir
+from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDecoderLayer,
     Qwen3VLForConditionalGeneration,
-    pos_embed_interpolate_native,
 )
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends import cpu_attn
 
 _AS_TRANSFORMERS = "as_transformers"
 
@@ -43,13 +46,26 @@ def rounding_arguments() -> dict[str, Any]:
     }
 
 
-@ir.ops.fused_add_rms_norm.register_impl(_AS_TRANSFORMERS)
+@ir.ops.fused_add_rms_norm.register_impl(_AS_TRANSFORMERS)  # type: ignore[untyped-decorator]
 def _add_rms_norm(
     x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalize the residual sum as it is stored; vLLM's own version normalizes it before it is rounded."""
     total = x + x_residual
     return ir.ops.rms_norm(total, weight, epsilon, variance_size), total
+
+
+if current_platform.is_cpu():
+    # On processors with AMX vLLM would round attention's shares to bfloat16, and multiply small matrices by kernels of
+    # its own. The vector kernel and oneDNN do on all processors what the learner's attention and torch's products do.
+    _choose_kernel = cpu_attn._get_attn_isa
+
+    def _choose_vector_kernel(*shape: Any) -> str:
+        kernel: str = _choose_kernel(*shape)
+        return "vec" if kernel == "amx" else kernel
+
+    cpu_attn._get_attn_isa = _choose_vector_kernel
+    utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
 
 _initialize_rotary = ApplyRotaryEmb.__init__
@@ -86,9 +102,14 @@ def _build_as_transformers(self: Any, **settings: Any) -> None:
 
 def _interpolated(tower: Any, grids: Any) -> Tensor:
     """Positions (patches, H) between the learned ones; vLLM weights and sums them in the network's precision."""
-    weight, side, merge = tower.pos_embed.weight.float(), tower.num_grid_per_side, tower.spatial_merge_size
-    images = [pos_embed_interpolate_native(weight, *grid, side, merge, torch.float32) for grid in grids]
-    return torch.cat(images).to(tower.dtype)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        torch.as_tensor(grids, device=tower.device),
+        tower.num_grid_per_side,
+        align_corners=True,
+        spatial_merge_size=tower.spatial_merge_size,
+    )
+    interpolated: Tensor = (tower.pos_embed(indices) * weights[..., None]).sum(1).to(tower.dtype)
+    return interpolated
 
 
 class _DeepStackLayer(Qwen3VLDecoderLayer):  # type: ignore[misc]  # vLLM is untyped here

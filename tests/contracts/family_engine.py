@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling
-from othink_ray.types import Group, Prompt
+from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.chunks import Chunk, from_chunks
 
 SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
@@ -50,3 +50,19 @@ def live(
         moved=moved,
         kept={name: int((weight == start[name]).sum()) for name, weight in parameters.items()},
     )
+
+
+def probe_before_and_after(
+    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
+) -> tuple[list[Probe], list[Probe]]:
+    """Probes of `path` as it is, and after a push of `weights`."""
+    from othink_ray.engines.vllm_rollout import VLLMRollout
+    from othink_ray.families import open_family
+
+    engine = VLLMRollout(rollout, model, open_family(model, path), path, transport="shared_memory", max_logprobs=8)
+    sampling = Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0)
+    before = engine.probe(prompts, sampling, 8)
+    engine.begin_push()
+    engine.load_weights(from_chunks(weights))
+    engine.finish_push(1, buckets=len(weights))
+    return before, engine.probe(prompts, sampling, 8)

@@ -63,6 +63,7 @@ def probe_before_and_after(
     sampling = Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0)
     before = engine.probe(prompts, sampling, 8)
     engine.begin_push()
-    engine.load_weights(from_chunks(weights))
+    for chunk in weights:
+        engine.load_weights(from_chunks([chunk]))
     engine.finish_push(1, buckets=len(weights))
     return before, engine.probe(prompts, sampling, 8)

@@ -46,6 +46,24 @@ inline vec exp2_of(vec x) {
     return (vec)((ivec)power + ((ivec)shifted << 23));
 }
 
+// e^x as vLLM's attention on CPUs has it (and torch's), to the last bit: coarser than it could be, by up to 1e-6.
+inline vec exp_of(vec x) {
+    const vec least = all(-87.33655f), inside = x < least ? least : x, nearest = inside * LOG2_E + 0.5f;
+    const vec whole = __builtin_convertvector(__builtin_convertvector(nearest, ivec), vec);
+    const vec exponent = whole > nearest ? whole - 1.0f : whole, rest = inside - exponent * 0.693147182f;
+    vec power = all(0.00828929059f);
+    for (float next : {0.0418978221f, 0.166676521f, 0.499991506f, 0.999999701f, 1.0f}) power = rest * power + next;
+    power = (vec)((ivec)power + (__builtin_convertvector(exponent, ivec) << 23));
+    return x < least ? vec{} : power;
+}
+
+// Halves of the lanes are added until one is left, which is what the processor's own instructions suggest.
+inline float sum_of(vec lanes) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
 // out[row][key] = start[row] + sum over depth of left[depth][row] * right[depth][key]
 void score(const float* left, const float* right, int64_t pitch, int64_t keys, int64_t depth, const float* start,
            float* out, int64_t out_pitch) {
@@ -114,6 +132,7 @@ struct Inputs {
     const Block* blocks;
     int64_t block_count;
     float scale;
+    int32_t as_vllm;  // forward rounds where vLLM's kernel does: the same half-precision numbers come out
 };
 
 int64_t part() { return PART; }
@@ -200,6 +219,8 @@ extern "C" {
 void forward(const Inputs* inputs, float* out, float* logs, int threads) {
     const Inputs& in = *inputs;
     const int64_t depth = in.depth;
+    const bool as_vllm = in.as_vllm;
+    const float factor = as_vllm ? in.scale : in.scale * LOG2_E;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int64_t number = 0; number < in.key_heads; number++)
         for (int64_t part = 0; part < threads; part++) {
@@ -209,7 +230,7 @@ void forward(const Inputs* inputs, float* out, float* logs, int threads) {
                 float asked[ROWS * DEEPEST] = {}, nothing[ROWS] = {}, total[ROWS];
                 for (int64_t row = 0; row < tile.rows; row++)
                     for (int64_t d = 0; d < depth; d++)
-                        asked[d * ROWS + row] = tile.query(row)[d] * (in.scale * LOG2_E);
+                        asked[d * ROWS + row] = tile.query(row)[d] * factor;
                 tile.against(head.keys, asked, nothing, scores.data());
                 tile.hide_the_future(scores.data());
                 for (int64_t row = 0; row < tile.rows; row++) {
@@ -219,11 +240,12 @@ void forward(const Inputs* inputs, float* out, float* logs, int threads) {
                         peak = load(own + key) > peak ? load(own + key) : peak;
                     for (int lane = 0; lane < LANES; lane++) most = std::max(most, peak[lane]);
                     for (int64_t key = 0; key < tile.end; key += LANES) {
-                        vec share = exp2_of(load(own + key) - most);
+                        vec score = load(own + key) - most, share = as_vllm ? exp_of(score) : exp2_of(score);
                         store(own + key, share), sum += share;
                     }
                     total[row] = 0;
                     for (int lane = 0; lane < LANES; lane++) total[row] += sum[lane];
+                    if (as_vllm) total[row] = sum_of(sum), most *= LOG2_E;
                     logs[tile.place(row)] = most + std::log2(total[row]);
                 }
                 for (int64_t at = 0; at < depth; at += PART) {
@@ -232,8 +254,9 @@ void forward(const Inputs* inputs, float* out, float* logs, int threads) {
                     gather(scores.data() + tile.whole, head.room, head.value(tile.block.own_start) + at, in.value_token,
                            tile.own, sum);
                     for (int64_t row = 0; row < tile.rows; row++) {
-                        float* to = out + tile.place(row) * depth + at;
-                        store(to, sum[row][0] / total[row]), store(to + LANES, sum[row][1] / total[row]);
+                        float *to = out + tile.place(row) * depth + at, inverse = 1.0f / total[row];
+                        if (as_vllm) store(to, sum[row][0] * inverse), store(to + LANES, sum[row][1] * inverse);
+                        else store(to, sum[row][0] / total[row]), store(to + LANES, sum[row][1] / total[row]);
                     }
                 }
             });

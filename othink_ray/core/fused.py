@@ -37,6 +37,7 @@ class _Inputs(ctypes.Structure):
         ("blocks", ctypes.c_void_p),
         ("block_count", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("as_vllm", ctypes.c_int32),
     )
 
 
@@ -106,46 +107,49 @@ def attend_fused(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scal
     missing = -width % kernel.part()
     if width + missing > kernel.deepest():
         raise ValueError(f"heads of {width} numbers are too wide for {_SOURCE.name}: set learner.attention=grouped")
+    as_vllm = query.dtype != torch.float32  # it is rounded next: the last bits decide which way
     states = [own.float() for own in (query, key, value)]
     if missing:  # zeros change no score, and bring zeros that nobody asks for
         states = [pad(own, (0, missing)) for own in states]
-    attended: Tensor = _Fused.apply(*states, blocks, scale)  # type: ignore[no-untyped-call]
+    attended: Tensor = _Fused.apply(*states, blocks, scale, as_vllm)  # type: ignore[no-untyped-call]
     return attended[..., :width].to(query.dtype)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float, as_vllm: bool
+    ) -> Tensor:
         states = [own if own.stride(-1) == 1 else own.contiguous() for own in (query, key, value)]
         heads, tokens, width = query.shape
         out, logs = query.new_zeros(tokens, heads, width), query.new_zeros(tokens, heads)
-        open_kernel().forward(_inputs(states, blocks, scale), *_pointers(out, logs), torch.get_num_threads())
+        open_kernel().forward(_inputs(states, blocks, scale, as_vllm), *_pointers(out, logs), torch.get_num_threads())
         ctx.save_for_backward(*states, out, logs)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, logs = ctx.saved_tensors
         threads = torch.get_num_threads()
         grad_query = torch.zeros_like(out)
         grad_key, grad_value = out.new_zeros(2, threads, key.shape[1], len(key), key.shape[2])
         given = _pointers(out, logs, grad.contiguous(), grad_query, grad_key, grad_value)
-        open_kernel().backward(_inputs((query, key, value), ctx.blocks, ctx.scale), *given, threads)
+        open_kernel().backward(_inputs((query, key, value), ctx.blocks, ctx.scale, False), *given, threads)
         gradients = (grad_query, *(own[0] if threads == 1 else own.sum(0) for own in (grad_key, grad_value)))
         asked, seen, shown = (own.transpose(0, 1) for own in gradients)
-        return asked, seen, shown, None, None
+        return asked, seen, shown, None, None, None
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(own.data_ptr()) for own in tensors]
 
 
-def _inputs(states: Sequence[Tensor], blocks: Tensor, scale: float) -> Any:
+def _inputs(states: Sequence[Tensor], blocks: Tensor, scale: float, as_vllm: bool) -> Any:
     strides = [stride for own in states for stride in own.stride()[:2]]
     heads, tokens, width = states[0].shape
     sizes = (tokens, heads, len(states[1]), width)
     return ctypes.byref(
-        _Inputs(*(own.data_ptr() for own in states), *strides, *sizes, blocks.data_ptr(), len(blocks), scale)
+        _Inputs(*(own.data_ptr() for own in states), *strides, *sizes, blocks.data_ptr(), len(blocks), scale, as_vllm)
     )

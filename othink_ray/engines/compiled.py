@@ -18,7 +18,10 @@ from othink_ray.families.base import Family
 
 def compile_layers(family: Family, network: nn.Module, *, by_onednn: bool) -> None:
     """Compiled when first called, for any number of tokens; the compiler keeps its results on disk."""
-    options: dict[str, Any] = {"post_grad_custom_post_pass": _Products()} if by_onednn else {}
+    # Fused operations round half-precision numbers as single ones do, and as the rollout engine does.
+    options: dict[str, Any] = {"emulate_precision_casts": True}
+    if by_onednn:
+        options["post_grad_custom_post_pass"] = _Products()
     for layer in family.layers(network):
         layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
 

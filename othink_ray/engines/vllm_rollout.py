@@ -52,6 +52,7 @@ class VLLMRollout(Receiver):
                 VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
                 OMP_NUM_THREADS=str(threads),
+                VLLM_CPU_ATTN_SPLIT_KV="0" if model.dtype != "float32" else "1",  # sums in one order, as the learner
             )
             torch.set_num_threads(threads)  # OpenMP has read its environment by now, where Ray wrote one thread
         from vllm import SamplingParams
@@ -73,7 +74,7 @@ class VLLMRollout(Receiver):
     def arguments(
         rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str, max_logprobs: int
     ) -> dict[str, Any]:
-        """Keyword arguments of vLLM's `EngineArgs`; computed without importing vLLM or touching a device."""
+        """Keyword arguments of vLLM's `EngineArgs`; computed without opening an engine or touching a device."""
         arguments: dict[str, Any] = {
             "model": path,
             "dtype": model.dtype,
@@ -97,6 +98,10 @@ class VLLMRollout(Receiver):
             "trust_remote_code": False,
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
+        if model.dtype != "float32":
+            from othink_ray.engines.vllm_rounding import rounding_arguments
+
+            arguments |= rounding_arguments()
         if rollout.gpus_per_actor > 0:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
             arguments["enable_sleep_mode"] = rollout.sleep

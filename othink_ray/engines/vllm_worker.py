@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
+import othink_ray.engines.vllm_rounding  # noqa: F401  # patches vLLM in this process
 from othink_ray.engines.vllm_regions import Region, find_regions, unreached
 from othink_ray.weights.arrival import Held, HeldPart
 from othink_ray.weights.digest import TensorDigest, piece_digest, read_back

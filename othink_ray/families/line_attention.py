@@ -44,7 +44,9 @@ def _attend_image(
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
     by_kernel = fused.is_chosen() and fused.suits(query)
-    if query.device.type != "cpu" or not (by_kernel or worth_it(query.shape[2])):
+    # In half precision torch's kernel, which is vLLM's too: it rounds the softmax's shares, and others do not.
+    by_torch = query.device.type != "cpu" or query.dtype != torch.float32
+    if by_torch or not (by_kernel or worth_it(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
     asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))

@@ -64,3 +64,20 @@ def live(
         wrong_by_a_bit=engine.check_weights(digests(whole.items()), complete=False),
         probes=engine.probe(prompts, replace(SAMPLING, answers=1), 8),
     )
+
+
+def probe_before_and_after(
+    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
+) -> tuple[list[Probe], list[Probe]]:
+    """Probes of `path` as it is, and after a push of `weights`."""
+    from othink_ray.engines.vllm_rollout import VLLMRollout
+    from othink_ray.families import open_family
+
+    engine = VLLMRollout(rollout, model, open_family(model, path), path, transport="shared_memory", max_logprobs=8)
+    sampling = Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0)
+    before = engine.probe(prompts, sampling, 8)
+    engine.begin_push()
+    for chunk in weights:
+        engine.load_weights(from_chunks([chunk]))
+    engine.finish_push(1, buckets=len(weights))
+    return before, engine.probe(prompts, sampling, 8)

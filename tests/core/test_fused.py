@@ -113,6 +113,27 @@ def test_narrower_numbers_are_attended_in_float32() -> None:
     assert_close(found, FusedAttention(line, CPU)(*(one.float() for one in given), SCALE).bfloat16())
 
 
+def test_gradients_in_half_precision_are_those_of_its_numbers() -> None:
+    """Forward has another exponential there than backward; both must mean the same shares."""
+    line = line_of(LONG)
+    given = [one.detach().bfloat16().requires_grad_() for one in states(line, *HEADS[0])]
+    exact = [one.detach().double().requires_grad_() for one in given]
+    found, expected = FusedAttention(line, CPU)(*given, SCALE), DenseAttention(line, CPU)(*exact, SCALE)
+    assert_close(found.double(), expected, atol=1e-6, rtol=2**-8)
+    direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradients = torch.autograd.grad((found * direction).sum(), given)
+    for gradient, right in zip(gradients, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
+        assert float((gradient.double() - right).norm() / right.norm()) < 2**-8
+
+
+def test_what_is_not_a_number_in_half_precision_comes_out_as_none() -> None:
+    query = torch.ones(1, 2, 32, dtype=torch.bfloat16)
+    query[0, 1, 3] = float("nan")
+    seen = torch.ones_like(query)
+    found = fused.attend_fused(query, seen, seen, fused.blocks_of_image(2), 1.0)
+    assert found.isfinite().all(dim=-1).flatten().tolist() == [True, False]
+
+
 @pytest.mark.parametrize(("width", "known"), [(32, True), (80, False), (128, True), (512, False)])
 def test_it_knows_which_heads_suit_it(width: int, known: bool) -> None:
     assert fused.suits(torch.empty(1, 1, 1, width)) == known

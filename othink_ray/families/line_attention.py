@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from othink_ray.core import fused
 from othink_ray.core.attention import Attention
 from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
+from othink_ray.core.kernel_memory import kernel_shape
 
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
@@ -43,6 +44,8 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
+    if query.is_meta:
+        return kernel_shape(query, key, value), None
     by_kernel = fused.is_chosen() and fused.suits(query)
     if query.device.type != "cpu" or not (by_kernel or worth_it(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)

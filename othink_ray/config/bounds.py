@@ -145,7 +145,7 @@ BOUNDS = (
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
             "learner.lora.alpha",
-            *("faults.kl_limit", "faults.gap_limit"),
+            *("faults.kl_limit", "faults.gap_limit", "cluster.gpu_memory_gb"),
         ),
     ),
     Bound(

@@ -43,7 +43,6 @@ class Activations:
 
     kept: int  # between the forward and the backward pass: what backward reads, and the hidden states
     peak: int  # of forward and backward, the gradients of parameters taken away as they come
-    forward: int  # peak of a pass without gradients
 
 
 def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
@@ -77,9 +76,6 @@ def network_shape(family: Family, network: Any) -> NetworkShape:
 def activations(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], asked: int) -> Activations:
     """Of one packed sequence of `tokens`, its `images` included; `asked` of its tokens predict an answer token."""
     encoded = family.encode_images(images)
-    with _Live() as live, _OnMeta(), torch.no_grad():
-        _hidden(family, network, tokens, encoded, asked)
-    forward = live.peak
     with _Live() as live, _OnMeta():
         hidden = _hidden(family, network, tokens, encoded, asked)
         kept = live.now
@@ -92,7 +88,16 @@ def activations(family: Family, network: nn.Module, tokens: int, images: Sequenc
     for hook in taken:
         hook.remove()
     pixels = encoded.pixels.nbytes
-    return Activations(kept=kept + pixels, peak=live.peak + pixels, forward=forward + pixels)
+    return Activations(kept=kept + pixels, peak=live.peak + pixels)
+
+
+def forward_peak(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes]) -> int:
+    """Bytes of a pass without gradients over `tokens`, `images` included, at its peak."""
+    encoded = family.encode_images(images)
+    with _Live() as live, _OnMeta(), torch.no_grad():
+        _hidden(family, network, tokens, encoded, asked=tokens)
+    peak: int = live.peak + encoded.pixels.nbytes
+    return peak
 
 
 def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensors, asked: int) -> Tensor:
@@ -122,7 +127,7 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside it, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 

@@ -14,7 +14,7 @@ from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
 from othink_ray.driver.idle import idle
-from othink_ray.driver.memory_check import memory_problems, plan_memory, table
+from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
 from othink_ray.runtime.seating import picture, team_bundles
 from othink_ray.types import Prompt
 
@@ -113,9 +113,9 @@ def _model(
     try:
         trained = count_trained(family, config.learner)
         problems += _room_on_disk(config, weights, trained)
-        memory = plan_memory(config, family)
-        lines |= _sizes(config, weights, trained) | {"memory": table(memory)}
-        problems += memory_problems(config, family, memory)
+        measured = measure(config, family)
+        lines |= _sizes(config, weights, trained) | {"memory": table(plan_memory(config, measured))}
+        problems += memory_problems(config, family, measured)
     except AdapterError as error:
         problems.append(error.problem)
     return lines, problems

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 from othink_ray.config.problem import Problem, value_of
 from othink_ray.config.schema import Config
 from othink_ray.driver.memory_plan import ENGINE_TOKENS, GIB, MemoryPlan, memory_plan
+from othink_ray.engines.network_memory import (
+    Activations,
+    NetworkShape,
+    activations,
+    forward_peak,
+    learner_skeleton,
+    network_shape,
+)
 
 if TYPE_CHECKING:
     from othink_ray.families.base import Family
@@ -43,32 +51,51 @@ class Memory:
         over = [name for name, held in self.held().items() if size is not None and held > size]
         return over[0] if over else None
 
+    def tight(self) -> bool:
+        """Whether a device is so full that the plan's own error decides; vLLM by itself keeps to its share."""
+        size = self.device_bytes
+        planned = [held for name, held in self.held().items() if name != "an engine's GPU"]
+        return size is not None and max(planned) > TIGHT * size
+
     def starved(self) -> bool:
         """Whether vLLM's budget is too small for it to start."""
         return self.plan.engine.budget is not None and self.plan.engine.sequences < 1
 
 
-def plan_memory(config: Config, family: Family) -> Memory:
-    """Of the model's own class at the configuration's sizes, with answers of full length."""
-    from othink_ray.engines.network_memory import activations, forward_peak, learner_skeleton, network_shape
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What the model's own class needs at the configuration's sizes."""
+
+    shape: NetworkShape
+    work: Activations  # of the largest micro-batch
+    sampling: int  # bytes of an engine's largest batch
+
+
+def measure(config: Config, family: Family) -> Measured:
+    """With answers of full length."""
     from othink_ray.engines.policy import DTYPES
 
     network = learner_skeleton(family, config.learner, DTYPES[config.model.dtype])
     tokens, images = micro_batch(config, family)
     shown = sum(family.image_token_counts(images))
-    work = activations(family, network, tokens, images, asked=tokens - shown)
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)
-    [image, *_] = images
     in_batch = min(batch // (shown // len(images) + 1), _IMAGES)
-    sampling = forward_peak(family, network, batch, [image] * in_batch)
-    on_gpu = config.rollout.gpus_per_actor > 0 and config.learner.gpus_per_rank > 0
-    size = gpu_bytes(config) if on_gpu else host_bytes(config)
-    plan = memory_plan(config, network_shape(family, network), work, sampling, size if on_gpu else None)
-    counts = {"a learner rank": config.learner.world_size, "a rollout actor": config.rollout.num_actors}
-    counts |= {"a learner's GPU": config.learner.world_size, "a shared GPU": config.learner.world_size}
-    counts["an engine's GPU"] = config.rollout.num_actors * config.rollout.tensor_parallel
+    return Measured(
+        shape=network_shape(family, network),
+        work=activations(family, network, tokens, images, asked=tokens - shown),
+        sampling=forward_peak(family, network, batch, images[:1] * in_batch),
+    )
+
+
+def plan_memory(config: Config, measured: Measured) -> Memory:
+    on_gpus = config.rollout.gpus_per_actor > 0 and config.learner.gpus_per_rank > 0
+    size = gpu_bytes(config) if on_gpus else host_bytes(config)
+    plan = memory_plan(config, measured.shape, measured.work, measured.sampling, size if on_gpus else None)
+    ranks, actors = config.learner.world_size, config.rollout.num_actors
+    counts = {"a learner rank": ranks, "a learner's GPU": ranks, "a shared GPU": ranks}
+    counts |= {"a rollout actor": actors, "an engine's GPU": actors * config.rollout.tensor_parallel}
     processes = {name: counts[name] for name in plan.devices}
-    return Memory(plan=plan, on_gpus=on_gpu, device_bytes=size, processes=processes)
+    return Memory(plan=plan, on_gpus=on_gpus, device_bytes=size, processes=processes)
 
 
 def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes]]:
@@ -126,17 +153,18 @@ def table(memory: Memory) -> str:
         rows.append(
             f"    vLLM's {engine.budget / GIB:.1f} hold {max(0, int(engine.sequences))} sequences of full length"
         )
-    if size and max(memory.held().values()) > TIGHT * size:
+    if memory.tight():
         rows.append("    tight: the plan is within 15 % of what is allocated")
     return "\n".join(rows)
 
 
-def memory_problems(config: Config, family: Family, memory: Memory) -> Iterator[Problem]:
+def memory_problems(config: Config, family: Family, measured: Measured) -> Iterator[Problem]:
     """What does not fit, and the settings with which it does."""
+    memory = plan_memory(config, measured)
     over = memory.excess()
     if over is None and not memory.starved():
         return
-    turned = remedy(config, family)
+    turned = remedy(config, family, measured)
     if turned:
         advice = f"Set {' '.join(f'{key}={shown(value)}' for key, value in turned.items())}."
     else:
@@ -166,19 +194,28 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def remedy(config: Config, family: Family) -> Settings | None:
+def remedy(config: Config, family: Family, measured: Measured) -> Settings | None:
     """The fewest settings, in the order of what they cost, with which all fits; None where none do."""
+    known = {_work_key(config): measured}
     turned: Settings = {}
     for settings in _candidates(config):
         for tried in (settings, turned | settings):
             changed = with_settings(config, tried)
-            memory = plan_memory(changed, family)
-            tried = tried | _utilization(changed, memory)
-            memory = plan_memory(with_settings(config, tried), family)
-            if memory.excess() is None and not memory.starved():
+            key = _work_key(changed)
+            if key not in known:
+                known[key] = measure(changed, family)
+            tried = tried | _utilization(changed, plan_memory(changed, known[key]))
+            memory = plan_memory(with_settings(config, tried), known[key])
+            if memory.excess() is None and not memory.tight() and not memory.starved():
                 return tried
         turned |= settings
     return None
+
+
+def _work_key(config: Config) -> tuple[object, ...]:
+    """The settings of `_candidates` that change what is measured."""
+    learner = config.learner
+    return learner.gradient_checkpointing, learner.micro_tokens, learner.lora.rank
 
 
 def _candidates(config: Config) -> Iterator[Settings]:
@@ -202,12 +239,12 @@ def _candidates(config: Config) -> Iterator[Settings]:
 def _utilization(config: Config, memory: Memory) -> Settings:
     """The largest share of a GPU for vLLM with which the device fits, if it leaves room for some sequences."""
     engine, size, key = memory.plan.engine, memory.device_bytes, "rollout.gpu_memory_utilization"
-    if engine.budget is None or size is None or not (memory.excess() or memory.starved()):
+    if engine.budget is None or size is None or not (memory.tight() or memory.excess() or memory.starved()):
         return {}
     least = sum(engine.needs.values()) + (_SIDE_BY_SIDE - 1) * engine.per_sequence
     generate = next(phase for phases in memory.plan.devices.values() for phase in phases if phase.name == "generate")
-    most = size - (generate.total - engine.budget)
-    share = int(100 * min(most, TIGHT * size) / size) / 100
+    most = TIGHT * size if memory.starved() else TIGHT * size - (generate.total - engine.budget)
+    share = int(100 * most / size + 1e-6) / 100
     share = share if memory.starved() else min(share, config.rollout.gpu_memory_utilization)
     return {key: share} if share * size >= least else {}
 

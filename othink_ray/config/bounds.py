@@ -150,7 +150,7 @@ BOUNDS = (
             *("model.smol.warm_lr", "model.smol.warm_projector_scale"),
             *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
             "learner.lora.alpha",
-            *("faults.kl_limit", "faults.gap_limit"),
+            *("faults.kl_limit", "faults.gap_limit", "cluster.gpu_memory_gb"),
         ),
     ),
     Bound(

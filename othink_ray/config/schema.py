@@ -281,6 +281,7 @@ class ClusterConfig:
     address: str | None  # null starts Ray here; auto joins the cluster of this node
     num_cpus: int | None  # null: what the machine has (only when Ray is started here)
     num_gpus: int | None
+    gpu_memory_gb: float  # GiB of one GPU, where this machine has none to ask: mode=check plans with it
     object_store_mb: int
     placement: str  # PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
     wait_s: float  # so long a run waits for a cluster that is too small yet

@@ -158,7 +158,7 @@ def open_team(
     say: Callable[[str], None],
     coming: Callable[[], Sequence[Prompt]],
 ) -> Iterator[Team]:
-    """Rollout, reward and learner processes, loaded side by side."""
+    """Rollout, reward and learner processes, with their models loaded."""
     if incidents.restarts and config.faults.lost_node == "continue":
         config = on_what_is_left(config, incidents.tell)
     config = cores_shared(config)
@@ -172,10 +172,8 @@ def open_team(
         make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
         rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
-        loading = learner.start()
         tolerance = Tolerance(config.model.dtype, depth(config, path), config.weights.audit_tolerance)
-        rollout.wait()
-        learner.wait(loading)
+        load_models(config, rollout, learner)
         rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
         yield Team(
@@ -194,6 +192,22 @@ def open_team(
             correction=config.algo.correction,
             coming=coming,
         )
+
+
+def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> None:
+    """Engines and learner side by side; where they share GPUs, engines first, and asleep before the learner begins.
+
+    A starting vLLM wants its share of the whole device free, and takes for its own what others allocate meanwhile. An
+    engine that is replaced later finds the learner idle and settled: it starts where the plan of mode=check fits.
+    """
+    if paired(config.learner, config.rollout):
+        rollout.wait()
+        rollout.sleep()
+        learner.wait(learner.start())
+    else:
+        loading = learner.start()
+        rollout.wait()
+        learner.wait(loading)
 
 
 def students(config: Config, path: str, team: Team) -> Team | ExaminedClass:

@@ -13,6 +13,8 @@ from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
+from othink_ray.driver.idle import idle
+from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
 from othink_ray.runtime.seating import picture, team_bundles
 from othink_ray.types import Prompt
 
@@ -44,6 +46,8 @@ def foresee(config: Config) -> Foresight:
     if config.cluster.address is None:
         bundles = team_bundles(config.learner, config.rollout)
         lines["seats"] = picture(bundles, [_HERE] * len(bundles), driver=_HERE)
+    if said := idle(config):
+        lines["idle"] = "\n    ".join(said)
     folder = _folder(config)
     if folder is not None:
         weights = _weights_of(folder)
@@ -55,7 +59,7 @@ def foresee(config: Config) -> Foresight:
             lines |= found_lines
             problems += found_problems
     else:
-        lines["model files"] = "not on this machine yet: not looked at"
+        lines["model files"] = "not on this machine yet: not looked at, so no memory is planned either"
     return Foresight(lines=lines, problems=problems)
 
 
@@ -109,25 +113,19 @@ def _model(
     try:
         trained = count_trained(family, config.learner)
         problems += _room_on_disk(config, weights, trained)
-        lines |= _sizes(config, weights, trained)
+        measured = measure(config, family)
+        lines |= _sizes(config, weights, trained) | {"memory": table(plan_memory(config, measured))}
+        problems += memory_problems(config, family, measured)
     except AdapterError as error:
         problems.append(error.problem)
     return lines, problems
 
 
 def _sizes(config: Config, weights: int, trained: int) -> dict[str, str]:
-    """Of weights, gradients, Adam's moments and the reference; activations come on top and depend on micro_tokens."""
-    each, learner = _BYTES[config.model.dtype], config.learner
-    needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0 and not learner.lora.rank
-    networks = weights * each * (2 if needs_reference else 1)
-    by_stage = {1: 12 * trained, 2: each * trained, 3: networks}  # what is shared out from that stage on
-    rank = sum(size / (learner.world_size if learner.zero_stage >= stage else 1) for stage, size in by_stage.items())
-    engine = weights * each + config.rollout.kv_cache_gb * 2**30
+    size = _size(weights * _BYTES[config.model.dtype])
     return {
-        "model files": f"{_amount(weights)} weights, {_size(weights * each)} as {config.model.dtype}",
+        "model files": f"{_amount(weights)} weights, {size} as {config.model.dtype}",
         "trained": f"{_amount(trained)} weights",
-        "memory": f"about {_size(rank)} a learner rank without activations, {_size(engine)} a rollout actor with its "
-        "cache",
     }
 
 

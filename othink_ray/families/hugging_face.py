@@ -19,6 +19,8 @@ from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
 from othink_ray.families.opened import opened_by
 from othink_ray.types import Message, Prompt
 
+_ATTENTION = {"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION}
+
 
 class HuggingFaceFamily:
     """Bound to a Hugging Face folder or hub name."""
@@ -84,14 +86,14 @@ class HuggingFaceFamily:
             dtype=dtype,
             use_safetensors=True,  # other files of weights can run code when they are read
             trust_remote_code=False,
-            attn_implementation={"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION},
+            attn_implementation=_ATTENTION,
         )
         return network
 
     def skeleton(self) -> nn.Module:
         with torch.device("meta"):
             network: nn.Module = AutoModelForImageTextToText.from_config(
-                AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+                AutoConfig.from_pretrained(self.path, trust_remote_code=False), attn_implementation=_ATTENTION
             )
         return network
 

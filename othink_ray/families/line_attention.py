@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from othink_ray.core import fused
 from othink_ray.core.attention import Attention
 from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
+from othink_ray.core.kernel_memory import kernel_shape
 
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
@@ -43,6 +44,8 @@ def _attend_image(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
     """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
+    if query.is_meta:
+        return kernel_shape(query, key, value), None
     by_kernel = fused.is_chosen() and fused.suits(query)
     # In half precision torch's kernel, which is vLLM's too: it rounds the softmax's shares, and others do not.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32

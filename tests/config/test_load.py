@@ -50,7 +50,7 @@ def test_each_model_is_given_the_adam_of_its_size() -> None:
 
 def test_cluster_chooses_gpu_engines_and_an_override_still_wins() -> None:
     config = load(["cluster=one_node", "rollout.max_tokens=5"])
-    assert (config.rollout.gpus_per_actor, config.learner.zero_stage, config.rollout.max_tokens) == (1, 3, 5)
+    assert (config.rollout.gpus_per_actor, config.learner.zero_stage, config.rollout.max_tokens) == (1, 2, 5)
     assert load(["cluster=one_node", "rollout=hf"]).rollout.engine == "hf"
 
 

@@ -1,0 +1,195 @@
+"""Memory of every process and device, phase by phase, before any of them starts.
+
+What DeepSpeed keeps a weight follows its sources (0.19.8): ZeRO stage 1 in bfloat16 is its BF16_Optimizer, which holds
+whole float32 gradients; stage 2 holds a share of them from the first backward pass to the optimizer step; stage 3 holds
+its share from load on. Adam's moments exist from the first step on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from othink_ray.config.schema import Config
+from othink_ray.engines.network_memory import Activations, NetworkShape
+from othink_ray.runtime.seating import paired
+
+GIB = 2**30
+CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here
+GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which stay while it sleeps; typical, not measured here
+PROCESS = 0.9 * GIB  # of a process on a CPU with torch and its libraries, before any model
+REDUCE_BUCKET = 50_000_000  # gradients that DeepSpeed reduces at a time
+LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: gathered at a time, at most
+SUB_GROUP = 1_000_000_000  # ZeRO-3's sub_group_size: weights that one optimizer call updates
+ENGINE_TOKENS = 8192  # vLLM's max_num_batched_tokens, unless rollout.max_model_len is more
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+Uses = dict[str, float]
+"""Bytes by what they are for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerMemory:
+    """One learner rank's bytes on its device."""
+
+    resident: Uses  # from the first update on, also while engines generate
+    updating: Uses  # beside them, at the peak of an update
+    loading: float  # at the peak of loading, all together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """One rollout process's bytes on its device."""
+
+    needs: Uses  # weights, a forward pass and the keys and values of one sequence of full length
+    per_sequence: float  # keys and values of one sequence of rollout.max_model_len tokens
+    budget: float | None  # what vLLM takes of a GPU whose memory is known; None on a CPU
+
+    @property
+    def sequences(self) -> float:
+        """How many sequences of full length its cache holds."""
+        least = sum(self.needs.values())
+        return 0.0 if self.budget is None else 1 + (self.budget - least) / self.per_sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What is on one device at one time."""
+
+    name: str
+    uses: Uses
+
+    @property
+    def total(self) -> float:
+        return sum(self.uses.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Phases of each kind of device: `learner` and `engine`, or `shared` where both are on one GPU; `host` on CPUs."""
+
+    learner: LearnerMemory
+    engine: EngineMemory
+    devices: dict[str, tuple[Phase, ...]]
+
+    def peak(self, device: str) -> Phase:
+        return max(self.devices[device], key=lambda phase: phase.total)
+
+
+def _second_network(config: Config) -> bool:
+    """Whether ranks hold a second network: under LoRA the reference is the policy without its adapters."""
+    return config.mode in ("train", "check") and config.algo.kl.beta_max > 0 and not config.learner.lora.rank
+
+
+def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> LearnerMemory:
+    learner, each = config.learner, _BYTES[config.model.dtype]
+    ranks, stage, trained, mixed = learner.world_size, learner.zero_stage, shape.trained, each == 2
+    share = trained / ranks
+    whole = 1 / ranks if stage == 3 else 1
+    reference = each * shape.weights * whole if _second_network(config) else 0
+    resident: Uses = {
+        "weights": each * shape.weights * whole,
+        "reference": reference,
+        "float32 weights": 4 * share,
+        "Adam's moments": 8 * share,
+    }
+    gradients = 4 * trained if stage == 1 else 4 * share
+    bucket = min(REDUCE_BUCKET, trained)
+    if stage == 3:
+        resident |= {"gradients": gradients, "gradient bucket": 4 * REDUCE_BUCKET}
+        gathered = each * min(shape.weights, LIVE_PARAMETERS) if ranks > 1 else 0
+        reduction = 10.0 * shape.largest if shape.largest > REDUCE_BUCKET else 8 * bucket
+        step = 4 * min(share, SUB_GROUP)
+    elif stage == 2:
+        gathered = 0
+        alone = 8.0 * shape.largest if shape.largest > REDUCE_BUCKET and shape.head_trained else 0.0
+        reduction = max(alone, each * REDUCE_BUCKET + (each + 4) * bucket * mixed)
+        step = 0 if mixed else 4 * share
+    else:
+        if mixed:
+            resident |= {"gradients": gradients}
+        gathered = 0
+        reduction = each * shape.largest if mixed else each * REDUCE_BUCKET
+        step = 0 if mixed else 4 * share
+    head = _head(config, shape)
+    parts = {"activations": work.peak + reduction, "logits": work.kept + head, "optimizer step": step}
+    held = {} if "gradients" in resident else {"gradients": gradients}
+    largest = max(parts, key=parts.__getitem__)
+    moment = {"activations": {"activations": work.peak, "reduction": reduction}}.get(
+        largest, {"activations": work.kept, "logits": head} if largest == "logits" else {largest: float(step)}
+    )
+    return LearnerMemory(
+        resident=resident,
+        updating={name: float(size) for name, size in (held | {"gathered layers": gathered} | moment).items()},
+        loading=_loading(resident, each, shape, reference, whole),
+    )
+
+
+def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, whole: float) -> float:
+    """A rank holds the whole policy while it is flattened or partitioned, later beside it the whole reference."""
+    policy = sum(resident.values()) - reference - resident["Adam's moments"]
+    return max(each * (shape.weights + shape.trained * whole), policy + (each * shape.weights if reference else 0))
+
+
+def _head(config: Config, shape: NetworkShape) -> float:
+    """The last layer's chunk of float32 logits with its gradient, and the float32 gradient of the output matrix."""
+    rows, matrix, each = config.learner.logit_rows, shape.vocabulary * shape.width, _BYTES[config.model.dtype]
+    chunk = 4 * rows * shape.vocabulary
+    # On a GPU products take half-precision factors; on a CPU these are cast to float32 first.
+    cast = 0.5 * chunk if config.learner.gpus_per_rank > 0 else 4 * matrix * (each == 2)
+    gradient = 2 * 4 * matrix if shape.head_trained else 0
+    return max(2 * chunk, chunk + cast + gradient)
+
+
+def engine_memory(config: Config, shape: NetworkShape, forward: float, card: float | None) -> EngineMemory:
+    """`forward`: bytes of a pass over as many tokens as vLLM batches."""
+    rollout, each = config.rollout, _BYTES[config.model.dtype]
+    on_gpu = rollout.gpus_per_actor > 0
+    per_sequence = each * shape.kv_per_token * rollout.max_model_len / rollout.tensor_parallel
+    # Twice on a CPU, whose kernels work on packed copies; there the output matrix is cast to float32 for each product.
+    copies = 1 if on_gpu else 2
+    cast = 0 if on_gpu or each == 4 else 4 * shape.vocabulary * shape.width
+    needs: Uses = {
+        "engine weights": copies * each * shape.weights / rollout.tensor_parallel,
+        "engine activations": forward + 3.0 * 4 * rollout.max_num_seqs * shape.vocabulary + cast,
+        "engine cache": per_sequence if on_gpu else rollout.kv_cache_gb * GIB,
+    }
+    budget = rollout.gpu_memory_utilization * card if on_gpu and card is not None else None
+    return EngineMemory(needs=needs, per_sequence=per_sequence, budget=budget)
+
+
+def memory_plan(
+    config: Config, shape: NetworkShape, work: Activations, sampling: float, card: float | None
+) -> MemoryPlan:
+    """`work` of a learner's micro-batch, `sampling`: bytes of an engine's batch, `card`: of a GPU (None on CPUs)."""
+    learner = learner_memory(config, shape, work)
+    engine = engine_memory(config, shape, sampling, card)
+    return MemoryPlan(learner=learner, engine=engine, devices=_devices(config, learner, engine))
+
+
+def _devices(config: Config, learner: LearnerMemory, engine: EngineMemory) -> dict[str, tuple[Phase, ...]]:
+    rollout = config.rollout
+    if rollout.gpus_per_actor <= 0 or config.learner.gpus_per_rank <= 0:
+        return {
+            "a learner rank": (Phase(name="update", uses={"process": PROCESS} | learner.resident | learner.updating),),
+            "a rollout actor": (Phase(name="generate", uses={"process": PROCESS} | engine.needs),),
+        }
+    awake = {"engine": engine.budget} if engine.budget is not None else dict(engine.needs)
+    graphs = {} if rollout.enforce_eager else {"CUDA graphs": GRAPHS}
+    if not paired(config.learner, rollout):
+        context = {"context": CONTEXT}
+        return {
+            "a learner's GPU": (
+                Phase(name="load", uses=context | {"learner": learner.loading}),
+                Phase(name="update", uses=context | learner.resident | learner.updating),
+            ),
+            "an engine's GPU": (Phase(name="generate", uses=context | graphs | awake),),
+        }
+    both = {"contexts": 2 * CONTEXT} | graphs
+    beside = {} if rollout.sleep else awake
+    return {
+        "a shared GPU": (
+            Phase(name="load", uses=both | beside | {"learner": learner.loading}),
+            Phase(name="generate", uses=both | awake | learner.resident),
+            Phase(name="update", uses=both | beside | learner.resident | learner.updating),
+        )
+    }

@@ -1,0 +1,172 @@
+"""Bytes that a network needs while it computes, counted by running its real class on the meta device.
+
+No weight is loaded and nothing is computed: a forward and a backward pass of a model with billions of parameters takes
+about a second.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from othink_ray.config.schema import LearnerConfig
+from othink_ray.core.kernel_memory import KernelShape
+from othink_ray.engines.trained import choose_trained, features_stay
+from othink_ray.families.base import Family, ImageTensors
+from othink_ray.families.last_layer import narrow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkShape:
+    """Sizes of a network that its memory follows from; counts are of elements, not bytes."""
+
+    weights: int
+    trained: int
+    largest: int  # of the largest parameter
+    vocabulary: int
+    width: int  # of the hidden states that predict tokens
+    head_trained: bool
+    kv_per_token: int  # keys and values of all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """Bytes of one micro-batch beside weights and their gradients."""
+
+    kept: int  # between the forward and the backward pass: what backward reads, and the hidden states
+    peak: int  # of forward and backward, the gradients of parameters taken away as they come
+
+
+def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
+    """The network as a learner rank trains it, on the meta device."""
+    network: Any = family.skeleton().to(dtype)
+    if learner.narrow_last_layer:
+        narrow(family.layers(network)[-1])
+    choose_trained(family, network, learner)
+    network.to(dtype)
+    if learner.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    trained: nn.Module = network.train()
+    return trained
+
+
+def network_shape(family: Family, network: Any) -> NetworkShape:
+    parameters, head = list(network.parameters()), family.output_weight(network)
+    text = network.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return NetworkShape(
+        weights=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        largest=max(parameter.numel() for parameter in parameters),
+        vocabulary=head.shape[0],
+        width=head.shape[1],
+        head_trained=head.requires_grad,
+        kv_per_token=2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,
+    )
+
+
+def activations(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], asked: int) -> Activations:
+    """Of one packed sequence of `tokens`, its `images` included; `asked` of its tokens predict an answer token."""
+    encoded = family.encode_images(images)
+    with _Live() as live, _OnMeta():
+        hidden = _hidden(family, network, tokens, encoded, asked)
+        kept = live.now
+        taken = [
+            parameter.register_post_accumulate_grad_hook(_take_gradient)
+            for parameter in network.parameters()
+            if parameter.requires_grad
+        ]
+        hidden.backward(torch.empty_like(hidden))
+    for hook in taken:
+        hook.remove()
+    pixels = encoded.pixels.nbytes
+    return Activations(kept=kept + pixels, peak=live.peak + pixels)
+
+
+def forward_peak(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes]) -> int:
+    """Bytes of a pass without gradients over `tokens`, `images` included, at its peak."""
+    encoded = family.encode_images(images)
+    with _Live() as live, _OnMeta(), torch.no_grad():
+        _hidden(family, network, tokens, encoded, asked=tokens)
+    peak: int = live.peak + encoded.pixels.nbytes
+    return peak
+
+
+def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensors, asked: int) -> Tensor:
+    """Hidden states (asked, H), by the calls that `Policy` makes."""
+    shown = family.tokens_of(images)
+    token_ids = torch.tensor([family.image_token_id] * shown + [family.eos_token_id] * (tokens - shown))
+    axes = len(family.prompt_positions(token_ids[shown : shown + 1], images))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not features_stay(family, network)):
+        pixels = torch.empty_like(images.pixels, device="meta")
+        features = family.image_features(network, ImageTensors(pixels=pixels, grids=images.grids))
+    return family.hidden_states(
+        network,
+        token_ids=token_ids,
+        position_ids=torch.zeros(axes, tokens, dtype=torch.long, device="meta"),
+        features=features,
+        attention=KernelShape(),
+        asked=torch.arange(asked, device="meta"),
+    )
+
+
+def _take_gradient(parameter: Tensor) -> None:
+    """DeepSpeed moves each gradient to a buffer of its own, which is counted there."""
+    parameter.grad = None
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside it, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self._alive:
+                    self._add(storage)
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Takes tensors on the CPU along to the meta device where both meet: grids and positions have values, rows none."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        if any(leaf.is_meta for leaf in leaves) and func not in _BY_VALUE:
+            given = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, given)
+        return func(*given[0], **given[1])
+
+
+# How many rows an index takes is in its values.
+_BY_VALUE = (Tensor.__getitem__, Tensor.__setitem__)

@@ -1,0 +1,148 @@
+"""The cluster files against the memory of their GPUs, by arithmetic over the true shapes of public models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from othink_ray.config.load import load
+from othink_ray.config.schema import Config
+from othink_ray.driver.idle import idle
+from othink_ray.driver.memory_check import (
+    Measured,
+    Memory,
+    measure,
+    memory_problems,
+    plan_memory,
+    remedy,
+    table,
+    with_settings,
+)
+from othink_ray.driver.memory_plan import GIB
+from othink_ray.families import open_family
+from othink_ray.families.base import Family
+from tests.driver.real_shapes import write_public
+
+WEIGHTS = 2_208_985_600  # of Qwen2-VL-2B
+CLUSTERS = ("one_gpu", "one_node_colocated", "one_node", "two_nodes", "many_nodes")
+
+
+def config_of(size: str, cluster: str, *more: str) -> Config:
+    return load([f"model=qwen2_vl_{size}", f"cluster={cluster}", *more])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Family, Measured]]:
+    """A model's family and what it needs at 16 images a micro-batch, as many as any of the clusters has."""
+
+    @cache
+    def of(size: str) -> tuple[Family, Measured]:
+        config = config_of(size, "one_gpu", "train.prompts_per_step=16" if size == "2b" else "train.prompts_per_step=8")
+        folder = write_public(tmp_path_factory.mktemp(size), size)
+        family = open_family(config.model, str(folder))
+        return family, measure(config, family)
+
+    return of
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_qwen2_vl_2b_fits_each_cluster(measured: Callable[[str], tuple[Family, Measured]], cluster: str) -> None:
+    memory = plan_memory(config_of("2b", cluster), measured("2b")[1])
+    assert memory.device_bytes == 79 * GIB
+    assert memory.excess() is None
+    assert "tight" not in table(memory)
+    assert memory.plan.engine.sequences >= 64
+
+
+def test_one_gpu_counts_every_byte_of_a_weight(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    """2 in bfloat16, 2 reference, 4 master, 8 moments, 4 gradients while it updates: none of them left out."""
+    learner = plan_memory(config_of("2b", "one_gpu"), measured("2b")[1]).plan.learner
+    assert sum(learner.resident.values()) == 16 * WEIGHTS
+    assert learner.updating["gradients"] == 4 * WEIGHTS
+    assert learner.updating["activations"] > 2 * GIB
+
+
+def test_engine_and_learner_of_one_gpu_are_added_up(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    config = config_of("2b", "one_gpu")
+    plan = plan_memory(config, measured("2b")[1]).plan
+    load_, generate, update = plan.devices["a shared GPU"]
+    assert generate.total > 0.4 * 79 * GIB + 16 * WEIGHTS
+    assert update.total > 20 * WEIGHTS
+    awake = plan_memory(with_settings(config, {"rollout.sleep": False}), measured("2b")[1]).plan.devices
+    assert [phase.total for phase in awake["a shared GPU"]] == pytest.approx(
+        [
+            load_.total + 0.4 * 79 * GIB,
+            generate.total,
+            update.total + 0.4 * 79 * GIB,
+        ]
+    )
+
+
+def settings_of_before() -> Config:
+    return config_of("2b", "one_gpu", "learner.zero_stage=3", "rollout.gpu_memory_utilization=0.5")
+
+
+def test_what_one_gpu_was_set_to_does_not_fit(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    family, found = measured("2b")
+    [problem] = memory_problems(settings_of_before(), family, found)
+    assert problem.subject == "memory of a shared GPU"
+    assert "and has 79.0: to generate engine 39.5" in problem.rule
+    assert "rollout.gpu_memory_utilization=0." in problem.remedy
+
+
+def fits_with(config: Config, family: Family, found: Measured) -> tuple[Memory, dict[str, object]]:
+    turned = remedy(config, family, found)
+    assert turned
+    return plan_memory(with_settings(config, turned), found), turned
+
+
+def test_a_7b_model_fits_eight_shared_gpus_with_what_is_advised(
+    measured: Callable[[str], tuple[Family, Measured]],
+) -> None:
+    family, found = measured("7b")
+    config = config_of("7b", "one_node_colocated")
+    assert plan_memory(config, found).excess() == "a shared GPU"
+    memory, turned = fits_with(config, family, found)
+    assert memory.excess() is None
+    assert not memory.tight()
+    assert set(turned) <= {"rollout.gpu_memory_utilization", "learner.zero_stage"}
+
+
+def test_a_7b_model_on_one_gpu_is_trained_by_adapters(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    family, found = measured("7b")
+    turned = remedy(config_of("7b", "one_gpu"), family, found)
+    assert turned is not None
+    assert turned["learner.lora.rank"] == 16
+
+
+def test_a_share_too_small_for_vllm_is_a_problem(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    family, found = measured("2b")
+    [problem] = memory_problems(config_of("2b", "one_node", "rollout.gpu_memory_utilization=0.05"), family, found)
+    assert problem.subject == "rollout.gpu_memory_utilization = 0.05"
+    assert problem.remedy == "Set rollout.gpu_memory_utilization=0.85."
+
+
+def test_a_card_that_is_not_80_gb_is_named(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    memory = plan_memory(config_of("2b", "two_nodes", "cluster.gpu_memory_gb=16"), measured("2b")[1])
+    assert memory.excess() == "a learner's GPU"
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_no_gpu_of_a_cluster_file_stands_still(cluster: str) -> None:
+    assert idle(config_of("2b", cluster)) == []
+
+
+def test_what_stands_still_is_said_with_the_key_to_turn() -> None:
+    before = ["train.overlap=false", "train.prompts_per_step=64", "learner.zero_stage=3"]
+    waiting, few, gathering = idle(config_of("2b", "many_nodes", *before))
+    assert "32 GPUs of engines wait" in waiting
+    assert "train.overlap=true" in waiting
+    assert "samples 16 answers a step, and has room for 256" in few
+    assert "learner.zero_stage=2" in gathering
+
+
+def test_engines_without_a_prompt_are_counted() -> None:
+    said = idle(config_of("2b", "many_nodes", "train.prompts_per_step=8", "learner.world_size=8"))
+    assert any("24 engines get no prompt" in one for one in said)

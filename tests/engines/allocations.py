@@ -1,0 +1,35 @@
+"""Counts what operators really allocate and free, tensor by tensor."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operators return inside it, from the first tensor on each to the end of the last."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.held: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        place = storage.data_ptr()
+        if place == 0 or place in self.known or place in self.held:
+            return
+        self.held[place] = storage.nbytes()
+        weakref.finalize(storage, self.held.pop, place, None)
+        self.peak = max(self.peak, sum(self.held.values()))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.network_memory import Activations, NetworkShape
+from othink_ray.engines.zero_settings import REDUCE_BUCKET
 from othink_ray.runtime.seating import paired
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here
 GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which stay while it sleeps; typical, not measured here
 PROCESS = 0.9 * GIB  # of a process on a CPU with torch and its libraries, before any model
-REDUCE_BUCKET = 50_000_000  # gradients that DeepSpeed reduces at a time
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: gathered at a time, at most
 SUB_GROUP = 1_000_000_000  # ZeRO-3's sub_group_size: weights that one optimizer call updates
 ENGINE_TOKENS = 8192  # vLLM's max_num_batched_tokens, unless rollout.max_model_len is more

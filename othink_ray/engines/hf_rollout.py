@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
+from othink_ray.engines.adapters import add_adapters, trained_weights
+from othink_ray.engines.base import Receiver, Sampling, ServedAdapters, require_room, share_of_cores
 from othink_ray.engines.inputs import Inputs
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family, ImageTensors
@@ -21,13 +22,21 @@ from othink_ray.types import Completion, Group, Probe, Prompt
 class HFRollout(Receiver):
     """One prompt at a time: its image and text are computed once, its answers side by side."""
 
-    def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family) -> None:
+    def __init__(
+        self, rollout: RolloutConfig, model: ModelConfig, family: Family, adapters: ServedAdapters | None = None
+    ) -> None:
+        """Where `adapters` are given, pushes bring their factors, and all other weights stay those of the folder."""
         self.family = family
         self.max_model_len, self.fixed_length = rollout.max_model_len, rollout.fixed_length
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(share_of_cores(rollout.threads, rollout.num_actors))
-        self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
+        self.network: Any = family.load_network(DTYPES[model.dtype])
+        self.pushed: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
+        if adapters is not None:
+            add_adapters(self.network, adapters.rank, adapters.rank, adapters.layers)  # a scale of 1: it is in B
+            self.pushed = {weight.name: weight.parameter for weight in trained_weights(self.network)}
+        self.network.to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
         self.coming = Inputs(self._input)
 
@@ -38,10 +47,9 @@ class HFRollout(Receiver):
         """Its weights are all that it has, and they stay."""
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self.network.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, weight in weights:
-                own[name].copy_(weight)
+                self.pushed[name].copy_(weight)
 
     def _forget(self) -> None:
         """Nothing outlives a prompt here."""

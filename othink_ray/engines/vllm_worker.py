@@ -9,15 +9,42 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
 _pack = utils.dispatch_cpu_unquantized_gemm
 
+
+def _add_one_adapter(
+    wrapper: Any,
+    y: Tensor,
+    x: Tensor,
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    scale: float,
+    output_slices: Sequence[int],
+    **_: Any,
+) -> None:
+    """y (tokens, out) += scale * x A^T B^T, each slice of its columns with factors of its own, in place.
+
+    All requests have the same adapter or none. vLLM's own way on CPUs gathers a copy of A and B for every token.
+    """
+    if wrapper.no_lora:
+        return
+    columns = y.split(list(output_slices), dim=1)
+    for part, a, b in zip(columns, a_stacked, b_stacked, strict=True):
+        part.addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+
+
 if current_platform.is_cpu():
     # Its kernels work on packed copies, and it drops what was packed; kept, a push can write over it by name. This must
     # stand before a network is loaded, in that same process: only an import is early enough.
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: _pack(layer, remove_weight=False)
+    PunicaWrapperCPU.add_lora_linear = _add_one_adapter
 
 
 class WorkerExtension:
@@ -29,6 +56,7 @@ class WorkerExtension:
         self.network = self.model_runner.get_model()
         self.named = dict(self.network.named_parameters(remove_duplicate=False))
         self.packed = [module for module in self.network.modules() if hasattr(module, "cpu_linear")]
+        self.factors: dict[str, Tensor] = {}
         self.images = 0
         self.embed = self.network.embed_multimodal
         self.network.embed_multimodal = self.embed_counted
@@ -43,8 +71,70 @@ class WorkerExtension:
             if id(module.weight) in written:
                 _pack(module, remove_weight=False)
 
+    def write_factors(self, factors: Sequence[tuple[str, Tensor]]) -> None:
+        """Keep these until `serve_adapter`; the others stay as they are."""
+        for name, factor in factors:
+            if self._whole_layers and (used := self._used(name, factor)).shape != factor.shape:
+                raise RuntimeError(f"{name} is {tuple(factor.shape)}, but vLLM's layer takes {tuple(used.shape)}")
+        self.factors |= dict(factors)
+
+    def serve_adapter(self, number: int) -> None:
+        """Copy the factors that were written into the buffers from which vLLM's layers add to their products.
+
+        The buffers stay where they are, so that CUDA graphs that were captured with them go on.
+        """
+        rank = max(_rank(name, factor) for name, factor in self.factors.items())
+        adapter = LoRAModel.from_lora_tensors(
+            number,
+            self.factors,
+            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a scale of 1: it is in the pushed B
+            device="cpu",
+            dtype=self._adapters.lora_config.lora_dtype,
+            weights_mapper=self._rename,
+        )
+        self._adapters.remove_adapter(number)
+        self._adapters.add_adapter(adapter)
+        self._adapters.activate_adapter(number)
+
+    def used_factors(self) -> dict[str, Tensor]:
+        """What the layers of this process add their factors from, by pushed name: without vLLM's padding of the rank.
+
+        Under tensor parallelism of A or B the part that is this process's.
+        """
+        return {name: self._used(name, factor) for name, factor in self.factors.items()}
+
+    def _used(self, name: str, factor: Tensor) -> Tensor:
+        """A view into vLLM's buffer; KeyError where it has no layer of that name to adapt."""
+        module, is_a = parse_fine_tuned_lora_name(name, self._rename)
+        layer, part = self._adapters.modules.get(module), 0
+        for packed, members in self._adapters.packed_modules.items():
+            if module in members:
+                layer, part = self._adapters.modules[packed], members.index(module)
+        if layer is None:
+            raise KeyError(f"vLLM has no layer to adapt for {name}")
+        rank = _rank(name, factor)
+        view: Tensor = layer.lora_a_stacked[part][0, 0, :rank] if is_a else layer.lora_b_stacked[part][0, 0, :, :rank]
+        return view
+
+    @property
+    def _adapters(self) -> Any:
+        return self.model_runner.lora_manager._adapter_manager
+
+    @property
+    def _rename(self) -> Any:
+        """From Hugging Face names to vLLM's."""
+        return self.network.hf_to_vllm_mapper.get_rename_mapper()
+
+    @property
+    def _whole_layers(self) -> bool:
+        return all(layer.tp_size == 1 for layer in self._adapters.modules.values())
+
     def embed_counted(self, **pixels: Any) -> Any:
         """vLLM's own, counted: one embedding an image."""
         embeddings = self.embed(**pixels)
         self.images += len(embeddings)
         return embeddings
+
+
+def _rank(name: str, factor: Tensor) -> int:
+    return factor.shape[0] if name.endswith(".lora_A.weight") else factor.shape[1]

@@ -59,8 +59,8 @@ def model_rules(config: Config) -> Iterator[Problem]:
                 f"{config.model.dtype} small updates of it would round away"
             )
             remedy = (
-                "Go on with the run itself by run.resume, set model.dtype=float32, or merge and round it yourself: save "
-                "it as a folder without adapter/."
+                "Go on with the run itself by run.resume, or set model.dtype=float32. Who wants it rounded moves the "
+                "export's adapter/ away."
             )
             yield Problem(subject=f"model.path = {path}", rule=rule, remedy=remedy)
     elif tiny is None:

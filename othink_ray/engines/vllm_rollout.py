@@ -26,7 +26,6 @@ from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Probe, Prompt
 
-
 _ADAPTER = 1  # vLLM's number of the only one
 
 
@@ -73,6 +72,7 @@ class VLLMRollout(Receiver):
         arguments: dict[str, Any] = {
             "model": path,
             "dtype": model.dtype,
+            "hf_overrides": {"head_dtype": "float32"},  # as the learner: logits in bfloat16 are off by a tenth of a nat
             "seed": 0,  # every request brings its own
             "max_model_len": rollout.max_model_len,
             "max_num_seqs": rollout.max_num_seqs,

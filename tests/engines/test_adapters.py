@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig
 from othink_ray.engines.adapters import AdapterError
+from othink_ray.engines.exported import read_exported
 from othink_ray.engines.trained import choose_trained
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
@@ -257,6 +258,21 @@ def test_in_bfloat16_all_of_an_update_is_sent_and_exported(
     assert len(arrived) == 2 * 7
     assert max(abs(found - 1) for found in arrived) < 2e-3
     assert np.mean(rounded) < 0.5  # what would be left of it on the grid of the base
+
+
+def test_an_export_of_bfloat16_is_opened_as_its_base_with_the_adapter_that_was_served(
+    coarse: Lives, small_folder: Path, places: Path
+) -> None:
+    found = read_exported(str(places / "export_one_rank"), "bfloat16")
+    assert found is not None and found.base == str(small_folder) and found.adapters.rank == TEXT.rank
+    [outcome] = coarse["one_rank"]
+    assert {name: factor.dtype for name, factor in found.factors} == dict.fromkeys(outcome.weights, torch.bfloat16)
+    assert all(np.array_equal(factor.float().numpy(), outcome.weights[name]) for name, factor in found.factors)
+    assert {f"{layer}.lora_{factor}.weight" for layer in found.adapters.layers for factor in "AB"} == set(
+        outcome.weights
+    )
+    assert read_exported(str(places / "export_one_rank"), "float32") is None
+    assert read_exported(str(small_folder), "bfloat16") is None
 
 
 def test_in_bfloat16_what_is_sent_is_what_the_learner_computes_with(coarse: Lives) -> None:

@@ -158,9 +158,6 @@ def _lora(config: Config) -> Iterator[Problem]:
     if not learner.lora.targets:
         remedy = "Set learner.lora.targets=[text], or learner.lora.rank=0."
         yield Problem(subject=subject, rule="is empty, so nothing would be trained", remedy=remedy)
-    if config.weights.transport in ("nccl", "ipc"):
-        rule = "must be auto or shared_memory with learner.lora.rank > 0: adapters are small, and are sent as such"
-        yield broken(config, "weights.transport", rule, "Set weights.transport=auto.")
     if config.rollout.engine == "vllm":
         if learner.lora.rank > _VLLM_RANK:
             rule = f"must be at most {_VLLM_RANK}, which is what vLLM serves"

@@ -138,7 +138,10 @@ class VLLMRollout(Receiver):
         self.engine.collective_rpc(verb, args=arguments)
 
     def sleep(self) -> None:
-        """The device is the learner's until the next push: weights wait in host memory, keys and values are dropped."""
+        """The device is the learner's until the next push: weights wait in host memory, keys and values are dropped.
+
+        Level 1, which brings vLLM's buffers of an adapter back too; level 2 would leave them, and the base, undefined.
+        """
         self.engine.sleep(level=1)
         self.asleep = True
 
@@ -157,7 +160,7 @@ class VLLMRollout(Receiver):
 
     def _forget(self) -> None:
         """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
-        if self.adapters is not None:
+        if self.adapters is not None and self._arrived:
             self.engine.collective_rpc("serve_adapter", args=(_ADAPTER,))
             self.adapter = self._lora_request(lora_name="policy", lora_int_id=_ADAPTER, lora_path="pushed")
         if self.asleep:

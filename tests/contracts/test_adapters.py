@@ -108,7 +108,7 @@ def cases(
     model = replace(config.model, path=str(folder), dtype="bfloat16")
     learner = replace(config.learner, lora=LoraConfig(rank=16, alpha=32, targets=("text",)))
     start = replace(random_case(model, learner), prompts=scenes)
-    return found | {COARSE: small_steps(start, learner, steps=20, size=1e-5)}
+    return found | {COARSE: small_steps(start, learner, steps=1500, size=1e-5)}
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,8 @@ def test_in_bfloat16_the_sampler_changes_as_much_as_the_learner_in_float32(
     assert found - margin > 0.98 and found + margin < 1.02, (found, margin, points)
 
 
-def test_transformers_alone_computes_as_the_learner_does_in_bfloat16(cases: dict[str, Case], config: Config) -> None:
+def test_transformers_alone_takes_adapters_in_as_they_are(cases: dict[str, Case], config: Config) -> None:
+    """Its own head computes in bfloat16, so that its logprobs say less exactly how much has changed."""
     case = cases[COARSE]
     engine = HFRollout(
         config.rollout, case.model, case.policy.family, served_adapters(case.policy.family, case.learner)
@@ -226,7 +227,7 @@ def test_transformers_alone_computes_as_the_learner_does_in_bfloat16(cases: dict
         own = dict(trained_weights_of(engine.network))
         assert all(torch.equal(own[name], weight) for name, weight in weights)
     found, margin, points = slope(case, *probes)
-    assert points > 100 and abs(found - 1) < max(0.02, margin), (found, margin, points)
+    assert points > 300 and abs(found - 1) < max(0.02, margin) < 0.05, (found, margin, points)
 
 
 def trained_weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -32,12 +32,14 @@ def read_exported(path: str, dtype: str) -> Exported | None:
     folder = Path(path) / ADAPTER_FOLDER
     settings = adapter_settings(path)
     scale = settings["lora_alpha"] / settings["r"]
-    factors = []
+    factors, layers = [], []
     for name, factor in load_file(folder / "adapter_model.safetensors").items():
-        pushed = name.removeprefix("base_model.model.")
-        factors.append((pushed, factor * scale if pushed.endswith(".lora_B.weight") else factor))
+        layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        factors.append((f"{layer}.lora_{kind}", factor * scale if kind == "B.weight" else factor))
+        if kind == "B.weight":
+            layers.append(layer)  # the settings have peft's abbreviations of these
     return Exported(
         base=settings["base_model_name_or_path"],
-        adapters=ServedAdapters(rank=settings["r"], layers=tuple(settings["target_modules"])),
+        adapters=ServedAdapters(rank=settings["r"], layers=tuple(layers)),
         factors=factors,
     )

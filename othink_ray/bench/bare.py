@@ -17,7 +17,7 @@ from othink_ray.config.load import read
 from othink_ray.config.schema import Config
 from othink_ray.core.packing import plan
 from othink_ray.data import PromptStream, open_training
-from othink_ray.driver.build import ROLLOUT_ENGINES, learner_engine, open_classroom, recipe
+from othink_ray.driver.build import learner_engine, open_classroom, recipe, rollout_engine
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
 from othink_ray.engines.base import Place, Sampling, meeting_place
@@ -44,7 +44,7 @@ def opened(overrides: Sequence[str]) -> tuple[Config, str, PromptStream]:
 
 
 def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    engine = ROLLOUT_ENGINES[config.rollout.engine](config, path)
+    engine = rollout_engine(config, path)
     sampling = Sampling(
         answers=config.algo.group_size,
         max_tokens=config.rollout.max_tokens,

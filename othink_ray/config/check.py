@@ -147,6 +147,9 @@ def _examined(config: Config) -> Iterator[Problem]:
                 yield dataclasses.replace(problem, subject=f"eval.also, {name}: {problem.subject}")
 
 
+_VLLM_RANK = 512
+
+
 def _lora(config: Config) -> Iterator[Problem]:
     learner = config.learner
     if learner.lora.rank < 1:
@@ -155,6 +158,13 @@ def _lora(config: Config) -> Iterator[Problem]:
     if not learner.lora.targets:
         remedy = "Set learner.lora.targets=[text], or learner.lora.rank=0."
         yield Problem(subject=subject, rule="is empty, so nothing would be trained", remedy=remedy)
+    if config.rollout.engine == "vllm":
+        if learner.lora.rank > _VLLM_RANK:
+            rule = f"must be at most {_VLLM_RANK}, which is what vLLM serves"
+            yield broken(config, "learner.lora.rank", rule, f"Set learner.lora.rank={_VLLM_RANK}, or rollout=hf.")
+        if config.rollout.gpus_per_actor > 0 and config.model.dtype == "float32":
+            rule = "must be bfloat16 with learner.lora.rank > 0: vLLM has no other kernels for adapters on a GPU"
+            yield broken(config, "model.dtype", rule, "Set model.dtype=bfloat16, or learner.lora.rank=0.")
     for part in learner.lora.targets:
         if part in FROZEN.get(learner.freeze, ()):
             rule = f"asks for adapters in the part {part}, which learner.freeze = {learner.freeze} keeps as it is"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from othink_ray.config.problem import Problem, broken
 from othink_ray.config.schema import Config
@@ -15,6 +16,7 @@ from othink_ray.config.schema import Config
 VISION_HEAD = 32  # head size of the tiny model's vision tower
 _RECIPE = 4  # raise it when the code makes another model of the same configuration
 _OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
+ADAPTER_FOLDER = "adapter"  # in an export; beside it the weights are merged
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TINY_BYTES = 64 * 2**20  # of safetensors files: the embedded model has 5 MB, the smallest public ones hundreds
 _HIGHEST_RATE = {"train": 3e-5, "sft": 5e-5}  # of all weights of a real model; R1-V trains at 1e-6 and 2e-5
@@ -28,6 +30,17 @@ def model_folder(path: str) -> str:
     if (export / "config.json").is_file():
         return str(export)
     return str(folder) if folder.is_dir() else path
+
+
+def merged_in_float32(path: str, dtype: str) -> bool:
+    """Whether a folder is the export of a run with adapters, which casting its weights to `dtype` would change."""
+    return dtype != "float32" and (Path(path) / ADAPTER_FOLDER / "adapter_config.json").is_file()
+
+
+def adapter_settings(folder: str) -> dict[str, Any]:
+    """peft's, of the adapter in an export."""
+    found: dict[str, Any] = json.loads((Path(folder) / ADAPTER_FOLDER / "adapter_config.json").read_text())
+    return found
 
 
 def base_model_folder(config: Config) -> Path:
@@ -44,11 +57,25 @@ def model_rules(config: Config) -> Iterator[Problem]:
     if path is not None:
         wrong = [*_path(config, "model.path", path)]
         yield from wrong or _rate(config, path)
+        if config.mode != "eval" and merged_in_float32(model_folder(path), config.model.dtype):
+            rule = (
+                f"is a run with adapters, whose export is merged in float32: as a start of training in "
+                f"{config.model.dtype} small updates of it would round away"
+            )
+            remedy = (
+                "Go on with the run itself by run.resume, or set model.dtype=float32. Who wants it rounded moves the "
+                "export's adapter/ away."
+            )
+            yield Problem(subject=f"model.path = {path}", rule=rule, remedy=remedy)
     elif tiny is None:
         rule = "is null, so the embedded model must be made, but model.tiny is null too"
         yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
     for path in config.eval.models:
         yield from _path(config, "eval.models", path)
+    if config.mode == "eval":
+        asked = [("eval.models", each) for each in config.eval.models] or [("model.path", path or "")]
+        for key, each in asked:
+            yield from _base_of(config, key, each)
     if tiny is not None:
         yield from _sizes(config)
 
@@ -82,6 +109,16 @@ def _path(config: Config, key: str, path: str) -> Iterator[Problem]:
         f"{path} is none of these"
     )
     yield Problem(subject=f"{key} = {path}", rule=rule, remedy="Check the path: a run has its export when it is done.")
+
+
+def _base_of(config: Config, key: str, path: str) -> Iterator[Problem]:
+    """Engines open the export of a run with adapters as its base model with its adapter."""
+    if merged_in_float32(model_folder(path), config.model.dtype):
+        base = adapter_settings(model_folder(path))["base_model_name_or_path"]
+        if not (_HUB_NAME.fullmatch(base) or (Path(base) / "config.json").is_file()):
+            rule = f"has its adapter for {base}, which is not there, and its merged weights are for float32"
+            remedy = f"Bring that model back, or set model.dtype=float32 (now {config.model.dtype})."
+            yield Problem(subject=f"{key} = {path}", rule=rule, remedy=remedy)
 
 
 def _sizes(config: Config) -> Iterator[Problem]:

@@ -254,7 +254,7 @@ class LearnerConfig:
 class WeightsConfig:
     """How the policy travels to the engines, and how far the two may differ."""
 
-    transport: str  # auto | shared_memory | nccl | ipc
+    transport: str  # auto | shared_memory | nccl | ipc; of adapters, which are small, always shared_memory
     bucket_mb: int
     audit_prompts: int
     audit_tokens: int

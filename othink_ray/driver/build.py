@@ -18,7 +18,7 @@ from othink_ray.data import Screen
 from othink_ray.driver.loop import Recipe, train
 from othink_ray.driver.overlap import SIDES, train_overlapped
 from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, supervised
-from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, share_of_cores
+from othink_ray.engines.base import OPENED, LearnerEngine, Place, RolloutEngine, ServedAdapters, share_of_cores
 from othink_ray.runtime.incidents import Incidents
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.placement import Placement, fits
@@ -40,12 +40,12 @@ def screen(config: Config, path: str) -> Screen:
 
 
 def require_targets(config: Config, path: str) -> None:
-    """Refuses adapters for which the model has no place, before any process is started."""
-    from othink_ray.engines.trained import count_trained
+    """Refuses adapters for which the model or its engine has no place, before any process is started."""
+    from othink_ray.engines.trained import require_servable
     from othink_ray.families import open_family
 
     if config.learner.lora.rank:
-        count_trained(open_family(config.model, path), config.learner)
+        require_servable(open_family(config.model, path), config.learner, config.rollout.engine)
 
 
 def depth(config: Config, path: str) -> int:
@@ -169,8 +169,7 @@ def open_team(
         learner = LearnerPool(
             partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
         )
-        make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
-        rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
+        rollout = RolloutPool(partial(rollout_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         tolerance = Tolerance(config.model.dtype, depth(config, path), config.weights.audit_tolerance)
         load_models(config, rollout, learner)
@@ -219,8 +218,7 @@ def students(config: Config, path: str, team: Team) -> Team | ExaminedClass:
 def open_examiners(config: Config, path: str, incidents: Incidents, say: Callable[[str], None]) -> Iterator[Examiners]:
     """Rollout and reward processes alone, with the weights of the folder."""
     with Placement(rollout_bundles(config.rollout), config.cluster, say) as placement:
-        make_rollout = partial(ROLLOUT_ENGINES[config.rollout.engine], config, path)
-        rollout = RolloutPool(make_rollout, config.rollout, placement, incidents)
+        rollout = RolloutPool(partial(examined_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         rollout.wait()
         rewards.wait()
@@ -259,7 +257,30 @@ def _teacher(config: Config, path: str) -> Teaches:
     return Teacher(open_family(config.model, path), reasoning=config.sft.reasoning)
 
 
-def _vllm_engine(config: Config, path: str) -> RolloutEngine:
+def rollout_engine(config: Config, path: str) -> RolloutEngine:
+    """One that is given by pushes what the learner trains."""
+    from othink_ray.engines.trained import served_adapters
+    from othink_ray.families import open_family
+
+    adapters = served_adapters(open_family(config.model, path), config.learner)
+    return ROLLOUT_ENGINES[config.rollout.engine](config, path, adapters)
+
+
+def examined_engine(config: Config, path: str) -> RolloutEngine:
+    """One with the policy of a folder: of a run's export with adapters in bfloat16 as the run served it."""
+    from othink_ray.engines.exported import read_exported
+
+    make_engine, exported = ROLLOUT_ENGINES[config.rollout.engine], read_exported(path, config.model.dtype)
+    if exported is None:
+        return make_engine(config, path, None)
+    engine = make_engine(config, exported.base, exported.adapters)
+    engine.begin_push()
+    engine.load_weights(exported.factors)
+    engine.finish_push(OPENED, buckets=1)
+    return engine
+
+
+def _vllm_engine(config: Config, path: str, adapters: ServedAdapters | None) -> RolloutEngine:
     from othink_ray.engines.trained import trains_all
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
@@ -273,17 +294,21 @@ def _vllm_engine(config: Config, path: str) -> RolloutEngine:
         transport=transport_of(config),
         max_logprobs=config.weights.audit_candidates,
         sleep_level=2 if trains_all(config.learner) else 1,
+        adapters=adapters,
     )
 
 
-def _hf_engine(config: Config, path: str) -> RolloutEngine:
+def _hf_engine(config: Config, path: str, adapters: ServedAdapters | None) -> RolloutEngine:
     from othink_ray.engines.hf_rollout import HFRollout
     from othink_ray.families import open_family
 
-    return HFRollout(config.rollout, config.model, open_family(config.model, path))
+    return HFRollout(config.rollout, config.model, open_family(config.model, path), adapters)
 
 
-ROLLOUT_ENGINES: dict[str, Callable[[Config, str], RolloutEngine]] = {"vllm": _vllm_engine, "hf": _hf_engine}
+ROLLOUT_ENGINES: dict[str, Callable[[Config, str, ServedAdapters | None], RolloutEngine]] = {
+    "vllm": _vllm_engine,
+    "hf": _hf_engine,
+}
 
 
 def learner_engine(config: Config, path: str, place: Place, *, with_reference: bool) -> LearnerEngine:
@@ -306,7 +331,12 @@ def learner_engine(config: Config, path: str, place: Place, *, with_reference: b
 
 
 def transport_of(config: Config) -> str:
-    """`auto`: CUDA IPC where engine and learner share a GPU, NCCL between GPUs, shared memory without any."""
+    """`auto`: CUDA IPC where engine and learner share a GPU, NCCL between GPUs, shared memory without any.
+
+    Adapters are small, and vLLM's own transfer between GPUs knows whole weights only: shared memory.
+    """
+    if config.learner.lora.rank:
+        return "shared_memory"
     if config.weights.transport != "auto":
         return config.weights.transport
     shares = (config.rollout.gpus_per_actor, config.learner.gpus_per_rank)

@@ -100,7 +100,7 @@ def _model(
     config: Config, folder: Path, weights: int, samples: Sequence[Prompt]
 ) -> tuple[dict[str, str], list[Problem]]:
     from othink_ray.engines.adapters import AdapterError
-    from othink_ray.engines.trained import count_trained
+    from othink_ray.engines.trained import count_trained, require_servable
     from othink_ray.families import open_family
     from othink_ray.families.base import ModelError
 
@@ -111,6 +111,7 @@ def _model(
     text, problems = _lengths(config, family, samples)
     lines = {"context": text}
     try:
+        require_servable(family, config.learner, config.rollout.engine)
         trained = count_trained(family, config.learner)
         problems += _room_on_disk(config, weights, trained)
         measured = measure(config, family)

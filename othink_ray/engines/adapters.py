@@ -32,13 +32,17 @@ class AdapterError(ValueError):
         return f"{self.problem.subject} {self.problem.rule}; {self.problem.remedy}"
 
 
-def add_adapters(family: Family, network: nn.Module, lora: LoraConfig, frozen: Collection[str]) -> None:
-    """In every layer that is a target; they add nothing yet, and nothing else is trained."""
+def add_adapters(network: nn.Module, rank: int, alpha: float, layers: Sequence[str]) -> None:
+    """To these layers, by path. They add nothing yet, and nothing else asks for gradients any more."""
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers))
+    peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
+
+
+def adapted_layers(family: Family, network: nn.Module, lora: LoraConfig, frozen: Collection[str]) -> tuple[str, ...]:
+    """Paths of the linear layers that `lora.targets` names."""
     known = _adaptable(family, network, frozen)
     _require_known(lora.targets, sorted(set().union(*known.values())), frozen)
-    paths = [path for path, names in known.items() if not names.isdisjoint(lora.targets)]
-    settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=paths)
-    peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
+    return tuple(path for path, names in known.items() if not names.isdisjoint(lora.targets))
 
 
 def _adaptable(family: Family, network: nn.Module, frozen: Collection[str]) -> dict[str, set[str]]:
@@ -86,6 +90,33 @@ class WithoutAdapters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A tensor that training changes, and the factor that it has in a push."""
+
+    name: str
+    parameter: Tensor
+    scale: float = 1.0
+
+    def pushed(self) -> Tensor:
+        """In the dtype that the learner computes with."""
+        weight = self.parameter.detach()
+        return weight if self.scale == 1.0 else weight * self.scale
+
+
+def trained_weights(network: nn.Module) -> Iterator[Trained]:
+    """In one fixed order; of an adapter both factors, the scale alpha / rank in B, so that engines add B A as it is."""
+    adapted = _adapted(network)
+    for path, layer in adapted:
+        up, down = _factors(layer)
+        yield Trained(name=f"{path}.lora_A.weight", parameter=down)
+        yield Trained(name=f"{path}.lora_B.weight", parameter=up, scale=layer.scaling[_NAME])
+    if not adapted:
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                yield Trained(name=name, parameter=parameter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
     """One weight of the plain network, and what an adapter adds to it: scale * up @ down."""
 
@@ -98,16 +129,12 @@ class Weight:
     def parts(self) -> list[Tensor]:
         return [self.base, *self.factors]
 
-    @property
-    def trained(self) -> bool:
-        return any(part.requires_grad for part in self.parts)
-
     def merged(self) -> Tensor:
-        """Summed in float32, whatever the network computes in."""
+        """In float32 where it is adapted: on a grid of bfloat16 small updates would round away."""
         if not self.factors:
             return self.base.detach()
         up, down = (factor.detach().float() for factor in self.factors)
-        return (self.base.float() + self.scale * (up @ down)).to(self.base.dtype)
+        return self.base.detach().float() + self.scale * (up @ down)
 
 
 def plain_weights(network: nn.Module) -> Iterator[Weight]:

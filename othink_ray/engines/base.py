@@ -93,6 +93,14 @@ def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) ->
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapters:
+    """Linear layers to whose product with x an engine adds B A x; a push brings both factors, each under its name."""
+
+    rank: int  # A is (rank, in), B is (out, rank)
+    layers: tuple[str, ...]  # paths in the Hugging Face network; with .lora_A.weight and .lora_B.weight the names
+
+
 class RolloutEngine(Protocol):
     """Samples groups with one version of the weights."""
 
@@ -123,6 +131,9 @@ class RolloutEngine(Protocol):
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]: ...
 
 
+OPENED = -1  # the version of an engine that has the policy of the folder that it was opened with
+
+
 class UnfinishedPush(RuntimeError):
     """An engine holds parts of two policies."""
 
@@ -133,7 +144,7 @@ _UNFINISHED = -2  # the version of an engine during a push
 class Receiver(ABC):
     """The receiving end of a push. Until all of its buckets have arrived, an engine refuses to answer."""
 
-    version = -1  # the weights of the folder that the engine was opened with
+    version = OPENED
     _arrived = 0
 
     def begin_push(self) -> None:

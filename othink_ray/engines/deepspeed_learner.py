@@ -17,12 +17,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from othink_ray.config.model_rules import ADAPTER_FOLDER
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
 from othink_ray.core.correction import importance
 from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
-from othink_ray.engines.adapters import WithoutAdapters, adapter_weights, plain_weights, write_adapter
+from othink_ray.engines.adapters import (
+    WithoutAdapters,
+    adapter_weights,
+    plain_weights,
+    trained_weights,
+    write_adapter,
+)
 from othink_ray.engines.ahead import Ahead, Kept, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
@@ -317,17 +324,21 @@ class DeepSpeedLearner:
         ]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._weights(trained=True)
+        for weight in trained_weights(self.engine.module.network):
+            with self._whole([weight.parameter]):
+                yield weight.name, weight.pushed()
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self._weights(trained=False)
+        if not self.learner.lora.rank:  # vLLM's loader cannot say where the weights under an adapter lie
+            for weight in plain_weights(self.engine.module.network):
+                if not weight.base.requires_grad:
+                    with self._whole(weight.parts):
+                        yield weight.name, weight.merged()
 
-    def _weights(self, *, trained: bool | None = None) -> Iterator[tuple[str, Tensor]]:
-        """All, or those that are trained, or those that are not."""
+    def _plain_weights(self) -> Iterator[tuple[str, Tensor]]:
         for weight in plain_weights(self.engine.module.network):
-            if trained in (None, weight.trained):
-                with self._whole(weight.parts):
-                    yield weight.name, weight.merged()
+            with self._whole(weight.parts):
+                yield weight.name, weight.merged()
 
     def _whole(self, parameters: list[Tensor]) -> Any:
         """Under ZeRO-3 a parameter lives in pieces; inside this context it is whole on every rank."""
@@ -335,7 +346,7 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         network: Any = self.engine.module.network
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._weights()}
+        state = {name: weight.to("cpu", copy=True) for name, weight in self._plain_weights()}
         adapter = {}
         for name, factor in adapter_weights(network):
             with self._whole([factor]):
@@ -344,7 +355,7 @@ class DeepSpeedLearner:
             folder.mkdir(parents=True, exist_ok=True)
             self.family.save(folder, network, state)
             if adapter:
-                write_adapter(folder / "adapter", network, adapter)
+                write_adapter(folder / ADAPTER_FOLDER, network, adapter)
         dist.barrier()
 
     def save(self, folder: Path) -> None:

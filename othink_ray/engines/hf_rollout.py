@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Receiver, Sampling, require_room, share_of_cores
+from othink_ray.engines.adapters import add_adapters, trained_weights
+from othink_ray.engines.base import Receiver, Sampling, ServedAdapters, require_room, share_of_cores
 from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import DTYPES, logit_bias
 from othink_ray.families.base import Family, ImageTensors
@@ -25,13 +26,21 @@ HFInput = tuple[list[int], ImageTensors, Tensor]
 class HFRollout(Receiver):
     """One prompt at a time: its image and text are computed once, its answers side by side."""
 
-    def __init__(self, rollout: RolloutConfig, model: ModelConfig, family: Family) -> None:
+    def __init__(
+        self, rollout: RolloutConfig, model: ModelConfig, family: Family, adapters: ServedAdapters | None = None
+    ) -> None:
+        """Where `adapters` are given, pushes bring their factors, and all other weights stay those of the folder."""
         self.family = family
         self.max_model_len, self.fixed_length = rollout.max_model_len, rollout.fixed_length
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(share_of_cores(rollout.threads, rollout.num_actors))
-        self.network: Any = family.load_network(DTYPES[model.dtype]).to(self.device).eval()
+        self.network: Any = family.load_network(DTYPES[model.dtype])
+        self.pushed: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
+        if adapters is not None:
+            add_adapters(self.network, adapters.rank, adapters.rank, adapters.layers)  # a scale of 1: it is in B
+            self.pushed = {weight.name: weight.parameter for weight in trained_weights(self.network)}
+        self.network.to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
         self.coming = Inputs(self._input)
 
@@ -42,19 +51,20 @@ class HFRollout(Receiver):
         """Its weights are all that it has, and they stay."""
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = dict(self.network.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, weight in weights:
-                own[name].copy_(weight)
+                self.pushed[name].copy_(weight)
 
     def _forget(self) -> None:
         """Nothing outlives a prompt here."""
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
-        own = dict(self.network.named_parameters(remove_duplicate=False))
+        own = self.pushed
         asked = digests((name, own[name].to(weight.dtype)) for name, weight in expected.items() if name in own)
         parts = {name: HeldPart(value=found.value, elements=own[name].numel()) for name, found in asked.items()}
-        unreached = [name for name, _ in self.network.named_parameters() if name not in expected] if complete else []
+        # A shared matrix has several names, and the learner sends it under the first.
+        first = {id(weight): name for name, weight in reversed(own.items())}
+        unreached = [name for name in first.values() if name not in expected] if complete else []
         return [Held(parts=parts, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:

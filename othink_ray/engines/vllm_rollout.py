@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,13 +13,23 @@ from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.data.pixels import decoded
-from othink_ray.engines.base import Receiver, Sampling, UnfinishedPush, on_one_thread, require_room, share_of_cores
+from othink_ray.engines.base import (
+    Receiver,
+    Sampling,
+    ServedAdapters,
+    UnfinishedPush,
+    on_one_thread,
+    require_room,
+    share_of_cores,
+)
 from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
 from othink_ray.weights.arrival import Held
 from othink_ray.weights.digest import TensorDigest
+
+_ADAPTER = 1  # vLLM's number of the only one
 
 
 class VLLMRollout(Receiver):
@@ -35,9 +45,13 @@ class VLLMRollout(Receiver):
         transport: str,
         max_logprobs: int,
         sleep_level: int = 1,
+        adapters: ServedAdapters | None = None,
     ) -> None:
-        """Sleeping at level 2 drops the weights: only where every push brings all of them."""
-        self.family, self.sleep_level = family, sleep_level
+        """Sleeping at level 2 drops the weights: only where every push brings all of them.
+
+        Where `adapters` are given, pushes bring their factors, and all other weights stay those of the folder.
+        """
+        self.family, self.sleep_level, self.adapters = family, sleep_level, adapters
         self.limit, self.prefix_caching = rollout.max_model_len, rollout.prefix_caching
         self.fixed_length = rollout.fixed_length
         on_gpu = rollout.gpus_per_actor > 0
@@ -57,22 +71,33 @@ class VLLMRollout(Receiver):
             torch.set_num_threads(threads)  # OpenMP has read its environment by now, where Ray wrote one thread
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._sampling_params = SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
-        arguments = self.arguments(rollout, model, family, path, transport=transport, max_logprobs=max_logprobs)
+        self._final_only, self._lora_request = RequestOutputKind.FINAL_ONLY, LoRARequest
+        arguments = self.arguments(
+            rollout, model, family, path, transport=transport, max_logprobs=max_logprobs, adapters=adapters
+        )
         if not on_gpu:
             _inspect_here(path)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
         self.engine.collective_rpc("open_network")
+        self.adapter: Any = None  # asked for with every request, once it is there
         self.asleep = False
         self.coming, self.probed = Inputs(self._input), Inputs(self._input)
 
     @staticmethod
     def arguments(
-        rollout: RolloutConfig, model: ModelConfig, family: Family, path: str, *, transport: str, max_logprobs: int
+        rollout: RolloutConfig,
+        model: ModelConfig,
+        family: Family,
+        path: str,
+        *,
+        transport: str,
+        max_logprobs: int,
+        adapters: ServedAdapters | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of vLLM's `EngineArgs`; computed without opening an engine or touching a device."""
         arguments: dict[str, Any] = {
@@ -102,6 +127,8 @@ class VLLMRollout(Receiver):
             from othink_ray.engines.vllm_rounding import rounding_arguments
 
             arguments |= rounding_arguments()
+        if adapters is not None:
+            arguments |= _serving(adapters, path)
         if rollout.gpus_per_actor > 0:
             arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
             arguments["enable_sleep_mode"] = rollout.sleep
@@ -143,7 +170,7 @@ class VLLMRollout(Receiver):
         """Leave the device to the learner until the next push: keys and values are dropped, weights too at level 2.
 
         At level 1 the weights wait in host memory. What vLLM derives from the configuration (rotary tables and other
-        buffers) it keeps at both levels.
+        buffers) it keeps at both levels, but not the buffers of an adapter at level 2.
         """
         self.engine.sleep(level=self.sleep_level)
         self.asleep = True
@@ -159,7 +186,8 @@ class VLLMRollout(Receiver):
             self.engine.wake_up(["weights"])
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.engine.collective_rpc("write_weights", args=(list(weights),))
+        verb = "write_weights" if self.adapters is None else "write_factors"
+        self.engine.collective_rpc(verb, args=(list(weights),))
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
         held: list[Held] = self.engine.collective_rpc("held_weights", args=(dict(expected), self.version, complete))
@@ -171,6 +199,9 @@ class VLLMRollout(Receiver):
 
     def _forget(self) -> None:
         """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
+        if self.adapters is not None and self._arrived:
+            self.engine.collective_rpc("serve_adapter", args=(_ADAPTER,))
+            self.adapter = self._lora_request(lora_name="policy", lora_int_id=_ADAPTER, lora_path="pushed")
         if self.asleep:
             self.engine.wake_up(["kv_cache"])
             self.asleep = False
@@ -185,7 +216,9 @@ class VLLMRollout(Receiver):
         waiting = {str(index) for index in range(len(prompts))}
         try:
             for index, (prompt, given) in enumerate(zip(prompts, inputs, strict=True)):
-                self.engine.add_request(str(index), given, self._parameters(prompt, sampling, logprobs))
+                self.engine.add_request(
+                    str(index), given, self._parameters(prompt, sampling, logprobs), lora_request=self.adapter
+                )
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
                     waiting.remove(output.request_id)
@@ -261,6 +294,35 @@ def _pixels(given: Any) -> PixelDigest:
 def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:
     """vLLM's flat lists as (T, 1 + K): at each place the sampled token, then the K likeliest ones."""
     return np.array(values).reshape(len(answer.token_ids), -1)
+
+
+def _serving(adapters: ServedAdapters, path: str) -> dict[str, Any]:
+    """vLLM's arguments for one adapter, in the dtype of the model, on these layers and no others."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.config.lora import MaxLoRARanks
+
+    [architecture] = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
+    rename = ModelRegistry.models[architecture].load_model_cls().hf_to_vllm_mapper.get_rename_mapper()
+    layers = {_packed(rename._map_name(layer)) for layer in adapters.layers}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= adapters.rank),  # padded with zeros
+        "lora_target_modules": sorted(layers),
+        "enable_tower_connector_lora": not all(layer.startswith("language_model.") for layer in layers),
+    }
+
+
+_PACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+
+
+def _packed(layer: str) -> str:
+    """The layer of vLLM that holds it."""
+    owner, _, name = layer.rpartition(".")
+    return f"{owner}.{_PACKED.get(name, name)}"
 
 
 def _inspect_here(path: str) -> None:

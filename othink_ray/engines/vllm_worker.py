@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers import utils
 from vllm.platforms import current_platform
 
@@ -22,10 +26,33 @@ _READ_BACK = 8192  # elements of each packed matrix: of one stale by an update a
 
 _pack = utils.dispatch_cpu_unquantized_gemm
 
+
+def _add_one_adapter(
+    wrapper: Any,
+    y: Tensor,
+    x: Tensor,
+    a_stacked: Sequence[Tensor],
+    b_stacked: Sequence[Tensor],
+    scale: float,
+    output_slices: Sequence[int],
+    **_: Any,
+) -> None:
+    """y (tokens, out) += scale * x A^T B^T, each slice of its columns with factors of its own, in place.
+
+    All requests have the same adapter or none. vLLM's own way on CPUs gathers a copy of A and B for every token.
+    """
+    if wrapper.no_lora:
+        return
+    columns = y.split(list(output_slices), dim=1)
+    for part, a, b in zip(columns, a_stacked, b_stacked, strict=True):
+        part.addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+
+
 if current_platform.is_cpu():
     # Its kernels work on packed copies, and it drops what was packed; kept, a push can write over it by name. This must
     # stand before a network is loaded, in that same process: only an import is early enough.
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: _pack(layer, remove_weight=False)
+    PunicaWrapperCPU.add_lora_linear = _add_one_adapter
 
 
 class WorkerExtension:
@@ -39,6 +66,7 @@ class WorkerExtension:
         named = self.network.named_modules()
         self.packed = [(name, module) for name, module in named if hasattr(module, "cpu_linear")]
         self.regions: dict[str, list[Region]] = {}
+        self.factors: dict[str, Tensor] = {}
         self.images = 0
         self.embed = self.network.embed_multimodal
         self.network.embed_multimodal = self.embed_counted
@@ -60,7 +88,11 @@ class WorkerExtension:
         """What this worker computes with: digests of its parts of `expected`, and which packed matrices are stale.
 
         `complete`: these are all weights of the model, so that a parameter which holds none of them is a fault.
+
+        With an adapter these are its factors; the layers around it are not those that vLLM's loader knows.
         """
+        if self.factors:
+            return Held(parts=self._digests(expected), faults=dict(self._stale_copies(version)))
         new = {name: weight for name, weight in expected.items() if name not in self.regions}
         if new:
             self.regions |= find_regions(self.network, new)
@@ -88,6 +120,9 @@ class WorkerExtension:
 
     def _used(self, name: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int, int]]:
         """What this worker computes with of a weight that was sent: pieces (rows, columns), and where they begin."""
+        if name in self.factors:
+            yield self._served(name, self.factors[name])
+            return
         for region in self.regions[name]:
             yield region.of(parameters), region.first_row, region.first_column
 
@@ -106,8 +141,84 @@ class WorkerExtension:
             if not torch.equal(module.cpu_linear(units, weight, None), weight[:, columns].T):
                 yield f"{name}.weight", "is newer than the packed copy that the CPU kernel multiplies with"
 
+    def write_factors(self, factors: Sequence[tuple[str, Tensor]]) -> None:
+        """Keep these until `serve_adapter`; the others stay as they are."""
+        for name, factor in factors:
+            if self._whole_layers and (used := self._buffer(name, factor)).shape != factor.shape:
+                raise RuntimeError(f"{name} is {tuple(factor.shape)}, but vLLM's layer takes {tuple(used.shape)}")
+        self.factors |= dict(factors)
+
+    def serve_adapter(self, number: int) -> None:
+        """Copy the factors that were written into the buffers from which vLLM's layers add to their products.
+
+        The buffers stay where they are, so that CUDA graphs that were captured with them go on.
+        """
+        rank = max(_rank(name, factor) for name, factor in self.factors.items())
+        adapter = LoRAModel.from_lora_tensors(
+            number,
+            self.factors,
+            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a scale of 1: it is in the pushed B
+            device="cpu",
+            dtype=self._adapters.lora_config.lora_dtype,
+            weights_mapper=self._rename,
+        )
+        self._adapters.remove_adapter(number)
+        self._adapters.add_adapter(adapter)
+        self._adapters.activate_adapter(number)
+
+    def used_factors(self) -> dict[str, Tensor]:
+        """What the layers of this process add their factors from, by pushed name: without vLLM's padding of the rank.
+
+        Under tensor parallelism of A or B the part that is this process's.
+        """
+        return {name: self._buffer(name, factor) for name, factor in self.factors.items()}
+
+    def _served(self, name: str, factor: Tensor) -> tuple[Tensor, int, int]:
+        """This process's part of a factor, and at which row and column of the whole it begins."""
+        part, layer = self._buffer(name, factor), self._layer(name)[0]
+        rows, columns = (
+            layer.tp_rank * (whole // own) // layer.tp_size * own
+            for whole, own in zip(factor.shape, part.shape, strict=True)
+        )
+        return part, rows, columns
+
+    def _buffer(self, name: str, factor: Tensor) -> Tensor:
+        """A view into vLLM's buffer; KeyError where it has no layer of that name to adapt."""
+        layer, part, is_a = self._layer(name)
+        rank = _rank(name, factor)
+        view: Tensor = layer.lora_a_stacked[part][0, 0, :rank] if is_a else layer.lora_b_stacked[part][0, 0, :, :rank]
+        return view
+
+    def _layer(self, name: str) -> tuple[Any, int, bool]:
+        """vLLM's layer of a factor, which of its parts that is for, and whether the factor is A."""
+        module, is_a = parse_fine_tuned_lora_name(name, self._rename)
+        layer, part = self._adapters.modules.get(module), 0
+        for packed, members in self._adapters.packed_modules.items():
+            if module in members:
+                layer, part = self._adapters.modules[packed], members.index(module)
+        if layer is None:
+            raise KeyError(f"vLLM has no layer to adapt for {name}")
+        return layer, part, is_a
+
+    @property
+    def _adapters(self) -> Any:
+        return self.model_runner.lora_manager._adapter_manager
+
+    @property
+    def _rename(self) -> Any:
+        """From Hugging Face names to vLLM's."""
+        return self.network.hf_to_vllm_mapper.get_rename_mapper()
+
+    @property
+    def _whole_layers(self) -> bool:
+        return all(layer.tp_size == 1 for layer in self._adapters.modules.values())
+
     def embed_counted(self, **pixels: Any) -> Any:
         """vLLM's own, counted: one embedding an image."""
         embeddings = self.embed(**pixels)
         self.images += len(embeddings)
         return embeddings
+
+
+def _rank(name: str, factor: Tensor) -> int:
+    return factor.shape[0] if name.endswith(".lora_A.weight") else factor.shape[1]

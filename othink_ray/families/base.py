@@ -35,6 +35,9 @@ class Family(Protocol):
     banned_token_ids: tuple[int, ...]
     """Tokens that stand for pixels, or frame them: never sampled, and masked alike in the learner."""
 
+    vllm_adapts_tower: bool
+    """Whether vLLM serves adapters in the vision tower and its projector; in the text network it always does."""
+
     image_token_id: int
     eos_token_id: int
     pad_token_id: int
@@ -124,5 +127,8 @@ class Family(Protocol):
         ...
 
     def save(self, folder: Path, network: nn.Module, state: dict[str, Any]) -> None:
-        """Write a plain Hugging Face folder: `state` under the names of `network`, configuration, processor."""
+        """Write a plain Hugging Face folder: `state` under the names of `network`, configuration, processor.
+
+        By itself it is loaded in the widest dtype of `state`.
+        """
         ...

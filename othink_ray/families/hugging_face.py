@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ class HuggingFaceFamily:
 
     vision_tokens: tuple[str, ...]
     """Those that stand for pixels, or frame them."""
+    vllm_adapts_tower = True
 
     def __init__(self, path: str, processor_settings: dict[str, Any]) -> None:
         self.path, self.processor_settings = path, processor_settings
@@ -131,10 +134,23 @@ class HuggingFaceFamily:
     def save(self, folder: Path, network: nn.Module, state: dict[str, Any]) -> None:
         target: Any = network
         target.save_pretrained(folder, state_dict=state)
+        _declare(folder / "config.json", reduce(torch.promote_types, (weight.dtype for weight in state.values())))
         self.processor.save_pretrained(folder)
         readable = (folder / "config.json").stat().st_mode
         for weights in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
             weights.chmod(readable)
+
+
+def _declare(file: Path, dtype: torch.dtype) -> None:
+    """Have the folder loaded in this dtype, the widest of its weights, where nobody asks for another one."""
+
+    def declared(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: declared(value) if isinstance(value, dict) else str(dtype).split(".")[1] if key == "dtype" else value
+            for key, value in settings.items()
+        }
+
+    file.write_text(json.dumps(declared(json.loads(file.read_text())), indent=2) + "\n")
 
 
 def black_square(side: int) -> bytes:

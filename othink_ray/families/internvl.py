@@ -18,6 +18,7 @@ class InternVL(HuggingFaceFamily):
     """Pixels are (tiles, 3, side, side), grids (images, 1) the tiles of each image; positions have one axis."""
 
     vision_tokens = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>")
+    vllm_adapts_tower = False
 
     def __init__(self, path: str, *, min_pixels: int, max_pixels: int) -> None:
         self.side: int = AutoImageProcessor.from_pretrained(path, trust_remote_code=False).size.height

@@ -211,6 +211,11 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
             ["learner.lora.rank=4", "learner.lora.targets=[text,vision]", "learner.freeze=projector"],
             "asks for adapters in the part vision, which learner.freeze = projector keeps as it is",
         ),
+        (["learner.lora.rank=600"], "must be at most 512, which is what vLLM serves Set learner.lora.rank=512"),
+        (
+            ["cluster=one_node", "learner.lora.rank=4", "model.dtype=float32"],
+            "model.dtype = float32 must be bfloat16 with learner.lora.rank > 0",
+        ),
     ],
 )
 def test_broken_rule_is_the_only_problem_and_names_key_value_and_remedy(overrides: list[str], words: str) -> None:

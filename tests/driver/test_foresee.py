@@ -10,6 +10,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.driver import foresee as room
+from othink_ray.driver.build import transport_of
 from othink_ray.driver.foresee import foresee
 from tests.data.files import picture, write_jsonl
 
@@ -64,6 +65,13 @@ def test_adapters_need_less_memory_and_less_disk(model_folder: Path, monkeypatch
     assert "reference" not in few["memory"]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: disk_usage("/")._replace(free=20 * 2**20))
     assert [len(foresee(load([path, *more])).problems) for more in ([], [adapted])] == [1, 0]
+
+
+@pytest.mark.parametrize("cluster", ["local", "one_node", "one_gpu", "one_node_colocated"])
+def test_adapters_travel_in_shared_memory_on_every_cluster(cluster: str) -> None:
+    whole, adapters = (load([f"cluster={cluster}", f"learner.lora.rank={rank}"]) for rank in (0, 4))
+    assert transport_of(adapters) == "shared_memory"
+    assert (transport_of(whole) == "shared_memory") == (cluster == "local")
 
 
 def test_adapters_without_a_place_are_a_problem_with_the_nearest_name(model_folder: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from othink_ray.main import main
 from tests.e2e.conftest import SMALL, Run, StartRun
@@ -41,7 +44,7 @@ def megabytes(run: Run, names: set[str]) -> float:
     return sum(weight.nbytes for name, weight in base_of(run).items() if name in names) / 2**20
 
 
-def test_engines_without_adapters_answer_as_the_learner_with_them(adapted_run: Run) -> None:
+def test_engines_answer_as_the_learner(adapted_run: Run) -> None:
     assert [line["step"] for line in adapted_run.steps] == [0, 1, 2, 3]
     for line in adapted_run.steps:
         assert line["audit/logp_gap_mean"] < 1e-5
@@ -53,10 +56,13 @@ def test_the_policy_leaves_a_reference_that_is_the_same_network(adapted_run: Run
     assert first["kl/mean"] == 0.0 < 1e-6 < last["kl/mean"]
 
 
-def test_only_the_adapted_matrices_are_pushed(adapted_run: Run) -> None:
+def test_only_adapters_are_pushed_and_only_adapted_matrices_change(adapted_run: Run) -> None:
     adapted = {name for name in base_of(adapted_run) if name.startswith("model.layers.") and "_proj.weight" in name}
     assert changed_by(adapted_run) == adapted
-    assert [line["push/mb"] for line in adapted_run.steps] == pytest.approx([megabytes(adapted_run, adapted)] * 4)
+    factors = load_file(adapted_run.folder / "export/adapter/adapter_model.safetensors").values()
+    pushed = sum(factor.nbytes for factor in factors) / 2**20
+    assert [line["push/mb"] for line in adapted_run.steps] == pytest.approx([pushed] * 4)
+    assert pushed < megabytes(adapted_run, adapted) / 3
 
 
 def test_a_checkpoint_holds_adapters_and_their_moments_alone(adapted_run: Run) -> None:
@@ -90,6 +96,48 @@ def test_supervised_training_has_adapters_too(adapted_run: Run, start_run: Start
     assert (taught.folder / "export/adapter/adapter_model.safetensors").is_file()
     one, other = weights(adapted_run.folder), weights(taught.folder)
     assert {name.rpartition(".")[0].endswith("_proj") for name in one if not one[name].equal(other[name])} == {True}
+
+
+COARSE = ("learner.lora.rank=8", "model.dtype=bfloat16", "weights.audit_tolerance=0.05")
+
+
+@pytest.fixture(scope="module")
+def coarse_run(start_run: StartRun, adapted_run: Run) -> Run:
+    """In bfloat16, at a rate whose updates are far below the grid of the matrices that are adapted."""
+    return start_run(*COARSE, "train.steps=3", "learner.lr=1e-5", "train.checkpoint_every=0")
+
+
+def test_a_bfloat16_run_serves_what_it_learns_and_passes_its_audits(coarse_run: Run) -> None:
+    assert len(coarse_run.steps) == 3
+    assert all(0 < line["audit/logp_gap_mean"] < 0.02 for line in coarse_run.steps)
+
+
+def test_the_export_of_a_bfloat16_run_is_merged_in_float32(coarse_run: Run) -> None:
+    before, after = base_of(coarse_run), weights(coarse_run.folder)
+    moved = {name: after[name].float() - before[name].bfloat16().float() for name in after}
+    moved = {name: change for name, change in moved.items() if change.any()}
+    assert moved and all(after[name].dtype == torch.float32 for name in moved)
+    assert all(change.abs().max() < 1e-4 for change in moved.values())
+    plain = AutoModelForImageTextToText.from_pretrained(coarse_run.folder / "export")
+    loaded = {name.replace("model.language_model.", "model."): weight for name, weight in plain.state_dict().items()}
+    assert all(torch.equal(loaded[name], after[name]) for name in moved)
+
+
+def test_eval_of_a_bfloat16_run_asks_its_exact_policy(coarse_run: Run, start_run: StartRun) -> None:
+    asked = start_run("mode=eval", f"model.path={coarse_run.folder}", *COARSE[1:])
+    [result] = json.loads((asked.folder / "evaluation.json").read_text())["results"]
+    assert result["accuracy"] == coarse_run.summary["after"]["accuracy"]
+
+
+def test_training_goes_not_on_from_a_merge_that_would_be_rounded(
+    coarse_run: Run, ray_here: None, cache: Path, tmp_path: Path
+) -> None:
+    screen = io.StringIO()
+    with redirect_stdout(screen):
+        asked = [*SMALL, *COARSE, f"model.path={coarse_run.folder}", f"run.dir={tmp_path}", f"run.cache_dir={cache}"]
+        assert main(asked) == 2
+    told = " ".join(screen.getvalue().split())
+    assert "whose export is merged in float32" in told and "run.resume" in told and "model.dtype=float32" in told
 
 
 @pytest.mark.parametrize("freeze", ["vision", "projector"])

@@ -74,6 +74,7 @@ class Outcome:
     first_moments: dict[str, NDArray[np.float32]]  # Adam's: after one step the gradient times 1 - beta1
     candidate_logprobs: Sequence[NDArray[np.float32]] = field(default=())
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
+    trained_factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # and after it
     seen: Sequence[Seen] = field(default=())  # before and after training
     made: Sequence[int] = ()  # micro-batches that were prepared ahead of each step
     cost: Cost | None = None
@@ -193,7 +194,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     if scenario.load:
         learner.load(scenario.load)
     seen = [_look(learner, scenario, rank)] if scenario.watch else []
-    factors = {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
+    factors = _factors(learner)
     stats, made = [], []
     rates = scenario.rates or [scenario.learner.lr] * len(scenario.steps)
     for number, (shares, rate) in enumerate(zip(scenario.steps, rates, strict=True)):
@@ -226,6 +227,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         first_moments=_first_moments(learner) if stats else {},
         candidate_logprobs=learner.candidate_logprobs(scenario.probes) if scenario.probes else (),
         factors=factors,
+        trained_factors=_factors(learner),
         seen=seen,
         made=made,
         cost=cost,
@@ -245,6 +247,10 @@ def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in learner.engine.module.network.named_parameters():
         with learner._whole([parameter]):
             yield name, parameter.detach()
+
+
+def _factors(learner: Any) -> dict[str, NDArray[np.float32]]:
+    return {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
 
 
 def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:

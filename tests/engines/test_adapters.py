@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig
 from othink_ray.engines.adapters import AdapterError
+from othink_ray.engines.exported import read_exported
 from othink_ray.engines.trained import choose_trained
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
@@ -86,6 +88,19 @@ def lives(small: Config, small_folder: Path, batches: list[list[Group]], places:
         )
         | outcomes(1, "third", stage_3_to_one=replace(one, steps=one.steps[1:], load=places / "of_three"))
     )
+
+
+@pytest.fixture(scope="module")
+def coarse(small: Config, small_folder: Path, batches: list[list[Group]], places: Path) -> Lives:
+    """Learners of a bfloat16 model at a small rate."""
+    model = replace(small.model, dtype="bfloat16")
+
+    def outcomes(name: str, ranks: int, **changes: object) -> list[Outcome]:
+        changes = {"lora": TEXT, "lr": 1e-5, "adam_eps": 1e-8} | changes
+        scenario = replace(training(small, batches, ranks, **changes), export=places / f"export_{name}")
+        return [one[name] for one in run_ranks(model, small_folder, ranks, {name: scenario}, places / f"coarse_{name}")]
+
+    return {"one_rank": outcomes("one_rank", 1), "two_of_stage_3": outcomes("two_of_stage_3", 2, zero_stage=3)}
 
 
 def factors_of(outcome: Outcome, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -165,21 +180,31 @@ def test_supervised_updates_make_the_answers_likelier(lives: Lives) -> None:
 # ---- weights out
 
 
-def test_what_is_sent_are_the_adapted_matrices_of_a_plain_network(lives: Lives, small_family: Family) -> None:
-    plain = {name: weight.numpy() for name, weight in small_family.load_network(torch.float32).state_dict().items()}
+def merged(network: nn.Module, sent: Arrays) -> dict[str, Tensor]:
+    """All weights of a plain network, in float32, with what was sent added: nothing but B A."""
+    weights = {name: weight.float() for name, weight in network.state_dict().items()}
+    for name in sent:
+        if name.endswith(".lora_A.weight"):
+            path = name.removesuffix(".lora_A.weight")
+            up, down = (torch.from_numpy(sent[f"{path}.lora_{factor}.weight"]) for factor in "BA")
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + up @ down
+    return weights
+
+
+def test_what_is_sent_are_both_factors_of_every_adapter(lives: Lives) -> None:
     [start], [trained] = lives["untouched"], lives["stage_1"]
-    paths = [name.removesuffix(".lora_B.default.weight") for name in start.factors if "lora_B" in name]
-    assert set(trained.weights) == {f"{path}.weight" for path in paths}
-    assert all(np.array_equal(weight, plain[name]) for name, weight in start.weights.items())
-    assert all(not np.array_equal(weight, plain[name]) for name, weight in trained.weights.items())
+    first = {name.replace(".default", ""): factor for name, factor in start.factors.items()}
+    assert start.weights.keys() == trained.weights.keys() == first.keys()
+    assert all(np.array_equal(weight, first[name]) for name, weight in start.weights.items())
+    assert all(not np.array_equal(weight, first[name]) for name, weight in trained.weights.items())
 
 
-def test_a_plain_network_with_the_sent_weights_answers_as_the_learner(
+def test_a_plain_network_with_the_sent_factors_answers_as_the_learner(
     lives: Lives, small_family: Family, batches: list[list[Group]]
 ) -> None:
     [trained], [start] = lives["stage_1"], lives["untouched"]
     policy = fresh_policy(small_family, TEMPERATURE)
-    policy.network.load_state_dict({n: torch.from_numpy(w) for n, w in trained.weights.items()}, strict=False)
+    policy.network.load_state_dict(merged(policy.network, trained.weights))
     for group, found, before in zip(batches[0], trained.candidate_logprobs, start.candidate_logprobs, strict=True):
         row = row_of(replace(group, completions=group.completions[:1]))
         with torch.no_grad():
@@ -195,12 +220,68 @@ def test_an_export_is_a_plain_model_with_its_adapter_beside_it(
     files = [load_file(one / "model.safetensors").keys() for one in (export, small_folder)]
     assert files[0] == files[1]
     exported, base = (AutoModelForImageTextToText.from_pretrained(one) for one in (export, small_folder))
-    expected = {tensor: weight.numpy().copy() for tensor, weight in base.state_dict().items()} | sent
+    expected = merged(base, sent)
     by_peft: Any = PeftModel.from_pretrained(base, export / "adapter").merge_and_unload()
-    merged = by_peft.state_dict()
     for tensor, weight in exported.state_dict().items():
-        assert np.array_equal(weight.numpy(), expected[tensor]), tensor
-        assert torch.allclose(weight, merged[tensor], atol=1e-6), tensor
+        assert torch.allclose(weight, expected[tensor], rtol=0, atol=1e-7), tensor
+        assert torch.allclose(weight, by_peft.state_dict()[tensor], rtol=0, atol=1e-6), tensor
+
+
+# ---- bfloat16, whose grid is coarser than the updates of a small learning rate
+
+
+def share(part: Tensor, whole: Tensor) -> float:
+    """How much of `whole` is in `part`, along it."""
+    return float((part * whole).sum() / (whole * whole).sum())
+
+
+@pytest.mark.parametrize("name", ["one_rank", "two_of_stage_3"])
+def test_in_bfloat16_all_of_an_update_is_sent_and_exported(
+    coarse: Lives, small_folder: Path, places: Path, name: str
+) -> None:
+    base, exported = (
+        AutoModelForImageTextToText.from_pretrained(one, dtype=dtype).state_dict()
+        for one, dtype in ((small_folder, torch.bfloat16), (places / f"export_{name}", "auto"))
+    )
+    assert {weight.dtype for weight in exported.values()} == {torch.float32}
+    sent = {key: torch.from_numpy(weight) for key, weight in coarse[name][0].weights.items()}
+    arrived, rounded = [], []
+    for key in base:
+        start, weight, path = base[key].float(), exported[key], key.removesuffix(".weight")
+        if f"{path}.lora_A.weight" not in sent:
+            assert torch.equal(weight, start), key
+            continue
+        update = sent[f"{path}.lora_B.weight"] @ sent[f"{path}.lora_A.weight"]
+        assert update.any()
+        arrived.append(share(weight - start, update))
+        rounded.append(share(weight.bfloat16().float() - start, update))
+    assert len(arrived) == 2 * 7
+    assert max(abs(found - 1) for found in arrived) < 2e-3
+    assert np.mean(rounded) < 0.5  # what would be left of it on the grid of the base
+
+
+def test_an_export_of_bfloat16_is_opened_as_its_base_with_the_adapter_that_was_served(
+    coarse: Lives, small_folder: Path, places: Path
+) -> None:
+    found = read_exported(str(places / "export_one_rank"), "bfloat16")
+    assert found is not None and found.base == str(small_folder) and found.adapters.rank == TEXT.rank
+    [outcome] = coarse["one_rank"]
+    assert {name: factor.dtype for name, factor in found.factors} == dict.fromkeys(outcome.weights, torch.bfloat16)
+    assert all(np.array_equal(factor.float().numpy(), outcome.weights[name]) for name, factor in found.factors)
+    names = {f"{layer}.lora_{factor}.weight" for layer in found.adapters.layers for factor in "AB"}
+    assert names == outcome.weights.keys()
+    assert read_exported(str(places / "export_one_rank"), "float32") is None
+    assert read_exported(str(small_folder), "bfloat16") is None
+
+
+def test_in_bfloat16_what_is_sent_is_what_the_learner_computes_with(coarse: Lives) -> None:
+    """Numbers of bfloat16, and the scale of 3 is in B."""
+    for name in ("one_rank", "two_of_stage_3"):
+        [outcome, *_] = coarse[name]
+        for tensor, weight in outcome.weights.items():
+            own = torch.from_numpy(outcome.trained_factors[tensor.replace(".weight", ".default.weight")])
+            expected = (own * 3.0 if ".lora_B." in tensor else own).bfloat16().float()
+            assert np.array_equal(weight, expected.numpy()), tensor
 
 
 # ---- save and load

@@ -124,6 +124,7 @@ def test_groups_of_equal_rewards_are_replaced_by_new_questions() -> None:
         *[("generate", 0), ("score", 2)],
         *[("generate", 0), ("score", 1)],
     ]
+    assert team.rounds == [0, 1, 2]
     assert trained(team) == ["p0", "p3", "p5", "p6"]
     assert [one.group.prompt.id for one in seen.asked] == [f"p{number}" for number in range(7)]
     assert len(seen.advantages) == 4 and all(own.any() for own in seen.advantages)

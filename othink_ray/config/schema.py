@@ -73,8 +73,9 @@ class AlgoConfig:
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
-    correction: str  # a key of othink_ray.core.correction.CORRECTIONS, for answers that older weights sampled
-    correction_cap: float  # it multiplies a gain by this at most
+    correction: str  # auto | a key of othink_ray.core.correction.CORRECTIONS: sampler against learner
+    correction_cap: float  # the highest ratio that is trusted: above it a gain is truncated or masked
+    correction_low: float  # the lowest one, for icepop
     kl: KLConfig
     reward: RewardConfig
 

@@ -107,6 +107,13 @@ def clip_range(config: Config) -> tuple[float, float]:
     return low, low if high is None else high
 
 
+def correction(config: Config, *, stale: bool) -> str:
+    """How gains are corrected, where older weights than the trained ones sampled (`stale`) or those themselves."""
+    if config.algo.correction != "auto":
+        return config.algo.correction
+    return "token" if stale or config.model.dtype != "float32" else "none"
+
+
 def cores_shared(config: Config) -> Config:
     """Under overlap both sides work at the same time: without thread counts of their own, all their processes share."""
     if not (config.mode == "train" and config.train.overlap):
@@ -179,7 +186,8 @@ def open_team(
             temperature=config.rollout.temperature,
             seed=config.train.seed,
             loss=config.algo.loss,
-            correction=config.algo.correction,
+            correction=correction(config, stale=False),
+            stale_correction=correction(config, stale=True),
             coming=coming,
         )
 
@@ -269,7 +277,7 @@ def learner_engine(config: Config, path: str, place: Place, *, with_reference: b
         temperature=config.rollout.temperature,
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
-        correction_cap=config.algo.correction_cap,
+        correction_bounds=(config.algo.correction_low, config.algo.correction_cap),
         with_reference=with_reference,
         seed=config.train.seed,
         place=place,

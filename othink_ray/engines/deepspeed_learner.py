@@ -48,13 +48,13 @@ class DeepSpeedLearner:
         temperature: float,
         clip_eps: tuple[float, float],
         kl_estimator: str,
-        correction_cap: float,
+        correction_bounds: tuple[float, float],
         with_reference: bool,
         seed: int,
         place: Place,
     ) -> None:
         self.learner, self.family, self.place = learner, family, place
-        self.clip_eps, self.kl_estimator, self.correction_cap = clip_eps, kl_estimator, correction_cap
+        self.clip_eps, self.kl_estimator, self.correction_bounds = clip_eps, kl_estimator, correction_bounds
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -192,7 +192,7 @@ class DeepSpeedLearner:
                     batch.sampler_logprobs,
                     batch.loss_weights,
                     batch.answers,
-                    cap=self.correction_cap,
+                    bounds=self.correction_bounds,
                 )
                 value, terms = LOSSES[loss](
                     logprobs,

@@ -54,7 +54,8 @@ class Team(Examiners):
     pusher: AuditedPush
     answers: int
     loss: str
-    correction: str  # of answers that older weights sampled
+    correction: str  # of answers by the weights that are trained, for the engines' own rounding
+    stale_correction: str  # of answers by older ones
     coming: Callable[[], Sequence[Prompt]]  # as far as it is known, what will be asked next
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int = 0) -> Iterator[Any]:
@@ -76,7 +77,7 @@ class Team(Examiners):
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self.rollout.sleep()
-        correction = self.correction if stale else "none"
+        correction = self.stale_correction if stale else self.correction
         begun = self.learner.begin_update(
             packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction
         )

@@ -146,6 +146,7 @@ def live(own: Setting, steps: range, position: int = 0) -> tuple[list[Step], Poo
         answers=3,
         loss="grpo",
         correction="none",
+        stale_correction="none",
         coming=stream.coming,
     )
     recipe = Recipe(

@@ -10,7 +10,10 @@ import pytest
 from tests.driver.trace_events import spans_in
 from tests.e2e.conftest import Run, StartRun
 
-FEW = ("algo=dapo", "algo.sampling_rounds=3", "algo.updates_per_step=2", "data.train.size=3", "train.steps=2")
+FEW = (
+    *("algo=dapo", "algo.sampling_rounds=3", "algo.updates_per_step=2", "algo.group_size=2"),  # two are often equal
+    *("data.train.size=3", "train.steps=2"),
+)
 EXACT = ("groups/asked", "groups/constant_frac", "reward/mean", "reward/format", "tokens/completion_mean")
 
 
@@ -29,9 +32,10 @@ def asked(run: Run, step: int) -> list[str]:
 def test_a_question_that_comes_back_has_an_id_of_its_own(few_rows: Run) -> None:
     for step, line in enumerate(few_rows.steps):
         ids = asked(few_rows, step)
-        assert len(set(ids)) == len(ids) == line["groups/asked"] > 4
+        assert len(set(ids)) == len(ids) == line["groups/asked"]
         repeats = Counter(name.partition("#")[0] for name in ids)
         assert len(repeats) == 3 and max(repeats.values()) > 1
+    assert sum(line["groups/asked"] for line in few_rows.steps) > 8  # in more than one round a step
 
 
 def test_a_resumed_run_asks_the_same_rounds_again(few_rows: Run, start_run: StartRun) -> None:

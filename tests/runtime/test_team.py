@@ -52,13 +52,14 @@ def team_of(recorder: Any) -> Team:
         seed=0,
         answers=2,
         loss="gspo",
-        correction="sequence",
+        correction="icepop",
+        stale_correction="sequence",
         coming=tuple,
     )
 
 
-@pytest.mark.parametrize(("stale", "correction"), [(False, "none"), (True, "sequence")])
-def test_only_answers_of_older_weights_are_corrected_and_a_push_begins_behind_each_update(
+@pytest.mark.parametrize(("stale", "correction"), [(False, "icepop"), (True, "sequence")])
+def test_answers_of_older_weights_have_a_correction_of_their_own_and_a_push_begins_behind_each_update(
     stale: bool, correction: str
 ) -> None:
     asked: Any = team_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)

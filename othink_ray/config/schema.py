@@ -274,7 +274,7 @@ class EvalConfig:
     """Held-out questions: in training, greedy decoding; in mode=eval, sampled answers as well."""
 
     every: int  # steps; 0: only before and after
-    questions: int  # of each data set
+    questions: int | None  # the first so many of each data set; null: all of them
     also: tuple[str, ...]  # further data sets, options of the group data: a matrix over tasks
     models: tuple[str, ...]  # mode=eval: Hugging Face folders, hub names or runs; none: the one of the section model
     samples: int  # mode=eval: sampled answers a question, for mean@k and pass@k; 0: greedy alone

@@ -86,7 +86,7 @@ def _teach(config: Config, untaught: Path, taught: Path, console: Console, open_
     steps = tiny.warm_steps
     few = replace(config.data, train=replace(config.data.train, size=tiny.warm_questions))
     whole = replace(config.learner, freeze="none", lora=replace(config.learner.lora, rank=0))
-    thinking = replace(config, sft=replace(config.sft, reasoning=True), learner=whole)
+    thinking = replace(config, mode="sft", sft=replace(config.sft, reasoning=True), learner=whole)
     with open_classroom(thinking, untaught, console.say) as room:
         train(
             room.students,

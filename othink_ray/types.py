@@ -107,9 +107,10 @@ class UpdateStats:
     ratio_raw_mean: float
     ratio_raw_max: float
     ratio_clip_frac: float
-    ratio_used_mean: float  # what gains were multiplied by: 1 where nothing is corrected
+    ratio_used_mean: float  # what gains were multiplied by: 1 where nothing is corrected, 0 where masked
     ratio_truncated_mean: float
     ratio_truncated_frac: float  # tokens above the cap
+    ratio_masked_frac: float  # tokens whose gain the correction dropped
     ratio_sequence_raw_mean: float
     ratio_sequence_truncated_mean: float
     ratio_sequence_truncated_frac: float

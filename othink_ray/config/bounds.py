@@ -16,7 +16,7 @@ LOSSES = ("grpo", "gspo")
 ATTENTIONS = ("auto", "dense", "grouped", "blocks", "fused", "flex")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
-CORRECTIONS = ("none", "token", "sequence")
+CORRECTIONS = ("none", "token", "sequence", "icepop", "mis_token", "mis_sequence")
 ESTIMATORS = ("k1", "k2", "k3")
 HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
 FROZEN: dict[str, tuple[str, ...]] = {"none": (), "vision": ("vision",), "projector": ("vision", "projector")}
@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algo.loss": LOSSES,
     "algo.loss_weights": LOSS_WEIGHTS,
     "learner.attention": ATTENTIONS,
-    "algo.correction": CORRECTIONS,
+    "algo.correction": ("auto", *CORRECTIONS),
     "algo.kl.schedule": SCHEDULES + ADAPTIVE_SCHEDULES,
     "algo.kl.estimator": ESTIMATORS,
     "algo.reward.without_tag": WITHOUT_TAG,
@@ -182,6 +182,12 @@ BOUNDS = (
         lambda value: value >= 1,
         "Set {key}=2.",
         ("algo.correction_cap",),
+    ),
+    Bound(
+        "must be at least 0 and at most 1: an answer that is as likely as when it was sampled is trusted",
+        lambda value: 0 <= value <= 1,
+        "Set {key}=0.5.",
+        ("algo.correction_low",),
     ),
     Bound(
         "must be at least 0 and less than 1",

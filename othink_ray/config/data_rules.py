@@ -30,7 +30,7 @@ def data_rules(config: Config) -> Iterator[Problem]:
         yield from _part(config, split)
     scenes, size = config.data.scenes, config.data.test.size
     asked_here = config.data.test.source in GENERATED and config.mode != "study"  # a study asks in its runs
-    if asked_here and size is not None and config.eval.questions > size:
+    if asked_here and size is not None and (config.eval.questions or 0) > size:
         rule = f"must be at most data.test.size = {size}: there are no more held-out questions"
         yield broken(config, "eval.questions", rule, "Lower eval.questions or raise data.test.size.")
     if scenes is not None and scenes.max_items > scenes.image_cells**2:

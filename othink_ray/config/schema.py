@@ -73,8 +73,9 @@ class AlgoConfig:
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
-    correction: str  # a key of othink_ray.core.correction.CORRECTIONS, for answers that older weights sampled
-    correction_cap: float  # it multiplies a gain by this at most
+    correction: str  # auto | a key of othink_ray.core.correction.CORRECTIONS: sampler against learner
+    correction_cap: float  # the highest ratio that is trusted: above it a gain is truncated or masked
+    correction_low: float  # the lowest one, for icepop
     kl: KLConfig
     reward: RewardConfig
 
@@ -292,7 +293,7 @@ class EvalConfig:
     """Held-out questions: in training, greedy decoding; in mode=eval, sampled answers as well."""
 
     every: int  # steps; 0: only before and after
-    questions: int  # of each data set
+    questions: int | None  # the first so many of each data set; null: all of them
     also: tuple[str, ...]  # further data sets, options of the group data: a matrix over tasks
     models: tuple[str, ...]  # mode=eval: Hugging Face folders, hub names or runs; none: the one of the section model
     samples: int  # mode=eval: sampled answers a question, for mean@k and pass@k; 0: greedy alone

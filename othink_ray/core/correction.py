@@ -1,4 +1,8 @@
-"""Truncated importance sampling: an answer of older weights counts by how likely the policy finds it now."""
+"""Importance correction: an answer counts by how likely the policy finds it, for the engines sampled it otherwise.
+
+Older weights did, or the engine's own rounding: in bfloat16 engine and learner never agree to the bit. A large ratio is
+truncated (TIS), or the tokens that have it are masked (IcePop, masked importance sampling).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ class RatioTerms:
     used: torch.Tensor  # what the tokens' gains are multiplied by
     truncated: torch.Tensor  # of tokens
     cut: torch.Tensor  # tokens above the cap
+    masked: torch.Tensor  # tokens whose gain is dropped
     sequence_raw: torch.Tensor  # of answers
     sequence_truncated: torch.Tensor
     sequence_cut: torch.Tensor  # answers above the cap
@@ -28,6 +33,9 @@ class RatioTerms:
 
 # (log ratio of each token, 0 where inactive; its answer) -> ratio of each token
 Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# (ratio of each token; lowest and highest ratio that is trusted) -> whether its gain counts at all
+Kept = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
 def no_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
@@ -45,7 +53,29 @@ def sequence_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tens
     return sums_by_answer(log_ratio, answers).exp()[answers.flatten()].view(log_ratio.shape)
 
 
-CORRECTIONS: dict[str, Ratio] = {"none": no_ratio, "token": token_ratio, "sequence": sequence_ratio}
+def all_kept(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
+    """No token is masked: what is above the cap counts as the cap."""
+    return torch.ones_like(ratio, dtype=torch.bool)
+
+
+def kept_between(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
+    """Masked on both sides: a token that the policy finds far less likely is as little trusted as a likelier one."""
+    return (ratio >= low) & (ratio <= cap)
+
+
+def kept_below(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
+    """Masked above the cap alone."""
+    return ratio <= cap
+
+
+CORRECTIONS: dict[str, tuple[Ratio, Kept]] = {
+    "none": (no_ratio, all_kept),
+    "token": (token_ratio, all_kept),
+    "sequence": (sequence_ratio, all_kept),
+    "icepop": (token_ratio, kept_between),
+    "mis_token": (token_ratio, kept_below),
+    "mis_sequence": (sequence_ratio, kept_below),
+}
 
 
 def importance(
@@ -55,21 +85,28 @@ def importance(
     loss_weights: torch.Tensor,
     answers: torch.Tensor,
     *,
-    cap: float,
+    bounds: tuple[float, float],
 ) -> tuple[torch.Tensor, RatioTerms]:
-    """What each token's advantage is to be multiplied by, min(ratio, cap), without gradient; all have one shape.
+    """What each token's advantage is to be multiplied by, without gradient; all tensors have one shape.
 
+    `bounds` are the lowest and the highest ratio that is trusted, low <= 1 <= cap: the factor is min(ratio, cap), and 0
+    where the correction masks. A masked token keeps its share of the step's weight: the others' shares do not grow.
     A factor on the advantages acts on the gain alone: the KL does not see it, and what is clipped stays so.
     """
+    low, cap = bounds
     active = loss_weights != 0
     log_ratio = blank_inactive(old_logprobs.detach() - sampler_logprobs, active).double()
-    used = CORRECTIONS[correction](log_ratio, answers).clamp(max=cap)
+    ratio_of, kept_by = CORRECTIONS[correction]
+    ratio = ratio_of(log_ratio, answers)
+    kept = kept_by(ratio, low, cap)
+    used = blank_inactive(ratio.clamp(max=cap), kept)
     own = log_ratio[active].exp()
     whole = sums_by_answer(log_ratio, answers).exp()[sums_by_answer(active.double(), answers) > 0]
     terms = RatioTerms(
         used=used[active].sum(),
         truncated=own.clamp(max=cap).sum(),
         cut=(own > cap).sum(),
+        masked=(~kept[active]).sum(),
         sequence_raw=whole.sum(),
         sequence_truncated=whole.clamp(max=cap).sum(),
         sequence_cut=(whole > cap).sum(),

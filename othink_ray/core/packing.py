@@ -64,6 +64,8 @@ def pack_step(
 
     Without a shared prefix it is one row an answer, each with its own copy of the prompt: the same loss, more slowly.
     """
+    ids = [one.group.prompt.id for one in scored]
+    assert len(set(ids)) == len(ids), f"two groups of a step have one prompt id, by which they are split: {ids}"
     rows: list[Pack] = []
     for own in _mini_batches(len(scored), updates):
         tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in own)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -87,10 +86,11 @@ class PromptStream:
         """(id, reason) of each row dropped since this stream was made, named once however often it came."""
         return list(self._dropped.items())
 
-    def take(self, n: int) -> list[Prompt]:
+    def take(self, n: int, beside: Sequence[Prompt] = ()) -> list[Prompt]:
         """The next n good rows; a bad one on the way is dropped, or raises BadRow and the position stays before it.
 
-        A row that comes twice, where epochs meet, gets `#2` on its id: engines and rewards tell prompts apart by it.
+        A row that comes again, here or after `beside` (what was asked before in the same step), gets `#2` on its id:
+        seeds, rewards and packing tell prompts apart by it.
         """
         prompts: list[Prompt] = []
         while len(prompts) < n:
@@ -104,7 +104,7 @@ class PromptStream:
                 prompts.append(prompt)
                 self._bad_run = 0
             self._position += 1
-        return told_apart(prompts)
+        return told_apart(prompts, beside)
 
     def coming(self) -> list[Prompt]:
         """Of what `take` will give next that which has been read by now."""
@@ -132,12 +132,15 @@ class PromptStream:
             ) from bad
 
 
-def told_apart(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The prompts, with a number on the id of each that repeats an earlier one."""
-    seen: Counter[str] = Counter()
+def told_apart(prompts: Iterable[Prompt], beside: Iterable[Prompt] = ()) -> list[Prompt]:
+    """The prompts, each with an id that no other of them and none of `beside` has: a taken one gets `#2`, `#3` ..."""
+    taken = {prompt.id for prompt in beside}
     result = []
     for prompt in prompts:
-        seen[prompt.id] += 1
-        times = seen[prompt.id]
-        result.append(prompt if times == 1 else replace(prompt, id=f"{prompt.id}#{times}"))
+        name, number = prompt.id, 1
+        while name in taken:
+            number += 1
+            name = f"{prompt.id}#{number}"
+        taken.add(name)
+        result.append(prompt if number == 1 else replace(prompt, id=name))
     return result

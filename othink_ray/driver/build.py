@@ -116,6 +116,22 @@ def clip_range(config: Config) -> tuple[float, float]:
     return low, low if high is None else high
 
 
+def temperature(config: Config) -> float:
+    """At which the learner's distribution is taken, and the engines' where the two are compared.
+
+    RL learns the distribution that was sampled. Worked answers were sampled at none: learned at another temperature
+    than 1, they would be more or less likely at 1 than they are in the data.
+    """
+    return config.rollout.temperature if config.mode == "train" else 1.0
+
+
+def correction(config: Config, *, stale: bool) -> str:
+    """How gains are corrected, where older weights than the trained ones sampled (`stale`) or those themselves."""
+    if config.algo.correction != "auto":
+        return config.algo.correction
+    return "token" if stale or config.model.dtype != "float32" else "none"
+
+
 def cores_shared(config: Config) -> Config:
     """Under overlap both sides work at the same time: without thread counts of their own, all their processes share."""
     if not (config.mode == "train" and config.train.overlap):
@@ -181,14 +197,15 @@ def open_team(
             incidents=incidents,
             learner=learner,
             pusher=AuditedPush(
-                transport, learner, rollout, config.weights, probe_prompts, config.rollout.temperature, tolerance
+                transport, learner, rollout, config.weights, probe_prompts, temperature(config), tolerance
             ),
             answers=config.algo.group_size,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
             seed=config.train.seed,
             loss=config.algo.loss,
-            correction=config.algo.correction,
+            correction=correction(config, stale=False),
+            stale_correction=correction(config, stale=True),
             coming=coming,
         )
 
@@ -319,10 +336,10 @@ def learner_engine(config: Config, path: str, place: Place, *, with_reference: b
         config.learner,
         open_family(config.model, path),
         dtype=config.model.dtype,
-        temperature=config.rollout.temperature,
+        temperature=temperature(config),
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
-        correction_cap=config.algo.correction_cap,
+        correction_bounds=(config.algo.correction_low, config.algo.correction_cap),
         with_reference=with_reference,
         seed=config.train.seed,
         place=place,

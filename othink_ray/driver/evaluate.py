@@ -80,9 +80,9 @@ def summarise(answers: Iterable[dict[str, Any]]) -> Evaluation:
 
 
 def held_out_prompts(
-    source: Source, count: int, on_bad_row: str, screen: Screen | None = None
+    source: Source, count: int | None, on_bad_row: str, screen: Screen | None = None
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """The first `count` good rows, fewer where there are no more, and the bad ones among them."""
+    """The first `count` good rows (None: all), fewer where there are no more, and the bad ones among them."""
     good: list[Prompt] = []
     bad: list[BadRow] = []
     for index in range(len(source)):

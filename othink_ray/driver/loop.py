@@ -24,14 +24,16 @@ class Stream(Protocol):
         """Where the next question begins."""
         ...
 
-    def take(self, count: int) -> list[Prompt]: ...
+    def take(self, count: int, beside: Sequence[Prompt]) -> list[Prompt]:
+        """The next questions, with ids that differ from each other and from those of `beside`."""
+        ...
 
 
 class Team(Protocol):
     """The four verbs, and a hint that they go without."""
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
-        """Groups, or references to them, as they finish."""
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
+        """Groups, or references to them, as they finish; each round of a step has random seeds of its own."""
         ...
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]: ...
@@ -142,13 +144,13 @@ def sample(team: Team, stream: Stream, recipe: Recipe, clock: Clock, *, step: in
 
     DAPO's dynamic sampling: a group of equal rewards teaches nothing, so as many new questions as there are such groups
     are asked, in up to `sampling_rounds` rounds. Those still missing then are made up from the first groups of equal
-    rewards.
+    rewards. Over small data a question comes back within a step: under an id of its own, so that it is another sample.
     """
     asked: list[ScoredGroup] = []
     missing = recipe.prompts_per_step
-    for _ in range(recipe.sampling_rounds):
-        prompts = stream.take(missing)
-        groups = clock.lap_at_end("generate", team.generate(prompts, step))
+    for sampling_round in range(recipe.sampling_rounds):
+        prompts = stream.take(missing, beside=[one.group.prompt for one in asked])
+        groups = clock.lap_at_end("generate", team.generate(prompts, step, sampling_round))
         scored = in_order(team.score(groups), prompts)
         clock.lap("score")
         assert all(one.group.version == version for one in scored), f"sampled with other weights than version {version}"

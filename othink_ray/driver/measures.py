@@ -62,6 +62,7 @@ def measures(step: Step) -> dict[str, float]:
         "ratio/used_mean": step.stats.ratio_used_mean,
         "ratio/truncated_mean": step.stats.ratio_truncated_mean,
         "ratio/truncated_frac": step.stats.ratio_truncated_frac,
+        "ratio/masked_frac": step.stats.ratio_masked_frac,
         "ratio/sequence_raw_mean": step.stats.ratio_sequence_raw_mean,
         "ratio/sequence_truncated_mean": step.stats.ratio_sequence_truncated_mean,
         "ratio/sequence_truncated_frac": step.stats.ratio_sequence_truncated_frac,

@@ -40,7 +40,7 @@ class Class:
     def __init__(self, teacher: Teaches, learner: Learns) -> None:
         self.teacher, self.learner = teacher, learner
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         return self.teacher.generate(prompts, step)
 
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:

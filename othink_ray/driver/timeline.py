@@ -149,9 +149,9 @@ class TracedTeam:
     def __init__(self, team: Team) -> None:
         self.team = team
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
-        with span("generate", step=step, prompts=len(prompts)):
-            yield from self.team.generate(prompts, step)
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
+        with span("generate", step=step, sampling_round=sampling_round, prompts=len(prompts)):
+            yield from self.team.generate(prompts, step, sampling_round)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         with span("score"):

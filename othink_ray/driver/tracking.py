@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import wandb
 
 QUESTIONS_OF_A_TABLE = 4
+LAST_STEP = "wandb_last_step"
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
 
@@ -49,32 +50,59 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One wandb run; the first failure is a warning, and nothing is sent after it."""
+    """One wandb run; the first failure is a warning, and nothing is sent after it.
 
-    def __init__(self, run: wandb.Run, samples_every: int) -> None:
+    A step is sent once, as a whole, when the next one comes or the run ends. `last_step` is the file that keeps the
+    newest step sent: a resumed run makes some steps again, and wandb has them already.
+    """
+
+    def __init__(self, run: wandb.Run, samples_every: int, last_step: Path) -> None:
         self._run = run
         self._samples_every = samples_every
         self._latest: deque[Mapping[str, Any]] = deque(maxlen=QUESTIONS_OF_A_TABLE)
         self._alive = True
+        self._file = last_step
+        # Online the server knows it too: its next step is 0 where it has none.
+        self._sent = max(int(last_step.read_text()) if last_step.is_file() else -1, run.starting_step - 1)
+        self._step, self._pending = -1, dict[str, Any]()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._try(lambda: self._run.log(dict(metrics), step=step))
+        self._add(step, metrics)
 
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
         """Every so many steps the latest questions become a table, their images in it."""
-        self._latest.append(record)
+        if step > self._sent:
+            self._latest.append(record)
         if (step + 1) % self._samples_every == 0:
-            self._send_table(step)
+            self._add_table(step)
 
     def close(self, *, failed: bool) -> None:
-        if self._latest:
-            self._send_table(self._latest[-1]["step"])
+        self._add_table(self._step)
+        self._send()
         self._try(lambda: self._run.finish(exit_code=1 if failed else 0))
         self._try(_wait_for_writer)
 
-    def _send_table(self, step: int) -> None:
-        self._try(lambda: self._run.log({"samples": _table_of(self._latest)}, step=step))
-        self._latest.clear()
+    def _add_table(self, step: int) -> None:
+        if self._latest:
+            self._try(lambda: self._add(step, {"samples": _table_of(self._latest)}))
+            self._latest.clear()
+
+    def _add(self, step: int, values: Mapping[str, Any]) -> None:
+        if step != self._step:
+            self._send()
+            self._step = step
+        if step > self._sent:
+            self._pending |= values
+
+    def _send(self) -> None:
+        if self._pending:
+            step, values, self._pending = self._step, self._pending, {}
+            self._try(lambda: self._send_step(step, values))
+
+    def _send_step(self, step: int, values: dict[str, Any]) -> None:
+        write_whole(self._file, f"{step}\n")  # first: a run that is killed in between must not send it again
+        self._sent = step
+        self._run.log(values, step=step, commit=True)
 
     def _try(self, action: Callable[[], None]) -> None:
         if not self._alive:
@@ -95,7 +123,7 @@ def open_tracker(
     try:
         settings = cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml)))
         run = _start(run_dir, wandb, settings | {"environment": dict(environment)}, resumed)
-        return WandbTracker(run, wandb.samples_every)
+        return WandbTracker(run, wandb.samples_every, run_dir / LAST_STEP)
     except Exception as error:  # whatever breaks in there, training goes on
         _warn(error)
         return NoTracker()
@@ -133,6 +161,8 @@ def _start(run_dir: Path, config: WandbConfig, settings: dict[str, object], resu
             x_disable_machine_info=True,
         ),
     )
+    if not known:
+        (run_dir / LAST_STEP).unlink(missing_ok=True)  # of an older run in this folder
     write_whole(name, run.id + "\n")
     return run
 

@@ -102,7 +102,7 @@ def _train(
                 "compare with; leave it out, and ask it by mode=eval when the run is done"
             )
         for exam in held_out:
-            if len(exam.prompts) < config.eval.questions:
+            if len(exam.prompts) < (config.eval.questions or 0):
                 console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")
         loop = stack.enter_context(open_loop(config))
         probes = held_out[0].prompts[: config.weights.audit_prompts]

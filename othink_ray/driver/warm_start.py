@@ -135,7 +135,7 @@ def _teach(
     config: Config, untaught: Path, taught: Path, lessons: _Lessons, console: Console, open_classroom: OpenClassroom
 ) -> None:
     few = replace(config.data, train=replace(config.data.train, size=lessons.questions))
-    shown = replace(config, sft=replace(config.sft, reasoning=lessons.reasoning))
+    shown = replace(config, mode="sft", sft=replace(config.sft, reasoning=lessons.reasoning))
     with open_classroom(shown, untaught, console.say) as room:
         train(
             room.students,

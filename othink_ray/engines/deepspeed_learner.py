@@ -61,7 +61,7 @@ class DeepSpeedLearner:
         temperature: float,
         clip_eps: tuple[float, float],
         kl_estimator: str,
-        correction_cap: float,
+        correction_bounds: tuple[float, float],
         with_reference: bool,
         seed: int,
         place: Place,
@@ -70,7 +70,7 @@ class DeepSpeedLearner:
         """`shares_gpu`: engines sleep while this one works, and need its memory when they wake."""
         self.shares_gpu = shares_gpu
         self.learner, self.family, self.place = learner, family, place
-        self.clip_eps, self.kl_estimator, self.correction_cap = clip_eps, kl_estimator, correction_cap
+        self.clip_eps, self.kl_estimator, self.correction_bounds = clip_eps, kl_estimator, correction_bounds
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
@@ -209,7 +209,7 @@ class DeepSpeedLearner:
                     batch.sampler_logprobs,
                     batch.loss_weights,
                     batch.answers,
-                    cap=self.correction_cap,
+                    bounds=self.correction_bounds,
                 )
                 value, terms = LOSSES[loss](
                     logprobs,

@@ -18,7 +18,7 @@ from othink_ray.types import Pack, UpdateStats
 
 class Totals:
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(15, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(16, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
         self.losses: list[tuple[list[str], Tensor]] = []
 
@@ -59,6 +59,7 @@ class Totals:
                 ratios.used,
                 ratios.truncated,
                 ratios.cut.double(),
+                ratios.masked.double(),
                 ratios.sequence_raw,
                 ratios.sequence_truncated,
                 ratios.sequence_cut.double(),
@@ -74,7 +75,7 @@ class Totals:
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
         loss, kl, ratio, clipped, entropy, gap, tokens, references, *corrected, encodes = sums.tolist()
-        used, truncated, cut, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
+        used, truncated, cut, masked, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
         count, sequences = max(tokens, 1.0), max(answers, 1.0)
         return UpdateStats(
             loss=loss / updates,
@@ -85,6 +86,7 @@ class Totals:
             ratio_used_mean=used / count,
             ratio_truncated_mean=truncated / count,
             ratio_truncated_frac=cut / count,
+            ratio_masked_frac=masked / count,
             ratio_sequence_raw_mean=sequence_raw / sequences,
             ratio_sequence_truncated_mean=sequence_truncated / sequences,
             ratio_sequence_truncated_frac=sequence_cut / sequences,

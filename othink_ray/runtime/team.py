@@ -19,6 +19,7 @@ from othink_ray.spans import Spans
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 _STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
+_SEEDS_PER_ROUND = 2**64  # all that torch takes: no run's seed reaches into another sampling round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +54,16 @@ class Team(Examiners):
     pusher: AuditedPush
     answers: int
     loss: str
-    correction: str  # of answers that older weights sampled
+    correction: str  # of answers by the weights that are trained, for the engines' own rounding
+    stale_correction: str  # of answers by older ones
     coming: Callable[[], Sequence[Prompt]]  # as far as it is known, what will be asked next
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Any]:
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int = 0) -> Iterator[Any]:
         sampling = Sampling(
             answers=self.answers,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
-            seed=self.seed * _STEPS_PER_SEED + step,
+            seed=(sampling_round * _SEEDS_PER_ROUND + self.seed) * _STEPS_PER_SEED + step,
         )
         groups = self.rollout.generate(prompts, sampling)
         yield from islice(groups, (len(prompts) + 1) // 2)
@@ -75,7 +77,7 @@ class Team(Examiners):
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self.rollout.sleep()
-        correction = self.correction if stale else "none"
+        correction = self.stale_correction if stale else self.correction
         begun = self.learner.begin_update(
             packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction
         )

@@ -22,7 +22,7 @@ from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
 from othink_ray.weights.chunks import from_chunks, to_chunks
 from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, live
-from tests.engines.samples import MIXED, batch_of, give, learner_gap, row_of
+from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint
 
 LORA = LoraConfig(rank=5, alpha=15, targets=("text", "vision", "projector"))  # a rank that vLLM pads, a scale of 3
@@ -166,12 +166,9 @@ def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[
 # ---- bfloat16
 
 
-def distributions(policy: Policy, probes: Sequence[Probe]) -> Tensor:
+def distributions_of(policy: Policy, probes: Sequence[Probe]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = policy(
-            batch_of([row_of(probe.group) for probe in probes], policy.family), wanted="distributions"
-        )
-    return found
+        return distributions(policy, batch_of([row_of(probe.group) for probe in probes], policy.family))
 
 
 def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[float, float, int]:
@@ -184,7 +181,7 @@ def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[
     exact[1].network.load_state_dict({k: v.float() for k, v in case.policy.network.state_dict().items()})
     exact[0].network.load_state_dict({k: v.float() for k, v in case.base.network.state_dict().items()})
     with torch.no_grad():
-        change = distributions(exact[1], before) - distributions(exact[0], before)
+        change = distributions_of(exact[1], before) - distributions_of(exact[0], before)
     rows, points = iter(change), []
     for one, other in zip(before, after, strict=True):
         same = True

@@ -1,8 +1,8 @@
-"""Truncated importance sampling against its slow reference, and what it must leave alone."""
+"""Truncated and masked importance sampling against the slow reference, and what they must leave alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from tests.reference import correction as slow
 from tests.reference.grpo_d import Answer
 from tests.reference.variants import Variant
 
-BETA, CAP = 0.05, 1.2
+BETA = 0.05
+BOUNDS = LOW, CAP = 0.8, 1.2
 VARIANTS = {
     "grpo": Variant("group_std", "grpo", "answer_mean", "k3", 0.2, 0.2),
     "gspo": Variant("group_std", "gspo", "answer_mean", "k2", 0.05, 0.08),
 }
-CORRECTED = ("token", "sequence")
+CORRECTED = tuple(name for name in CORRECTIONS if name != "none")
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Tokens:
     def __getitem__(self, rows: torch.Tensor) -> Tokens:
         return Tokens(*(value[rows] for value in vars(self).values()))
 
-    def importance(self, name: str, cap: float = CAP) -> tuple[torch.Tensor, RatioTerms]:
-        return importance(name, self.old, self.sampler, self.weights, self.answers, cap=cap)
+    def importance(self, name: str) -> tuple[torch.Tensor, RatioTerms]:
+        return importance(name, self.old, self.sampler, self.weights, self.answers, bounds=BOUNDS)
 
     def loss(self, variant: Variant, name: str) -> torch.Tensor:
         """As the learner computes it."""
@@ -96,7 +97,7 @@ def test_a_corrected_loss_equals_the_slow_reference_in_value_and_gradient(
     variant: Variant, name: str, seed: int
 ) -> None:
     groups, samplers, tokens = ragged_step(seed)
-    expected = slow.loss(groups, samplers, variant, BETA, 6, name, CAP)
+    expected = slow.loss(groups, samplers, variant, BETA, 6, name, BOUNDS)
     found = tokens.loss(variant, name)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     leaves = [token for group in groups for answer in group for token in answer.policy]
@@ -136,10 +137,18 @@ def test_token_and_sequence_ratios_by_hand() -> None:
     old = torch.log(torch.tensor([0.25, 0.75, 0.8, 0.1, 0.1], dtype=torch.float64))
     weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     answers = torch.tensor([0, 0, 1, 2, 2])
-    expected = {"token": [0.5, 1.5, 1.7, 0.5, 1.0], "sequence": [0.75, 0.75, 1.7, 0.5, 0.5]}
+    expected = {
+        "token": [0.5, 1.5, 1.7, 0.5, 1.0],
+        "sequence": [0.75, 0.75, 1.7, 0.5, 0.5],
+        "icepop": [0.0, 1.5, 0.0, 0.0, 1.0],
+        "mis_token": [0.5, 1.5, 0.0, 0.5, 1.0],
+        "mis_sequence": [0.75, 0.75, 0.0, 0.5, 0.5],
+    }
+    assert expected.keys() == set(CORRECTED)
     for name, factors in expected.items():
-        used, terms = importance(name, old, sampler, weights, answers, cap=1.7)
+        used, terms = importance(name, old, sampler, weights, answers, bounds=(0.6, 1.7))
         assert used.tolist() == pytest.approx(factors)
+        assert terms.masked == factors[:4].count(0.0)
         assert terms.used.item() == pytest.approx(sum(factors[:4]))
         assert (terms.truncated.item(), terms.cut.item()) == (pytest.approx(0.5 + 1.5 + 1.7 + 0.5), 1)
         assert terms.sequence_raw.item() == pytest.approx(0.75 + 2.0 + 0.5)
@@ -208,14 +217,39 @@ def test_nothing_under_a_mask_leaks(poison: float, variant: Variant, name: str) 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_call_without_active_tokens_has_zero_terms(name: str) -> None:
     zeros = torch.zeros(2, 3)
-    used, terms = importance(name, zeros - 1, zeros, zeros, zeros.long(), cap=2.0)
+    used, terms = importance(name, zeros - 1, zeros, zeros, zeros.long(), bounds=(0.5, 2.0))
     assert torch.equal(used, zeros + 1)
     assert all(getattr(terms, field) == 0 for field in RatioTerms.__slots__)
 
 
 @pytest.mark.parametrize("name", CORRECTED)
-def test_an_answer_that_became_a_thousand_times_likelier_counts_as_the_cap(name: str) -> None:
+def test_an_answer_that_became_a_thousand_times_likelier_counts_as_the_cap_or_not_at_all(name: str) -> None:
     old, sampler = torch.tensor([-0.1, -0.1]), torch.tensor([-2000.0, -2000.0])
-    used, terms = importance(name, old, sampler, torch.ones(2), torch.zeros(2, dtype=torch.int64), cap=2.0)
-    assert used.tolist() == [2.0, 2.0]
+    answers = torch.zeros(2, dtype=torch.int64)
+    used, terms = importance(name, old, sampler, torch.ones(2), answers, bounds=(0.5, 2.0))
+    masks = name not in ("token", "sequence")
+    assert used.tolist() == ([0.0, 0.0] if masks else [2.0, 2.0])
+    assert terms.masked == (2 if masks else 0)
     assert (terms.truncated, terms.sequence_truncated) == (4.0, 2.0)
+
+
+def test_the_bounds_themselves_are_trusted_and_a_ratio_of_one_always_is() -> None:
+    ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    sampler, weights, answers = torch.zeros_like(ratios), torch.ones_like(ratios), torch.arange(3)
+    for name in CORRECTED:
+        used, terms = importance(name, ratios.log(), sampler, weights, answers, bounds=(0.5, 2.0))
+        assert used.tolist() == pytest.approx([0.5, 1.0, 2.0]) and terms.masked == 0
+        used, terms = importance(name, sampler, sampler, weights, answers, bounds=(1.0, 1.0))
+        assert used.tolist() == [1.0, 1.0, 1.0] and terms.masked == 0
+
+
+@pytest.mark.parametrize("name", ["icepop", "mis_token", "mis_sequence"])
+def test_a_masked_token_keeps_its_kl_and_its_share_of_the_weight(name: str) -> None:
+    _, _, tokens = ragged_step(5, drift=2.0)
+    used, terms = tokens.importance(name)
+    masked = (used == 0) & (tokens.weights != 0)
+    assert 0 < masked.sum() == terms.masked < (tokens.weights != 0).sum()
+    silent = replace(tokens, advantages=torch.zeros_like(tokens.advantages))
+    of_kl = gradient(silent.loss(VARIANTS["grpo"], "none"), tokens.policy)
+    assert torch.equal(gradient(tokens.loss(VARIANTS["grpo"], name), tokens.policy)[masked], of_kl[masked])
+    assert of_kl[masked].any()

@@ -85,7 +85,7 @@ def test_a_group_of_empty_answers_is_its_prompt() -> None:
 
 def weights_of(name: str, groups: list[tuple[list[int], list[bool]]], updates: int) -> list[list[float]]:
     """Of the answer tokens of each row, where answers are at most 10 tokens long."""
-    scored = [scored_group(2, lengths, valid) for lengths, valid in groups]
+    scored = [scored_group(2, lengths, valid, f"q{place}") for place, (lengths, valid) in enumerate(groups)]
     advantages = [np.zeros(len(lengths)) for lengths, _ in groups]
     rows = pack_step(
         scored, advantages, updates=updates, loss_weights=LOSS_WEIGHTS[name], max_tokens=10, shared_prefix=True
@@ -127,6 +127,13 @@ def test_a_row_alone_weighs_as_it_does_in_its_step(groups: list[list[int]], upda
         in_update = sizes[0] if place < sizes[0] else sizes[1]
         alone = packed(2, lengths, groups_in_step=in_update)
         assert found[place] == pytest.approx(alone.loss_weights[alone.segments > 0].tolist())
+
+
+@pytest.mark.parametrize("names", [("a", "a", "b"), ("a", "b", "a")])
+def test_two_groups_of_one_prompt_id_are_refused(names: tuple[str, ...]) -> None:
+    groups, nothing = [scored_group(2, [1, 2], [True, True], name) for name in names], [np.zeros(2)] * 3
+    with pytest.raises(AssertionError, match="two groups of a step have one prompt id"):
+        pack_step(groups, nothing, updates=1, loss_weights=LOSS_WEIGHTS["token_mean"], max_tokens=2, shared_prefix=True)
 
 
 def rows_of(lengths: list[int]) -> list[Pack]:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from othink_ray.data import BadRow, PromptStream
+from othink_ray.data.stream import told_apart
 from othink_ray.types import Message, Prompt
 
 
@@ -62,6 +65,23 @@ def test_a_row_that_comes_twice_in_a_take_has_two_ids() -> None:
     assert [prompt.id for prompt in PromptStream(Rows(3), seed=0, on_bad_row="stop").take(3)] == [
         prompt.id for prompt in prompts[:3]
     ]
+
+
+def test_ids_differ_from_those_asked_before_in_the_step() -> None:
+    stream = PromptStream(Rows(3), seed=0, on_bad_row="stop")
+    asked: list[Prompt] = []
+    for count in (2, 2, 4, 1):
+        asked += stream.take(count, beside=asked)
+    assert sorted(prompt.id for prompt in asked) == sorted(
+        f"rows/{row}{number}" for row in range(3) for number in ("", "#2", "#3")
+    )
+
+
+def test_an_id_that_looks_like_a_repeat_is_not_taken_twice() -> None:
+    names = ["a", "a#2", "a", "a#2", "a"]
+    prompts = [replace(Rows(1).prompt(0), id=name) for name in names]
+    assert [prompt.id for prompt in told_apart(prompts)] == ["a", "a#2", "a#3", "a#2#2", "a#4"]
+    assert [prompt.id for prompt in told_apart(prompts[:1], beside=prompts)] == ["a#3"]
 
 
 def test_a_row_that_the_screen_refuses_is_dropped_like_a_bad_one() -> None:

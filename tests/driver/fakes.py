@@ -24,7 +24,7 @@ class Numbers:
     def __init__(self) -> None:
         self.position = 0
 
-    def take(self, count: int) -> list[Prompt]:
+    def take(self, count: int, beside: Sequence[Prompt] = ()) -> list[Prompt]:
         first, self.position = self.position, self.position + count
         message = Message(role="user", text="?")
         return [
@@ -52,9 +52,11 @@ class ScriptedTeam:
     rates: list[float] = field(default_factory=list)
     stale: list[bool] = field(default_factory=list)
     prepared: list[tuple[list[str], int, bool]] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)  # of each call of generate
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
+        self.rounds.append(sampling_round)
         for prompt in reversed(prompts):
             answers = tuple(
                 Completion(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from othink_ray.data import BadRow, SourceError, open_source
 from othink_ray.data.pixels import decoded, size_of
 from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
+from tests.engines.samples import picture
 
 
 class EveryThirdIsBad:
@@ -77,6 +80,21 @@ def test_an_answer_that_could_not_be_scored_counts_as_wrong() -> None:
     masked = ScoredGroup(group=group, rewards=np.zeros(1), parts={}, valid=np.array([False]))
     assert [(row["accuracy"], row["format"]) for row in graded(masked)] == [(0.0, 0.0)]
     assert summarise(graded(masked)).accuracy == 0.0
+
+
+def test_all_held_out_questions_are_asked_unless_fewer_are_asked_for(tmp_path: Path) -> None:
+    rows = [{"image_path": "one.png", "question": f"Question {n}?", "ground_truth": str(n)} for n in range(754)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "one.png").write_bytes(picture(56, 56, seed=0))
+    geoqa = [
+        *("data=geoqa", f"data.test.files.path={tmp_path / 'test.jsonl'}", f"data.test.files.image_root={tmp_path}"),
+        "mode=eval",
+    ]
+    for overrides, count in (([], 754), (["eval.questions=256"], 256), (["eval.questions=1000"], 754)):
+        [exam] = exams(load([*geoqa, *overrides]), lambda prompt: None)
+        assert len(exam.prompts) == count
+    [demo] = exams(load([]), lambda prompt: None)
+    assert len(demo.prompts) == 256
 
 
 def test_the_runs_own_exam_comes_first_and_further_data_sets_follow() -> None:

@@ -89,6 +89,15 @@ def test_masked_answers_do_not_count_in_the_means_but_are_counted() -> None:
     assert all(not advantages.any() for advantages in seen.advantages)
 
 
+def test_a_mean_of_rewards_is_over_valid_answers_alone() -> None:
+    [seen] = run(ScriptedTeam(), range(1)).steps
+    [first, *rest] = seen.asked  # answers are rewarded 0, 1, 2
+    partly = replace(first, valid=np.array([True, True, False]))
+    found = measures(replace(seen, asked=[partly, *rest]))
+    assert found["reward/mean"] == found["reward/accuracy"] == pytest.approx((1 + 3 * 3) / 11)
+    assert found["groups/masked"] == 1
+
+
 def test_the_layers_of_grading_are_counted_over_all_groups() -> None:
     [seen] = run(ScriptedTeam(), range(1)).steps
     found = measures(seen)
@@ -124,6 +133,7 @@ def test_groups_of_equal_rewards_are_replaced_by_new_questions() -> None:
         *[("generate", 0), ("score", 2)],
         *[("generate", 0), ("score", 1)],
     ]
+    assert team.rounds == [0, 1, 2]
     assert trained(team) == ["p0", "p3", "p5", "p6"]
     assert [one.group.prompt.id for one in seen.asked] == [f"p{number}" for number in range(7)]
     assert len(seen.advantages) == 4 and all(own.any() for own in seen.advantages)

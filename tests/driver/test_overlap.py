@@ -77,9 +77,9 @@ def test_a_resumed_run_begins_with_answers_of_its_own_weights() -> None:
 
 def test_answers_of_still_older_weights_are_refused() -> None:
     class Forgetful(ScriptedTeam):
-        def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+        def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
             self.lag = int(step == 2)
-            return super().generate(prompts, step)
+            return super().generate(prompts, step, sampling_round)
 
     with pytest.raises(AssertionError, match="other weights than version 1"):
         run(Forgetful(), range(4))
@@ -218,10 +218,10 @@ class Stuck(ScriptedTeam):
     hanging: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     released: threading.Event = field(default_factory=threading.Event)
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         if step > 0:
             self._get_stuck("generate")
-        return super().generate(prompts, step)
+        return super().generate(prompts, step, sampling_round)
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self._get_stuck("update")

@@ -38,7 +38,7 @@ class Pupil:
     drift: float = 0.0
     asked: dict[int, list[str]] = field(default_factory=dict)  # by step
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> Iterator[Group]:
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         self.asked.setdefault(step, []).extend(prompt.id for prompt in prompts)
         return self._answers(prompts)
 

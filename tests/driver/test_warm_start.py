@@ -10,7 +10,8 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.model_rules import base_model_folder
-from othink_ray.config.schema import Config, LearnerConfig
+from othink_ray.config.schema import Config
+from othink_ray.driver.build import temperature
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import Classroom, warm_started
 
@@ -41,17 +42,20 @@ def test_runs_that_differ_only_in_training_share_it(override: str) -> None:
     assert base_model_folder(load([override])) == base_model_folder(load([]))
 
 
-def test_the_base_model_is_taught_with_all_of_its_weights(tmp_path: Path) -> None:
+def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_path: Path) -> None:
     class Opened(Exception):
         pass
 
-    asked: list[LearnerConfig] = []
+    asked: list[Config] = []
 
     def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Classroom]:
-        asked.append(config.learner)
+        asked.append(config)
         raise Opened
 
-    config = load([f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision"])
+    config = load(
+        [f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision", "rollout.temperature=0.5"]
+    )
     with Console() as console, pytest.raises(Opened):
         warm_started(config, console, open_classroom)
-    assert [(learner.freeze, learner.lora.rank) for learner in asked] == [("none", 0)]
+    [room] = asked
+    assert (room.learner.freeze, room.learner.lora.rank, temperature(room)) == ("none", 0, 1.0)

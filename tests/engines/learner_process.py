@@ -175,7 +175,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     from othink_ray.engines.base import Place
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
-    from tests.engines.slow_training import CLIP_EPS, CORRECTION_CAP
+    from tests.engines.slow_training import CLIP_EPS, CORRECTION_BOUNDS
 
     learner = DeepSpeedLearner(
         scenario.learner,
@@ -184,7 +184,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         temperature=scenario.temperature,
         clip_eps=(CLIP_EPS, CLIP_EPS),
         kl_estimator="k3",
-        correction_cap=CORRECTION_CAP,
+        correction_bounds=CORRECTION_BOUNDS,
         with_reference=scenario.with_reference,
         seed=0,
         place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),

@@ -37,7 +37,13 @@ def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateSta
         assert own.tokens == other.tokens
         for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6, nan_ok=True), field
-        for field in ("used_mean", "truncated_mean", "truncated_frac", *(f"sequence_{one}" for one in SEQUENCE_RATIOS)):
+        for field in (
+            "used_mean",
+            "truncated_mean",
+            "truncated_frac",
+            "masked_frac",
+            *(f"sequence_{one}" for one in SEQUENCE_RATIOS),
+        ):
             assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
         for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
             assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field

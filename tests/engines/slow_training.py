@@ -21,7 +21,8 @@ from tests.reference import correction as importance
 from tests.reference import grpo_d
 from tests.reference.variants import Variant
 
-TEMPERATURE, CLIP_EPS, CORRECTION_CAP = 0.9, 0.2, 1.0
+TEMPERATURE, CLIP_EPS = 0.9, 0.2
+CORRECTION_BOUNDS = 0.5, 1.0
 GRPO = Variant("group_std", "grpo", "answer_mean", "k3", CLIP_EPS, CLIP_EPS)
 
 # [group][answer]
@@ -84,7 +85,7 @@ def slow_training(
             else:
                 own_groups = groups[update * share : (update + 1) * share]
                 samplers = [[list(map(float, c.sampler_logprobs)) for c in group.completions] for group in own_groups]
-                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, CORRECTION_CAP)
+                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, CORRECTION_BOUNDS)
             optimizer.zero_grad()
             value.backward()
             if not first_gradient:

@@ -25,6 +25,7 @@ from tests.engines.samples import ask, batch_of, distributions, fresh_policy, pi
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
 # ---- one process a rank, once for all tests
+CORRECTED = ("token", "sequence", "icepop", "mis_sequence")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def alone(
         "frozen tower, projector learns": replace(training(small, batches, 1, freeze="vision"), watch=True),
         "frozen tower, encoded each time": training(small, batches, 1, freeze="projector", share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
-        **{name: replace(plain, correction=name) for name in ("token", "sequence")},
-        "sequence, a row at a time": replace(
-            training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="sequence"
+        **{name: replace(plain, correction=name) for name in CORRECTED},
+        "mis_sequence, a row at a time": replace(
+            training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="mis_sequence"
         ),
         "ahead": replace(plain, ahead=True),
         "ahead, frozen tower": replace(training(small, batches, 1, freeze="projector"), ahead=True),
@@ -98,7 +99,7 @@ def pair(
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
         "stage 3, frozen tower": replace(training(small, batches, 2, zero_stage=3, freeze="projector"), watch=True),
         "gspo": replace(stage_3, loss="gspo"),
-        "sequence": replace(stage_3, correction="sequence"),
+        "mis_sequence": replace(stage_3, correction="mis_sequence"),
         "stage 3, poisoned": replace(stage_3, steps=[poisoned(stage_3.steps[0])]),
         "untouched": replace(stage_3, steps=(), with_reference=False),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
@@ -165,7 +166,7 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["token", "sequence"])
+@pytest.mark.parametrize("name", CORRECTED)
 def test_corrected_updates_train_the_weights_of_the_slow_reference(
     small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
 ) -> None:
@@ -175,14 +176,15 @@ def test_corrected_updates_train_the_weights_of_the_slow_reference(
     assert distance(found.weights, slow.weights)[0] < 2e-5
     assert distance(moved(found, start), moved(alone["stage 1"], start))[0] > 1e-3
     assert all(stats.ratio_used_mean < 1 and 0 < stats.ratio_truncated_frac < 1 for stats in found.stats)
+    assert all((stats.ratio_masked_frac > 0) == (name in ("icepop", "mis_sequence")) for stats in found.stats)
     assert all(stats.ratio_used_mean == 1 for stats in alone["stage 1"].stats)
 
 
 def test_ranks_and_micro_batches_do_not_change_a_corrected_run(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
 ) -> None:
-    expected, start = alone["sequence"], alone["untouched"]
-    for found in (alone["sequence, a row at a time"], *(outcomes["sequence"] for outcomes in pair)):
+    expected, start = alone["mis_sequence"], alone["untouched"]
+    for found in (alone["mis_sequence, a row at a time"], *(outcomes["mis_sequence"] for outcomes in pair)):
         assert_same_stats(found.stats, expected.stats)
         assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
 

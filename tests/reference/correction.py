@@ -1,4 +1,4 @@
-"""Truncated importance sampling, slowly: plain loops over answers and tokens, nothing shared with othink_ray.core."""
+"""Truncated and masked importance sampling, slowly: plain loops over answers and tokens, nothing of othink_ray.core."""
 
 from __future__ import annotations
 
@@ -15,15 +15,26 @@ from tests.reference.variants import Variant
 Samplers = Sequence[Sequence[Sequence[float]]]
 
 
-def factors(kind: str, old: Sequence[float], sampler: Sequence[float], cap: float) -> list[float]:
-    """What the gain of each token of one answer is multiplied by."""
+def factors(kind: str, old: Sequence[float], sampler: Sequence[float], bounds: tuple[float, float]) -> list[float]:
+    """What the gain of each token of one answer is multiplied by.
+
+    token and sequence: truncated importance sampling, min(ratio, cap). icepop: the ratio where it lies in [low, cap],
+    else 0. mis_token and mis_sequence: masked importance sampling, the ratio where it is at most the cap, else 0.
+    """
+    low, cap = bounds
     ratios = [math.exp(own) / math.exp(other) for own, other in zip(old, sampler, strict=True)]
     if kind == "token":
         return [ratio if ratio < cap else cap for ratio in ratios]
-    assert kind == "sequence"
+    if kind == "icepop":
+        return [ratio if low <= ratio <= cap else 0.0 for ratio in ratios]
+    if kind == "mis_token":
+        return [0.0 if ratio > cap else ratio for ratio in ratios]
     product = 1.0
     for ratio in ratios:
         product = product * ratio
+    if kind == "mis_sequence":
+        return [0.0 if product > cap else product] * len(ratios)
+    assert kind == "sequence"
     return [product if product < cap else cap] * len(ratios)
 
 
@@ -34,7 +45,7 @@ def loss(
     beta: float,
     max_tokens: int,
     kind: str,
-    cap: float,
+    bounds: tuple[float, float],
 ) -> torch.Tensor:
     """As `variants.loss` of one optimiser step, with the gains corrected and the KL left alone."""
     total = torch.zeros((), dtype=torch.float64)
@@ -44,7 +55,7 @@ def loss(
                 continue
             worth = variants.advantage(variant.advantage, step, g, i)
             weight = variants.token_weight(variant.weights, step, g, i, max_tokens)
-            own = factors(kind, [float(one) for one in answer.old], samplers[g][i], cap)
+            own = factors(kind, [float(one) for one in answer.old], samplers[g][i], bounds)
             ratios = variants.ratios(variant.ratio, answer)
             for t, ratio in enumerate(ratios):
                 kl = variants.token_kl(variant.estimator, answer.policy[t], answer.ref[t])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 
 from othink_ray.runtime.team import Team
+from tests.engines.samples import ask
 
 
 class Recorder:
@@ -29,6 +32,7 @@ class Recorder:
         return self.asked
 
     def generate(self, prompts: Any, sampling: Any) -> Iterator[Any]:
+        self.sampling = sampling
         yield from prompts
 
     def expect(self, coming: Any, answers: int) -> None:
@@ -48,17 +52,27 @@ def team_of(recorder: Any) -> Team:
         seed=0,
         answers=2,
         loss="gspo",
-        correction="sequence",
+        correction="icepop",
+        stale_correction="sequence",
         coming=tuple,
     )
 
 
-@pytest.mark.parametrize(("stale", "correction"), [(False, "none"), (True, "sequence")])
-def test_only_answers_of_older_weights_are_corrected_and_a_push_begins_behind_each_update(
+@pytest.mark.parametrize(("stale", "correction"), [(False, "icepop"), (True, "sequence")])
+def test_answers_of_older_weights_have_a_correction_of_their_own_and_a_push_begins_behind_each_update(
     stale: bool, correction: str
 ) -> None:
     asked: Any = team_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)
     assert asked == [{"updates": 1, "beta": 0.1, "lr": 0.2, "loss": "gspo", "correction": correction}, "push"]
+
+
+def test_seeds_differ_by_run_step_and_sampling_round() -> None:
+    seeds = set()
+    for seed, step, sampling_round in product((0, 1, 2**24, 2**64 - 1), (0, 1, 2**24 - 1), (0, 1, 7)):
+        recorder: Any = Recorder()
+        list(replace(team_of(recorder), seed=seed).generate([], step, sampling_round))
+        seeds.add(recorder.sampling.seed_of(ask("q")))
+    assert len(seeds) == 4 * 3 * 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

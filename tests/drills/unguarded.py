@@ -111,14 +111,7 @@ GUARDS = (
         "runtime/push.py",
         '        require_arrived(self.rollout.wait_for(asked.checks, "checking weights"), self.version)\n',
         "",
-        "runtime/test_bfloat16_push.py::test_what_changes_on_its_way_is_caught",
-    ),
-    Guard(
-        "engines that see other pixels stop the run",
-        "runtime/push.py",
-        "        require_pixels(probes, seen, self.version)\n",
-        "",
-        "runtime/test_bfloat16_push.py::test_an_engine_that_computes_with_something_else_is_caught",
+        "runtime/test_push.py::test_a_stale_lm_head_is_caught",
     ),
     Guard(
         "engines that differ from the learner stop the run",

@@ -39,7 +39,7 @@ class HuggingFaceFamily:
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.opened = opened_by(self._chat, path)
+        self.opened = opened_by(self._chat)
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         return self.encode_text(self._chat(prompt.messages, True))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from othink_ray.families.base import ModelError
 from othink_ray.types import Message
 
 _ASKED = Message(role="user", text="?")
 _ANSWERED = Message(role="assistant", text="§past answer§")
 
 
-def opened_by(render: Callable[[Sequence[Message], bool], str], path: str) -> str:
+def opened_by(render: Callable[[Sequence[Message], bool], str]) -> str:
     """The text that the template's generation prompt adds to the header of an answer; empty for most models.
 
     `render` writes a chat, with the generation prompt or without. The header is what stands before a past answer, one
@@ -25,8 +24,6 @@ def opened_by(render: Callable[[Sequence[Message], bool], str], path: str) -> st
         return prompt[len(header) :]
     if header.startswith(prompt) and header[len(prompt) :].isspace():
         return ""
-    raise ModelError(
-        f"the chat template of {path} begins an answer with {prompt[-40:]!r} and shows a past one after "
-        f"{header[-40:]!r}: what of the first is part of the answer cannot be told; take another model.path, or mend "
-        "its chat_template so that past answers stand right after their header"
-    )
+    # Past answers are shown after something else, such as an empty thought in each: an open thought is what is left.
+    opened = prompt[prompt.rfind("<think>") :] if "<think>" in prompt else ""
+    return "" if "</think>" in opened else opened

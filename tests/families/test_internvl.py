@@ -1,4 +1,4 @@
-"""What is said of InternVL alone; what all families promise is in tests/contracts/test_families.py."""
+"""What is said of InternVL alone; what all families promise is in tests/contracts/families/."""
 
 from __future__ import annotations
 

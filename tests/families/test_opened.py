@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from othink_ray.config.schema import Config
-from othink_ray.families import ModelError, open_family
+from othink_ray.families import open_family
 from othink_ray.types import Message, Prompt
 from tests.families.templates import with_template
 
@@ -25,6 +25,7 @@ HEAD = '<|im_start|>assistant{{ "\\n" }}'
 LAST_WITH_THOUGHT = HEAD + '{%- if loop.last -%}{{ "<think>\\n\\n</think>\\n\\n" }}{%- endif -%}{{ text }}'
 # As DeepSeek-R1's: of an earlier answer only what follows its thought.
 WITHOUT_THOUGHT = HEAD + '{{ text.split("</think>") | last }}'
+ALWAYS_WITH_THOUGHT = HEAD + '{{ "<think>\\n\\n</think>\\n\\n" + text }}'
 TEMPLATES = [  # of a past answer, of the beginning of the next, what that is of the answer
     (HEAD + "{{ text }}", HEAD, ""),
     (HEAD + "{{ text }}", HEAD + "<think>", "<think>"),
@@ -34,6 +35,8 @@ TEMPLATES = [  # of a past answer, of the beginning of the next, what that is of
     (WITHOUT_THOUGHT, HEAD + '{{ "<think>\\n" }}', "<think>\n"),
     (HEAD + "{{ text }}", HEAD + '{{ "<think>\\n\\n</think>\\n\\n" }}', "<think>\n\n</think>\n\n"),
     ("{{ text }}", "", ""),
+    (ALWAYS_WITH_THOUGHT, HEAD + '{{ "<think>\\n" }}', "<think>\n"),
+    (ALWAYS_WITH_THOUGHT, HEAD + '{{ "<think>\\n</think>" }}', ""),
 ]
 
 
@@ -55,10 +58,3 @@ def test_what_a_template_opens_is_what_it_adds_to_the_head_of_an_answer(
     prompt = Prompt(id="0", messages=(Message(role="user", text="How many?"),), images=(), answer="3", task="counting")
     [shown] = family.decode([family.prompt_token_ids(prompt)])
     assert shown.endswith(opened)
-
-
-def test_a_template_that_gives_every_answer_a_thought_is_refused_with_its_name(folder: Path, config: Config) -> None:
-    always = HEAD + '{{ "<think>\\n\\n</think>\\n\\n" + text }}'
-    with_template(folder, lambda plain: TURN.replace("PAST", always).replace("BEGIN", HEAD + '{{ "<think>\\n" }}'))
-    with pytest.raises(ModelError, match=r"chat template of .*model.*model\.path"):
-        open_family(config.model, str(folder))

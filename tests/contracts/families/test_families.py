@@ -8,10 +8,8 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,19 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.bounds import CHOICES
 from othink_ray.config.load import conf_dir, load
-from othink_ray.config.schema import Config, ModelConfig
+from othink_ray.config.schema import ModelConfig
 from othink_ray.core import fused
-from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, open_family
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.last_layer import narrow
 from othink_ray.families.parts import modules_by_part
-from othink_ray.types import PixelDigest, Prompt
-from othink_ray.weights.audit import Tolerance, compare, repeated
-from othink_ray.weights.chunks import to_chunks
-from tests.contracts.family_engine import SAMPLING, Lived, live
+from othink_ray.types import Prompt
 from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
 from tests.engines.samples import (
@@ -45,12 +38,11 @@ from tests.engines.samples import (
     batch_of,
     fresh_policy,
     group_of,
-    learner_gap,
     picture,
     row_of,
     sent_weights,
 )
-from tests.families.checkpoints import CHECKPOINTS, build_checkpoint
+from tests.families.checkpoints import CHECKPOINTS
 
 SIZES = [(84, 84), (28, 28), (1, 1), (27, 29), (33, 65), (5, 190), (500, 500), (333, 77), (96, 64)]
 
@@ -69,94 +61,6 @@ def test_a_folder_of_another_family_is_refused_with_the_right_one(asked: str, mo
                 ModelError, match=rf"is of the family {found}, but model\.family = {asked}: set .*{found}$"
             ):
                 open_family(replace(model, family=asked), str(model.path))
-
-
-# ---- of each family: a folder, what the library makes of it, what we make of it
-
-
-@pytest.fixture(scope="module")
-def folders(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
-    for name, folder in made.items():
-        build_checkpoint(name, folder, texts)
-    return made
-
-
-@pytest.fixture(scope="module")
-def models(config: Config, folders: dict[str, Path]) -> dict[str, ModelConfig]:
-    return {name: replace(config.model, family=name, path=str(folder), tiny=None) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def policies(models: dict[str, ModelConfig]) -> dict[str, Policy]:
-    """The learner's, as they start. Read only."""
-    return {name: fresh_policy(open_family(model, str(model.path))) for name, model in models.items()}
-
-
-@pytest.fixture(scope="module")
-def trained(policies: dict[str, Policy]) -> dict[str, Policy]:
-    """The learner's after a training that changed every number in them."""
-    moved = {name: copy.deepcopy(policy) for name, policy in policies.items()}
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for policy in moved.values():
-            for parameter in policy.parameters():
-                noise = torch.randn(parameter.shape, generator=draw)
-                noise = noise.where(noise.abs() > 0.01, 0.01)  # one in some hundred thousands is 0
-                parameter.add_(noise * 0.3 * parameter.std())
-    return moved
-
-
-@pytest.fixture(scope="module")
-def lives(
-    config: Config,
-    models: dict[str, ModelConfig],
-    policies: dict[str, Policy],
-    trained: dict[str, Policy],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[Lived]]]:
-    """vLLM engines, opened on what `save` wrote, then given the trained weights; two at a time."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-        futures = {}
-        for name, policy in policies.items():
-            saved = tmp_path_factory.mktemp("saved")
-            policy.family.save(saved, policy.network, dict(sent_weights(policy.network)))
-            weights = list(to_chunks(sent_weights(trained[name].network), bucket_bytes=1))
-            futures[name] = processes.submit(live, models[name], config.rollout, str(saved), MIXED, weights)
-        yield futures
-
-
-@pytest.fixture(params=FAMILIES)
-def name(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
-
-
-@pytest.fixture
-def policy(name: str, policies: dict[str, Policy]) -> Policy:
-    return policies[name]
-
-
-@pytest.fixture
-def family(policy: Policy) -> Family:
-    return policy.family
-
-
-@pytest.fixture
-def processor(name: str, family: Family, folders: dict[str, Path]) -> Any:
-    """The library's, opened without our code."""
-    return AutoProcessor.from_pretrained(folders[name], **family.processor_settings)
-
-
-@pytest.fixture
-def untouched(name: str, folders: dict[str, Path]) -> Any:
-    """The library's network, opened without our code."""
-    return AutoModelForImageTextToText.from_pretrained(folders[name], dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def lived(name: str, lives: dict[str, Future[Lived]]) -> Lived:
-    return lives[name].result()
 
 
 # ---- images and prompts
@@ -324,76 +228,6 @@ def test_plain_transformers_loads_what_was_saved(
         assert (plain_logprobs(plain, again, groups) - own).abs().max() < 1e-4
     assert [_expanded(again, prompt) for prompt in MIXED] == [_expanded(policy.family, prompt) for prompt in MIXED]
     assert again.banned_token_ids == policy.family.banned_token_ids
-
-
-# ---- the engines
-
-
-def test_an_engine_expands_prompts_as_the_family_does(family: Family, lived: Lived) -> None:
-    assert {group.prompt.id for group in lived.opened} == {prompt.id for prompt in MIXED}
-    for group in lived.opened:
-        assert group.prompt_token_ids.tolist() == _expanded(family, group.prompt)
-    assert sum(group.image_encodes for group in lived.opened) == sum(len(prompt.images) for prompt in MIXED)
-
-
-def test_an_engine_that_opened_a_saved_folder_samples_from_the_learners_policy(policy: Policy, lived: Lived) -> None:
-    gaps = [learner_gap(policy, policy.family, group) for group in lived.opened]
-    assert max(float(gap.max()) for gap in gaps) < 1e-4
-
-
-def test_digests_read_from_an_engine_are_those_of_the_weights_sent(policy: Policy, lived: Lived) -> None:
-    assert lived.wrong == {}
-    assert set(lived.wrong_by_a_bit) == {name for name, _ in sent_weights(policy.network)}
-
-
-def test_the_gap_of_a_first_push_is_within_its_bound(name: str, trained: dict[str, Policy], lived: Lived) -> None:
-    policy = trained[name]
-    batch = batch_of([row_of(probe.group) for probe in lived.probes], policy.family)
-    with torch.no_grad():
-        whole = policy(batch, wanted="distributions")
-    sizes = [len(probe.candidates) for probe in lived.probes]
-    own = [
-        rows.gather(1, torch.from_numpy(probe.candidates)).numpy()
-        for rows, probe in zip(whole[: sum(sizes)].split(sizes), lived.probes, strict=True)
-    ]
-    layers = len(policy.family.layers(policy.network))
-    audit = Tolerance("float32", layers).require(compare(lived.probes, repeated(lived.probes, own), 1))
-    assert 0 < audit.gap_mean < audit.tolerance / 2
-
-
-def test_an_engine_gives_its_tower_the_pixels_of_the_learner(family: Family, lived: Lived) -> None:
-    for prompt, probe in zip(MIXED, lived.probes, strict=True):
-        found = probe.pixels
-        if not prompt.images:
-            assert found == PixelDigest()
-            continue
-        images = family.encode_images(prompt.images)
-        assert found == pixel_digest(pixels_as(family, images, found.dtype))
-        one_off = replace(images, pixels=images.pixels.clone())
-        one_off.pixels[-1].view(-1)[-1] += 1 / 255 / family.processor.image_processor.image_std[-1]
-        assert found != pixel_digest(pixels_as(family, one_off, found.dtype))
-
-
-def test_a_push_reaches_every_number_of_an_engine_once(policy: Policy, lived: Lived) -> None:
-    assert lived.moved == {name: weight.numel() for name, weight in sent_weights(policy.network)}
-    assert {name: kept for name, kept in lived.kept.items() if kept} == {}
-
-
-def test_after_a_push_an_engine_samples_from_the_trained_policy(
-    name: str, policy: Policy, trained: dict[str, Policy], lived: Lived
-) -> None:
-    gaps = [learner_gap(trained[name], policy.family, group) for group in lived.pushed]
-    assert max(float(gap.max()) for gap in gaps) < 1e-4
-    stale = [learner_gap(policy, policy.family, group) for group in lived.pushed]
-    assert min(float(gap.max()) for gap in stale) > 0.01
-
-
-def test_transformers_alone_samples_from_the_learners_policy(
-    name: str, policy: Policy, config: Config, models: dict[str, ModelConfig]
-) -> None:
-    engine = HFRollout(config.rollout, models[name], policy.family)
-    gaps = [learner_gap(policy, policy.family, group) for group in engine.generate(MIXED, SAMPLING)]
-    assert max(float(gap.max()) for gap in gaps) < 1e-4
 
 
 def _expanded(family: Family, prompt: Prompt) -> list[int]:

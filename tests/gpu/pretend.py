@@ -160,7 +160,7 @@ def _finish(worker: Any) -> None:
     from othink_ray.engines.vllm_worker import _pack
 
     Worker.finish_weight_update(worker)
-    for module in worker.packed:
+    for _, module in worker.packed:
         _pack(module, remove_weight=False)
 
 

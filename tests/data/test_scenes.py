@@ -35,6 +35,7 @@ DATA = DataConfig(
     name="counting",
     task="counting",
     prompt_suffix="Answer in <answer> </answer> tags.",
+    blind=False,
     on_bad_row="stop",
     warm_steps=45,
     scenes=ScenesConfig(max_items=6, image_cells=3),

@@ -103,6 +103,6 @@ def test_weights_are_dropped_in_sleep_only_where_all_are_pushed(
     monkeypatch.setattr(vllm_rollout, "VLLMRollout", lambda *_, **named: opened.update(named))
     monkeypatch.setattr("othink_ray.families.open_family", lambda *_: None)
     config = load(["cluster=one_gpu", *settings])
-    build._vllm_engine(config, "anywhere")
+    build._vllm_engine(config, "anywhere", None)
     assert opened["sleep_level"] == level
     assert trains_all(config.learner) == (level == 2)

@@ -1,11 +1,12 @@
 """Pushes in bfloat16 at a real model's rate, where an update turns the last bit of one weight in a hundred.
 
-Every stage passes both proofs after each of its updates.
+Each fault stops the run on its push; logprobs alone would let most of them pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ import pytest
 import ray
 import torch
 
+import othink_ray.runtime.push as push_module
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import learner_engine, open_team
 from othink_ray.runtime.learner_pool import LearnerPool
@@ -24,8 +26,11 @@ from othink_ray.runtime.push import AuditedPush, SharedMemoryPush
 from othink_ray.runtime.seating import learner_bundles
 from othink_ray.runtime.team import Team
 from othink_ray.types import Prompt
-from othink_ray.weights.audit import Tolerance
+from othink_ray.weights.audit import AuditError, Tolerance
+from othink_ray.weights.chunks import from_chunks, to_chunks
+from tests.engines.samples import worker_of
 from tests.runtime.conftest import incidents, train_one_step
+from tests.runtime.test_push import keep_packed_head, on_engine, pack_again
 
 LR = 1e-6
 LAYERS = 5
@@ -88,3 +93,159 @@ def test_each_stage_pushes_every_weight_and_passes_both_proofs(team: Team, asked
         assert audit.verified == len(digests[0]) == 69
         assert 0 < audit.gap_mean <= audit.tolerance <= Tolerance("bfloat16", LAYERS).of(audit)
     assert audits[0].tolerance == Tolerance("bfloat16", LAYERS).of(audits[0])
+
+
+# ---- faults on the way
+
+
+def flipped(weights: Weights) -> Weights:
+    for name, weight in weights:
+        if name == "model.language_model.layers.1.mlp.down_proj.weight":
+            weight.view(torch.int16)[3, 4] ^= 1
+        yield name, weight
+
+
+def swapped(weights: Weights, first: str, second: str) -> Weights:
+    found = dict(weights)
+    names = [f"model.language_model.layers.{each}.weight" for each in (first, second)]
+    assert found[names[0]].shape == found[names[1]].shape
+    found[names[0]], found[names[1]] = found[names[1]], found[names[0]]
+    return found.items()
+
+
+def changed_on_its_way(team: Team, fault: Callable[[Weights], Weights]) -> AuditedPush:
+    """Of what was gathered since the update: a second gathering would wait for the first one for ever."""
+    push = copy.copy(team.pusher)
+    push.transport = SharedMemoryPush(team.learner, team.rollout, bucket_mb=1)
+    real = team.pusher.transport
+    assert isinstance(real, SharedMemoryPush) and real.gathering is not None
+    buckets = [bucket for bucket in ray.get(list(real.gathering)) if bucket is not None]
+    real.gathering = None
+    push.transport.gathering = iter([ray.put(chunk) for chunk in to_chunks(fault(from_chunks(buckets)), 2**20)])
+    return push
+
+
+ON_THE_WAY: dict[str, Callable[[Weights], Weights]] = {
+    "one bit": flipped,
+    "keys and values": partial(swapped, first="0.self_attn.k_proj", second="0.self_attn.v_proj"),
+    "halves of a fused matrix": partial(swapped, first="2.mlp.gate_proj", second="2.mlp.up_proj"),
+    "two layers": partial(swapped, first="0.self_attn.o_proj", second="1.self_attn.o_proj"),
+}
+
+
+@pytest.mark.parametrize("fault", ON_THE_WAY)
+def test_what_changes_on_its_way_is_caught(first: Team, asked: list[Prompt], fault: str) -> None:
+    first.push(10)
+    train_one_step(first, asked, 10, lr=LR)
+    with pytest.raises(AuditError, match=r"digests of [12] weights are wrong: .* differs from what the learner sent"):
+        changed_on_its_way(first, ON_THE_WAY[fault])(11)
+    first.push(12)
+
+
+# ---- faults in the engine
+
+
+def not_loaded(engine: Any, lost: str) -> None:
+    """Buckets with such a weight in them are received, and that is all."""
+    write = engine._write
+
+    def some(weights: Weights) -> None:
+        arrived = list(weights)
+        if not any(lost in name for name, _ in arrived):
+            write(arrived)
+
+    engine._write = some
+
+
+def loaded_again(engine: Any) -> None:
+    del engine._write
+
+
+def other_pixels(engine: Any) -> None:
+    """One level of brightness less in one channel of one pixel."""
+    from othink_ray.engines.inputs import Inputs
+
+    def darker(prompt: Prompt) -> Any:
+        given = engine._input(prompt)
+        [image] = given["mm_kwargs"]["image"]
+        image["pixel_values"].data[0, 0] -= 1
+        return given
+
+    engine.probed = Inputs(darker)
+
+
+def same_pixels(engine: Any) -> None:
+    from othink_ray.engines.inputs import Inputs
+
+    engine.probed = Inputs(engine._input)
+
+
+def untied_head(engine: Any) -> None:
+    """A head of its own, as it was."""
+    worker = worker_of(engine).worker
+    head = worker.network.language_model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
+
+
+def tied_head(engine: Any) -> None:
+    worker = worker_of(engine).worker
+    model = worker.network.language_model
+    model.lm_head.weight = model.model.embed_tokens.weight
+    worker.pack(model.lm_head)
+
+
+IN_THE_ENGINE: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], str]] = {
+    "version 0 stays": (partial(not_loaded, lost=""), loaded_again, r"digests of \d\d weights are wrong"),
+    "the head is not packed": (keep_packed_head, pack_again, r"lm_head\.weight is newer than the packed copy"),
+    "other pixels": (other_pixels, same_pixels, "see other pixels in the images of prompt"),
+}
+
+
+@pytest.mark.parametrize("fault", IN_THE_ENGINE)
+def test_an_engine_that_computes_with_something_else_is_caught(first: Team, asked: list[Prompt], fault: str) -> None:
+    break_it, mend_it, message = IN_THE_ENGINE[fault]
+    first.push(20)
+    on_engine(first, break_it)
+    train_one_step(first, asked, 20, lr=LR)
+    with pytest.raises(AuditError, match=rf"audit of weights version 21 failed.*{message}"):
+        first.push(21)
+    on_engine(first, mend_it)
+    first.push(22)
+
+
+def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: Team, asked: list[Prompt]) -> None:
+    first.push(50)
+    on_engine(first, partial(not_loaded, lost="layers.1.mlp"))
+    train_one_step(first, asked, 50, lr=LR)
+    with pytest.raises(AuditError, match=r"digests of \d+ weights are wrong: .* differs") as caught:
+        first.pusher(51)
+    wrong = int(str(caught.value).partition("digests of ")[2].split()[0])
+    assert 0 < wrong < 50  # the other buckets arrived
+    on_engine(first, loaded_again)
+    first.push(52)
+
+
+def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(first: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight that is sent lands there; an engine is looked at whole when it is new."""
+    monkeypatch.setattr(first.pusher, "prompts", first.pusher.first_prompts)
+    on_engine(first, untied_head)
+    with pytest.raises(AuditError, match=r"lm_head\.weight is not reached by any weight of the learner"):
+        first.push(30)
+    on_engine(first, tied_head)
+    first.push(31)
+
+
+def test_logprobs_alone_would_let_old_weights_pass(
+    first: Team, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first.push(40)
+    on_engine(first, partial(not_loaded, lost=""))
+    train_one_step(first, asked, 40, lr=LR)
+    with monkeypatch.context() as blind:
+        blind.setattr(push_module, "require_arrived", lambda engines, version: None)
+        audit = first.push(41)
+    assert audit.gap_mean <= audit.tolerance
+    with pytest.raises(AuditError, match="digests of"):
+        first.push(41)
+    on_engine(first, loaded_again)
+    first.push(42)

@@ -33,6 +33,10 @@ class Engines(Protocol):
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
 
+    def sleep(self) -> None:
+        """On a GPU that engines share with the learner: leave its memory to the learner until the next push."""
+        ...
+
 
 class Class:
     """A teacher and a learner alone, as a team: there is nobody to push to."""
@@ -67,6 +71,12 @@ class ExaminedClass(Class):
     def push(self, version: int) -> Audit:
         self._version = version
         return super().push(version)
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        if self._pushed >= 0:  # awake since an evaluation
+            self.engines.sleep()
+            self._pushed = -1
+        return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         if self._pushed != self._version:

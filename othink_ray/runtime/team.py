@@ -84,6 +84,9 @@ class Team(Examiners):
         self.pusher.begin()
         return self.learner.updated(begun)
 
+    def sleep(self) -> None:
+        self.rollout.sleep()
+
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
         self.learner.prepare(packs, updates=updates, with_reference=with_reference)
 

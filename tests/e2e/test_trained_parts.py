@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -133,7 +133,7 @@ def test_training_goes_not_on_from_a_merge_that_would_be_rounded(
     coarse_run: Run, ray_here: None, cache: Path, tmp_path: Path
 ) -> None:
     screen = io.StringIO()
-    with redirect_stdout(screen):
+    with redirect_stderr(screen):
         asked = [*SMALL, *COARSE, f"model.path={coarse_run.folder}", f"run.dir={tmp_path}", f"run.cache_dir={cache}"]
         assert main(asked) == 2
     told = " ".join(screen.getvalue().split())

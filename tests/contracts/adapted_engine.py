@@ -62,7 +62,7 @@ def _refused(engine: object, used: dict[str, Tensor]) -> str:
     name, factor = next(iter(used.items()))
     try:
         engine.begin_push()  # type: ignore[attr-defined]
-        engine.load_weights([(name.replace(".layers.0.", ".layers.99."), factor)])  # type: ignore[attr-defined]
+        engine.load_weights([(name.replace(".0.", ".99.", 1), factor)])  # type: ignore[attr-defined]
     except Exception as error:
         return str(error)
     return ""

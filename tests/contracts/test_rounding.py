@@ -23,7 +23,7 @@ from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import compare, repeated
 from othink_ray.weights.chunks import to_chunks
 from tests.contracts.family_engine import probe_before_and_after
-from tests.engines.samples import MIXED, row_of, sent_weights
+from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint
 
 # Mean gaps in nats of these checkpoints where each side rounds in its own way.
@@ -119,6 +119,6 @@ def _gap(policy: Policy, probes: Sequence[Probe]) -> Audit:
     for probe in probes:
         batch = collate([row_of(probe.group)], policy.family, attention_for("auto", cpu), cpu)
         with torch.no_grad():
-            logprobs = policy(batch, wanted="distributions")
+            logprobs = distributions(policy, batch)
         known.append(logprobs.gather(1, torch.from_numpy(probe.candidates)).numpy())
     return compare(probes, repeated(probes, known), 0)

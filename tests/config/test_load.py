@@ -44,7 +44,8 @@ def test_each_model_is_given_the_adam_of_its_size() -> None:
         for model, cluster in itertools.product(models, clusters):
             composed = compose("config", overrides=[f"model={model}", f"cluster={cluster}"])
             adam = tuple(composed.learner[name] for name in ("adam_beta1", "adam_beta2", "adam_eps"))
-            expected = (0.9, 0.999, 1e-8) if composed.model.tiny is None else (0.9, 0.99, 1e-6)
+            tiny = composed.model.tiny is not None and composed.model.smol is None
+            expected = (0.9, 0.99, 1e-6) if tiny else (0.9, 0.999, 1e-8)
             assert tuple(map(float, adam)) == expected, (model, cluster)
 
 

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo study bench test drills lint clean
+.PHONY: help demo study bench test drills mutants lint clean
 python := .venv/bin/python
 
 # Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
@@ -28,6 +28,10 @@ test:  ## set up, then all tests, two at a time; ARGS="tests/core -k kl" chooses
 drills:  ## set up, then faults in real runs, twenty of each kind: three hours; ARGS="--times 2 --only learner_dies" chooses
 	@launch/setup_env.sh auto dev
 	@$(python) -m tests.drills $(ARGS)
+
+mutants:  ## set up, then small changes of the code that tests must notice: two hours; ARGS="--only core/kl.py" chooses
+	@launch/setup_env.sh auto dev
+	@$(python) -m tests.mutants $(ARGS)
 
 lint:  ## set up, then style, types, import contracts, shell and Docker files
 	@launch/setup_env.sh auto dev

@@ -165,3 +165,31 @@ def test_a_group_teaches_only_where_valid_rewards_differ() -> None:
     assert not rewards_differ(np.array([1.0, 0.0]), np.array([True, False]))
     assert not rewards_differ(np.array([0.9] * 8), np.array([True] * 8))
     assert not rewards_differ(np.array([0.0, 0.0]), np.array([False, False]))
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_no_form_takes_a_valid_reward_that_is_no_number(name: str) -> None:
+    with pytest.raises(ValueError, match="not valid"):
+        ADVANTAGES[name](np.array([[np.nan, 1.0]]), np.ones((1, 2), dtype=np.bool_))
+
+
+def test_two_answers_of_a_batch_are_divided_by_their_sample_std() -> None:
+    found = ADVANTAGES["batch_std"](np.array([[0.0, 1.0]]), np.ones((1, 2), dtype=np.bool_))
+    np.testing.assert_allclose(found, [[-0.5 / (0.5**0.5 + EPS), 0.5 / (0.5**0.5 + EPS)]], rtol=1e-12)
+
+
+def test_a_reward_at_the_mean_does_not_hide_that_others_differ() -> None:
+    assert rewards_differ(np.array([0.0, 0.5, 1.0]), np.ones(3, dtype=np.bool_))
+
+
+def test_equal_rewards_behind_masked_ones_differ_by_no_rounding() -> None:
+    rewards = np.array([[9.0, 0.1, 0.1, 0.1], [0.3, 0.3, 7.0, 0.3]])
+    valid = np.array([[False, True, True, True], [True, True, False, True]])
+    assert (ADVANTAGES["group_mean"](rewards, valid) == 0.0).all()
+
+
+def test_rewards_with_a_gradient_and_masks_of_whole_numbers_are_taken() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 5.0]], requires_grad=True)
+    masked = group_advantages(rewards, valid=np.array([[1, 1, 0]]))
+    assert torch.equal(masked, group_advantages(rewards, valid=np.array([[True, True, False]])))
+    assert not masked.requires_grad

@@ -1,0 +1,79 @@
+"""A process that has imported what tests import, but nothing of ours, and runs each request's tests in a fork.
+
+    python -m tests.mutants.fork_server
+
+Reads lines of JSON (`tests`, `timeout_s`, `screen`) and answers each with its exit status; null: stopped at its limit.
+Torch takes seconds to import and a test of `core/` milliseconds. Nothing here starts a thread before the forks: torch's
+begin with its first operation, so the importing itself is the last thing that all forks share.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+OURS = ("othink_ray", "tests", "__main__")
+_LISTED = (
+    "import sys, tests.conftest, hypothesis, _pytest.assertion.rewrite, pytest_timeout; "
+    "print(' '.join(name for name, module in sys.modules.items() if getattr(module, '__spec__', None)))"
+)
+
+
+def preload() -> None:
+    """Imports what the tests' conftest does, in its order, but for our own modules."""
+    listed = subprocess.run([sys.executable, "-c", _LISTED], capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines()[-1].split():
+        if name.partition(".")[0] not in OURS:
+            with suppress(Exception):  # made up by another module, or one that its importer tries and goes without
+                importlib.import_module(name)
+
+
+def run(tests: list[str], timeout_s: float, screen: Path) -> int | None:
+    """The exit status of pytest over `tests` in a fork, whose whole process group ends with it."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        with screen.open("wb") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        import pytest
+
+        status = 1  # what ends the interpreter is a failure too
+        try:
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+        finally:
+            os._exit(status)
+    until = time.monotonic() + timeout_s
+    status: int | None = None
+    while status is None and time.monotonic() < until:
+        done, code = os.waitpid(child, os.WNOHANG)
+        if done:
+            status = os.waitstatus_to_exitcode(code)
+        else:
+            time.sleep(0.01)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    if status is None:
+        os.waitpid(child, 0)
+    return status
+
+
+def main() -> None:
+    preload()
+    gc.freeze()  # else each fork's first collection copies the pages of all that was imported
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(run(request["tests"], request["timeout_s"], Path(request["screen"]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Which files are mutated, and which tests then must fail: fastest first, since the first failure decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "othink_ray"
+
+# All mutants of these; they run in forks of a process that has imported torch.
+PURE = {
+    "core/advantages.py": ("core/test_advantages.py", "core/test_variants.py"),
+    "core/attention.py": ("core/test_line.py", "core/test_fused.py", "core/test_blocks.py"),
+    "core/blocks.py": ("core/test_blocks.py", "core/test_line.py", "core/test_fused.py"),
+    "core/correction.py": ("core/test_correction.py",),
+    "core/fused.py": ("core/test_fused.py",),
+    "core/intervals.py": ("core/test_intervals.py",),
+    "core/kernel_memory.py": ("engines/test_network_memory.py",),
+    "core/kl.py": ("core/test_kl.py", "core/test_schedules.py", "core/test_variants.py"),
+    "core/line.py": ("core/test_line.py", "core/test_variants.py", "core/test_blocks.py"),
+    "core/logprobs.py": ("core/test_logprobs.py",),
+    "core/losses.py": ("core/test_losses.py", "core/test_correction.py", "core/test_variants.py"),
+    "core/packing.py": ("core/test_packing.py", "core/test_variants.py"),
+    "core/rates.py": ("core/test_rates.py",),
+    "core/schedules.py": ("core/test_schedules.py", "driver/test_loop.py"),
+    "core/tokens.py": ("core/test_packing.py", "core/test_line.py"),
+    "weights/arrival.py": ("weights/test_arrival.py",),
+    "weights/audit.py": ("weights/test_compare.py", "weights/test_audit.py"),
+    "weights/chunks.py": ("weights/test_chunks.py",),
+    "weights/digest.py": ("weights/test_digest.py", "weights/test_arrival.py"),
+    "driver/loop.py": ("driver/test_loop.py", "driver/test_small_data.py", "driver/test_overlap.py"),
+    "driver/overlap.py": ("driver/test_overlap.py", "driver/test_small_data.py", "driver/test_resume.py"),
+}
+
+_LEARNER = ("engines/test_update.py", "engines/test_learner.py", "engines/test_learner_state.py")
+_ENGINE = ("engines/test_receiver.py", "contracts/test_rollout.py", "contracts/test_rollout_push.py")
+_PUSH = ("runtime/test_push.py", "runtime/test_bfloat16_push.py", "runtime/test_replacing.py")
+_POOLS = ("runtime/test_pools.py", "runtime/test_expecting.py")
+
+# A seeded sample of the mutants of these; each runs in a process of its own: Ray and vLLM do not survive a fork.
+HEAVY = {
+    "engines/adapters.py": ("engines/test_adapters.py", "contracts/test_adapters.py"),
+    "engines/ahead.py": ("engines/test_ahead.py", "engines/test_learner.py"),
+    "engines/base.py": ("engines/test_place.py", *_ENGINE),
+    "engines/compiled.py": ("engines/test_compiled.py",),
+    "engines/deepspeed_learner.py": _LEARNER,
+    "engines/device_memory.py": ("engines/test_update.py",),
+    "engines/exported.py": ("engines/test_adapters.py", "engines/test_learner.py"),
+    "engines/hf_rollout.py": ("contracts/test_rollout.py", "contracts/test_rollout_push.py"),
+    "engines/inputs.py": ("engines/test_inputs.py", "engines/test_policy.py"),
+    "engines/learner_state.py": ("engines/test_learner_state.py",),
+    "engines/micro_batch.py": ("engines/test_policy.py", "engines/test_learner.py"),
+    "engines/network_memory.py": ("engines/test_network_memory.py",),
+    "engines/policy.py": ("engines/test_policy.py", "engines/test_learner.py"),
+    "engines/products.py": ("engines/test_products.py",),
+    "engines/teacher.py": ("contracts/test_thinking_template.py", "weights/test_audit.py"),
+    "engines/totals.py": ("engines/test_learner.py",),
+    "engines/trained.py": ("engines/test_adapters.py", "engines/test_learner.py"),
+    "engines/training_mode.py": ("engines/test_update.py",),
+    "engines/vllm_regions.py": ("contracts/test_vllm_work.py",),
+    "engines/vllm_rollout.py": (*_ENGINE, "contracts/test_vllm_work.py"),
+    "engines/vllm_rounding.py": ("contracts/test_rounding.py",),
+    "engines/vllm_transfer.py": ("contracts/test_rollout_push.py", "runtime/test_push.py"),
+    "engines/vllm_worker.py": ("contracts/test_rollout_push.py", "contracts/test_vllm_work.py"),
+    "engines/zero_settings.py": _LEARNER,
+    "runtime/actors.py": (*_POOLS, "runtime/test_push.py"),
+    "runtime/balance.py": ("runtime/test_balance.py",),
+    "runtime/calls.py": ("runtime/test_streams.py", "runtime/test_pools.py"),
+    "runtime/cluster.py": ("runtime/test_cluster.py",),
+    "runtime/gauges.py": ("runtime/test_gauges.py",),
+    "runtime/incidents.py": ("runtime/test_pools.py",),
+    "runtime/job.py": ("runtime/test_job.py",),
+    "runtime/learner_pool.py": ("runtime/test_preparing.py", "runtime/test_loading.py", "runtime/test_push.py"),
+    "runtime/placement.py": ("runtime/test_seating.py", "runtime/test_loading.py", "runtime/test_pools.py"),
+    "runtime/push.py": _PUSH,
+    "runtime/recorded.py": ("e2e/test_timeline.py",),
+    "runtime/reward_actor.py": ("runtime/test_pools.py",),
+    "runtime/reward_pool.py": ("runtime/test_pools.py",),
+    "runtime/rollout_pool.py": (*_POOLS, "runtime/test_loading.py"),
+    "runtime/seating.py": ("runtime/test_seating.py",),
+    "runtime/team.py": ("runtime/test_team.py", "driver/test_small_data.py", "runtime/test_replacing.py"),
+}
+
+
+def covering(file: str) -> tuple[str, ...]:
+    """Test files for a mutated file, as paths under the root; a file without a line of its own is an error."""
+    table = PURE | HEAVY
+    if file not in table:
+        raise KeyError(f"tests/mutants/table.py names no tests of {file}: add a line for it")
+    return tuple(f"tests/{test}" for test in table[file])

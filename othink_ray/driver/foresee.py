@@ -14,7 +14,6 @@ from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
 from othink_ray.driver.idle import idle
-from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
 from othink_ray.runtime.seating import picture, team_bundles
 from othink_ray.types import Prompt
 
@@ -99,6 +98,7 @@ def _weights_of(folder: Path) -> int | None:
 def _model(
     config: Config, folder: Path, weights: int, samples: Sequence[Prompt]
 ) -> tuple[dict[str, str], list[Problem]]:
+    from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
     from othink_ray.engines.adapters import AdapterError
     from othink_ray.engines.trained import count_trained, require_servable
     from othink_ray.families import open_family

@@ -24,7 +24,6 @@ from tests.engines.nearness import assert_same_stats, distance, moved
 from tests.engines.samples import ask, batch_of, distributions, fresh_policy, picture, scored
 from tests.engines.slow_training import TEMPERATURE, slow_training
 
-# ---- one process a rank, once for all tests
 CORRECTED = ("token", "sequence", "icepop", "mis_sequence")
 
 

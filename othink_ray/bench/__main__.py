@@ -15,7 +15,7 @@ from othink_ray.bench.lines import LINES, Runs
 from othink_ray.bench.machine import machine
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import PARTS, spread, spreads
-from othink_ray.bench.work import Work
+from othink_ray.bench.work import MODELS, Work
 from othink_ray.main import interrupt_at_any_ending
 
 WAYS = {
@@ -30,7 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     asked = parser.parse_args(arguments)
     folder = Path(asked.dir or f"runs/bench_{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
-    works = [Work(prompts=asked.prompts, answers=asked.answers, tokens=asked.tokens, cells=one) for one in asked.cells]
+    works = [
+        Work(prompts=asked.prompts, answers=asked.answers, tokens=asked.tokens, cells=one, model=asked.model)
+        for one in asked.cells
+    ]
     python = None if asked.no_peer or PEER not in asked.only else asked.peer.absolute()
     if python is not None and not python.exists():
         parser.error(f"--peer: there is no {python}; run launch/setup_peer.sh, or leave TRL out with --no-peer")
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="make bench", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--cells", type=int, nargs="+", default=[4, 12, 24], help="images of so many cells squared")
+    parser.add_argument("--model", choices=list(MODELS), default="bench", help="of the comparison with the peer")
     parser.add_argument("--prompts", type=int, default=8, help="P")
     parser.add_argument("--answers", type=int, default=8, help="G")
     parser.add_argument("--tokens", type=int, default=64, help="T, of each answer")

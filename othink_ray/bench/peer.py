@@ -15,6 +15,7 @@ from othink_ray.runtime.placement import MALLOC
 
 _SCRIPT = Path(__file__).with_name("peer_trl.py")
 _QUESTIONS = 128
+_ROWS = {"smol": 16}  # answers in one forward pass: with all 64 its logits do not fit 24 GiB
 
 
 def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
@@ -26,6 +27,7 @@ def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
         "prompts": work.prompts,
         "answers": work.answers,
         "tokens": work.tokens,
+        "rows": _ROWS.get(work.model, work.samples),
         "steps": steps + WARM_UP,
         "beta": BETA,
         "lr": RATE,

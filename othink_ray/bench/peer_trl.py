@@ -28,7 +28,8 @@ def main(settings: dict[str, Any]) -> None:
     samples = settings["prompts"] * settings["answers"]
     config = GRPOConfig(
         output_dir=settings["output"],
-        per_device_train_batch_size=samples,
+        per_device_train_batch_size=settings["rows"],
+        gradient_accumulation_steps=samples // settings["rows"],
         num_generations=settings["answers"],
         max_completion_length=settings["tokens"],
         generation_kwargs={"suppress_tokens": never},  # the end token among them: every answer has all its tokens

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 CELL = 28  # pixels; one cell of an image is one image token
 BETA = 0.04
 RATE = 1e-5
+MODELS = {
+    "bench": ("model=bench",),
+    "smol": ("model=smol", "model.tiny.warm_steps=0", "model.smol.warm_steps=0"),  # what it knows costs no time
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,7 @@ class Work:
     answers: int
     tokens: int
     cells: int
+    model: str = "bench"  # of MODELS
 
     @property
     def image_tokens(self) -> int:
@@ -27,15 +32,15 @@ class Work:
         return self.prompts * self.answers
 
     def __str__(self) -> str:
-        return f"W({self.prompts}, {self.answers}, {self.tokens}, {self.image_tokens})"
+        return f"W({self.prompts}, {self.answers}, {self.tokens}, {self.image_tokens}) of model={self.model}"
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, int | str]:
         return asdict(self) | {"image_tokens": self.image_tokens}
 
     def overrides(self) -> list[str]:
         """What makes a run of mode=train this work. The last number counts: an untaught model's answers must differ."""
         return [
-            "model=bench",
+            *MODELS[self.model],
             f"model.max_pixels={max(self.image_tokens, 4) * CELL**2}",
             f"train.prompts_per_step={self.prompts}",
             *(f"algo.group_size={self.answers}", "algo=grpo", f"algo.kl.beta_min={BETA}"),

@@ -92,6 +92,8 @@ def _make_smol(config: Config, place: Path, console: Console, open_classroom: Op
     seeing = warm_started(eyes, console, open_classroom)
     with console.phase(f"fetching {smol.weights}, and putting the vision tower before it"):
         build_smol(place / "untaught", config.model, seeing)
+    if not smol.warm_steps:
+        return place / "untaught"
     lessons = _Lessons(questions=None, steps=smol.warm_steps, batch=smol.warm_batch, lr=smol.warm_lr, reasoning=True)
     learner = replace(_all_trained(config.learner), freeze="vision", projector_lr_scale=smol.warm_projector_scale)
     with console.phase("warm start: the language model learns what the tower sees, by supervised fine-tuning"):

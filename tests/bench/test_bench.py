@@ -21,13 +21,15 @@ from othink_ray.config.check import machine_for, problems
 from othink_ray.config.load import read
 
 
-def work(cells: int) -> Work:
-    return Work(prompts=8, answers=8, tokens=64, cells=cells)
+def work(cells: int, model: str = "bench") -> Work:
+    return Work(prompts=8, answers=8, tokens=64, cells=cells, model=model)
 
 
-@pytest.mark.parametrize("cells", [1, 2, 4, 12, 24])
-def test_a_work_is_a_sound_run_whose_images_are_not_scaled(cells: int) -> None:
-    config, found = read(work(cells).overrides())
+@pytest.mark.parametrize(
+    ("cells", "model"), [(1, "bench"), (2, "bench"), (4, "bench"), (12, "bench"), (24, "bench"), (8, "smol")]
+)
+def test_a_work_is_a_sound_run_whose_images_are_not_scaled(cells: int, model: str) -> None:
+    config, found = read(work(cells, model).overrides())
     assert config is not None
     assert found + problems(config, machine_for(config)) == []
     scenes = config.data.scenes

@@ -27,7 +27,7 @@ GRADER_MIN_MB = 256  # the process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk", "easy_vqa")
-EASY_VQA_SUBSETS = ("open", "yes_no")  # colours and shapes | yes and no
+EASY_VQA_SUBSETS = ("open", "shape", "colour", "yes_no")  # open: shapes and colours
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -44,6 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.freeze": tuple(FROZEN),
     "model.family": FAMILIES,
     "model.dtype": ("float32", "bfloat16"),
+    "model.smol.eyes_subset": EASY_VQA_SUBSETS,
     "data.task": ("counting", "geometry", "vqa"),
     "data.train.source": SOURCES,
     "data.test.source": SOURCES,

@@ -10,14 +10,20 @@ from zipfile import ZipFile
 from othink_ray.config.schema import FilesConfig
 from othink_ray.data.wheels import fetch_wheel
 
-_YES_NO = ("yes", "no")
+_KINDS = {
+    "yes_no": {"yes_no"},
+    "shape": {"shape"},
+    "colour": {"colour"},
+    "open": {"shape", "colour"},
+    None: {"yes_no", "shape", "colour"},
+}
 
 
 class EasyVQATable:
     """The questions of one split by row number, in the order of the package; images are read from the wheel.
 
-    Subset `open` asks for a colour or a shape, `yes_no` for yes or no; null is all of them. What is asked tells most
-    answers of `yes_no`, so accuracy on `open` is the one that shows whether a model sees.
+    Subset `open` asks for a `shape` or a `colour`, `yes_no` for yes or no; null is all of them. What is asked tells
+    most answers of `yes_no`, so accuracy on `open` is the one that shows whether a model sees.
     """
 
     columns: Sequence[str] = ("image", "question", "answer", "id")
@@ -27,7 +33,8 @@ class EasyVQATable:
         self._folder = f"easy_vqa/data/{files.split}"
         rows = json.loads(self._wheel.read(f"{self._folder}/questions.json"))
         numbered = enumerate(rows)
-        self._rows = [(number, *row) for number, row in numbered if _belongs(row[1], files.subset)]
+        wanted = _KINDS[files.subset]
+        self._rows = [(number, *row) for number, row in numbered if _kind(row[1]) in wanted]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,5 +52,7 @@ class EasyVQATable:
         return [row[values[name]] if name in values else f"{row[0]:05d}" for row in self._rows]
 
 
-def _belongs(answer: str, subset: str | None) -> bool:
-    return subset is None or (answer in _YES_NO) == (subset == "yes_no")
+def _kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes_no"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"

@@ -29,9 +29,12 @@ def test_open_questions_ask_for_colours_and_shapes_alone() -> None:
 
 def test_subsets_divide_all_questions_of_a_split() -> None:
     def count(subset: str) -> int:
-        return len(open_source(load(["data=easy_vqa", f"data.test.files.subset={subset}"]).data, "test"))
+        return len(open_source(load(["data=easy_vqa", "data.test.size=null", f"data.test.files.subset={subset}"]).data, "test"))
 
     assert (count("open"), count("yes_no"), count("null")) == (2537, 7136, 9673)
+    assert count("shape") + count("colour") == 2537
+    assert set(answers("easy_vqa", "test", "data.test.files.subset=shape")) == SHAPES
+    assert set(answers("easy_vqa", "test", "data.test.files.subset=colour")) == COLOURS
     assert set(answers("easy_vqa", "test", "data.test.files.subset=yes_no")) == {"yes", "no"}
     assert len(open_source(load(["data=easy_vqa_all"]).data, "train")) == 38_575
 
@@ -48,7 +51,7 @@ def test_every_row_has_its_own_image_and_name() -> None:
 def test_a_subset_that_there_is_not_is_refused_with_those_that_there_are() -> None:
     [problem] = problems(load(["data=easy_vqa", "data.train.files.subset=opn"]), None)
     assert problem.subject == "data.train.files.subset = opn"
-    assert "open, yes_no or null" in problem.rule
+    assert "open, shape, colour, yes_no or null" in problem.rule
 
 
 def test_a_wheel_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:

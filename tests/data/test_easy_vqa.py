@@ -29,7 +29,8 @@ def test_open_questions_ask_for_colours_and_shapes_alone() -> None:
 
 def test_subsets_divide_all_questions_of_a_split() -> None:
     def count(subset: str) -> int:
-        return len(open_source(load(["data=easy_vqa", "data.test.size=null", f"data.test.files.subset={subset}"]).data, "test"))
+        whole = ["data=easy_vqa", "data.test.size=null"]
+        return len(open_source(load([*whole, f"data.test.files.subset={subset}"]).data, "test"))
 
     assert (count("open"), count("yes_no"), count("null")) == (2537, 7136, 9673)
     assert count("shape") + count("colour") == 2537

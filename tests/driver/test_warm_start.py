@@ -42,20 +42,35 @@ def test_runs_that_differ_only_in_training_share_it(override: str) -> None:
     assert base_model_folder(load([override])) == base_model_folder(load([]))
 
 
-def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_path: Path) -> None:
-    class Opened(Exception):
-        pass
+class _Opened(Exception):
+    pass
 
+
+def _first_room(config: Config) -> Config:
+    """With what the first lessons are given."""
     asked: list[Config] = []
 
     def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Classroom]:
         asked.append(config)
-        raise Opened
+        raise _Opened
 
-    config = load(
-        [f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision", "rollout.temperature=0.5"]
-    )
-    with Console() as console, pytest.raises(Opened):
+    with Console() as console, pytest.raises(_Opened):
         warm_started(config, console, open_classroom)
     [room] = asked
+    return room
+
+
+def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_path: Path) -> None:
+    room = _first_room(
+        load([f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision", "rollout.temperature=0.5"])
+    )
     assert (room.learner.freeze, room.learner.lora.rank, temperature(room)) == ("none", 0, 1.0)
+
+
+@pytest.mark.parametrize(("data", "subset"), [("easy_vqa", "shape"), ("easy_vqa_all", "shape"), ("counting", None)])
+def test_the_eyes_of_the_pretrained_model_learn_shapes_alone(tmp_path: Path, data: str, subset: str | None) -> None:
+    room = _first_room(load([f"run.cache_dir={tmp_path}", "model=smol", f"data={data}"]))
+    files = room.data.train.files
+    assert (files.subset if files else None) == subset
+    assert (room.model.name, room.model.smol) == ("smol-eyes", None)
+    assert room.data.test == load(["model=smol", f"data={data}"]).data.test

@@ -68,8 +68,10 @@ def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_p
 
 
 @pytest.mark.parametrize(("data", "subset"), [("easy_vqa", "shape"), ("easy_vqa_all", "shape"), ("counting", None)])
-def test_the_eyes_of_the_pretrained_model_learn_shapes_alone(tmp_path: Path, data: str, subset: str | None) -> None:
-    room = _first_room(load([f"run.cache_dir={tmp_path}", "model=smol", f"data={data}"]))
+def test_the_eyes_of_the_pretrained_model_learn_from_a_subset(tmp_path: Path, data: str, subset: str | None) -> None:
+    room = _first_room(
+        load([f"run.cache_dir={tmp_path}", "model=smol", "model.smol.eyes_subset=shape", f"data={data}"])
+    )
     files = room.data.train.files
     assert (files.subset if files else None) == subset
     assert (room.model.name, room.model.smol) == ("smol-eyes", None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -31,7 +32,8 @@ class PackedImages:
 
         patches = len(image_of)
         some, all_ = _blocks(image_of, len(lengths))
-        self.whole = torch.tensor([0, patches])  # the bounds of all patches as if they were one image
+        # The bounds of all patches as if they were one image; no tensor, as it is to be read in every layer.
+        self.whole = np.array([0, patches])
         self.mask = BlockMask.from_kv_blocks(
             *_listed(some), *_listed(all_), BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(patches, patches)
         )
@@ -68,7 +70,7 @@ def _kernel(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Any:
-        # Not the kernel that torch would take for fewer than 128 queries, which would be compiled beside this one.
+        # The same kernel for fewer than 128 patches, for which torch would take one that splits keys among processors.
         options: Any = {"FORCE_USE_FLEX_ATTENTION": True}
         return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=options)
 

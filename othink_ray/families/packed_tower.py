@@ -22,7 +22,7 @@ from othink_ray.core.packed_images import PackedImages
 class _Packed:
     """Before the attention of any of the towers: it may be given `PackedImages` in the place of cumulative lengths."""
 
-    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | PackedImages, **settings: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, cu_seqlens: Any, **settings: Any) -> Tensor:
         if isinstance(cu_seqlens, PackedImages):
             settings["images"], cu_seqlens = cu_seqlens, cu_seqlens.whole
         attended: Tensor = super().forward(hidden_states, cu_seqlens=cu_seqlens, **settings)  # type: ignore[misc]

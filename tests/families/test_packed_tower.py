@@ -126,7 +126,7 @@ class Reads(TorchFunctionMode):
 
 
 def tower_of(family: Any, layers: int, device: str) -> Any:
-    """As the learner has it, with that many layers, in front of which the family's own two or three stand."""
+    """As the learner has it, but with that many layers, and weights of any value."""
     network = family.skeleton()
     tower = family.vision_tower(network)
     while len(tower.blocks) < layers:

@@ -44,8 +44,12 @@ def digest(table: Table, file: str) -> str:
 def explained(path: Path) -> dict[str, str]:
     """Key of a mutant -> why no test can notice it."""
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    found = dict(line.rsplit(" | ", 1) for line in lines)
-    assert all(key.count(" | ") >= 3 for key in found), f"{path.name}: file | function | line | change | reason"
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, reason = line.rpartition(" | ")
+        if key.count(" | ") < 3 or key in found:
+            raise ValueError(f"{path.name}: once for each mutant, file | function | line | change | reason: {line}")
+        found[key] = reason
     return found
 
 

@@ -45,7 +45,7 @@ _PURE = {
     "core/packing.py": ("core/test_packing.py", "core/test_variants.py"),
     "core/rates.py": ("core/test_rates.py",),
     "core/schedules.py": ("core/test_schedules.py", "driver/test_loop.py"),
-    "core/tokens.py": ("core/test_packing.py", "core/test_line.py"),
+    "core/tokens.py": ("core/test_losses.py", "core/test_correction.py"),
     "weights/arrival.py": ("weights/test_arrival.py",),
     "weights/audit.py": ("weights/test_compare.py", "weights/test_audit.py"),
     "weights/chunks.py": ("weights/test_chunks.py",),

@@ -69,10 +69,11 @@ def test_each_step_but_the_first_trains_answers_of_the_weights_one_step_older() 
 
 
 def test_a_resumed_run_begins_with_answers_of_its_own_weights() -> None:
-    team = ScriptedTeam()
-    steps = run(team, range(3, 6))
+    team, diary = ScriptedTeam(), Diary()
+    steps = run(team, range(3, 6), diary=diary)
     assert [versions(seen) for seen in steps] == [{3}, {3}, {4}]
     assert team.calls[0] == ("push", 3)
+    assert diary.begun == [3]
 
 
 def test_answers_of_still_older_weights_are_refused() -> None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import queue
 import random
+import signal
 import sys
 import threading
 import time
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str], table: Table = TABLE) -> int:
     run = Run(table, todo, asked.results, asked.budget_minutes)
     print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {asked.results}", flush=True)
     workers = [threading.Thread(target=run.work) for _ in range(asked.workers)]
+    asked_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: nothing is left behind
     for worker in workers:
         worker.start()
     try:
@@ -166,6 +168,8 @@ def main(arguments: Sequence[str], table: Table = TABLE) -> int:
         run.stopped.set()
         for worker in workers:
             worker.join()
+    finally:
+        signal.signal(signal.SIGTERM, asked_to_end)
     if run.error is not None:
         raise run.error
     return report(todo, run.verdicts, explained(table.explained))

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.mutants.__main__ import chosen, main, report
@@ -110,7 +112,7 @@ def test_verdicts_of_a_run_over_forks_and_processes(
     assert sums["core/sums.py:5:12+9:right alone"] == ("killed", 1)
     assert told.statuses("core/waits.py") == {"core/waits.py:2:11+1:negate": ("killed", 1), HUNG: ("hung", None)}
     heavy = told.statuses("engines/heavy.py")
-    assert len(heavy) == house.table.sample and {code for _, code in heavy.values()} == {0, 1}
+    assert len(heavy) == house.table.sample and set(heavy.values()) == {("killed", 1)}
 
     assert told.code == 1
     assert "    n // KEPT  ->  n * KEPT" in told.screen and "in half\n    return n // KEPT" in told.screen
@@ -153,8 +155,9 @@ def test_a_run_out_of_time_says_what_is_left_and_the_next_one_goes_on(
     assert (on.code, len(on.lines)) == (0, 6)
 
 
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_its_verdicts_to_the_next_and_nothing_else(
-    house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: signal.Signals, house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.mutants.__main__ import main;"
@@ -173,7 +176,7 @@ def test_an_interrupted_run_leaves_its_verdicts_to_the_next_and_nothing_else(
         until = time.monotonic() + 200
         while not house.lines() and time.monotonic() < until:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(way)
         screen, _ = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -196,26 +199,31 @@ def test_tests_that_fail_without_a_mutant_stop_the_run_and_are_shown(
 
 
 @pytest.mark.parametrize("file", ["core/waits.py", "engines/heavy.py"])
-def test_a_test_process_and_its_children_end_when_time_is_up(house: House, file: str, tmp_path: Path) -> None:
+def test_a_test_process_and_its_children_end_when_time_is_up(house: House, file: str) -> None:
     [test] = house.table.covering(file)
     (house.root / test).write_text(
-        "import pathlib, subprocess, time\n\n\n"
-        "def test_slow():\n"
-        f"    child = subprocess.Popen(['sleep', '100'])\n"
-        f"    pathlib.Path({str(tmp_path)!r}, 'child').write_text(str(child.pid))\n"
-        "    time.sleep(100)\n"
+        "import subprocess, time\n\n\ndef test_slow():\n    subprocess.Popen(['sleep', '200'])\n    time.sleep(200)\n"
     )
     with Trials(house.table) as trials:
-        assert trials.status(file, None, 8) is None
-    state = Path("/proc", (tmp_path / "child").read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+        assert trials.status(file, None, 10) is None
+    assert commands_with(trials.tree) == []
+
+
+def commands_with(tree: Path) -> list[list[str]]:
+    """Of all processes that were started to test this tree and still run."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("PYTHONPATH") == str(tree) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+    return found
 
 
 @pytest.mark.parametrize("file", ["core/signs.py", "engines/heavy.py"])
 def test_a_mutant_does_not_outlive_its_trial(house: House, file: str) -> None:
     mutant = mutants(file, house.table.source(file).read_text())[-1]
     with Trials(house.table) as trials:
-        statuses = [trials.status(file, each, 60) for each in (mutant, None, mutant)]
+        statuses = [trials.status(file, each, 300) for each in (mutant, None, mutant)]
     assert statuses == [1, 0, 1]
 
 

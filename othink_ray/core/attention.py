@@ -213,6 +213,11 @@ def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.devi
     return _by_length if name == "auto" else ATTENTIONS[name]
 
 
+def packs_images(attention: Attention, device: torch.device) -> bool:
+    """Whether all images beside this line are attended to in one kernel too: by the same compiler, on GPUs alone."""
+    return isinstance(attention, FlexAttention) and device.type == "cuda"
+
+
 def _by_length(line: Line, device: torch.device) -> Attention:
     prompts = [stop - start for start, stop, of_answer in stretches(line) if not of_answer]
     return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(line, device)

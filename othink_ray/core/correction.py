@@ -50,7 +50,7 @@ def token_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 
 def sequence_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """That of the whole answer, the product over its tokens; all of them must be in one call."""
-    return sums_by_answer(log_ratio, answers).exp()[answers.flatten()].view(log_ratio.shape)
+    return sums_by_answer(log_ratio, answers).exp()[answers]
 
 
 def all_kept(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:

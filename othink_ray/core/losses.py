@@ -145,4 +145,4 @@ def _answer_means(values: torch.Tensor, active: torch.Tensor, answers: torch.Ten
     """Each token's answer's mean over its active tokens, in the shape of `values`, which is 0 where inactive."""
     counts = sums_by_answer(active.to(values.dtype), answers)
     means = sums_by_answer(values, answers) / counts.clamp(min=1)
-    return means[answers.flatten()].view(values.shape)
+    return means[answers]

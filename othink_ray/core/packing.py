@@ -86,7 +86,7 @@ def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: i
 
 
 def _lengths(scored: ScoredGroup) -> NDArray[np.int64]:
-    return np.array([len(completion.token_ids) for completion in scored.group.completions], dtype=np.int64)
+    return np.array([len(completion.token_ids) for completion in scored.group.completions])
 
 
 def _row(

@@ -60,7 +60,7 @@ def collate(
         attention=attend(line, device),
         images=ImageTensors(
             pixels=torch.cat([image.pixels for image in shown]).to(device),
-            grids=torch.cat([image.grids for image in shown]).to(device),
+            grids=torch.cat([image.grids for image in shown]),
         ),
         asked=asked.to(device),
         predictors=which.to(device),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from othink_ray.core.attention import packs_images
 from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from othink_ray.engines.micro_batch import MicroBatch
 from othink_ray.families.base import Family
@@ -53,7 +54,8 @@ class Policy(nn.Module):
     def image_features(self, batch: MicroBatch) -> Tensor:
         """(image tokens, H) of all images."""
         self.encoded_images += len(batch.images.grids)
-        return self.family.image_features(self.network, batch.images)
+        packed = packs_images(batch.attention, batch.images.pixels.device)
+        return self.family.image_features(self.network, batch.images, packed=packed)
 
     def predicting_states(self, batch: MicroBatch, features: Tensor) -> Tensor:
         """Hidden states (M, H) that predict the answer tokens."""

@@ -19,7 +19,7 @@ class ImageTensors:
     """Images as the vision tower takes them; those of several prompts are theirs one after the other."""
 
     pixels: Tensor  # (patches or tiles, ...) of all images
-    grids: Tensor  # (images, ...): how the patches of each lie, or how many tiles it has
+    grids: Tensor  # (images, ...): how the patches of each lie, or how many tiles it has; always on the CPU
 
 
 class ModelError(ValueError):
@@ -101,8 +101,12 @@ class Family(Protocol):
         """The repeated ones of both towers, where nearly all of the work is; the text's come last."""
         ...
 
-    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
-        """(image tokens, ...), image after image: all that `hidden_states` needs of them."""
+    def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
+        """(image tokens, ...), image after image: all that `hidden_states` needs of them.
+
+        If `packed`, images of different sizes are attended to in one kernel: for GPUs, and the network of
+        `load_network`.
+        """
         ...
 
     def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:

@@ -72,7 +72,8 @@ class InternVL(HuggingFaceFamily):
         body: Any = network.model
         return [*body.vision_tower.encoder.layer, *body.language_model.layers]
 
-    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
+    def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
+        """Tiles have one size, so they are one batch anyway."""
         body: Any = network.model
         features: Tensor = body.get_image_features(images.pixels).pooler_output
         return features.flatten(0, 1)

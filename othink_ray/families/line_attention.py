@@ -17,6 +17,7 @@ from othink_ray.core import fused
 from othink_ray.core.attention import Attention
 from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
 from othink_ray.core.kernel_memory import kernel_shape
+from othink_ray.core.packed_images import PackedImages
 
 LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
 
@@ -41,11 +42,20 @@ def _attend(
 
 
 def _attend_image(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    images: PackedImages | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
-    """All patches of an image, or of a tile, among themselves; there may be several of the same size."""
+    """All patches of an image, or of a tile, among themselves; there may be several of the same size, or `images`."""
     if query.is_meta:
         return kernel_shape(query, key, value), None
+    if images is not None:
+        return images(query, key, value, scaling), None
     by_kernel = fused.is_chosen() and fused.suits(query)
     # In half precision torch's kernel, which is vLLM's too: it rounds the softmax's shares, and others do not.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32

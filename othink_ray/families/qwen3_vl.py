@@ -18,9 +18,8 @@ class Qwen3VL(QwenVL):
         tower: Any = self.vision_tower(network)
         return [tower.merger, tower.deepstack_merger_list]
 
-    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
-        tower: Any = self.vision_tower(network)
-        seen = tower(images.pixels.type(tower.dtype), grid_thw=images.grids)
+    def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
+        seen = self._seen(network, images, packed)
         return torch.cat([seen.pooler_output, *seen.deepstack_features], dim=-1)
 
     def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from othink_ray.data.pixels import decoded, size_of
 from othink_ray.families.base import ImageTensors
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
+from othink_ray.families.packed_tower import accept_packed, tower_inputs
 
 
 class _PatchProjection(nn.Conv3d):
@@ -74,6 +75,7 @@ class QwenVL(HuggingFaceFamily):
         network = super().load_network(dtype)
         tower: Any = self.vision_tower(network)
         tower.patch_embed.proj.__class__ = _PatchProjection
+        accept_packed(tower)
         return network
 
     def image_inputs(self, images: ImageTensors) -> dict[str, Tensor]:
@@ -92,7 +94,12 @@ class QwenVL(HuggingFaceFamily):
         body: Any = network.model
         return [*body.visual.blocks, *body.language_model.layers]
 
-    def image_features(self, network: nn.Module, images: ImageTensors) -> Tensor:
-        tower: Any = self.vision_tower(network)
-        features: Tensor = tower(images.pixels.type(tower.dtype), grid_thw=images.grids).pooler_output
+    def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
+        features: Tensor = self._seen(network, images, packed).pooler_output
         return features
+
+    def _seen(self, network: nn.Module, images: ImageTensors, packed: bool) -> Any:
+        """What the tower returns."""
+        tower: Any = self.vision_tower(network)
+        beside = tower_inputs(tower, images.grids, images.pixels.device, packed=packed)
+        return tower(images.pixels.type(tower.dtype), grid_thw=images.grids, **beside)

@@ -108,6 +108,7 @@ def test_the_order_of_answers_does_not_matter(rewards: list[int], random: Any) -
     [
         ({"rewards": np.array([1.0])}, ["algo.group_size", "1", "group of one", "at least 2"]),
         ({"rewards": torch.ones(3, 1)}, ["group of one"]),
+        ({"rewards": torch.ones(2, 2, 2)}, ["of shape (2, 2, 2):"]),
         ({"rewards": np.ones((2, 2, 2))}, ["(2, 2, 2)", "(G,)", "(N, G)"]),
         ({"rewards": np.ones(3), "valid": np.ones(2, dtype=bool)}, ["valid", "(2,)", "(3,)"]),
         ({"rewards": np.array([1.0, np.nan])}, ["nan", "not valid"]),
@@ -183,8 +184,8 @@ def test_a_reward_at_the_mean_does_not_hide_that_others_differ() -> None:
 
 
 def test_equal_rewards_behind_masked_ones_differ_by_no_rounding() -> None:
-    rewards = np.array([[9.0, 0.1, 0.1, 0.1], [0.3, 0.3, 7.0, 0.3]])
-    valid = np.array([[False, True, True, True], [True, True, False, True]])
+    rewards = np.array([[9.0, 0.1, 0.1, 0.1, 8.0], [0.3, 0.3, 7.0, 0.3, 8.0], [9.0, 8.0, 0.1, 0.1, 0.1]])
+    valid = np.array([[False, True, True, True, False], [True, True, False, True, False], [False] * 2 + [True] * 3])
     assert (ADVANTAGES["group_mean"](rewards, valid) == 0.0).all()
 
 

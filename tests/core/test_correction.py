@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -133,16 +134,16 @@ def test_the_kl_is_left_alone() -> None:
 
 
 def test_token_and_sequence_ratios_by_hand() -> None:
-    sampler = torch.log(torch.tensor([0.5, 0.5, 0.4, 0.2, 0.9], dtype=torch.float64))
-    old = torch.log(torch.tensor([0.25, 0.75, 0.8, 0.1, 0.1], dtype=torch.float64))
-    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    answers = torch.tensor([0, 0, 1, 2, 2])
+    sampler = torch.log(torch.tensor([0.5, 0.5, 0.4, 0.2, 0.9, 0.9], dtype=torch.float64))
+    old = torch.log(torch.tensor([0.25, 0.75, 0.8, 0.1, 0.1, 0.1], dtype=torch.float64))
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    answers = torch.tensor([0, 0, 1, 2, 2, 1])
     expected = {
-        "token": [0.5, 1.5, 1.7, 0.5, 1.0],
-        "sequence": [0.75, 0.75, 1.7, 0.5, 0.5],
-        "icepop": [0.0, 1.5, 0.0, 0.0, 1.0],
-        "mis_token": [0.5, 1.5, 0.0, 0.5, 1.0],
-        "mis_sequence": [0.75, 0.75, 0.0, 0.5, 0.5],
+        "token": [0.5, 1.5, 1.7, 0.5, 1.0, 1.0],
+        "sequence": [0.75, 0.75, 1.7, 0.5, 0.5, 1.7],
+        "icepop": [0.0, 1.5, 0.0, 0.0, 1.0, 1.0],
+        "mis_token": [0.5, 1.5, 0.0, 0.5, 1.0, 1.0],
+        "mis_sequence": [0.75, 0.75, 0.0, 0.5, 0.5, 0.0],
     }
     assert expected.keys() == set(CORRECTED)
     for name, factors in expected.items():
@@ -241,6 +242,16 @@ def test_the_bounds_themselves_are_trusted_and_a_ratio_of_one_always_is() -> Non
         assert used.tolist() == pytest.approx([0.5, 1.0, 2.0]) and terms.masked == 0
         used, terms = importance(name, sampler, sampler, weights, answers, bounds=(1.0, 1.0))
         assert used.tolist() == [1.0, 1.0, 1.0] and terms.masked == 0
+        assert terms.cut == terms.sequence_cut == 0
+
+
+def test_the_ratio_of_a_long_answer_is_summed_in_float64() -> None:
+    random = torch.Generator().manual_seed(0)
+    sampler = -3 * torch.rand(2000, generator=random)
+    old = sampler + 0.01 * torch.randn(2000, generator=random)
+    answers = torch.zeros(2000, dtype=torch.int64)
+    _, terms = importance("sequence", old, sampler, torch.ones(2000), answers, bounds=(0.5, 2.0))
+    assert terms.sequence_raw.item() == pytest.approx(math.exp(math.fsum((old - sampler).tolist())), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["icepop", "mis_token", "mis_sequence"])

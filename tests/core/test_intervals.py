@@ -23,6 +23,31 @@ def test_three_values_have_students_t() -> None:
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), abs=1e-4)
 
 
+def test_a_share_of_none_or_all_has_an_interval_between_0_and_1() -> None:
+    for trials in range(1, 300):
+        (least, low), (high, most) = wilson(0, trials), wilson(trials, trials)
+        assert 0 <= least < low and high < most <= 1
+
+
+def inside(quantile: float, freedom: int) -> float:
+    """The share of Student's t distribution between -quantile and quantile."""
+    at = np.linspace(0, quantile, 20_001)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    return float(2 * np.trapezoid(scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2), at))
+
+
+@pytest.mark.parametrize("count", range(2, 34))
+def test_half_an_interval_is_students_quantile_of_the_standard_error(count: int) -> None:
+    values = [2.0] * (count - 1) + [2.0 + count]
+    mean, half = mean_and_half(values)
+    assert mean == pytest.approx(3.0)
+    quantile = half / math.sqrt(np.var(values, ddof=1) / count)
+    if count <= 31:
+        assert inside(quantile, count - 1) == pytest.approx(0.95, abs=5e-5)
+    else:
+        assert quantile == pytest.approx(1.96)
+
+
 @pytest.mark.parametrize("count", [2, 3, 12, 40])
 def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says(count: int) -> None:
     rng = np.random.default_rng(count)

@@ -20,7 +20,7 @@ from othink_ray.core.attention import (
     attention_for,
 )
 from othink_ray.core.blocks import ENOUGH, worth_it
-from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors, visibility
+from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors, stretches, visibility
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -52,6 +52,22 @@ def test_visibility_of_a_small_line_is_the_one_drawn_by_hand() -> None:
     """.split()
     expected = torch.tensor([[mark == "x" for mark in row] for row in drawn])
     assert torch.equal(visibility(line_of([(2, [2, 1]), (1, [2])])), expected)
+
+
+@pytest.mark.parametrize("segments", [[[0], []], [[0, 1], [1]], [[1], [0]]])
+def test_a_row_without_a_prompt_in_front_is_refused(segments: list[list[int]]) -> None:
+    with pytest.raises(AssertionError):
+        line_up([np.array(own, dtype=np.int32) for own in segments])
+
+
+def test_a_line_is_of_numbers_that_tensors_are_indexed_with() -> None:
+    line = line_of([(2, [2])])
+    assert line.rows.dtype == line.segments.dtype == torch.int64
+
+
+def test_stretches_are_plain_numbers_of_each_prompt_and_answer() -> None:
+    found = stretches(line_of([(2, [2, 0, 1]), (1, [3])]))
+    assert repr(found) == "[(0, 2, False), (2, 4, True), (4, 5, True), (5, 6, False), (6, 9, True)]"
 
 
 def test_answers_are_counted_over_all_rows_and_empty_ones_left_out() -> None:

@@ -77,6 +77,16 @@ def test_gradients_equal_the_naive_ones(
         torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance)
 
 
+def test_the_heads_gradient_over_many_chunks_is_summed_wide() -> None:
+    hidden, weight, targets, bias = problem(torch.bfloat16, tokens=512)
+    logprobs, _ = token_logprobs(hidden, weight.requires_grad_(), targets, temperature=1.0, logit_bias=bias, chunk=2)
+    (found,) = torch.autograd.grad(logprobs.sum(), weight)
+    (exact,) = torch.autograd.grad(naive(hidden, weight, targets, bias, 1.0)[0].sum(), weight)
+    assert found.dtype == torch.bfloat16
+    # rounded once, at the end; summed in bfloat16 it is off by percents
+    torch.testing.assert_close(found, exact, rtol=2**-8, atol=2**-8 * exact.abs().max().item() / 100)
+
+
 def test_gradients_pass_gradcheck() -> None:
     hidden, weight, targets, bias = problem(torch.float64, tokens=4, vocabulary=6)
     bias[5] = -math.inf
@@ -172,6 +182,14 @@ def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> 
         token_logprobs(hidden, weight, targets, temperature=temperature, logit_bias=None, chunk=3)
 
 
+def test_chunks_of_nothing_and_candidates_of_other_tokens_are_refused() -> None:
+    hidden, weight, targets, _ = problem(torch.float32)
+    with pytest.raises(AssertionError):
+        token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=None, chunk=0)
+    with pytest.raises(ValueError, match="shorter"):
+        candidate_logprobs(hidden, weight, targets[:4, None], temperature=1.0, logit_bias=None, chunk=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_candidates_have_the_very_logprobs_that_training_sees(dtype: torch.dtype, chunk: int) -> None:
@@ -195,6 +213,19 @@ class LargestOutput(TorchDispatchMode):
         if isinstance(found, torch.Tensor) and not func.is_view:
             self.most = max(self.most, found.nbytes)
         return found
+
+
+@pytest.mark.parametrize(
+    ("trained", "tokens", "vocabulary", "chunk"), [("hidden", 4, 1000, 2), ("weight", 1000, 11, 3)]
+)
+def test_no_gradient_is_made_of_what_is_not_trained(trained: str, tokens: int, vocabulary: int, chunk: int) -> None:
+    hidden, weight, targets, _ = problem(torch.float32, tokens=tokens, vocabulary=vocabulary)
+    leaf, frozen = (hidden, weight) if trained == "hidden" else (weight, hidden)
+    leaf.requires_grad_()
+    with LargestOutput() as made:
+        logprobs, _ = token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=None, chunk=chunk)
+        logprobs.sum().backward()
+    assert leaf.grad is not None and made.most < frozen.nbytes
 
 
 def test_an_audit_copies_no_head_on_a_gpu() -> None:

@@ -20,7 +20,7 @@ class Tokens:
 
     policy: torch.Tensor
     old: torch.Tensor
-    ref: torch.Tensor
+    ref: torch.Tensor | None
     advantages: torch.Tensor
     weights: torch.Tensor
     answers: torch.Tensor
@@ -128,6 +128,12 @@ def test_beta_zero_gives_the_gradient_without_a_reference() -> None:
     (expected,) = torch.autograd.grad(without, tokens.policy, retain_graph=True)
     assert torch.equal(gradient(tokens, beta=0.0), expected)
     assert not torch.equal(gradient(tokens, beta=0.05), expected)
+
+
+def test_without_a_reference_the_kl_of_all_tokens_is_one_zero() -> None:
+    tokens = ragged_step(1)[1]
+    tokens.ref = None
+    assert torch.equal(tokens.grpo()[1].kl_sum, torch.zeros((), dtype=torch.float64))
 
 
 def test_beta_zero_ignores_a_broken_reference() -> None:

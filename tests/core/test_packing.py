@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def scored_group(prompt_len: int, lengths: list[int], valid: list[bool], name: s
     )
     group = Group(prompt=prompt, prompt_token_ids=np.arange(1, prompt_len + 1), completions=completions, version=0)
     return ScoredGroup(group=group, rewards=np.zeros(len(lengths)), parts={}, valid=np.array(valid))
+
+
+def replace_logprobs(scored: ScoredGroup, logprobs: list[float]) -> ScoredGroup:
+    """The last answer gets these."""
+    *others, last = scored.group.completions
+    last = replace(last, sampler_logprobs=np.array(logprobs, dtype=np.float32))
+    return replace(scored, group=replace(scored.group, completions=(*others, last)))
 
 
 def packed(prompt_len: int, lengths: list[int], *, groups_in_step: int = 1, name: str = "q7") -> Pack:
@@ -113,6 +121,11 @@ def test_tokens_weigh_what_was_computed_by_hand(name: str, updates: int, expecte
         assert found == pytest.approx(own)
 
 
+def test_the_only_token_of_a_step_has_all_its_weight() -> None:
+    for name, expected in (("answer_mean", 1.0), ("token_mean", 1.0), ("constant_length", 0.1)):
+        assert weights_of(name, [([1], [True])], 1) == [[expected]]
+
+
 @pytest.mark.parametrize("name", LOSS_WEIGHTS)
 def test_a_step_without_any_valid_token_weighs_nothing(name: str) -> None:
     assert weights_of(name, [([0, 0], [True, True]), ([2, 1], [False, False])], 1) == [[], [0, 0, 0]]
@@ -134,6 +147,27 @@ def test_two_groups_of_one_prompt_id_are_refused(names: tuple[str, ...]) -> None
     groups, nothing = [scored_group(2, [1, 2], [True, True], name) for name in names], [np.zeros(2)] * 3
     with pytest.raises(AssertionError, match="two groups of a step have one prompt id"):
         pack_step(groups, nothing, updates=1, loss_weights=LOSS_WEIGHTS["token_mean"], max_tokens=2, shared_prefix=True)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        scored_group(0, [1, 2], [True, True]),
+        scored_group(2, [1, 2], [True]),
+        scored_group(2, [1, 2, 3], [True, True, True]),
+        replace_logprobs(scored_group(2, [1, 2], [True, True]), [0.0]),
+    ],
+    ids=["no prompt", "a flag too few", "an advantage too few", "a logprob too few"],
+)
+def test_a_group_whose_parts_do_not_fit_is_refused(broken: ScoredGroup) -> None:
+    with pytest.raises(AssertionError):
+        pack(broken, np.zeros(2), groups_in_step=1)
+
+
+@pytest.mark.parametrize("zero", ["ranks", "updates", "micro_tokens"])
+def test_a_plan_for_nothing_is_refused(zero: str) -> None:
+    with pytest.raises(AssertionError):
+        plan(rows_of([1, 1]), **{"ranks": 1, "updates": 1, "micro_tokens": 1, zero: 0})
 
 
 def rows_of(lengths: list[int]) -> list[Pack]:

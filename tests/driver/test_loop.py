@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +10,9 @@ import pytest
 
 from othink_ray.core.kl import schedule
 from othink_ray.core.schedules import BetaSchedule
-from othink_ray.driver.loop import train
+from othink_ray.driver.loop import Sampled, measured, train
 from othink_ray.driver.measures import measures
+from othink_ray.types import Group, Prompt
 from tests.driver.fakes import PAPER, Diary, Numbers, ScriptedTeam, recipe_of
 
 
@@ -65,6 +66,16 @@ def test_answers_of_older_weights_are_refused() -> None:
         run(ScriptedTeam(lag=1), range(1))
 
 
+def test_one_group_of_older_weights_among_others_is_refused() -> None:
+    class Mixed(ScriptedTeam):
+        def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
+            for group in super().generate(prompts, step, sampling_round):
+                yield replace(group, version=group.version - int(group.prompt.id == "p2"))
+
+    with pytest.raises(AssertionError, match="other weights"):
+        run(Mixed(), range(1))
+
+
 def test_the_loss_weights_of_one_update_add_up_to_one() -> None:
     team = ScriptedTeam()
     run(team, range(1))
@@ -115,6 +126,7 @@ def test_the_laps_of_a_step_add_up_to_its_time() -> None:
     found = measures(seen)
     laps = [found[f"time/{name}_s"] for name in ("generate", "score", "update", "push")]
     assert found["time/step_s"] == pytest.approx(sum(laps))
+    assert found["time/hidden_s"] == 0
 
 
 # ---- dynamic sampling
@@ -185,6 +197,14 @@ def test_the_accuracy_that_steers_is_that_of_all_answers_asked() -> None:
     first, second = run(ScriptedTeam(dull=frozenset({0, 1, 2, 3})), range(2), kl=kl).steps
     assert first.schedule_state == {"accuracy": 0.0}
     assert second.schedule_state == pytest.approx({"accuracy": 0.1 * 1.0})
+
+
+def test_rewards_without_an_accuracy_are_no_accuracy() -> None:
+    [seen] = run(ScriptedTeam(), range(1)).steps
+    others = [replace(one, parts={"format": one.rewards}) for one in seen.asked]
+    assert np.isnan(measured(Sampled(asked=others, trained=others), seen.stats).accuracy)
+    partly = [replace(others[0], rewards=np.ones(3)), *seen.asked[1:]]
+    assert measured(Sampled(asked=partly, trained=partly), seen.stats).accuracy == pytest.approx(1.0)
 
 
 def test_a_step_without_graded_answers_leaves_the_accuracy_alone() -> None:

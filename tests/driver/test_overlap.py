@@ -69,10 +69,11 @@ def test_each_step_but_the_first_trains_answers_of_the_weights_one_step_older() 
 
 
 def test_a_resumed_run_begins_with_answers_of_its_own_weights() -> None:
-    team = ScriptedTeam()
-    steps = run(team, range(3, 6))
+    team, diary = ScriptedTeam(), Diary()
+    steps = run(team, range(3, 6), diary=diary)
     assert [versions(seen) for seen in steps] == [{3}, {3}, {4}]
     assert team.calls[0] == ("push", 3)
+    assert diary.begun == [3]
 
 
 def test_answers_of_still_older_weights_are_refused() -> None:
@@ -126,6 +127,14 @@ def test_the_learner_is_told_what_it_learns_next_and_whether_a_reference_will_be
     assert team.prepared == [(*own, True) for own in rows[1:]]
     run(unsure, range(3), schedule=replace(PAPER, beta_min=0.0, beta_max=0.0))
     assert [with_reference for *_, with_reference in unsure.prepared] == [False, False]
+
+
+def test_a_reference_is_prepared_for_the_beta_of_the_step_that_will_ask_it() -> None:
+    team = ScriptedTeam()
+    falling = replace(PAPER, name="linear", total=2, beta_min=0.1, beta_max=0.0)
+    steps = run(team, range(3), schedule=falling)
+    assert [seen.beta > 0 for seen in steps] == [True, True, False]
+    assert [with_reference for *_, with_reference in team.prepared] == [True, False]
 
 
 def test_nothing_is_prepared_where_that_is_switched_off() -> None:
@@ -205,6 +214,17 @@ def test_the_laps_of_a_step_add_up_to_its_time_without_what_was_hidden() -> None
     assert sum(line["time/step_s"] for line in found) <= whole
     assert min(found[0]["time/hidden_s"], found[1]["time/hidden_s"]) >= 0.05
     assert found[2]["time/hidden_s"] == 0
+
+
+def test_sampling_that_takes_longer_than_the_update_is_waited_for_under_its_own_name() -> None:
+    class SlowToSample(ScriptedTeam):
+        def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
+            time.sleep(0.5)
+            return super().score(groups)
+
+    first, second, last = (seen.times for seen in run(SlowToSample(), range(3)))
+    assert min(first["generate"], second["generate"]) > 0.3 > max(first["update"], second["update"])
+    assert last["generate"] < 0.3
 
 
 # ---- how it ends

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from othink_ray.core.losses import grpo_loss
 from othink_ray.engines.policy import Policy
-from othink_ray.families.base import Family
+from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Group, Pack, Prompt
 from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
@@ -145,6 +147,24 @@ def test_features_known_beforehand_change_nothing(policy: Policy, family: Family
         features = policy(batch, wanted="features")
         assert torch.equal(policy(batch, features=features)[0], policy(batch)[0])
     assert policy.encoded_images - encoded == 2 * 3
+
+
+class Asked:
+    """All that is asked of a family here: whether images were to be packed."""
+
+    def image_features(self, network: object, images: ImageTensors, *, packed: bool) -> bool:
+        return packed
+
+
+def test_images_on_a_gpu_are_packed_beside_flex_attention(policy: Policy, family: Family) -> None:
+    asked = Policy(policy.network, cast(Family, Asked()), TEMPERATURE, logit_rows=16)
+    packs = [row_of(group) for group in groups_of(family, "images of several sizes")]
+    flex, dense = (batch_of(packs, family, name) for name in ("flex", "dense"))
+    assert not asked.image_features(flex)
+    with FakeTensorMode():
+        on_gpu = replace(flex.images, pixels=torch.empty(flex.images.pixels.shape, device="cuda"))
+    assert asked.image_features(replace(flex, images=on_gpu))
+    assert not asked.image_features(replace(dense, images=on_gpu))
 
 
 def test_a_batch_without_images_runs_the_vision_tower_and_changes_nothing(learner: Policy, family: Family) -> None:

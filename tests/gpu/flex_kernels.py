@@ -1,6 +1,7 @@
 """Compile the learner's FlexAttention for an H100 on a machine without one; prints each kernel as JSON.
 
-    python -m tests.gpu.flex_kernels forward|backward HEADS KEY_HEADS
+    python -m tests.gpu.flex_kernels forward|backward line HEADS KEY_HEADS
+    python -m tests.gpu.flex_kernels forward|backward images HEADS WIDTH
 
 Inductor lowers what the learner calls to Triton, and Triton compiles that to a cubin for sm_90: neither needs a device.
 A program of its own: torch believes in a device from its start to its end.
@@ -11,19 +12,23 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-WIDTH, PROMPT, ANSWER, ANSWERS = 128, 600, 256, 8  # of a head; tokens of a prompt and of each of its answers
+PROMPT, ANSWER, ANSWERS = 600, 256, 8  # tokens of a prompt and of each of its answers
+# Patches of each image of a micro-batch: ragged ones, then windows of Qwen2.5-VL and what is left at an image's edges.
+IMAGES = ((2080, 1280, 48, 900), (*[64] * 50, *[32] * 9, 16, 48), (128,) * 5, (4,), (100,), (60, 40, 28))
 STREAM_MULTIPROCESSORS, SHARED_BYTES = 132, 232_448
 Captured = list[tuple[str, str]]
 
@@ -129,17 +134,55 @@ def pretend_hopper() -> Captured:
     return captured
 
 
-def learners_attention() -> Any:
-    """`core.attention.FlexAttention` over one line, made on the CPU; a prompt with its answers, as `auto` has it."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the learner attends with, made on the CPU, and the shapes of what it is called with."""
+
+    attention: Any  # has a block mask, and is called with query, key, value and scale
+    kernel: Callable[..., Any]  # what it runs on CUDA
+    looks_at: tuple[str, ...]  # the tensors that its mask function knows, by name
+    heads: int
+    key_heads: int
+    width: int  # of a head
+
+    @property
+    def length(self) -> int:
+        length: int = self.attention.mask.seq_lengths[0]
+        return length
+
+    def states(self) -> tuple[Any, Any, Any]:
+        """Query, key and value in bfloat16: a token's heads lie side by side, as a projection leaves them."""
+        import torch
+
+        made = [
+            torch.empty(1, self.length, own, self.width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for own in (self.heads, self.key_heads, self.key_heads)
+        ]
+        return made[0], made[1], made[2]
+
+
+def packed_line(heads: int, key_heads: int) -> Case:
+    """`core.attention.FlexAttention` over one line: a prompt with its answers, as `auto` has it."""
     import numpy as np
     import torch
 
-    from othink_ray.core.attention import FlexAttention
+    from othink_ray.core import attention as ours
     from othink_ray.core.line import line_up
 
     segments = [0] * PROMPT + [1 + place // ANSWER for place in range(ANSWERS * ANSWER)]
     line = line_up([np.array(segments, dtype=np.int32)])
-    return FlexAttention(line, torch.device("cpu"))
+    made = ours.FlexAttention(line, torch.device("cpu"))
+    return Case(made, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
+
+
+def packed_images(heads: int, width: int, patches: Sequence[int]) -> Case:
+    """`core.packed_images.PackedImages` over images, or windows, of so many patches each."""
+    import torch
+
+    from othink_ray.core import packed_images as ours
+
+    made = ours.PackedImages(torch.tensor([0, *itertools.accumulate(patches)]), torch.device("cpu"))
+    return Case(made, ours._kernel("cuda"), ("image_of",), heads, heads, width)
 
 
 def over(mask: Callable[..., Any], tensors: dict[str, Any]) -> Callable[..., Any]:
@@ -155,35 +198,24 @@ _TABLES = [
 ]
 
 
-def lower(direction: str, heads: int, key_heads: int) -> None:
+def lower_forward(case: Case) -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from othink_ray.core import attention as ours
-
-    attention = learners_attention()
-    length = PROMPT + ANSWERS * ANSWER
-    sees = attention.mask.mask_mod
-    if direction == "backward":
-        _lower_backward(attention, sees, length, heads, key_heads)
-        return
+    attention = case.attention
     with FakeTensorMode(shape_env=ShapeEnv()):
-        rows = torch.zeros(length, dtype=torch.int64, device="cuda")
-        attention.mask.mask_mod = over(sees, {"rows": rows, "segments": torch.zeros_like(rows)})
+        looked_at = {name: torch.zeros(case.length, dtype=torch.int64, device="cuda") for name in case.looks_at}
+        attention.mask.mask_mod = over(attention.mask.mask_mod, looked_at)
         for name in _TABLES:
             table = getattr(attention.mask, name)
             setattr(attention.mask, name, torch.empty(table.shape, dtype=table.dtype, device="cuda"))
-        attention.attend = ours._flex_kernel("cuda")
-        query, key, value = (
-            torch.empty(1, own, length, WIDTH, device="cuda", dtype=torch.bfloat16)
-            for own in (heads, key_heads, key_heads)
-        )
+        attention.attend = case.kernel
         with contextlib.suppress(LoweredError):
-            attention(query, key, value, WIDTH**-0.5)
+            attention(*case.states(), case.width**-0.5)
 
 
-def _lower_backward(attention: Any, sees: Any, length: int, heads: int, key_heads: int) -> None:
+def lower_backward(case: Case) -> None:
     """What autograd of the compiled kernel runs, traced and given to Inductor: autograd itself wants a device."""
     import torch
     import torch._higher_order_ops.flex_attention
@@ -195,6 +227,7 @@ def _lower_backward(attention: Any, sees: Any, length: int, heads: int, key_head
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     flex = sys.modules["torch._higher_order_ops.flex_attention"]
+    block_mask, length = case.attention.mask, case.length
     options = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,
@@ -212,24 +245,22 @@ def _lower_backward(attention: Any, sees: Any, length: int, heads: int, key_head
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device="cuda")
 
-        def mask(b: Any, h: Any, viewer: Any, seen: Any, segments: Any, rows: Any) -> Any:
-            return over(sees, {"rows": rows, "segments": segments})(b, h, viewer, seen)
+        def mask(b: Any, h: Any, viewer: Any, seen: Any, *looked_at: Any) -> Any:
+            return over(block_mask.mask_mod, dict(zip(case.looks_at, looked_at, strict=True)))(b, h, viewer, seen)
 
-        asking, keys = (1, heads, length, WIDTH), (1, key_heads, length, WIDTH)
-        sums = [empty(*asking[:3], dtype=torch.float32) for _ in range(2)]
-        rows = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in range(2)]
-        tables = [
-            empty(*table.shape, dtype=table.dtype) for table in (getattr(attention.mask, name) for name in _TABLES)
-        ]
-        inputs = [empty(*asking), empty(*keys), empty(*keys), empty(*asking), sums[0], empty(*asking), sums[1], *rows]
+        query, key, value = case.states()
+        sums = [empty(1, case.heads, length, dtype=torch.float32) for _ in range(2)]
+        numbers = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in case.looks_at]
+        tables = [empty(*table.shape, dtype=table.dtype) for table in (getattr(block_mask, name) for name in _TABLES)]
+        out, grad = torch.empty_like(query), torch.empty_like(query)
+        inputs = [query, key, value, out, sums[0], grad, sums[1], *numbers]
 
         def back(query: Any, key: Any, value: Any, out: Any, lse: Any, grad: Any, grad_lse: Any, *rest: Any) -> Any:
-            segments, row_numbers, *blocks = rest
-            size = attention.mask.BLOCK_SIZE
-            described = (length, length, *blocks, None, None, None, None, *size, mask)
+            looked_at, blocks = rest[: len(case.looks_at)], rest[len(case.looks_at) :]
+            described = (length, length, *blocks, None, None, None, None, *block_mask.BLOCK_SIZE, mask)
             return flex.flex_attention_backward(
-                query, key, value, out, lse, grad, grad_lse, forward, joint, described, WIDTH**-0.5, options,
-                (), (segments, row_numbers),
+                query, key, value, out, lse, grad, grad_lse, forward, joint, described, case.width**-0.5, options,
+                (), looked_at,
             )[:3]  # fmt: skip
 
         graph = make_fx(back, tracing_mode="real")(*inputs, *tables)
@@ -276,7 +307,8 @@ def compiled(name: str, source: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def main(direction: str, heads: int, key_heads: int) -> None:
+def main(direction: str, kind: str, *numbers: int) -> None:
+    lower = lower_forward if direction == "forward" else lower_backward
     with tempfile.TemporaryDirectory() as made:
         os.environ |= {
             "TORCHINDUCTOR_CACHE_DIR": f"{made}/inductor",
@@ -284,11 +316,15 @@ def main(direction: str, heads: int, key_heads: int) -> None:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         captured = pretend_hopper()
-        lower(direction, heads, key_heads)
+        if kind == "line":
+            lower(packed_line(*numbers))
+        else:
+            for patches in IMAGES if direction == "forward" else IMAGES[:1]:
+                lower(packed_images(*numbers, patches))
         for name, source in captured:
             if name.startswith("triton_tem"):  # the template of attention; the rest are sums
                 print("KERNEL " + json.dumps(compiled(name, source, Path(made))), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

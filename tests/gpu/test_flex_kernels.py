@@ -1,4 +1,4 @@
-"""The learner's FlexAttention, compiled for Hopper at the heads of Qwen2-VL-2B and 7B, without a GPU."""
+"""The learner's FlexAttention, compiled for Hopper at the heads of public models, without a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,35 @@ ROOT = Path(__file__).parents[2]
     ("direction", "model"), [("forward", "qwen2_vl_2b"), ("backward", "qwen2_vl_2b"), ("backward", "qwen2_vl_7b")]
 )
 def test_flex_attention_compiles_for_hopper(direction: str, model: str) -> None:
-    """One kernel of tensor-core instructions, within the shared memory that a block can have there: 227 KiB."""
     text = PUBLIC[model].text_config
     assert text.hidden_size == 128 * text.num_attention_heads
-    heads = [str(text.num_attention_heads), str(text.num_key_value_heads)]
+    kernels = compiled(direction, "line", text.num_attention_heads, text.num_key_value_heads)
+    assert len(kernels) == 1
+    assert_fits(kernels[0])
+
+
+@pytest.mark.parametrize(
+    ("direction", "width"), [("forward", 80), ("backward", 80), ("backward", 72), ("backward", 64)]
+)
+def test_packed_images_compile_for_hopper(direction: str, width: int) -> None:
+    """Forward, once for all numbers of patches above 128, once for that one and once for fewer."""
+    assert {width_of_heads(model) for model in PUBLIC if model.startswith("qwen")} == {64, 80}  # 72: Qwen3-VL-8B
+    kernels = compiled(direction, "images", 16, width)
+    assert len(kernels) == (3 if direction == "forward" else 1)
+    for kernel in kernels:
+        assert_fits(kernel)
+
+
+def width_of_heads(model: str) -> int:
+    tower = PUBLIC[model].vision_config
+    assert tower.num_heads == 16
+    width: int = getattr(tower, "embed_dim", tower.hidden_size) // 16
+    return width
+
+
+def compiled(direction: str, kind: str, *numbers: int) -> list[dict[str, Any]]:
     program = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.flex_kernels", direction, *heads],
+        [sys.executable, "-m", "tests.gpu.flex_kernels", direction, kind, *map(str, numbers)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -32,7 +56,12 @@ def test_flex_attention_compiles_for_hopper(direction: str, model: str) -> None:
         check=False,
     )
     kernels = [json.loads(line.partition(" ")[2]) for line in program.stdout.splitlines() if line.startswith("KERNEL ")]
-    assert len(kernels) == 1, program.stderr[-3000:]
-    assert kernels[0]["tensor cores"]
-    assert kernels[0]["cubin"] > 100_000
-    assert 0 < kernels[0]["shared"] <= SHARED_BYTES == 227 * 1024
+    assert kernels, program.stderr[-3000:]
+    return kernels
+
+
+def assert_fits(kernel: dict[str, Any]) -> None:
+    """It has tensor-core instructions, and needs no more shared memory than a block can have there: 227 KiB."""
+    assert kernel["tensor cores"]
+    assert kernel["cubin"] > 100_000
+    assert 0 < kernel["shared"] <= SHARED_BYTES == 227 * 1024

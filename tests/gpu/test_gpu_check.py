@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from othink_ray.bench.gpu.rows import Row
 from othink_ray.bench.gpu.setup import Setup
 from tests.bench.test_gpu_check import TOY
 from tests.gpu import pretend
+from tests.gpu.rehearsal import rehearse
 
 
 @pytest.fixture
@@ -35,6 +38,18 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         push_s=60.0,
         engine={"gpus_per_actor": 0, "max_model_len": 128, "max_num_seqs": 8, "enforce_eager": True, "threads": 1},
     )
+
+
+@pytest.mark.parametrize(("part", "transport"), [("colocated", "ipc"), ("apart", "nccl")])
+def test_the_learner_of_runs_pushes_as_the_checks_own_does(setup: Setup, part: str, transport: str) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        records = alone.submit(rehearse, dataclasses.replace(setup, colocated_steps=1), part).result()
+    assert [record for record in records if record["state"] != "ok"] == []
+    figures = {record["setting"]: record["figures"] for record in records}
+    assert float(figures[f"{transport}: worst of 1 audits"]["gap max"]) < 1e-5
+    if part == "apart":
+        before = figures["audit before the push"]["gap mean"]
+        assert float(before) > 100 * float(figures["nccl: worst of 1 audits"]["gap mean"])
 
 
 def by_setting(rows: list[Row]) -> dict[str, Row]:

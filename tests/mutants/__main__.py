@@ -14,6 +14,7 @@ import argparse
 import json
 import queue
 import random
+import signal
 import sys
 import threading
 import time
@@ -23,41 +24,43 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.changes import Mutant, mutants
-from tests.mutants.table import HEAVY, PACKAGE, PURE, ROOT, covering
+from tests.mutants.table import TABLE, Table
 from tests.mutants.trials import Trials
 
-EXPLAINED = Path(__file__).with_name("explained.txt")
-SAMPLE = 200
 
-
-def chosen(only: Sequence[str], seed: int) -> list[Mutant]:
+def chosen(table: Table, only: Sequence[str], seed: int) -> list[Mutant]:
     """All mutants of the pure files, then the sample of the others; of `only` some files, if any are named."""
-    pure = [one for file in PURE for one in mutants(file, (PACKAGE / file).read_text())]
-    heavy = [one for file in HEAVY for one in mutants(file, (PACKAGE / file).read_text())]
-    sample = sorted(random.Random(seed).sample(heavy, SAMPLE), key=lambda one: one.name)
+    pure = [one for file in table.pure for one in mutants(file, table.source(file).read_text())]
+    heavy = [one for file in table.heavy for one in mutants(file, table.source(file).read_text())]
+    sample = sorted(random.Random(seed).sample(heavy, table.sample), key=lambda one: one.name)
     return [one for one in (*pure, *sample) if not only or any(one.file.startswith(name) for name in only)]
 
 
-def digest(file: str) -> str:
+def digest(table: Table, file: str) -> str:
     """Of the source and its tests: a verdict holds as long as they stay as they are."""
-    texts = [(PACKAGE / file).read_bytes(), *((ROOT / test).read_bytes() for test in covering(file))]
+    texts = [table.source(file).read_bytes(), *((table.root / test).read_bytes() for test in table.covering(file))]
     return sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
-def explained(path: Path = EXPLAINED) -> dict[str, str]:
+def explained(path: Path) -> dict[str, str]:
     """Key of a mutant -> why no test can notice it."""
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    found = dict(line.rsplit(" | ", 1) for line in lines)
-    assert all(key.count(" | ") >= 3 for key in found), f"{path.name}: file | function | line | change | reason"
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, reason = line.rpartition(" | ")
+        if key.count(" | ") < 3 or key in found:
+            raise ValueError(f"{path.name}: once for each mutant, file | function | line | change | reason: {line}")
+        found[key] = reason
     return found
 
 
 class Run:
     """Mutants tried by several workers; verdicts are written as they come and read again by the next run."""
 
-    def __init__(self, todo: Sequence[Mutant], results: Path, minutes: float) -> None:
+    def __init__(self, table: Table, todo: Sequence[Mutant], results: Path, minutes: float) -> None:
+        self._table = table
         self.verdicts: dict[str, dict[str, Any]] = {}
-        self._digests = {file: digest(file) for file in {one.file for one in todo}}
+        self._digests = {file: digest(table, file) for file in {one.file for one in todo}}
         if results.exists():
             for line in results.read_text().splitlines():
                 known = json.loads(line)
@@ -79,7 +82,7 @@ class Run:
     def work(self) -> None:
         """One worker's share, until nothing is left, time is up or the program is interrupted."""
         try:
-            with Trials() as trials:
+            with Trials(self._table) as trials:
                 while not self.stopped.is_set() and time.monotonic() < self._until:
                     try:
                         mutant = self._queue.get_nowait()
@@ -129,7 +132,7 @@ def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons
         print(f"\n{one.name}  in {one.function or 'the module'}\n    {one.code}\n    {one.before}  ->  {one.after}")
     killed = {one.key for one in tried} - {one.key for one in survivors}
     for key in reasons.keys() & killed:
-        print(f"\nexplained, but a test notices it: take it out of {EXPLAINED.name}\n    {key}")
+        print(f"\nexplained, but a test notices it: take it out of explained.txt\n    {key}")
     hung = sum(verdicts[one.name]["verdict"] == "hung" for one in tried)
     seconds = sum(verdicts[one.name]["seconds"] for one in tried)
     print(
@@ -140,20 +143,21 @@ def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons
     return int(bool(new) or len(tried) < len(asked))
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], table: Table = TABLE) -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="files or folders under othink_ray/, such as core/kl.py")
     parser.add_argument("--workers", type=int, default=2, help="mutants that are tried at the same time")
     parser.add_argument("--budget-minutes", type=float, default=120, help="no mutant begins later; a new run goes on")
-    parser.add_argument("--seed", type=int, default=0, help=f"of the {SAMPLE} mutants of engines/ and runtime/")
+    parser.add_argument("--seed", type=int, default=0, help=f"of the {table.sample} mutants of engines/ and runtime/")
     parser.add_argument("--results", type=Path, default=Path("runs/mutants.jsonl"), help="verdicts, read again")
     asked = parser.parse_args(arguments)
-    todo = chosen(asked.only, asked.seed)
+    todo = chosen(table, asked.only, asked.seed)
     if not todo:
         parser.error(f"--only {' '.join(asked.only)}: no such file in tests/mutants/table.py")
-    run = Run(todo, asked.results, asked.budget_minutes)
+    run = Run(table, todo, asked.results, asked.budget_minutes)
     print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {asked.results}", flush=True)
     workers = [threading.Thread(target=run.work) for _ in range(asked.workers)]
+    asked_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: nothing is left behind
     for worker in workers:
         worker.start()
     try:
@@ -164,9 +168,11 @@ def main(arguments: Sequence[str]) -> int:
         run.stopped.set()
         for worker in workers:
             worker.join()
+    finally:
+        signal.signal(signal.SIGTERM, asked_to_end)
     if run.error is not None:
         raise run.error
-    return report(todo, run.verdicts, explained())
+    return report(todo, run.verdicts, explained(table.explained))
 
 
 if __name__ == "__main__":

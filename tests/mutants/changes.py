@@ -115,8 +115,8 @@ def _spliced(source: str, node: ast.stmt | ast.expr, replacement: str) -> str:
     stop = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
     text = source.encode()
     gone = text[start:stop].count(b"\n")
-    padding = b"" if isinstance(node, ast.stmt) else b"\n" * gone  # inside of parentheses
-    inside = replacement.encode() if isinstance(node, ast.stmt) else b"(" + replacement.encode() + padding + b")"
+    kept_lines = replacement.encode() + b"\n" * gone
+    inside = kept_lines if isinstance(node, ast.stmt) else b"(" + kept_lines + b")"
     return (text[:start] + inside + text[stop:]).decode()
 
 

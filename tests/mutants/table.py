@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "othink_ray"
 
-# All mutants of these; they run in forks of a process that has imported torch.
-PURE = {
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What is mutated and by which tests it is tried: paths under the package -> paths under tests/."""
+
+    root: Path  # of the checkout: the package, its tests and what tests read beside them
+    pure: Mapping[str, tuple[str, ...]]  # all mutants of these; tried in forks of a process that has imported torch
+    heavy: Mapping[str, tuple[str, ...]]  # a sample of the mutants of these; each tried in a process of its own
+    sample: int  # how many mutants of `heavy`
+    explained: Path  # lines of: file | function | line | change | reason
+
+    def source(self, file: str) -> Path:
+        return self.root / "othink_ray" / file
+
+    def covering(self, file: str) -> tuple[str, ...]:
+        """Test files for a mutated file, as paths under the root; a file without a line of its own is an error."""
+        tests = {**self.pure, **self.heavy}
+        if file not in tests:
+            raise KeyError(f"tests/mutants/table.py names no tests of {file}: add a line for it")
+        return tuple(f"tests/{test}" for test in tests[file])
+
+
+_PURE = {
     "core/advantages.py": ("core/test_advantages.py", "core/test_variants.py"),
     "core/attention.py": ("core/test_line.py", "core/test_fused.py", "core/test_blocks.py"),
     "core/blocks.py": ("core/test_blocks.py", "core/test_line.py", "core/test_fused.py"),
@@ -23,7 +45,7 @@ PURE = {
     "core/packing.py": ("core/test_packing.py", "core/test_variants.py"),
     "core/rates.py": ("core/test_rates.py",),
     "core/schedules.py": ("core/test_schedules.py", "driver/test_loop.py"),
-    "core/tokens.py": ("core/test_packing.py", "core/test_line.py"),
+    "core/tokens.py": ("core/test_losses.py", "core/test_correction.py"),
     "weights/arrival.py": ("weights/test_arrival.py",),
     "weights/audit.py": ("weights/test_compare.py", "weights/test_audit.py"),
     "weights/chunks.py": ("weights/test_chunks.py",),
@@ -37,8 +59,8 @@ _ENGINE = ("engines/test_receiver.py", "contracts/test_rollout.py", "contracts/t
 _PUSH = ("runtime/test_push.py", "runtime/test_bfloat16_push.py", "runtime/test_replacing.py")
 _POOLS = ("runtime/test_pools.py", "runtime/test_expecting.py")
 
-# A seeded sample of the mutants of these; each runs in a process of its own: Ray and vLLM do not survive a fork.
-HEAVY = {
+# Ray and vLLM do not survive a fork.
+_HEAVY = {
     "engines/adapters.py": ("engines/test_adapters.py", "contracts/test_adapters.py"),
     "engines/ahead.py": ("engines/test_ahead.py", "engines/test_learner.py"),
     "engines/base.py": ("engines/test_place.py", *_ENGINE),
@@ -81,10 +103,4 @@ HEAVY = {
     "runtime/team.py": ("runtime/test_team.py", "driver/test_small_data.py", "runtime/test_replacing.py"),
 }
 
-
-def covering(file: str) -> tuple[str, ...]:
-    """Test files for a mutated file, as paths under the root; a file without a line of its own is an error."""
-    table = PURE | HEAVY
-    if file not in table:
-        raise KeyError(f"tests/mutants/table.py names no tests of {file}: add a line for it")
-    return tuple(f"tests/{test}" for test in table[file])
+TABLE = Table(root=ROOT, pure=_PURE, heavy=_HEAVY, sample=200, explained=Path(__file__).with_name("explained.txt"))

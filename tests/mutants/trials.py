@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.mutants.changes import Mutant
-from tests.mutants.table import PURE, ROOT, covering
+from tests.mutants.table import Table
 
 _LINKED = ("conf", "docs", "launch", "Makefile", "README.md", "pyproject.toml")
 
@@ -24,14 +24,15 @@ _LINKED = ("conf", "docs", "launch", "Makefile", "README.md", "pyproject.toml")
 class Trials:
     """One worker: its tree, and for the pure rooms its fork server. Leaves nothing behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: Table) -> None:
+        self._table = table
         self._place = tempfile.TemporaryDirectory(prefix="mutants_")
         self.tree = Path(self._place.name) / "tree"
         self.tree.mkdir()
         for part in ("othink_ray", "tests"):  # tests find the package beside them: a link would lead to the true one
-            shutil.copytree(ROOT / part, self.tree / part)
+            shutil.copytree(table.root / part, self.tree / part)
         for part in _LINKED:
-            (self.tree / part).symlink_to(ROOT / part)
+            (self.tree / part).symlink_to(table.root / part)
         self._environment = os.environ | {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1"}
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests' bytecode is for all mutants
         self._server: subprocess.Popen[str] | None = None
@@ -54,8 +55,8 @@ class Trials:
         true = target.read_text()
         self._write(target, mutant.source if mutant else true)
         try:
-            run = self._forked if file in PURE else self._alone
-            return run(list(tests or covering(file)), timeout_s)
+            run = self._forked if file in self._table.pure else self._alone
+            return run(list(tests or self._table.covering(file)), timeout_s)
         finally:
             self._write(target, true)
 

@@ -29,6 +29,9 @@ def held(*parts: HeldPart | None) -> list[Held]:
         ((WHOLE, WHOLE), {}),
         ((TOP, BOTTOM), {}),
         ((TOP, BOTTOM, TOP, BOTTOM), {}),  # as keys and values where there are fewer heads than workers
+        ((HeldPart(value=TOP.value + 2**64, elements=12), BOTTOM), {}),  # digests are numbers modulo 2**64
+        ((HeldPart(value=TOP.value + 2**63, elements=12), BOTTOM), DIFFERS),
+        ((HeldPart(value=TOP.value + 3**40, elements=12), BOTTOM), DIFFERS),
         ((TOP, TOP), DIFFERS),
         ((TOP, TOP, TOP, BOTTOM), DIFFERS),
         ((WHOLE, HeldPart(value=WHOLE.value + 1, elements=24)), DIFFERS),
@@ -56,5 +59,6 @@ def test_the_message_names_the_engine_some_weights_and_how_many_there_are() -> N
         *("w0 differs; w1 differs; w2 differs; and 2 more.", "tied lm_head", "logprobs were not compared"),
     ):
         assert part in message
-    with pytest.raises(AuditError, match=r"w differs\. The logprobs"):
-        require_arrived([{"w": "differs"}], 4)
+    for few in (["w"], ["u", "v", "w"]):
+        with pytest.raises(AuditError, match=r"w differs\. The logprobs"):
+            require_arrived([dict.fromkeys(few, "differs")], 4)

@@ -49,6 +49,25 @@ def test_a_whole_network_fits_few_buckets(policy: Policy) -> None:
     assert_same(list(from_chunks(chunks)), weights)
 
 
+def test_a_bucket_is_filled_to_its_last_byte() -> None:
+    bits = [(name, torch.tensor([True])) for name in "ab"]
+    assert [len(chunk.pieces) for chunk in to_chunks(bits, 100)] == [2]
+    fives = [(name, torch.ones(5)) for name in "abc"]
+    assert [len(chunk.pieces) for chunk in to_chunks(fives, 40)] == [2, 1]
+
+
+def test_tensors_of_nothing_are_sent_as_bytes_too() -> None:
+    [chunk] = to_chunks([("none", torch.empty(0, 4)), ("nor here", torch.empty(0))], 100)
+    assert (chunk.data.dtype, chunk.data.size) == (np.uint8, 0)
+    assert_same(list(from_chunks([chunk])), [("none", torch.empty(0, 4)), ("nor here", torch.empty(0))])
+
+
+def test_a_parameter_is_sent_without_its_graph() -> None:
+    weight = torch.nn.Parameter(torch.arange(3.0))
+    [(_, received)] = from_chunks(to_chunks([("w", weight)], 100))
+    assert torch.equal(received, weight) and not received.requires_grad
+
+
 def test_nothing_to_send_is_no_chunk() -> None:
     assert list(to_chunks([], 100)) == []
     assert list(from_chunks([])) == []

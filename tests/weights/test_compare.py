@@ -25,6 +25,32 @@ def test_the_same_candidates_in_another_order_are_compared() -> None:
     assert (audit.version, audit.gap_mean, audit.tokens) == (3, 0.0, 4)
 
 
+def test_gaps_and_sizes_are_exact_differences_of_what_was_told() -> None:
+    here, there = np.float32([-10.3, -0.25]), np.float32([-0.1, -3.7])
+    audit = compare([probe([5], [[5, 7]], [here.tolist()])], [probe([5], [[7, 5]], [there[::-1].tolist()])], 3)
+    gaps = np.abs(here.astype(np.float64) - there.astype(np.float64))
+    assert audit.gap_mean == pytest.approx(gaps.mean(), rel=1e-14)
+    assert audit.gap_max == pytest.approx(gaps.max(), rel=1e-14)
+    assert audit.logp_mean == pytest.approx(np.abs(there.astype(np.float64)).mean(), rel=1e-14)
+
+
+def test_where_nothing_can_be_compared_the_gap_has_no_bound() -> None:
+    audit = compare([probe([5], [[1, 2]], [[-0.5, -1.0]])], [KNOWN], 3)
+    assert (audit.gap_mean, audit.gap_max, audit.tokens, audit.logp_mean) == (np.inf, np.inf, 0, 0.0)
+
+
+def test_a_candidate_without_a_logprob_is_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        compare([probe([5], [[5, 7]], [[-0.5]])], [KNOWN], 3)
+
+
+def test_half_of_the_candidates_are_enough_to_compare_and_a_third_is_not() -> None:
+    half = probe([5], [[5, 1]], [[-0.5, -1.0]])
+    third = probe([5], [[5, 1, 2]], [[-0.5, -1.0, -2.0]])
+    assert mostly_comparable([half], [KNOWN])
+    assert not mostly_comparable([third], [KNOWN])
+
+
 def test_what_follows_another_token_is_not_compared() -> None:
     """The same candidates, after other tokens, have other logprobs by right."""
     found = probe([7, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-9.0, -9.0]])

@@ -60,6 +60,12 @@ def test_large_matrices_are_summed_in_blocks_without_rounding() -> None:
     assert (value(weight), value(worst)) == (slow_digest(weight), slow_digest(worst))
 
 
+def test_a_row_of_a_million_odd_values_is_summed_without_rounding() -> None:
+    """At once they would be more than float64's 53 bits."""
+    weight = torch.full((1, 2**20), 2**15 - 1, dtype=torch.int16).view(torch.bfloat16)
+    assert value(weight) == slow_digest(weight)
+
+
 def test_keys_are_odd_distinct_and_the_same_for_ever() -> None:
     rows, columns = _keys(5000, 64, CPU), _keys(5000, 20, CPU)
     assert torch.equal(rows & 1, torch.ones_like(rows))

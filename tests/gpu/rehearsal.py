@@ -1,0 +1,83 @@
+"""The GPU check's engine and learner together, with the learner of real runs in the place of the check's plain one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from othink_ray.bench.gpu import colocated, engine_process
+from othink_ray.bench.gpu.rows import Row
+from othink_ray.bench.gpu.setup import Setup
+from othink_ray.bench.work import BETA
+from othink_ray.config.load import load
+from othink_ray.core.packing import pack
+from othink_ray.engines.base import Place, meeting_place
+from othink_ray.types import Pack, Probe, ScoredGroup
+from tests.gpu import pretend
+
+
+class RunsLearner:
+    """DeepSpeed's, on one rank, under the names by which the check asks its own."""
+
+    def __init__(self, setup: Setup, *, lr: float, shares_gpu: bool = False) -> None:
+        from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
+        from othink_ray.families import open_family
+
+        model = setup.model()
+        assert model.path is not None
+        self.lr = lr
+        self.meeting = meeting_place()
+        self.engine = DeepSpeedLearner(
+            load(["learner.threads=1", f"learner.lr={lr}"]).learner,
+            open_family(model, model.path),
+            dtype=setup.dtype,
+            temperature=1.0,
+            clip_eps=(0.2, 0.2),
+            kl_estimator="k3",
+            correction_bounds=(0.5, 2.0),
+            with_reference=True,
+            seed=0,
+            place=Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.meeting.port),
+            shares_gpu=shares_gpu,
+        )
+
+    def rows(self, groups: Sequence[ScoredGroup]) -> list[Pack]:
+        return [pack(one, one.rewards - one.rewards.mean(), len(groups)) for one in groups]
+
+    def batch(self, row: Pack) -> Pack:
+        return row
+
+    def update(self, rows: Sequence[Pack]) -> None:
+        micro_batches = [[row] for row in rows]
+        stats = self.engine.update([micro_batches], beta=BETA, lr=self.lr, loss="grpo", correction="none")
+        assert stats.tokens > 0 and stats.skipped == 0
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.engine.named_weights()
+
+    def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
+        return self.engine.candidate_logprobs(probes)
+
+    def peak_gb(self) -> float:
+        return 0.0
+
+
+def rehearse(setup: Setup, part: str) -> list[dict[str, Any]]:
+    """The records of one part of the check, in the process that calls it, which DeepSpeed keeps for itself."""
+    os.environ[pretend.FOLDER] = str(setup.folder)
+    life = getattr(colocated, part)
+    with (
+        mock.patch.object(engine_process, "serve_engine", pretend.serve),
+        mock.patch.object(colocated, "open_learner", RunsLearner),
+        mock.patch.object(torch.cuda, "device_count", lambda: 2),
+        pretend.device(),
+    ):
+        rows: list[Row] = list(life(setup))
+    return [row.record() for row in rows]

@@ -42,6 +42,7 @@ _PURE = {
     "core/line.py": ("core/test_line.py", "core/test_variants.py", "core/test_blocks.py"),
     "core/logprobs.py": ("core/test_logprobs.py",),
     "core/losses.py": ("core/test_losses.py", "core/test_correction.py", "core/test_variants.py"),
+    "core/packed_images.py": ("core/test_packed_images.py",),
     "core/packing.py": ("core/test_packing.py", "core/test_variants.py"),
     "core/rates.py": ("core/test_rates.py",),
     "core/schedules.py": ("core/test_schedules.py", "driver/test_loop.py"),

@@ -1,4 +1,4 @@
-"""Counts what operators really allocate and free, tensor by tensor; nothing of it is shared with the planned figures."""
+"""Counts what operators really allocate and free, tensor by tensor; it shares nothing with the planned figures."""
 
 from __future__ import annotations
 

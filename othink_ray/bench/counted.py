@@ -28,7 +28,8 @@ def peak_of_update(config: Config, path: str, prompts: Sequence[Prompt]) -> int:
     with Allocations() as seen:
         seen.note(thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
         turn(prompts)
-    return seen.peak
+    peak: int = seen.peak
+    return peak
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def cases(
         served = open_family(model, str(folder)).vllm_adapts_tower
         found[name] = random_case(model, replace(config.learner, lora=LORA if served else TEXT))
     folder = tmp_path_factory.mktemp(COARSE)
-    taught.family.save(folder, taught.network, dict(taught.network.named_parameters()))
+    taught.family.save(folder, taught.network, taught.network.named_parameters())
     model = replace(config.model, path=str(folder), dtype="bfloat16")
     learner = replace(config.learner, lora=LoraConfig(rank=16, alpha=32, targets=("text",)))
     start = replace(random_case(model, learner), prompts=scenes)

@@ -163,6 +163,13 @@ def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[
     assert "has no layer to adapt for model." in lives[name].result().refused
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_push_brings_is_held_once(name: str, lives: dict[str, Future[Adapted]]) -> None:
+    """On CPUs as a packed copy; the embedding is looked up in the matrix that the head has packed."""
+    twice = lives[name].result().twice
+    assert twice and all("embed_tokens" in layer or layer.endswith("lm_head") for layer in twice), twice
+
+
 # ---- bfloat16
 
 

@@ -81,7 +81,9 @@ def measure(config: Config, family: Family) -> Measured:
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)
     if config.rollout.gpus_per_actor <= 0:  # on a GPU vLLM tries a full batch when it starts
         batch = min(batch, config.rollout.max_num_seqs * config.rollout.max_model_len)
-    in_batch = min(batch // (shown // len(images) + 1), _IMAGES)
+    in_batch = min(
+        batch // (shown // len(images) + 1), _IMAGES, config.rollout.max_num_seqs * config.rollout.max_images
+    )
     return Measured(
         shape=network_shape(family, network),
         work=activations(family, network, tokens, images, asked),

@@ -84,11 +84,6 @@ def mutants(file: str, source: str) -> list[Mutant]:
     for function, node, kind, replacement in _Finder(source).found:
         if replacement != ast.unparse(node) and (node, replacement) not in taken:
             taken.add((node, replacement))
-            mutated = _spliced(source, node, replacement)
-            try:
-                ast.parse(mutated)
-            except SyntaxError:
-                continue  # such as an assignment expression that needs its own parentheses
             code = source.splitlines()[node.lineno - 1].strip()
             before = " ".join((ast.get_source_segment(source, node) or "").split())
             found.append(
@@ -101,7 +96,7 @@ def mutants(file: str, source: str) -> list[Mutant]:
                     code=code,
                     before=before,
                     after=replacement,
-                    source=mutated,
+                    source=_spliced(source, node, replacement),
                 )
             )
     return sorted(found, key=lambda one: (one.line, one.column, one.kind))
@@ -144,9 +139,7 @@ class _Finder(ast.NodeVisitor):
         self.found.append((".".join(self._scopes), node, kind, text))
 
     def visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Raise | ast.Assert) or _is_docstring(
-            node
-        ):
+        if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert) or _is_docstring(node):
             if isinstance(node, ast.Raise | ast.Assert):
                 self._add(node, "delete", "pass")
             if isinstance(node, ast.Assert):

@@ -54,6 +54,30 @@ def test_a_constant_of_the_module_is_changed_and_not_deleted() -> None:
     assert of_module("LIMIT = 3\nLIMIT = 4\n") == ["3 -> 4", "4 -> 5"]
 
 
+def test_what_stands_inside_of_a_change_is_changed_too() -> None:
+    assert changes("only: int = -b") == ["-b -> b"]
+    assert set(changes("return -a and b")) == {"-a and b -> -a or b", "-a -> a"}
+    assert set(changes("a += -b")) == {"a += -b -> a -= -b", "a += -b -> pass", "-b -> b"}
+    assert set(changes("return g(-a).min.b[-c] == d")) == {
+        *("g(-a).min.b[-c] == d -> g(-a).min.b[-c] != d", "g(-a).min.b[-c] -> g(-a).min.b"),
+        *("g(-a).min -> g(-a).max", "-a -> a", "-c -> c"),
+    }
+
+
+def test_two_ways_to_the_same_text_are_one_mutant() -> None:
+    assert changes("return a + a") == ["a + a -> a - a", "a + a -> a"]
+    assert changes("return {x for x in a if True}") == ["True -> False"]
+
+
+def test_a_name_counts_as_given_in_its_own_function_alone() -> None:
+    own = "def f():\n    a = b\n    def g():\n        a = b\n        a = c\n    return a\n"
+    assert of_module(own) == ["a = b -> pass"] * 2 + ["a = c -> pass"]
+    apart = "def f():\n    a = b\n    return a\n\n\ndef g():\n    a = b\n    return a\n"
+    assert of_module(apart) == []
+    assert of_module("def f():\n    def g(): return\n    a = b\n    return a\n") == []
+    assert changes("only = a.b = c") == ["only = a.b = c -> pass"]
+
+
 def test_what_is_raised_is_deleted_as_a_whole() -> None:
     assert changes("raise Error(a + 1)") == ["raise Error(a + 1) -> pass"]
 
@@ -73,6 +97,13 @@ def test_each_comparison_of_a_chain_is_changed_alone() -> None:
         "a < b == c -> a <= b == c",
         "a < b == c -> a < b != c",
     ]
+    found = mutants("core/tiny.py", "a < b == c <= d\n")
+    assert [one.kind for one in found if one.kind != "delete"] == [
+        *("comparison 1 by GtE", "comparison 1 by LtE", "comparison 2 by NotEq"),
+        *("comparison 3 by Gt", "comparison 3 by Lt"),
+    ]
+    assert [one.after for one in found if one.kind.startswith("comparison 3")] == ["a < b == c > d", "a < b == c < d"]
+    assert [one.kind for one in mutants("core/tiny.py", "x = a == b\n")] == ["compare by NotEq"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +177,7 @@ def test_a_function_that_chooses_gets_its_opposite(one: str, other: str) -> None
 
 def test_a_number_becomes_another_one_and_a_flag_its_opposite() -> None:
     assert changes("return 0, 0.5, True, False") == ["0 -> 1", "0.5 -> 1.5", "True -> False", "False -> True"]
-    assert changes("return 1e300") == ["1e300 -> 2e+300"]
+    assert changes("return 1e300, 1e15") == ["1e300 -> 2e+300", "1e15 -> 1000000000000001.0"]
 
 
 def test_a_default_is_changed() -> None:

@@ -1,0 +1,40 @@
+"""Whole runs in bfloat16 that mask tokens which the policy finds too differently likely from their sampler."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.e2e.conftest import StartRun
+
+# Engine and learner round alike, to 1e-8 nats on the tiny model: it is one step's older weights that differ.
+LOW, CAP = 0.99, 1.01
+RATIOS = (
+    *("raw_mean", "raw_max", "clip_frac", "used_mean", "truncated_mean", "truncated_frac", "masked_frac"),
+    *("sequence_raw_mean", "sequence_truncated_mean", "sequence_truncated_frac"),
+)
+
+
+@pytest.mark.parametrize("correction", ["icepop", "mis_token"])
+def test_an_overlapped_bfloat16_run_masks_and_trains_on(correction: str, start_run: StartRun) -> None:
+    run = start_run(
+        *("model.dtype=bfloat16", "weights.audit_tolerance=0.05", "learner.lr=5e-4", "train.overlap=true"),
+        *(f"algo.correction={correction}", f"algo.correction_low={LOW}", f"algo.correction_cap={CAP}"),
+        *("train.steps=3", "train.checkpoint_every=0", "eval.questions=4"),
+    )
+    assert [line["sampler/staleness"] for line in run.steps] == [0, 1, 1]
+    own, *stale = [{name: line[f"ratio/{name}"] for name in RATIOS} for line in run.steps]
+    assert own["raw_mean"] == own["used_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert own["masked_frac"] == 0
+    for ratio in stale:
+        assert ratio["raw_mean"] == pytest.approx(1.0, abs=0.1)
+        assert ratio["raw_max"] > CAP >= ratio["truncated_mean"]
+        assert 0 < ratio["masked_frac"] < 0.9
+        if correction == "mis_token":  # what is left counts by its own ratio
+            assert ratio["masked_frac"] == pytest.approx(ratio["truncated_frac"])
+            assert ratio["used_mean"] <= CAP * (1 - ratio["masked_frac"])
+        else:
+            assert ratio["masked_frac"] > ratio["truncated_frac"] > 0
+            assert LOW <= ratio["used_mean"] / (1 - ratio["masked_frac"]) <= CAP
+    assert all(0 < line["grad_norm"] < math.inf and line["audit/verified_weights"] > 0 for line in run.steps)

@@ -46,7 +46,7 @@ def to_chunks(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Itera
             data = np.empty(max(bucket_bytes, piece.nbytes), dtype=np.uint8)  # what is not written takes no memory
         pieces.append(piece)
         # Copied at once: the learner may overwrite or release the parameter before the chunk is sent.
-        bytes_of_it = weight.detach().contiguous().view(-1).view(torch.uint8)
+        bytes_of_it = weight.contiguous().view(-1).view(torch.uint8)
         torch.from_numpy(data[used : used + piece.nbytes]).copy_(bytes_of_it)
         used += piece.nbytes
     if pieces:

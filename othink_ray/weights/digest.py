@@ -105,17 +105,13 @@ def _keys(count: int, bits: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _key_table(count: int, bits: int, device: torch.device) -> Tensor:
     """SplitMix64 of 0, 1, 2, ...: int64 arithmetic wraps modulo 2**64."""
-    state = (torch.arange(1, count + 1, dtype=torch.int64) + (bits << 32)) * _signed(0x9E3779B97F4A7C15)
+    state = (torch.arange(1, count + 1, dtype=torch.int64) + (bits << 32)) * 0x9E3779B97F4A7C15
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        state = (state ^ _shifted(state, shift)) * _signed(factor)
+        state = (state ^ _shifted(state, shift)) * factor
     state = state ^ _shifted(state, 31)
-    return ((state if bits == 64 else _shifted(state, 64 - bits)) | 1).to(device)
+    return (_shifted(state, 64 - bits) | 1).to(device)
 
 
 def _shifted(numbers: Tensor, by: int) -> Tensor:
     """To the right, with zeros from the left: torch's own shift repeats the sign."""
     return (numbers >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number

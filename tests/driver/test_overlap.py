@@ -105,6 +105,13 @@ def test_questions_betas_and_rates_are_those_of_the_plain_loop() -> None:
     assert team.rates == plain.rates
 
 
+def test_a_schedule_with_a_state_steers_by_every_step_that_was_learned() -> None:
+    kl, team = replace(PAPER, name="target"), ScriptedTeam(kl=0.011)
+    steps = run(team, range(4), schedule=kl, schedule_state=kl.start())
+    assert [seen.beta for seen in steps] == pytest.approx([0.07 * 1.01**step for step in range(4)])
+    assert [seen.schedule_state for seen in steps[:-1]] == [{"beta": seen.beta} for seen in steps[1:]]
+
+
 def test_a_run_of_one_step_is_the_plain_loop() -> None:
     team, plain = ScriptedTeam(), ScriptedTeam()
     run(team, range(1))

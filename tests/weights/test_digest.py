@@ -61,8 +61,8 @@ def test_large_matrices_are_summed_in_blocks_without_rounding() -> None:
 
 
 def test_a_row_of_a_million_odd_values_is_summed_without_rounding() -> None:
-    """At once they would be more than float64's 53 bits."""
-    weight = torch.full((1, 2**20), 2**15 - 1, dtype=torch.int16).view(torch.bfloat16)
+    """At once they would be an odd number of more than float64's 53 bits."""
+    weight = torch.full((1, 2**20 - 1), 2**15 - 1, dtype=torch.int16).view(torch.bfloat16)
     assert value(weight) == slow_digest(weight)
 
 
@@ -95,8 +95,9 @@ def test_pieces_add_up_wherever_they_are_cut(dtype: torch.dtype) -> None:
             assert (parts - value(weight)) % 2**64 == 0
 
 
-def test_a_weight_that_lies_in_another_order_in_memory_is_the_same() -> None:
-    weight = random((6, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_lies_in_another_order_in_memory_is_the_same(dtype: torch.dtype) -> None:
+    weight = random((6, 8), dtype)
     assert value(weight.T.contiguous().T) == value(weight)
     assert value(torch.stack([weight, weight])[1]) == value(weight)
 
@@ -151,6 +152,12 @@ def test_tensors_pass_by_unchanged_and_are_digested_as_they_were() -> None:
         weight.zero_()
     assert collector.digests() == before
     assert list(before) == ["a", "b"]
+
+
+def test_a_parameter_is_digested_without_its_graph() -> None:
+    weight = torch.nn.Parameter(random((3, 4)))
+    assert as_matrix(weight).requires_grad is False
+    assert value(weight) == value(weight.detach())
 
 
 def test_a_vector_is_one_column_and_a_kernel_one_row_for_each_output() -> None:

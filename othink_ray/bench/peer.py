@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from othink_ray.runtime.placement import MALLOC
 
 _SCRIPT = Path(__file__).with_name("peer_trl.py")
 _QUESTIONS = 128
-_ROWS = {"smol": 16}  # answers in one forward pass: with all 64 its logits do not fit 24 GiB
+_ROWS = {"smol": 16}  # answers in one forward pass, at most: with all 64 its logits do not fit 24 GiB
 
 
 def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
@@ -27,7 +28,7 @@ def train(work: Work, steps: int, folder: Path, python: Path) -> list[float]:
         "prompts": work.prompts,
         "answers": work.answers,
         "tokens": work.tokens,
-        "rows": _ROWS.get(work.model, work.samples),
+        "rows": math.gcd(work.samples, _ROWS.get(work.model, work.samples)),
         "steps": steps + WARM_UP,
         "beta": BETA,
         "lr": RATE,

@@ -44,7 +44,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.freeze": tuple(FROZEN),
     "model.family": FAMILIES,
     "model.dtype": ("float32", "bfloat16"),
-    "model.smol.eyes_subset": EASY_VQA_SUBSETS,
     "data.task": ("counting", "geometry", "vqa"),
     "data.train.source": SOURCES,
     "data.test.source": SOURCES,

@@ -66,7 +66,7 @@ def problems(config: Config, machine: Machine | None) -> list[Problem]:
 def _choices(config: Config) -> Iterator[Problem]:
     for key, known in CHOICES.items():
         value = value_of(config, key)
-        if value is not None and value not in known:
+        if value not in known:
             near = get_close_matches(value, known, n=1)
             hint = f"Did you mean {key}={near[0]}?" if near else f"Set {key}={known[0]}, for example."
             yield broken(config, key, f"must be one of {', '.join(known)}", hint)

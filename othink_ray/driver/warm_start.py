@@ -88,7 +88,8 @@ def _make_smol(config: Config, place: Path, console: Console, open_classroom: Op
 
     smol = config.model.smol
     assert smol is not None
-    seeing = warm_started(_eyes(config), console, open_classroom)
+    eyes = replace(config, model=replace(config.model, name=f"{config.model.name}-eyes", smol=None))
+    seeing = warm_started(eyes, console, open_classroom)
     with console.phase(f"fetching {smol.weights}, and putting the vision tower before it"):
         build_smol(place / "untaught", config.model, seeing)
     if not smol.warm_steps:
@@ -99,16 +100,6 @@ def _make_smol(config: Config, place: Path, console: Console, open_classroom: Op
         taught = replace(config, learner=learner)
         _teach(taught, place / "untaught", place / "taught", lessons, console, open_classroom)
     return place / "taught"
-
-
-def _eyes(config: Config) -> Config:
-    """Of the small model whose tower the pretrained one gets."""
-    smol, train_data = config.model.smol, config.data.train
-    assert smol is not None
-    if train_data.source == "easy_vqa" and train_data.files is not None:
-        train_data = replace(train_data, files=replace(train_data.files, subset=smol.eyes_subset))
-    model = replace(config.model, name=f"{config.model.name}-eyes", smol=None)
-    return replace(config, model=model, data=replace(config.data, train=train_data))
 
 
 def _all_trained(learner: LearnerConfig) -> LearnerConfig:

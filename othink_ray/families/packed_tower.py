@@ -1,6 +1,6 @@
-"""What the vision towers of Qwen-VL are given beside pixels, computed on the CPU, where the grids are.
+"""Keyword arguments of the vision towers of Qwen-VL, computed on the CPU from the grids of the images.
 
-Left to themselves they read grids and lengths back from the device, the lengths in every layer.
+Left to themselves the towers read grids and lengths back from the device, the lengths in every layer.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ class BenchError(RuntimeError):
     """A side did not finish its work; the message ends with what it said last."""
 
 
-def run(command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
-    """To its end, or to ours: an interrupted one is given the time to clean up."""
+def run(
+    command: Sequence[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """To its end, or to ours: an interrupted one is given the time to clean up. `watch` of its id is open meanwhile."""
     process = _start(command, log, environment)
     try:
-        _expect_success(process.wait(), command, log)
+        with watch(process.pid):
+            code = process.wait()
+        _expect_success(code, command, log)
     finally:
         end([process])
 

@@ -76,13 +76,17 @@ def measure(config: Config, family: Family) -> Measured:
     from othink_ray.engines.policy import DTYPES
 
     network = learner_skeleton(family, config.learner, DTYPES[config.model.dtype])
-    tokens, images = micro_batch(config, family)
+    tokens, images, asked = micro_batch(config, family)
     shown = sum(family.image_token_counts(images))
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)
-    in_batch = min(batch // (shown // len(images) + 1), _IMAGES)
+    if config.rollout.gpus_per_actor <= 0:  # on a GPU vLLM tries a full batch when it starts
+        batch = min(batch, config.rollout.max_num_seqs * config.rollout.max_model_len)
+    in_batch = min(
+        batch // (shown // len(images) + 1), _IMAGES, config.rollout.max_num_seqs * config.rollout.max_images
+    )
     return Measured(
         shape=network_shape(family, network),
-        work=activations(family, network, tokens, images, asked=tokens - shown),
+        work=activations(family, network, tokens, images, asked),
         sampling=forward_peak(family, network, batch, images[:1] * in_batch),
     )
 
@@ -93,13 +97,20 @@ def plan_memory(config: Config, measured: Measured) -> Memory:
     plan = memory_plan(config, measured.shape, measured.work, measured.sampling, size if on_gpus else None)
     ranks, actors = config.learner.world_size, config.rollout.num_actors
     counts = {"a learner rank": ranks, "a learner's GPU": ranks, "a shared GPU": ranks}
-    counts |= {"a rollout actor": actors, "an engine's GPU": actors * config.rollout.tensor_parallel}
+    counts |= {
+        "driver and Ray": 1,
+        "a rollout actor": actors,
+        "an engine's GPU": actors * config.rollout.tensor_parallel,
+    }
     processes = {name: counts[name] for name in plan.devices}
     return Memory(plan=plan, on_gpus=on_gpus, device_bytes=size, processes=processes)
 
 
-def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes]]:
-    """Tokens and images of the largest micro-batch: short answers leave room for more prompts, each with its images."""
+def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes], int]:
+    """Tokens, images and answer tokens of the largest micro-batch.
+
+    Short answers leave room for more prompts, each with its images.
+    """
     from othink_ray.families.hugging_face import black_square
 
     learner, rollout, answers = config.learner, config.rollout, config.algo.group_size
@@ -111,8 +122,10 @@ def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes]]:
     shortest = shown * rollout.max_images + (answers if learner.shared_prefix else 1)
     rows = config.train.prompts_per_step * (1 if learner.shared_prefix else answers)
     rows = max(1, rows // (config.algo.updates_per_step * learner.world_size))
-    fitting = max(1, min(rows, tokens // shortest)) * rollout.max_images
-    return tokens, [image] * max(1, min(fitting, (tokens - 1) // max(1, shown)))
+    fitting = max(1, min(rows, tokens // shortest))
+    images = max(1, min(fitting * rollout.max_images, (tokens - 1) // max(1, shown)))
+    asked = fitting * rollout.max_tokens * (answers if learner.shared_prefix else 1)
+    return tokens, [image] * images, min(asked, tokens - images * shown)
 
 
 def gpu_bytes(config: Config) -> float:

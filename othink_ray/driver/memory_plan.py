@@ -18,6 +18,9 @@ GIB = 2**30
 CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here
 GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which stay while it sleeps; typical, not measured here
 PROCESS = 0.9 * GIB  # of a process on a CPU with torch and its libraries, before any model
+DRIVER = 0.5 * GIB  # measured, as the next two, by `python -m othink_ray.bench.memory`
+RAY = 0.8 * GIB  # its daemons and idle workers, on the driver's node
+GRADER = 0.1 * GIB
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: gathered at a time, at most
 SUB_GROUP = 1_000_000_000  # ZeRO-3's sub_group_size: weights that one optimizer call updates
 ENGINE_TOKENS = 8192  # vLLM's max_num_batched_tokens, unless rollout.max_model_len is more
@@ -110,7 +113,7 @@ def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> Le
         gathered = 0
         reduction = each * shape.largest if mixed else each * REDUCE_BUCKET
         step = 0 if mixed else 4 * share
-    head = _head(config, shape)
+    head = _head(config, shape, work.asked)
     parts = {"activations": work.peak + reduction, "logits": work.kept + head, "optimizer step": step}
     held = {} if "gradients" in resident else {"gradients": gradients}
     largest = max(parts, key=parts.__getitem__)
@@ -130,9 +133,10 @@ def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, w
     return max(each * (shape.weights + shape.trained * whole), policy + (each * shape.weights if reference else 0))
 
 
-def _head(config: Config, shape: NetworkShape) -> float:
+def _head(config: Config, shape: NetworkShape, asked: int) -> float:
     """The last layer's chunk of float32 logits with its gradient, and the float32 gradient of the output matrix."""
-    rows, matrix, each = config.learner.logit_rows, shape.vocabulary * shape.width, _BYTES[config.model.dtype]
+    rows, matrix = min(config.learner.logit_rows, asked), shape.vocabulary * shape.width
+    each = _BYTES[config.model.dtype]
     chunk = 4 * rows * shape.vocabulary
     # On a GPU products take half-precision factors; on a CPU these are cast to float32 first.
     cast = 0.5 * chunk if config.learner.gpus_per_rank > 0 else 4 * matrix * (each == 2)
@@ -145,11 +149,13 @@ def engine_memory(config: Config, shape: NetworkShape, forward: float, card: flo
     rollout, each = config.rollout, _BYTES[config.model.dtype]
     on_gpu = rollout.gpus_per_actor > 0
     per_sequence = each * shape.kv_per_token * rollout.max_model_len / rollout.tensor_parallel
-    # Twice on a CPU, whose kernels work on packed copies; there the output matrix is cast to float32 for each product.
-    copies = 1 if on_gpu else 2
-    cast = 0 if on_gpu or each == 4 else 4 * shape.vocabulary * shape.width
+    matrix = shape.vocabulary * shape.width
+    # A CPU's kernels work on packed copies. Beside adapters what was packed is dropped, but for the output matrix. That
+    # is cast to float32 for each product.
+    packed = 0 if on_gpu else matrix if config.learner.lora.rank else shape.weights
+    cast = 0 if on_gpu or each == 4 else 4 * matrix
     needs: Uses = {
-        "engine weights": copies * each * shape.weights / rollout.tensor_parallel,
+        "engine weights": each * (shape.weights + packed) / rollout.tensor_parallel,
         "engine activations": forward + 3.0 * 4 * rollout.max_num_seqs * shape.vocabulary + cast,
         "engine cache": per_sequence if on_gpu else rollout.kv_cache_gb * GIB,
     }
@@ -169,9 +175,11 @@ def memory_plan(
 def _devices(config: Config, learner: LearnerMemory, engine: EngineMemory) -> dict[str, tuple[Phase, ...]]:
     rollout = config.rollout
     if rollout.gpus_per_actor <= 0 or config.learner.gpus_per_rank <= 0:
+        graders = GRADER * config.algo.reward.actors
         return {
             "a learner rank": (Phase(name="update", uses={"process": PROCESS} | learner.resident | learner.updating),),
             "a rollout actor": (Phase(name="generate", uses={"process": PROCESS} | engine.needs),),
+            "driver and Ray": (Phase(name="run", uses={"driver": DRIVER, "Ray": RAY, "graders": graders}),),
         }
     awake = {"engine": engine.budget} if engine.budget is not None else dict(engine.needs)
     graphs = {} if rollout.enforce_eager else {"CUDA graphs": GRAPHS}

@@ -346,16 +346,18 @@ class DeepSpeedLearner:
 
     def export(self, folder: Path) -> None:
         network: Any = self.engine.module.network
-        state = {name: weight.to("cpu", copy=True) for name, weight in self._plain_weights()}
+        weights = ((name, weight.to("cpu", copy=True)) for name, weight in self._plain_weights())
+        if self.place.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.family.save(folder, network, weights)
+        for _ in weights:  # a gathering under ZeRO-3 takes all ranks; only the first one keeps what is gathered
+            pass
         adapter = {}
         for name, factor in adapter_weights(network):
             with self._whole([factor]):
                 adapter[name] = factor.detach().to("cpu", copy=True)
-        if self.place.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.family.save(folder, network, state)
-            if adapter:
-                write_adapter(folder / ADAPTER_FOLDER, network, adapter)
+        if adapter and self.place.rank == 0:
+            write_adapter(folder / ADAPTER_FOLDER, network, adapter)
         dist.barrier()
 
     def save(self, folder: Path) -> None:

@@ -43,6 +43,7 @@ class Activations:
 
     kept: int  # between the forward and the backward pass: what backward reads, and the hidden states
     peak: int  # of forward and backward, the gradients of parameters taken away as they come
+    asked: int  # tokens, not bytes: those of answers, for which there are logits
 
 
 def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
@@ -88,7 +89,7 @@ def activations(family: Family, network: nn.Module, tokens: int, images: Sequenc
     for hook in taken:
         hook.remove()
     pixels = encoded.pixels.nbytes
-    return Activations(kept=kept + pixels, peak=live.peak + pixels)
+    return Activations(kept=kept + pixels, peak=live.peak + pixels, asked=asked)
 
 
 def forward_peak(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,9 +130,9 @@ class Family(Protocol):
         """The matrix (V, H) that turns hidden states into logits."""
         ...
 
-    def save(self, folder: Path, network: nn.Module, state: dict[str, Any]) -> None:
-        """Write a plain Hugging Face folder: `state` under the names of `network`, configuration, processor.
+    def save(self, folder: Path, network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write a plain Hugging Face folder: `weights` under the names of `network`, configuration, processor.
 
-        By itself it is loaded in the widest dtype of `state`.
+        No more than about a GiB of them is held at a time. By itself the folder is loaded in the widest dtype of them.
         """
         ...

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -22,6 +23,8 @@ from othink_ray.families.opened import opened_by
 from othink_ray.types import Message, Prompt
 
 _ATTENTION = {"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION}
+PART_BYTES = 2**30  # of weights in one file of a saved model, beside its last weight
+_WEIGHTS = "model.safetensors"
 
 
 class HuggingFaceFamily:
@@ -131,14 +134,51 @@ class HuggingFaceFamily:
         weight: Tensor = head.weight
         return weight
 
-    def save(self, folder: Path, network: nn.Module, state: dict[str, Any]) -> None:
+    def save(self, folder: Path, network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
         target: Any = network
-        target.save_pretrained(folder, state_dict=state)
-        _declare(folder / "config.json", reduce(torch.promote_types, (weight.dtype for weight in state.values())))
+        files: list[Path] = []
+        dtypes: set[torch.dtype] = set()
+        for part in _parts(weights):
+            dtypes |= {weight.dtype for weight in part.values()}
+            target.save_pretrained(folder, state_dict=part)
+            part.clear()
+            files.append((folder / _WEIGHTS).rename(folder / f"part-{len(files)}.safetensors"))
+        _name_parts(folder, files)
+        _declare(folder / "config.json", reduce(torch.promote_types, dtypes))
         self.processor.save_pretrained(folder)
         readable = (folder / "config.json").stat().st_mode
-        for weights in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
-            weights.chmod(readable)
+        for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
+            file.chmod(readable)
+
+
+def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Weights that are held at a time: as soon as they reach PART_BYTES they are handed on, and dropped."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, weight in weights:
+        part[name] = weight
+        size += weight.nbytes
+        del weight
+        if size >= PART_BYTES:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def _name_parts(folder: Path, files: Sequence[Path]) -> None:
+    """As readers expect them: one file, or numbered ones with an index."""
+    if len(files) == 1:
+        files[0].rename(folder / _WEIGHTS)
+        return
+    places: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        named = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
+        with safe_open(named, framework="pt") as opened:
+            places |= dict.fromkeys(opened.keys(), named.name)
+    total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _declare(file: Path, dtype: torch.dtype) -> None:

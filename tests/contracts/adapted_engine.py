@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Adapted:
     pushed: Sequence[Sequence[Group]]
     probes: Sequence[Sequence[Probe]]
     used: Sequence[Chunk]  # what the layers add their factors from, after the last push
+    twice: Sequence[str]  # layers that hold their matrix beside the packed copy of it
     refused: str  # what was said to a factor of a layer that is not there
 
 
@@ -55,7 +57,15 @@ def live(
         probes.append(engine.probe(prompts, replace(SAMPLING, answers=1), CANDIDATES))
     [used] = engine.engine.collective_rpc("used_factors")
     chunks = list(to_chunks(used.items(), bucket_bytes=2**20))
-    return Adapted(opened=opened, pushed=pushed, probes=probes, used=chunks, refused=_refused(engine, used))
+    [twice] = engine.engine.collective_rpc(_held_twice)
+    return Adapted(
+        opened=opened, pushed=pushed, probes=probes, used=chunks, twice=twice, refused=_refused(engine, used)
+    )
+
+
+def _held_twice(worker: Any) -> list[str]:
+    named = worker.model_runner.get_model().named_modules()
+    return [name for name, module in named if hasattr(module, "cpu_linear") and module.weight.numel()]
 
 
 def _refused(engine: object, used: dict[str, Tensor]) -> str:

@@ -104,7 +104,7 @@ def cases(
         served = open_family(model, str(folder)).vllm_adapts_tower
         found[name] = random_case(model, replace(config.learner, lora=LORA if served else TEXT))
     folder = tmp_path_factory.mktemp(COARSE)
-    taught.family.save(folder, taught.network, dict(taught.network.named_parameters()))
+    taught.family.save(folder, taught.network, taught.network.named_parameters())
     model = replace(config.model, path=str(folder), dtype="bfloat16")
     learner = replace(config.learner, lora=LoraConfig(rank=16, alpha=32, targets=("text",)))
     start = replace(random_case(model, learner), prompts=scenes)
@@ -161,6 +161,13 @@ def test_an_adapter_of_zeros_changes_no_seeded_answer(name: str, lives: dict[str
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[Adapted]]) -> None:
     assert "has no layer to adapt for model." in lives[name].result().refused
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_push_brings_is_held_once(name: str, lives: dict[str, Future[Adapted]]) -> None:
+    """On CPUs as a packed copy; the embedding is looked up in the matrix that the head has packed."""
+    twice = lives[name].result().twice
+    assert twice and all("embed_tokens" in layer or layer.endswith("lm_head") for layer in twice), twice
 
 
 # ---- bfloat16

@@ -15,6 +15,7 @@ from othink_ray.driver.memory_check import (
     Memory,
     measure,
     memory_problems,
+    micro_batch,
     plan_memory,
     remedy,
     table,
@@ -146,3 +147,44 @@ def test_what_stands_still_is_said_with_the_key_to_turn() -> None:
 def test_engines_without_a_prompt_are_counted() -> None:
     said = idle(config_of("2b", "many_nodes", "train.prompts_per_step=8", "learner.world_size=8"))
     assert any("24 engines get no prompt" in one for one in said)
+
+
+# ---- CPUs
+
+
+SHORT = ("algo.group_size=2", "rollout.max_tokens=16", "train.prompts_per_step=2", "rollout.max_num_seqs=4")
+
+
+def on_cpus(*more: str) -> Config:
+    return load(["model=qwen2_vl_2b", "model.max_pixels=50176", *more])
+
+
+def test_a_cpu_engine_beside_adapters_holds_one_copy(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    """Of all but the output matrix, which is the embedding too."""
+    found = measured("2b")[1]
+    plain, adapted = (
+        plan_memory(on_cpus(f"learner.lora.rank={rank}"), found).plan.engine.needs["engine weights"] for rank in (0, 16)
+    )
+    assert plain == 2 * 2 * WEIGHTS
+    assert adapted == 2 * (WEIGHTS + 151_936 * 1536)
+
+
+def test_on_cpus_driver_and_ray_are_added(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    memory = plan_memory(on_cpus("learner.world_size=2"), measured("2b")[1])
+    peaks = {name: memory.plan.peak(name).total for name in memory.plan.devices}
+    assert peaks["driver and Ray"] > GIB
+    [held] = memory.held().values()
+    assert held == 2 * peaks["a learner rank"] + peaks["a rollout actor"] + peaks["driver and Ray"]
+
+
+def test_there_are_logits_for_answer_tokens_alone(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    family = measured("2b")[0]
+    assert micro_batch(on_cpus(*SHORT), family)[2] == 2 * 2 * 16
+    tokens, images, asked = micro_batch(on_cpus("rollout.max_tokens=200", "train.prompts_per_step=64"), family)
+    assert asked == tokens - sum(family.image_token_counts(images))
+
+
+def test_a_cpu_engine_never_has_more_tokens_than_sequences(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    family = measured("2b")[0]
+    few, many = (measure(on_cpus(*SHORT, f"rollout.max_num_seqs={count}"), family).sampling for count in (4, 64))
+    assert 3 * few < many

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from othink_ray.bench.allocations import Allocations
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.core.attention import Attention
@@ -27,7 +28,6 @@ from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from tests.driver.real_shapes import write_public, write_shapes
-from tests.engines.allocations import Allocations
 from tests.engines.samples import ask, group_of, picture, row_of
 
 MID = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -48,7 +48,7 @@ def asked(team_config: Config) -> list[Prompt]:
 @pytest.fixture(scope="session")
 def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
-    family.save(folder, taught.network, dict(taught.network.named_parameters()))
+    family.save(folder, taught.network, taught.network.named_parameters())
     return folder
 
 

@@ -42,7 +42,7 @@ def lives(
         futures = {}
         for name, policy in policies.items():
             saved = tmp_path_factory.mktemp("saved")
-            policy.family.save(saved, policy.network, dict(sent_weights(policy.network)))
+            policy.family.save(saved, policy.network, sent_weights(policy.network))
             weights = list(to_chunks(sent_weights(trained[name].network), bucket_bytes=1))
             futures[name] = processes.submit(live, models[name], config.rollout, str(saved), MIXED, weights)
         yield futures

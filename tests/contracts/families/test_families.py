@@ -7,8 +7,9 @@ import io
 import json
 import random
 import shutil
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from othink_ray.config.schema import ModelConfig
 from othink_ray.core import fused
 from othink_ray.engines.policy import Policy
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
-from othink_ray.families import FAMILIES, ModelError, open_family
+from othink_ray.families import FAMILIES, ModelError, hugging_face, open_family
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.last_layer import narrow
 from othink_ray.families.parts import modules_by_part
@@ -219,7 +220,7 @@ def test_plain_transformers_loads_what_was_saved(
 ) -> None:
     """The weights that it is given are saved, whatever is left of them in the network."""
     policy = trained[name]
-    policy.family.save(tmp_path, policies[name].network, dict(sent_weights(policy.network)))
+    policy.family.save(tmp_path, policies[name].network, sent_weights(policy.network))
     again = open_family(models[name], str(tmp_path))
     groups = [group_of(policy.family, prompt, [4, 2], 0) for prompt in MIXED]
     plain = Policy(AutoModelForImageTextToText.from_pretrained(tmp_path), again, policy.temperature, policy.logit_rows)
@@ -228,6 +229,34 @@ def test_plain_transformers_loads_what_was_saved(
         assert (plain_logprobs(plain, again, groups) - own).abs().max() < 1e-4
     assert [_expanded(again, prompt) for prompt in MIXED] == [_expanded(policy.family, prompt) for prompt in MIXED]
     assert again.banned_token_ids == policy.family.banned_token_ids
+
+
+def test_a_folder_is_saved_part_by_part(
+    name: str,
+    models: dict[str, ModelConfig],
+    policies: dict[str, Policy],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Never all weights at a time: merged in float32 they are several times the network."""
+    monkeypatch.setattr(hugging_face, "PART_BYTES", 400_000)
+    policy, held = policies[name], [0]
+    plain = dict(sent_weights(policy.network))
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        alive: list[weakref.ref[Tensor]] = []
+        for each, weight in plain.items():
+            held.append(sum(one.nbytes for ref in alive if (one := ref()) is not None))
+            copied = weight.clone()
+            alive.append(weakref.ref(copied))
+            yield each, copied
+            del copied
+
+    policy.family.save(tmp_path, policy.network, weights())
+    assert max(held) < 400_000 < sum(weight.nbytes for weight in plain.values())
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    again = open_family(models[name], str(tmp_path)).load_network(torch.float32)
+    assert all(torch.equal(weight, plain[each]) for each, weight in again.named_parameters())
 
 
 def _expanded(family: Family, prompt: Prompt) -> list[int]:

@@ -1,0 +1,35 @@
+"""The environment in which actors allocate: freed blocks are kept for the next step, but not huge ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
+
+# Each time something small comes to lie where the freed block was.
+HOLES = """
+import resource, sys, torch
+kept = []
+def grown(size, rounds):
+    for _ in range(rounds):
+        torch.ones(size, dtype=torch.uint8)
+        kept.append(torch.ones(2**20, dtype=torch.uint8))
+    held = [line for line in open('/proc/self/status') if line.startswith('VmRSS')][0]
+    return int(held.split()[1]) // 1024
+first = grown(300 << 20, 1)
+print(first, grown(300 << 20, 4))
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(100 << 20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+def test_blocks_of_gigabytes_leave_no_holes_and_others_are_kept() -> None:
+    environment = {**os.environ, **PROCESS_ENVIRONMENT}
+    said = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
+    first, last, faults = map(int, said.stdout.split())
+    assert last - first < 100  # MiB; kept, each of four blocks of 300 would have a place of its own
+    assert faults < 2 * (100 << 20) // 4096  # pages are touched once, not in each of 20 rounds

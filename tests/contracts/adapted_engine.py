@@ -13,7 +13,7 @@ from othink_ray.engines.base import Sampling, ServedAdapters
 from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
 
-SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
+SAMPLING = Sampling(answers=2, max_tokens=16, temperature=1.0, seed=3)
 CANDIDATES = 20
 
 

@@ -214,8 +214,8 @@ def test_in_bfloat16_the_sampler_changes_as_much_as_the_learner_in_float32(
     before, after = lives[COARSE].result().probes
     found, margin, points = slope(cases[COARSE], before, after)
     print(f"slope {found:.4f} +- {margin:.4f} over {points} logprobs")
-    assert points > 300
-    assert found + margin > 0.98 and found - margin < 1.02 and margin < 0.02, (found, margin, points)
+    assert points > 3000
+    assert 0.98 < found - margin and found + margin < 1.02, (found, margin, points)
 
 
 def test_transformers_alone_takes_adapters_in_as_they_are(cases: dict[str, Case], config: Config) -> None:
@@ -232,7 +232,7 @@ def test_transformers_alone_takes_adapters_in_as_they_are(cases: dict[str, Case]
         assert all(torch.equal(own[name], weight) for name, weight in weights)
     found, margin, points = slope(case, *probes)
     # Of a delta that rounds away as in a merged matrix, at most two thirds would be found.
-    assert points > 300 and abs(found - 1) < 0.1 and margin < 0.05, (found, margin, points)
+    assert points > 1000 and abs(found - 1) < 0.06 and margin < 0.04, (found, margin, points)
 
 
 def trained_weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

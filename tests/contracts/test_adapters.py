@@ -232,7 +232,7 @@ def test_transformers_alone_takes_adapters_in_as_they_are(cases: dict[str, Case]
         assert all(torch.equal(own[name], weight) for name, weight in weights)
     found, margin, points = slope(case, *probes)
     # Of a delta that rounds away as in a merged matrix, at most two thirds would be found.
-    assert points > 1000 and abs(found - 1) < 0.06 and margin < 0.04, (found, margin, points)
+    assert points > 1000 and abs(found - 1) < 0.1 and margin < 0.05, (found, margin, points)
 
 
 def trained_weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,6 +19,7 @@ _OPTIMISER = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_
 ADAPTER_FOLDER = "adapter"  # in an export; beside it the weights are merged
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TINY_BYTES = 64 * 2**20  # of safetensors files: the embedded model has 5 MB, the smallest public ones hundreds
+_HELD_OUT = ("test", "blind")  # parts of the data that teach nothing
 _HIGHEST_RATE = {"train": 3e-5, "sft": 5e-5}  # of all weights of a real model; R1-V trains at 1e-6 and 2e-5
 _HIGHEST_LORA_RATE = 2e-3
 
@@ -46,7 +47,8 @@ def adapter_settings(folder: str) -> dict[str, Any]:
 def base_model_folder(config: Config) -> Path:
     """Where the base model of this configuration is kept; the name changes with all that shapes it."""
     optimiser = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMISER}
-    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": asdict(config.data), "optimiser": optimiser}
+    lessons = {name: value for name, value in asdict(config.data).items() if name not in _HELD_OUT}
+    shape = {"recipe": _RECIPE, "model": asdict(config.model), "data": lessons, "optimiser": optimiser}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
     return Path(config.run.cache_dir).expanduser().absolute() / f"{config.model.name}-{config.data.name}-{digest}"
 

@@ -35,7 +35,7 @@ def test_whatever_shapes_the_base_model_gives_it_another_folder(override: str) -
     "override",
     [
         *("train.seed=5", "algo=grpo", "learner.world_size=2", "learner.lr=1e-3", "rollout.num_actors=2"),
-        *("learner.freeze=vision", "learner.lora.rank=8"),
+        *("learner.freeze=vision", "learner.lora.rank=8", "data.blind=true", "data.test.size=7"),
     ],
 )
 def test_runs_that_differ_only_in_training_share_it(override: str) -> None:

@@ -31,16 +31,21 @@ def drawn(seed: int) -> list[int]:
     return (lengths * 128 if longest == 3 else lengths).tolist()
 
 
-@pytest.mark.parametrize("lengths", [*map(drawn, range(16)), *map(list, IMAGES)], ids=str)
+EDGES = [[127, 1, 128], [1, 127, 127, 129], [128, 1, 126, 1]]  # an image begins or ends one patch beside a block
+
+
+@pytest.mark.parametrize("lengths", [*map(drawn, range(16)), *EDGES, *map(list, IMAGES)], ids=str)
 def test_blocks_are_those_of_the_mask_of_all_pairs(lengths: list[int]) -> None:
     """The operations on a CPU read the mask alone: wrong blocks would be seen on a GPU only."""
-    mask, patches = packed(lengths).mask, sum(lengths)
+    images, patches = packed(lengths), sum(lengths)
+    mask = images.mask
     whole = create_block_mask(mask.mask_mod, None, None, patches, patches, device="cpu")
     for name in TABLES:
         own, expected = getattr(mask, name), getattr(whole, name)
         assert own.dtype == expected.dtype, name
         assert torch.equal(own, expected), name
     assert (mask.seq_lengths, mask.BLOCK_SIZE) == (whole.seq_lengths, whole.BLOCK_SIZE)
+    assert images.whole.tolist() == [0, patches]
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])

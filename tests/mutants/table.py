@@ -32,12 +32,12 @@ class Table:
 
 _PURE = {
     "core/advantages.py": ("core/test_advantages.py", "core/test_variants.py"),
-    "core/attention.py": ("core/test_line.py", "core/test_fused.py", "core/test_blocks.py"),
+    "core/attention.py": ("core/test_line.py", "core/test_packed_images.py", "core/test_fused.py"),
     "core/blocks.py": ("core/test_blocks.py", "core/test_line.py", "core/test_fused.py"),
     "core/correction.py": ("core/test_correction.py",),
     "core/fused.py": ("core/test_fused.py",),
     "core/intervals.py": ("core/test_intervals.py",),
-    "core/kernel_memory.py": ("engines/test_network_memory.py",),
+    "core/kernel_memory.py": ("core/test_kernel_memory.py", "engines/test_network_memory.py"),
     "core/kl.py": ("core/test_kl.py", "core/test_schedules.py", "core/test_variants.py"),
     "core/line.py": ("core/test_line.py", "core/test_variants.py", "core/test_blocks.py"),
     "core/logprobs.py": ("core/test_logprobs.py",),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from othink_ray.core import packed_images
 from othink_ray.core.attention import DenseAttention, FlexAttention, packs_images
 from othink_ray.core.line import line_up
 from othink_ray.core.packed_images import PackedImages
@@ -64,6 +65,20 @@ def test_each_image_is_attended_to_as_if_alone(width: int, dtype: torch.dtype, n
     assert found.dtype == dtype
     assert (found - expected).abs().max() < near
     assert (alone(states[0], states[1], states[2]) - expected).abs().max() > 10 * near
+
+
+def test_a_kernel_for_cuda_that_cannot_be_compiled_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would otherwise go on without one, and write all scores out."""
+
+    def uncompilable(query: Tensor, key: Tensor, value: Tensor, **settings: object) -> Tensor:
+        torch._dynamo.graph_break()
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.flex_attention.flex_attention", uncompilable)
+    attend = packed_images._kernel.__wrapped__("cuda")
+    state = torch.ones(1, 1, 4, 16)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        attend(state, state, state, None, 1.0)
 
 
 def test_images_are_packed_beside_a_line_of_flex_on_cuda_alone() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core import blocks, fused
+from othink_ray.core import attention, blocks, fused
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
@@ -119,10 +119,10 @@ def states(length: int) -> list[Tensor]:
     ]
 
 
-def attended(attention: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def attended(own: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What comes out, and the gradients of a random direction in it."""
     inputs = states(length)
-    out = attention(*inputs, 0.4)
+    out = own(*inputs, 0.4)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return out.detach(), torch.autograd.grad((out * direction).sum(), inputs)
 
@@ -225,6 +225,15 @@ def test_the_kernel_for_cpus_is_taken_where_it_is_quick(chosen: Callable[[], boo
 def test_an_attention_that_is_named_is_taken_on_any_device(name: str, device: str, chosen: Callable[[], bool]) -> None:
     assert attention_for(name, torch.device(device)) is ATTENTIONS[name]
     assert chosen() == (name == "fused")
+
+
+def test_gpus_compile_one_kernel_for_lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each length anew it would take minutes, and after eight of them torch goes on without a kernel."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda kernel, **how: asked.append(how) or kernel)
+    make = attention._flex_kernel.__wrapped__
+    assert make("cpu") is make("cuda")
+    assert asked == [{"dynamic": True}]
 
 
 def test_gpus_have_flex_attention_without_being_told(chosen: Callable[[], bool]) -> None:

@@ -67,6 +67,14 @@ def test_each_image_is_attended_to_as_if_alone(width: int, dtype: torch.dtype, n
     assert (alone(states[0], states[1], states[2]) - expected).abs().max() > 10 * near
 
 
+def test_a_kernel_for_cuda_is_compiled_once_for_any_number_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda kernel, **how: asked.append(how) or kernel)
+    for device in ("cpu", "cuda"):
+        packed_images._kernel.__wrapped__(device)
+    assert asked == [{"dynamic": True, "fullgraph": True}]
+
+
 def test_a_kernel_for_cuda_that_cannot_be_compiled_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would otherwise go on without one, and write all scores out."""
 

@@ -17,10 +17,15 @@ from tests.runtime.scraping import gauges_of, scraped_until
 FORGOTTEN_S = 25.0  # Ray's agent keeps a value for 20 s
 
 
-def test_a_file_that_is_gone_already_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_file_goes_with_the_run_or_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
     monkeypatch.setattr(gauges, "ray", SimpleNamespace(nodes=list))
+    file = tmp_path / "prometheus.json"
     with Gauges(tmp_path):
-        (tmp_path / "prometheus.json").unlink()
+        assert file.exists()
+        if gone:
+            file.unlink()
+    assert not file.exists()
 
 
 def test_the_latest_finite_numbers_are_there_as_long_as_the_run_is(ray_here: None, tmp_path: Path) -> None:

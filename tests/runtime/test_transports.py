@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from othink_ray.config.schema import Config
-from othink_ray.runtime import push
+from othink_ray.runtime import actors, push
 from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.push import AuditedPush, TransferPush
@@ -82,7 +82,9 @@ def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(
     rollout.equip([0])
 
 
-def test_a_rank_finds_a_free_port_and_its_network_interface() -> None:
+def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1024 <= LearnerActor().free_port() < 2**16
-    assert _interface_with("127.0.0.1") == "lo"
-    assert _interface_with("no such address") == "lo"
+    addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5", "fe80::1"], "eth1": ["10.1.0.5", "fe80::2"]}
+    interfaces = {name: [SimpleNamespace(address=one) for one in own] for name, own in addresses.items()}
+    monkeypatch.setattr(actors, "psutil", SimpleNamespace(net_if_addrs=lambda: interfaces))
+    assert [_interface_with(address) for address in ("10.1.0.5", "10.0.0.5", "10.2.0.5")] == ["eth1", "eth0", "lo"]

@@ -135,7 +135,8 @@ class _Fused(torch.autograd.Function):
         threads = torch.get_num_threads()
         grad_query = torch.zeros_like(out)
         grad_key, grad_value = out.new_zeros(2, threads, key.shape[1], len(key), key.shape[2])
-        given = _pointers(out, logs, grad.contiguous(), grad_query, grad_key, grad_value)
+        came = grad.contiguous()  # kept by a name: the kernel has its address alone
+        given = _pointers(out, logs, came, grad_query, grad_key, grad_value)
         open_kernel().backward(_inputs((query, key, value), ctx.blocks, ctx.scale, False), *given, threads)
         gradients = (grad_query, *(own[0] if threads == 1 else own.sum(0) for own in (grad_key, grad_value)))
         asked, seen, shown = (own.transpose(0, 1) for own in gradients)

@@ -91,6 +91,16 @@ def slow_attention_of(rows: list[int], query: Tensor, key: Tensor, value: Tensor
     return torch.stack(attended, dim=1)
 
 
+@pytest.mark.parametrize(("scores", "heights"), [(12, [2, 2, 1]), (3, [1] * 5), (25, [5]), (10**6, [5])])
+def test_an_images_blocks_have_so_many_scores_at_most(
+    monkeypatch: pytest.MonkeyPatch, scores: int, heights: list[int]
+) -> None:
+    monkeypatch.setattr(blocks, "_SCORES", scores)
+    cut = blocks_of_image(5)
+    assert [block.asking.stop - block.asking.start for block in cut] == heights
+    assert [block.asking.start for block in cut] == [sum(heights[:number]) for number in range(len(heights))]
+
+
 def test_half_precision_sums_in_float32() -> None:
     exact = states(2, 40, 2)
     half = [own.detach().bfloat16() for own in exact]
@@ -106,3 +116,24 @@ def test_half_precision_sums_in_float32() -> None:
 def test_where_torch_multiplies_by_its_blas_its_own_kernel_is_quicker() -> None:
     assert products_gain() < 1.5  # nobody has put other products in their place here
     assert not worth_it(10 * ENOUGH)
+
+
+@pytest.mark.parametrize(("tokens", "gain", "worth"), [(0, 0.0, True), (-1, 9.0, False), (0, -0.01, False)])
+def test_blocks_are_worth_it_from_so_many_tokens_and_so_much_gain_on(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, worth: bool
+) -> None:
+    monkeypatch.setattr(blocks, "products_gain", lambda: blocks._GAIN + gain)
+    assert worth_it(ENOUGH + tokens) == worth
+
+
+def test_the_gain_compares_the_quickest_of_both_kinds_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's BLAS is timed by products into given memory, which are torch's own even where others stand in."""
+    clock, products = 100.0, 0
+
+    def multiply(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> None:
+        nonlocal clock, products
+        clock, products = clock + (1.0 if out is None else 3.0) + products, products + 1
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(blocks.time, "perf_counter", lambda: clock)
+    assert products_gain.__wrapped__() == (3.0 + 0) / (1.0 + 1)

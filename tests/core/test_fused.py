@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from functools import partial
+from threading import Event
 
 import pytest
 import torch
@@ -134,15 +135,42 @@ def test_what_is_not_a_number_in_half_precision_comes_out_as_none() -> None:
     assert found.isfinite().all(dim=-1).flatten().tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("width", "known"), [(32, True), (80, False), (128, True), (512, False)])
+@pytest.mark.parametrize(("width", "known"), [(32, True), (80, False), (128, True), (256, True), (512, False)])
 def test_it_knows_which_heads_suit_it(width: int, known: bool) -> None:
     assert fused.suits(torch.empty(1, 1, 1, width)) == known
 
 
-def test_heads_that_are_too_wide_are_refused() -> None:
-    state = torch.zeros(1, 2, 288)
-    with pytest.raises(ValueError, match=r"288 numbers are too wide .* learner\.attention=grouped"):
+@pytest.mark.parametrize("width", [257, 288])
+def test_heads_that_are_too_wide_are_refused(width: int) -> None:
+    state = torch.zeros(1, 2, width)
+    with pytest.raises(ValueError, match=rf"{width} numbers are too wide .* learner\.attention=grouped"):
         fused.attend_fused(state, state, state, fused.blocks_of_image(2), 1.0)
+
+
+@pytest.mark.parametrize("width", [250, 256])
+def test_the_widest_heads_are_attended(width: int) -> None:
+    assert_as_dense(line_of([(5, [2, 3]), (2, [4])]), (2, 1, width))
+
+
+def test_states_and_gradients_may_lie_in_memory_as_they_like() -> None:
+    line = line_of([(5, [2, 3]), (2, [4])])
+    plain = states(line, *HEADS[0])
+    turned = [one.detach().mT.contiguous().mT.requires_grad_() for one in plain]
+    assert {one.stride(-1) for one in turned} == {len(line)}
+    direction = torch.randn(1, HEADS[0][0], len(line), HEADS[0][2], generator=torch.Generator().manual_seed(0))
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    for attention, inputs, got in ((FusedAttention, turned, found), (DenseAttention, plain, expected)):
+        out = attention(line, CPU)(*inputs, SCALE)
+        got += [out, *torch.autograd.grad((out.transpose(1, 2) * direction).sum(), inputs)]
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_chosen_stays_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_CHOSEN", Event())
+    assert fused.is_chosen() is False
+    fused.choose()
+    assert fused.is_chosen() is True
 
 
 def test_where_no_compiler_is_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +181,12 @@ def test_where_no_compiler_is_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fused, "open_kernel", partial(fused.open_kernel, "-g0"))
     with pytest.warns(UserWarning, match=said):
         assert not fused.is_quick()
+    monkeypatch.setattr(fused, "_CHOSEN", Event())
+    with pytest.raises(RuntimeError, match=said):
+        fused.choose()
+    assert not fused.is_chosen()
+
+
+def test_what_the_compiler_says_is_told() -> None:
+    with pytest.raises(RuntimeError, match=r"no kernel of fused\.cpp: g\+\+: .*-mno-such-processor.*; install g\+\+ 9"):
+        fused.open_kernel("-mno-such-processor")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import Event
+
 import numpy as np
 import pytest
 import torch
@@ -9,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core import fused
+from othink_ray.core import attention, blocks, fused
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
     BlockAttention,
     DenseAttention,
+    FlexAttention,
     FusedAttention,
     GroupedAttention,
     attention_for,
 )
-from othink_ray.core.blocks import ENOUGH, worth_it
+from othink_ray.core.blocks import ENOUGH
 from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors, stretches, visibility
 from tests.reference import grpo_d
 
@@ -115,10 +119,10 @@ def states(length: int) -> list[Tensor]:
     ]
 
 
-def attended(attention: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def attended(own: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What comes out, and the gradients of a random direction in it."""
     inputs = states(length)
-    out = attention(*inputs, 0.4)
+    out = own(*inputs, 0.4)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return out.detach(), torch.autograd.grad((out * direction).sum(), inputs)
 
@@ -180,6 +184,22 @@ def test_the_last_layer_attends_where_something_is_predicted(rows: list[tuple[in
         torch.testing.assert_close(torch.autograd.grad((whole * kept).square().sum(), inputs), exact)
 
 
+@pytest.mark.parametrize("name", ["blocks", "fused"])
+def test_the_last_layer_leaves_out_what_predicts_nothing(name: str) -> None:
+    line = line_of([(4, [2, 0, 3]), (1, [2]), (3, [1])])
+    with torch.no_grad():
+        found = ATTENTIONS[name](line, CPU).in_last_layer(*states(len(line)), 0.4)
+    assert torch.equal(found.any(dim=-1).any(dim=-1)[0], needed(line))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_without_a_scale_it_is_one_over_the_root_of_the_width(name: str) -> None:
+    line = line_of([(3, [2, 4]), (1, [5])])
+    inputs = [own.detach() for own in states(len(line))]
+    attend = ATTENTIONS[name](line, CPU)
+    torch.testing.assert_close(attend(*inputs, None), attend(*inputs, WIDTH**-0.5))
+
+
 def test_prompts_and_answers_of_several_blocks_are_attended_alike() -> None:
     line = line_of([(ENOUGH + 90, [3, 305]), (7, [2]), (ENOUGH - 30, [4])])
     (found, gradients), (expected, exact) = (attended(ATTENTIONS[n](line, CPU), len(line)) for n in ("blocks", "dense"))
@@ -187,19 +207,52 @@ def test_prompts_and_answers_of_several_blocks_are_attended_alike() -> None:
     torch.testing.assert_close(gradients, exact)
 
 
-def test_the_kernel_for_cpus_is_taken_where_it_is_quick() -> None:
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether the kernel for CPUs is for images too, which is for good in a process: here for one test."""
+    monkeypatch.setattr(fused, "_CHOSEN", Event())
+    return fused.is_chosen
+
+
+def test_the_kernel_for_cpus_is_taken_where_it_is_quick(chosen: Callable[[], bool]) -> None:
     assert fused.is_quick()
     assert isinstance(attention_for("auto", CPU)(line_of([(7, [2])]), CPU), FusedAttention)
-    assert fused.is_chosen()
+    assert chosen()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_an_attention_that_is_named_is_taken_on_any_device(name: str, device: str, chosen: Callable[[], bool]) -> None:
+    assert attention_for(name, torch.device(device)) is ATTENTIONS[name]
+    assert chosen() == (name == "fused")
+
+
+def test_gpus_compile_one_kernel_for_lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each length anew it would take minutes, and after eight of them torch goes on without a kernel."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda kernel, **how: asked.append(how) or kernel)
+    attention._flex_kernel.__wrapped__("cpu")
+    assert not asked
+    attention._flex_kernel.__wrapped__("cuda")
+    assert asked == [{"dynamic": True}]
+
+
+def test_gpus_have_flex_attention_without_being_told(chosen: Callable[[], bool]) -> None:
+    assert attention_for("auto", torch.device("cuda", 1)) is FlexAttention
+    assert not chosen()
+
+
+@pytest.mark.parametrize("quicker", [True, False])
 def test_a_long_prompt_is_attended_in_blocks_where_they_are_quicker_without_being_told(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, chosen: Callable[[], bool], quicker: bool
 ) -> None:
     monkeypatch.setattr(fused, "is_quick", lambda: False)
-    attend, quicker = attention_for("auto", CPU), BlockAttention if worth_it(ENOUGH) else GroupedAttention
-    assert isinstance(attend(line_of([(7, [2]), (ENOUGH, [4])]), CPU), quicker)
-    assert isinstance(attend(line_of([(7, [2]), (ENOUGH - 1, [4])]), CPU), GroupedAttention)
+    monkeypatch.setattr(blocks, "products_gain", lambda: 9.0 if quicker else 1.0)
+    attend, for_long = attention_for("auto", CPU), BlockAttention if quicker else GroupedAttention
+    assert isinstance(attend(line_of([(ENOUGH, [2]), (7, [4])]), CPU), for_long)
+    assert isinstance(attend(line_of([(7, [2]), (ENOUGH, [4])]), CPU), for_long)
+    assert isinstance(attend(line_of([(7, [ENOUGH]), (ENOUGH - 1, [4])]), CPU), GroupedAttention)
+    assert not chosen()
 
 
 @pytest.mark.parametrize("rows", [[(3, [2, 4]), (1, [5])], [(4, [0, 0])]])

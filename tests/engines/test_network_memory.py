@@ -110,6 +110,18 @@ def test_planned_bytes_are_those_that_an_update_allocates(
     assert planned == pytest.approx(counted(config, family, row, DTYPES[dtype]), rel=0.15)
 
 
+def test_sizes_are_those_of_the_configuration_and_no_hook_is_left(mid_folder: Path) -> None:
+    config = load([])
+    family = open_family(replace(config.model, max_pixels=50176), str(mid_folder))
+    network = learner_skeleton(family, config.learner, torch.float32)
+    shape = network_shape(family, network)
+    assert shape.kv_per_token == 2 * 4 * MID["num_key_value_heads"] * 32  # of 4 layers, in heads of 128 / 4
+    assert (shape.vocabulary, shape.width, shape.head_trained) == (VOCABULARY, 128, True)
+    assert shape.largest == max(shape.largest, VOCABULARY * 128) < shape.trained <= shape.weights
+    activations(family, network, 200, [IMAGE], asked=10)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in network.parameters())
+
+
 @pytest.mark.parametrize("name", ["2b", "7b"])
 def test_at_true_shapes_they_are_what_autograd_saves(name: str, tmp_path: Path) -> None:
     config = load([f"model=qwen2_vl_{name}"])

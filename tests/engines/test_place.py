@@ -1,4 +1,4 @@
-"""Where the ranks of a learner meet."""
+"""Where the ranks of a learner meet, and how many cores are each one's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
-from othink_ray.engines.base import meeting_place
+from othink_ray.engines import base
+from othink_ray.engines.base import meeting_place, share_of_cores
 
 
 def test_nobody_else_gets_the_port_before_the_ranks_come() -> None:
     meeting = meeting_place()
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", meeting.port))
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "sharers", "share"),
+    [(12, None, 1, 12), (12, None, 5, 2), (4, None, 8, 1), (None, None, 2, 1), (12, 3, 5, 3)],
+)
+def test_cores_are_shared_out(
+    cores: int | None, threads: int | None, sharers: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.os, "cpu_count", lambda: cores)
+    assert share_of_cores(threads, sharers) == share
 
 
 def test_ranks_come_when_they_like_and_find_each_other() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from othink_ray.engines.products import onednn_is_there, products_by_onednn
+from othink_ray.engines.products import onednn_is_there, product_place, products_by_onednn
 
 
 @pytest.fixture
@@ -48,6 +48,18 @@ def test_a_product_is_right_whatever_its_layout(
     exact = (first.double()[:, :, None] * second.double()[None]).sum(1)
     assert_close((first @ second).double(), exact, atol=1e-5, rtol=1e-5)
     assert_close(torch.addmm(added, first, second).double(), exact + added.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", ("rows", "columns", "cut"))
+@pytest.mark.parametrize("right", ("rows", "columns", "cut"))
+@pytest.mark.parametrize(("rows", "columns"), [(7, 3), (3, 7)])
+def test_the_place_of_a_product_lies_as_the_product_does(
+    by_onednn: None, left: str, right: str, rows: int, columns: int
+) -> None:
+    """What the compiler plans with; a place of another shape would be made anew at each product."""
+    first, second = matrix(rows, 5, left), matrix(5, columns, right)
+    product, place = first @ second, product_place(first, second)
+    assert (place.shape, place.stride()) == (product.shape, product.stride())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])

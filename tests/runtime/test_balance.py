@@ -75,6 +75,13 @@ def test_an_image_is_some_work_and_less_than_many_answers() -> None:
     assert 0 < lengths.work(pictured, 8) - lengths.work(plain, 8) < 100
 
 
+def test_a_long_text_is_a_little_work() -> None:
+    """An answer token for every 8 of the prompt's, of 4 characters each."""
+    lengths = AnswerLengths()
+    short, long = ask("short", text="a" * 40), ask("long", text="a" * 360)
+    assert lengths.work(long, 8) - lengths.work(short, 8) == pytest.approx((360 - 40) / 4 / 8)
+
+
 def test_lengths_of_more_prompts_than_are_kept_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("othink_ray.runtime.balance._KEPT", 2)
     lengths = AnswerLengths()

@@ -6,19 +6,34 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from othink_ray.runtime import gauges
 from othink_ray.runtime.gauges import Gauges
 from tests.runtime.scraping import gauges_of, scraped_until
 
 FORGOTTEN_S = 25.0  # Ray's agent keeps a value for 20 s
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_file_goes_with_the_run_or_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
+    monkeypatch.setattr(gauges, "ray", SimpleNamespace(nodes=list))
+    file = tmp_path / "prometheus.json"
+    with Gauges(tmp_path):
+        assert file.exists()
+        if gone:
+            file.unlink()
+    assert not file.exists()
+
+
 def test_the_latest_finite_numbers_are_there_as_long_as_the_run_is(ray_here: None, tmp_path: Path) -> None:
-    with Gauges(tmp_path) as gauges:
+    with Gauges(tmp_path) as shown:
         [entry] = json.loads((tmp_path / "prometheus.json").read_text())
         [target] = entry["targets"]
-        gauges.show({"kl/mean": 0.5, "eval/accuracy/my-own": 0.25})
-        gauges.show({"kl/mean": math.nan, "step": 3})
+        shown.show({"kl/mean": 0.5, "eval/accuracy/my-own": 0.25})
+        shown.show({"kl/mean": math.nan, "step": 3})
         expected = {"othink_ray_eval_accuracy_my_own": 0.25, "othink_ray_step": 3.0}
         scraped_until(target, lambda text: gauges_of(text, tmp_path) == expected)
         time.sleep(FORGOTTEN_S)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from othink_ray.config.load import load
-from othink_ray.runtime.seating import dealt, picture, shortage, team_bundles, wanted
+from othink_ray.runtime import placement
+from othink_ray.runtime.recorded import Recorded
+from othink_ray.runtime.seating import Seat, dealt, picture, shortage, team_bundles, wanted
 
 SHARED = load(["cluster=one_node_colocated"])
 SPLIT = load(["cluster=one_node"])
@@ -39,6 +42,35 @@ def test_ranks_fill_nodes_one_after_the_other_however_ray_scattered_equal_bundle
     random.Random(0).shuffle(nodes)
     seats = [nodes[place] for place in dealt(["gpu"] * 16, nodes)]
     assert seats == ["a"] * 8 + ["b"] * 8
+
+
+def test_ranks_fill_the_node_first_that_has_most_of_them() -> None:
+    nodes = ["a", "b", "c", "b", "c", "b"]
+    assert [nodes[place] for place in dealt(["gpu"] * 6, nodes)] == ["b", "b", "b", "c", "c", "a"]
+
+
+class _AskedError(Exception):
+    """What Ray was asked for is known."""
+
+
+def test_bundles_are_reserved_in_the_way_that_the_cluster_is_to_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def reserve(bundles: object, strategy: str = "PACK") -> None:
+        asked.append((bundles, strategy))
+        raise _AskedError
+
+    monkeypatch.setattr(placement, "placement_group", reserve)
+    bundles = [(Seat(role="learner", cpus=2, gpus=0.5), Seat(role="rollout", cpus=1, gpus=0.5))]
+    with pytest.raises(_AskedError):
+        placement.Placement(bundles, replace(SPLIT.cluster, placement="STRICT_SPREAD"), print)
+    assert asked == [([{"CPU": 3, "GPU": 1.0}], "STRICT_SPREAD")]
+
+
+def test_nothing_is_reserved_for_processes_without_a_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_start", lambda actor, arguments, **options: (actor, arguments, options))
+    started = placement.Placement.start_unseated(Recorded, 1, "two")
+    assert started == (Recorded, (1, "two"), {"num_cpus": 0})
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=20))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from othink_ray.runtime import team
 from othink_ray.runtime.team import Team
 from tests.engines.samples import ask
 
@@ -68,11 +70,30 @@ def test_answers_of_older_weights_have_a_correction_of_their_own_and_a_push_begi
 
 def test_seeds_differ_by_run_step_and_sampling_round() -> None:
     seeds = set()
-    for seed, step, sampling_round in product((0, 1, 2**24, 2**64 - 1), (0, 1, 2**24 - 1), (0, 1, 7)):
+    for seed, step, sampling_round in product((0, 1, 2**24, 2**64 - 1), (0, 1, 2, 24, 2**24 - 1), (0, 1, 7)):
         recorder: Any = Recorder()
         list(replace(team_of(recorder), seed=seed).generate([], step, sampling_round))
         seeds.add(recorder.sampling.seed_of(ask("q")))
-    assert len(seeds) == 4 * 3 * 3
+    assert len(seeds) == 4 * 5 * 3
+
+
+def test_a_checkpoint_is_the_learners() -> None:
+    learner: Any = SimpleNamespace(saved=lambda: {"file": "digest"}, written=lambda: True)
+    saving = replace(team_of(Recorder()), learner=learner)
+    assert saving.saved() == {"file": "digest"}
+    assert saving.written() is True
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_each_process_is_asked_for_its_spans_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "spans_of", lambda actors, *, go_on: (actors, go_on))
+    pools: Any = {
+        "rollout": SimpleNamespace(actors=["r0", "r1"]),
+        "rewards": SimpleNamespace(actors=["w0"]),
+        "learner": SimpleNamespace(ranks=["l0"]),
+    }
+    found: Any = replace(team_of(Recorder()), **pools).spans(go_on=go_on)
+    assert found == ({"rollout 0": "r0", "rollout 1": "r1", "reward 0": "w0", "learner 0": "l0"}, go_on)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

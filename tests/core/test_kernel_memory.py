@@ -1,0 +1,40 @@
+"""The stand-in for a fused kernel has its shapes, and keeps for backward what such kernels keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from othink_ray.core.kernel_memory import KernelShape, kernel_shape
+
+HEADS, KEY_HEADS, TOKENS, WIDTH = 6, 2, 11, 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_saves_inputs_output_and_log_sums_in_float32(dtype: torch.dtype) -> None:
+    """A kernel sums in float32 whatever its inputs are: half as many bytes would be planned too few."""
+    query, key, value = (
+        torch.empty(3, heads, TOKENS, WIDTH, dtype=dtype, device="meta", requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = kernel_shape(query, key, value)
+    assert out.shape == KernelShape()(query, key, value, None).shape == (3, TOKENS, HEADS, WIDTH)
+    assert [(tensor.shape, tensor.dtype) for tensor in saved] == [
+        ((3, HEADS, TOKENS, WIDTH), dtype),
+        ((3, KEY_HEADS, TOKENS, WIDTH), dtype),
+        ((3, KEY_HEADS, TOKENS, WIDTH), dtype),
+        ((3, HEADS, TOKENS, WIDTH), dtype),
+        ((3, HEADS, TOKENS), torch.float32),
+    ]
+    out.backward(torch.empty_like(out))
+    assert [own.grad.shape for own in (query, key, value) if own.grad is not None] == [
+        own.shape for own in (query, key, value)
+    ]

@@ -1,0 +1,90 @@
+"""What pools and pushes ask of their actors, with actors that only note it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from othink_ray.config.schema import Config
+from othink_ray.runtime import actors, push
+from othink_ray.runtime.actors import LearnerActor, _interface_with
+from othink_ray.runtime.learner_pool import LearnerPool
+from othink_ray.runtime.push import AuditedPush, TransferPush
+from othink_ray.weights.audit import Tolerance
+
+Noted = list[tuple[Any, ...]]
+
+
+class Actor:
+    """Any method can be called remotely; it is noted, and what it was given comes back, or `results` of its name."""
+
+    def __init__(self, noted: Noted, **results: Any) -> None:
+        self.noted, self.results = noted, results
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            self.noted.append((name, *arguments))
+            return self.results.get(name)
+
+        return SimpleNamespace(remote=remote)
+
+
+def pool_of(*ranks: Actor, config: Config) -> LearnerPool:
+    seats = iter(ranks)
+    placement: Any = SimpleNamespace(start=lambda *_: next(seats))
+    engine: Any = None
+    learner: Any = SimpleNamespace(world_size=len(ranks), step_timeout_s=1)
+    pool = LearnerPool(engine, learner, placement)
+    waiting: Any = pool
+    waiting.wait_for = lambda calls, *_: list(calls)
+    return pool
+
+
+def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
+    ranks = [Actor([], saved={f"learner_{rank}.safetensors": str(rank)}) for rank in range(2)]
+    assert pool_of(*ranks, config=config).saved() == {"learner_0.safetensors": "0", "learner_1.safetensors": "1"}
+    with pytest.raises(OSError, match="disk is full"):
+        pool_of(ranks[0], Actor([], saved="disk is full"), config=config).saved()
+
+
+def test_every_rank_takes_part_in_an_export(config: Config) -> None:
+    noted: Noted = []
+    pool = pool_of(Actor(noted), Actor(noted), config=config)
+    waited: list[Any] = []
+    changed: Any = pool
+    changed.wait_for = lambda calls, doing: waited.append((len(calls), doing))
+    pool.export(Path("there"))
+    assert noted == [("export", Path("there").absolute())] * 2
+    assert waited == [(2, "export")]
+
+
+def test_a_transfer_between_gpus_is_sent_before_the_engines_have_it() -> None:
+    noted: Noted = []
+    learner: Any = SimpleNamespace(open_senders=lambda _: noted.append(("open",)), send=lambda: noted.append(("send",)))
+    rollout: Any = SimpleNamespace(
+        actors=[], processes_per_actor=1, finish_push=lambda *how, **more: noted.append((*how, more)) or ["version"]
+    )
+    sent = TransferPush("nccl", learner, rollout, 64).send(3)
+    assert noted == [("open",), ("send",), (3, {"buckets": 0})]
+    assert (sent.loading, sent.versions) == ([], ["version"])
+
+
+def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    nothing: Any = None
+    rollout: Any = SimpleNamespace()
+    AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    rollout.equip([0])
+
+
+def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1024 <= LearnerActor().free_port() < 2**16
+    addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5", "fe80::1"], "eth1": ["10.1.0.5", "fe80::2"]}
+    interfaces = {name: [SimpleNamespace(address=one) for one in own] for name, own in addresses.items()}
+    monkeypatch.setattr(actors, "psutil", SimpleNamespace(net_if_addrs=lambda: interfaces))
+    assert [_interface_with(address) for address in ("10.1.0.5", "10.0.0.5", "10.2.0.5")] == ["eth1", "eth0", "lo"]

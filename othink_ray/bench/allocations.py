@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operators return inside it, from the first tensor on each to the end of the last."""
+    """Bytes of CPU storages that operators return while it is active: `now`, and `peak` so far.
+
+    A storage counts from when it is first seen until it is freed; those of `known` tensors do not count.
+    """
 
     def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,7 +29,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def note(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Those of the CPU, also where no operator of this thread made them."""
+        """Count these, too, if they are on the CPU: no operator returned them here, such as weights loaded before."""
         for tensor in tensors:
             if tensor.device.type == "cpu":
                 self._note(tensor.untyped_storage())

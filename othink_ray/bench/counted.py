@@ -23,7 +23,7 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def peak_of_update(config: Config, path: str, prompts: Sequence[Prompt]) -> int:
-    """Bytes, of the weights and all else."""
+    """Bytes that all CPU tensors of the process hold at the peak of one update, weights included."""
     turn = learning(config, path)
     with Allocations() as seen:
         seen.note(thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))

@@ -65,23 +65,25 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     interrupt_at_any_ending()
     folder = asked.dir or Path(tempfile.mkdtemp(prefix="othink_ray_memory_"))
+    passing = folder  # what is removed where no folder was named
     try:
         found = measured(folder.absolute(), shape_of(asked.layers), asked.overrides)
     except ours.BenchError as error:
         print(f"stopped: {error}", file=sys.stderr)
+        passing = folder / "model"  # the message names a log in the folder
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
         if asked.dir is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(passing, ignore_errors=True)
     print(table(found))
     return 0
 
 
 def shape_of(layers: int | None) -> Shape:
-    """With its true widths, heads and vocabulary."""
+    """Qwen2-VL-2B with so many layers in each tower: its widths, heads and vocabulary stay."""
     shape = SHAPES[SHAPE]
     if layers is None:
         return shape
@@ -97,7 +99,7 @@ def settings(folder: Path, more: Sequence[str]) -> list[str]:
 
 
 def measured(folder: Path, shape: Shape, more: Sequence[str]) -> dict[str, Any]:
-    """Everything, and memory.json in the folder."""
+    """Make the model, plan, count and run its step; what is found is also written to memory.json in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model(shape, folder / "model", torch.device("cpu"), "bfloat16")
     overrides = settings(folder, more)

@@ -38,7 +38,7 @@ def run(
     environment: dict[str, str] | None = None,
     watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """To its end, or to ours: an interrupted one is given the time to clean up. `watch` of its id is open meanwhile."""
+    """Run a command to its end, in the context of `watch(its process id)`; interrupted, give it time to clean up."""
     process = _start(command, log, environment)
     try:
         with watch(process.pid):

@@ -27,7 +27,7 @@ class Look:
 
 
 class Watch:
-    """Looks at a driver and all its descendants."""
+    """Looks at a driver and all its descendants every 0.3 s: a peak that is shorter may be missed."""
 
     def __init__(self) -> None:
         self.looks: list[Look] = []

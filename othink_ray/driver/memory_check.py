@@ -79,7 +79,8 @@ def measure(config: Config, family: Family) -> Measured:
     tokens, images, asked = micro_batch(config, family)
     shown = sum(family.image_token_counts(images))
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)
-    if config.rollout.gpus_per_actor <= 0:  # on a GPU vLLM tries a full batch when it starts
+    # On a GPU, and where it compiles, vLLM tries a full batch when it starts.
+    if config.rollout.gpus_per_actor <= 0 and config.rollout.enforce_eager:
         batch = min(batch, config.rollout.max_num_seqs * config.rollout.max_model_len)
     in_batch = min(
         batch // (shown // len(images) + 1), _IMAGES, config.rollout.max_num_seqs * config.rollout.max_images

@@ -150,8 +150,9 @@ def engine_memory(config: Config, shape: NetworkShape, forward: float, card: flo
     on_gpu = rollout.gpus_per_actor > 0
     per_sequence = each * shape.kv_per_token * rollout.max_model_len / rollout.tensor_parallel
     matrix = shape.vocabulary * shape.width
-    # A CPU's kernels work on packed copies. Beside adapters what was packed is dropped, but for the output matrix. That
-    # is cast to float32 for each product.
+    # A CPU's kernels work on packed copies. Beside adapters the matrices that were packed are dropped, but for the
+    # output matrix, which is cast to float32 for each product. Without them an embedding that is not tied to it is
+    # counted twice too, though it is not packed.
     packed = 0 if on_gpu else matrix if config.learner.lora.rank else shape.weights
     cast = 0 if on_gpu or each == 4 else 4 * matrix
     needs: Uses = {

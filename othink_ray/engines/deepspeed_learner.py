@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
@@ -34,6 +35,7 @@ from othink_ray.engines.ahead import Ahead, Kept, Made, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.device_memory import release_cache
+from othink_ray.engines.exported import replace_export
 from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
 from othink_ray.engines.micro_batch import MicroBatch, collate
@@ -345,19 +347,24 @@ class DeepSpeedLearner:
         return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.learner.zero_stage == 3)
 
     def export(self, folder: Path) -> None:
+        """Write the model aside and put it in place when it is complete: what breaks off leaves an earlier export."""
         network: Any = self.engine.module.network
         weights = ((name, weight.to("cpu", copy=True)) for name, weight in self._plain_weights())
+        aside = folder / ".partial"
         if self.place.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.family.save(folder, network, weights)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            self.family.save(aside, network, weights)
         for _ in weights:  # a gathering under ZeRO-3 takes all ranks; only the first one keeps what is gathered
             pass
         adapter = {}
         for name, factor in adapter_weights(network):
             with self._whole([factor]):
                 adapter[name] = factor.detach().to("cpu", copy=True)
-        if adapter and self.place.rank == 0:
-            write_adapter(folder / ADAPTER_FOLDER, network, adapter)
+        if self.place.rank == 0:
+            if adapter:
+                write_adapter(aside / ADAPTER_FOLDER, network, adapter)
+            replace_export(folder, aside)
         dist.barrier()
 
     def save(self, folder: Path) -> None:

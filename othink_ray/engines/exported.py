@@ -1,10 +1,12 @@
-"""What a run with adapters in bfloat16 exported, as engines open it: the base model, and the adapter unmerged.
+"""A run's export: how it takes its place, and how engines open that of a run with adapters in bfloat16.
 
-The export itself is merged in float32; cast to bfloat16 most of what was trained would round away.
+These take the base model with the adapter unmerged. The export itself is merged in float32; cast to bfloat16 most of
+what was trained would round away.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch import Tensor
 from othink_ray.config.model_rules import ADAPTER_FOLDER, adapter_settings, merged_in_float32
 from othink_ray.engines.base import ServedAdapters
 
+_CONFIG = "config.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
@@ -23,6 +27,23 @@ class Exported:
     base: str
     adapters: ServedAdapters
     factors: Sequence[tuple[str, Tensor]]
+
+
+def replace_export(folder: Path, aside: Path) -> None:
+    """Move an export that is complete from `aside`, inside `folder`, to its place, and remove the earlier one there.
+
+    `config.json`, without which nothing opens the folder as a model, is removed first and arrives last. Weight files
+    are removed and not written over: a learner that started from them may still have them mapped.
+    """
+    (folder / _CONFIG).unlink(missing_ok=True)
+    for weights in folder.glob("*.safetensors*"):  # the index, too
+        weights.unlink()
+    shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == _CONFIG):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        file.replace(folder / file.name)
+    aside.rmdir()
 
 
 def read_exported(path: str, dtype: str) -> Exported | None:

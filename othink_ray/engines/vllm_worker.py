@@ -16,6 +16,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 import othink_ray.engines.vllm_rounding  # noqa: F401  # patches vLLM in this process
@@ -53,7 +54,10 @@ def _pack_and_keep(layer: Any, remove_weight: bool) -> None:
     """Pack a matrix and keep it beside its copy, so that a push can write over it by name.
 
     Where adapters are served no push brings a matrix, and the copy is enough: half the memory of all linear layers.
+    An embedding is looked up in and never multiplied by: it needs no copy. A tied head packs the matrix for itself.
     """
+    if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+        return
     _pack(layer, remove_weight=remove_weight and get_current_vllm_config().lora_config is not None)
 
 
@@ -84,7 +88,7 @@ class WorkerExtension:
         return self.images
 
     def write_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        """By their Hugging Face names. A matrix that two modules share, as a tied head, is packed for both."""
+        """By their Hugging Face names. A head that shares its matrix with the embedding is packed anew with it."""
         written = {id(self.named[name]) for name in self.network.load_weights(weights)}
         for _, module in self.packed:
             if id(module.weight) in written:

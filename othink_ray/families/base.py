@@ -131,8 +131,9 @@ class Family(Protocol):
         ...
 
     def save(self, folder: Path, network: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write a plain Hugging Face folder: `weights` under the names of `network`, configuration, processor.
+        """Write `weights`, under the names of `network`, its configuration and the processor into an empty folder.
 
-        No more than about a GiB of them is held at a time. By itself the folder is loaded in the widest dtype of them.
+        The folder is one of plain Hugging Face, and loads by default in the widest dtype of the weights. They are
+        taken one by one and written in files of about a GiB, so that no more than that of them is held at a time.
         """
         ...

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from othink_ray.bench import memory
 from othink_ray.bench.gpu.shapes import VOCABULARY, write_model
 from othink_ray.bench.memory import _windows, counted, planned, settings, shape_of, table
-from othink_ray.bench.processes import TOGETHER, Watch
+from othink_ray.bench.ours import BenchError
+from othink_ray.bench.processes import TOGETHER, Watch, _processes, _proportional
 from othink_ray.config.check import machine_for, problems
 from othink_ray.config.load import load
 
@@ -79,3 +82,29 @@ def test_the_table_sets_what_was_planned_beside_what_was_counted() -> None:
     text = table({"run": run, "planned": {"a learner rank": uses}, "counted": 2 * gib})
     assert "learner, planned 2.20, counted 2.00: +10.0%" in text
     assert ["learner", "3.00"] in [line.split() for line in text.splitlines()]
+
+
+def test_a_run_that_fails_leaves_the_log_its_message_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model goes: it is gigabytes."""
+
+    def failing(folder: Path, *_: object) -> None:
+        (folder / "model").mkdir()
+        (folder / "run.txt").write_text("out of memory")
+        raise BenchError(f"the whole output is in {folder / 'run.txt'}")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(memory, "measured", failing)
+    monkeypatch.setattr(memory, "interrupt_at_any_ending", lambda: None)
+    assert memory.main([]) == 1
+    log = Path(capsys.readouterr().err.split(" is in ")[1].strip())
+    assert log.read_text() == "out of memory"
+    assert not (log.parent / "model").exists()
+
+
+def test_a_process_that_has_ended_holds_nothing() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert list(_processes(ended.pid)) == []
+    assert _proportional(ended.pid) == 0

@@ -188,3 +188,12 @@ def test_a_cpu_engine_never_has_more_tokens_than_sequences(measured: Callable[[s
     family = measured("2b")[0]
     few, many = (measure(on_cpus(*SHORT, f"rollout.max_num_seqs={count}"), family).sampling for count in (4, 64))
     assert 3 * few < many
+
+
+def test_a_compiled_cpu_engine_tries_a_full_batch(measured: Callable[[str], tuple[Family, Measured]]) -> None:
+    """When it starts, as on a GPU."""
+    family = measured("2b")[0]
+    eager, compiled = (
+        measure(on_cpus(*SHORT, f"rollout.enforce_eager={eager}"), family).sampling for eager in ("true", "false")
+    )
+    assert 3 * eager < compiled

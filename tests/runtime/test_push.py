@@ -99,7 +99,7 @@ def test_a_clean_push_leaves_a_gap_of_rounding_only(
 
 
 def test_a_stale_lm_head_is_caught(team: Team, asked: list[Prompt], version: Callable[[], int]) -> None:
-    """The kernels have a tied head twice: the embedding's copy is new, the head's is not."""
+    """The embedding looks up in the new matrix; the head multiplies by its packed copy of the old one."""
     team.push(version())
     train_one_step(team, asked, version())
     on_engine(team, keep_packed_head)

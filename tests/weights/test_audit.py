@@ -217,7 +217,7 @@ def test_weights_of_one_step_ago_are_caught(engine: VLLMRollout, stepped: Policy
 def test_a_tied_head_with_its_old_copy_is_caught(
     engine: VLLMRollout, stepped: Policy, audit: Auditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's CPU kernels have the matrix twice, packed for the embedding and for the head."""
+    """On CPUs the matrix is held as it is, for the embedding, and packed, for the head."""
     worker = worker_of(engine).worker  # inside vLLM's wrapper
     head, pack = worker.network.language_model.lm_head, worker.pack
     with monkeypatch.context() as patched:

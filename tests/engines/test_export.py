@@ -1,0 +1,133 @@
+"""Exports over what an earlier one left in the folder, exports that break off, and the ranks' shares in gathering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from othink_ray.engines import deepspeed_learner
+from othink_ray.engines.adapters import add_adapters
+from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
+from othink_ray.families import hugging_face
+from othink_ray.families.base import Family
+
+IN_PARTS, IN_ONE = 100_000, 2**30
+
+
+@pytest.fixture
+def network(small_family: Family) -> nn.Module:
+    return small_family.load_network(torch.float32)
+
+
+@pytest.fixture
+def gathered() -> list[list[Tensor]]:
+    return []
+
+
+@pytest.fixture
+def export(small_family: Family, gathered: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What one rank does in an export, with files of so many bytes."""
+    monkeypatch.setattr(deepspeed_learner.dist, "barrier", lambda: None)
+
+    def exported(network: nn.Module, folder: Path, part_bytes: int = IN_ONE, rank: int = 0) -> None:
+        monkeypatch.setattr(hugging_face, "PART_BYTES", part_bytes)
+        learner: Any = DeepSpeedLearner.__new__(DeepSpeedLearner)
+        learner.engine = SimpleNamespace(module=SimpleNamespace(network=network))
+        learner.family, learner.place = small_family, SimpleNamespace(rank=rank)
+        learner._whole = lambda parameters: gathered.append(parameters) or nullcontext()
+        learner.export(folder)
+
+    return exported
+
+
+def weights_in(folder: Path, family: Family) -> dict[str, Tensor]:
+    network: Any = type(family.load_network(torch.float32)).from_pretrained(folder, dtype=torch.float32)
+    return dict(network.named_parameters())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+@pytest.mark.parametrize(("earlier", "later"), [(IN_PARTS, IN_ONE), (IN_ONE, IN_PARTS), (IN_PARTS, 3 * IN_PARTS)])
+def test_an_export_leaves_nothing_of_an_earlier_one(
+    earlier: int, later: int, network: nn.Module, export: Any, small_family: Family, tmp_path: Path
+) -> None:
+    """vLLM reads the *.safetensors files that an index lists, or all of them where there is no index."""
+    folder = tmp_path / "export"
+    export(network, folder, earlier)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    export(network, folder, later)
+    index = folder / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert index.exists() == (later != IN_ONE)
+    assert {file.name for file in folder.glob("*.safetensors")} == listed
+    assert same(weights_in(folder, small_family), dict(network.named_parameters()))
+
+
+def test_an_adapter_of_an_earlier_export_is_gone(network: nn.Module, export: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    export(network, folder)
+    assert not (folder / "adapter").exists()
+    assert not (folder / ".partial").exists()
+    assert (folder / "config.json").exists()
+
+
+def test_an_export_that_breaks_off_leaves_the_earlier_one(
+    network: nn.Module, export: Any, small_family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    export(network, folder, IN_PARTS)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            export(network, folder, IN_PARTS)
+    assert same(weights_in(folder, small_family), before)
+    export(network, folder, IN_PARTS)
+    assert same(weights_in(folder, small_family), dict(network.named_parameters()))
+
+
+def test_a_first_export_that_breaks_off_is_no_model(
+    network: nn.Module, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """mode=check and a run that starts from the folder go by its config.json."""
+    folder = tmp_path / "export"
+    monkeypatch.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        export(network, folder, IN_PARTS)
+    assert not (folder / "config.json").exists()
+    assert not list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("part_bytes", [IN_ONE, IN_PARTS])
+def test_all_ranks_gather_the_same_weights_in_order(
+    part_bytes: int, network: nn.Module, export: Any, gathered: list[list[Tensor]], tmp_path: Path
+) -> None:
+    """Under ZeRO-3 each gathering is a collective call: with one more on any rank all of them would hang."""
+    layer = next(name for name, module in network.named_modules() if name.endswith("q_proj"))
+    add_adapters(network, rank=2, alpha=4, layers=[layer])
+    by_rank = []
+    for rank in (0, 1):
+        gathered.clear()
+        export(network, tmp_path / str(rank), part_bytes, rank)
+        by_rank.append([[id(part) for part in parts] for parts in gathered])
+    assert by_rank[0] == by_rank[1]
+    assert len(by_rank[0]) > 20
+    assert (tmp_path / "0" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "1").exists()

@@ -122,6 +122,19 @@ def test_verdicts_of_a_run_over_forks_and_processes(
     assert [path.name for path in house.root.parent.iterdir()] == ["house"]
 
 
+def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
+    table = small(tmp_path / "house")
+    (table.root / "tests/core/test_waits.py").write_text(
+        "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\ndef test_spinning():\n    while True:\n        pass\n"
+    )
+    with Trials(table) as trials:
+        waiting, spinning = (
+            trials.status("core/waits.py", None, 2, [f"tests/core/test_waits.py::test_{what}"])
+            for what in ("waiting", "spinning")
+        )
+    assert (waiting, spinning) == (0, None)
+
+
 def test_verdicts_hold_until_the_source_or_its_tests_change(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--only", "core/sums.py", "core/signs.py")
     first = house.run(capsys, *files)
@@ -198,14 +211,14 @@ def test_tests_that_fail_without_a_mutant_stop_the_run_and_are_shown(
     assert house.lines() == []
 
 
-@pytest.mark.parametrize("file", ["core/waits.py", "engines/heavy.py"])
-def test_a_test_process_and_its_children_end_when_time_is_up(house: House, file: str) -> None:
+@pytest.mark.parametrize(("file", "limit"), [("core/waits.py", 2), ("engines/heavy.py", 10)])
+def test_a_test_process_and_its_children_end_when_time_is_up(house: House, file: str, limit: float) -> None:
     [test] = house.table.covering(file)
     (house.root / test).write_text(
         "import subprocess, time\n\n\ndef test_slow():\n    subprocess.Popen(['sleep', '200'])\n    time.sleep(200)\n"
     )
     with Trials(house.table) as trials:
-        assert trials.status(file, None, 10) is None
+        assert trials.status(file, None, limit) is None
     assert commands_with(trials.tree) == []
 
 

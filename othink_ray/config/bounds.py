@@ -103,6 +103,7 @@ BOUNDS = (
                 "rollout.max_tokens",
                 "rollout.max_num_seqs",
                 "rollout.max_images",
+                "rollout.kv_cache_gb",
             ),
             *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
             *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
@@ -144,7 +145,7 @@ BOUNDS = (
         "Set {key} to a positive number.",
         (
             *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "algo.reward.answer_cpu_s"),
-            *("model.tiny.warm_lr", "rollout.temperature", "rollout.kv_cache_gb"),
+            *("model.tiny.warm_lr", "rollout.temperature"),
             *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
             *("learner.vision_lr_scale", "learner.projector_lr_scale"),
             *("model.smol.warm_lr", "model.smol.warm_projector_scale"),

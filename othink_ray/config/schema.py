@@ -199,7 +199,7 @@ class RolloutConfig:
     max_model_len: int
     max_num_seqs: int
     max_images: int  # per prompt
-    kv_cache_gb: float  # on CPU; on GPU see gpu_memory_utilization
+    kv_cache_gb: int  # GiB on CPU, whole ones as vLLM takes them; on GPU see gpu_memory_utilization
     gpu_memory_utilization: float
     enforce_eager: bool
     prefix_caching: bool  # a prompt is read once for all its answers

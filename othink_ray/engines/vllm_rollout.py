@@ -63,7 +63,7 @@ class VLLMRollout(Receiver):
         if not on_gpu:
             threads = share_of_cores(rollout.threads, rollout.num_actors * rollout.tensor_parallel)
             os.environ.update(
-                VLLM_CPU_KVCACHE_SPACE=str(max(1, round(rollout.kv_cache_gb))),
+                VLLM_CPU_KVCACHE_SPACE=str(rollout.kv_cache_gb),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
                 OMP_NUM_THREADS=str(threads),
                 VLLM_CPU_ATTN_SPLIT_KV="0" if model.dtype != "float32" else "1",  # sums in one order, as the learner

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.bench.__main__ import main, table
+from othink_ray.bench.__main__ import main, table, ways_of
 from othink_ray.bench.ours import BenchError, run
 from othink_ray.bench.peer import _questions
 from othink_ray.bench.times import spread
@@ -49,6 +49,11 @@ def test_the_peer_gets_the_questions_of_the_run(tmp_path: Path) -> None:
 def test_a_side_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"ended with 3; the whole output is in .*said\.txt:\nlast words"):
         run([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], tmp_path / "said.txt")
+
+
+def test_the_pretrained_model_is_not_given_two_learner_ranks() -> None:
+    assert list(ways_of(work(8))) == ["plain", "overlapped", "overlapped_2_ranks"]
+    assert list(ways_of(work(8, "smol"))) == ["plain", "overlapped"]
 
 
 def test_the_table_says_how_many_times_faster() -> None:

@@ -162,6 +162,7 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         ),
         (["rollout=hf", "rollout.tensor_parallel=2"], "only rollout.engine=vllm splits a network"),
         (["rollout.tensor_parallel=0"], "rollout.tensor_parallel = 0 must be at least 1"),
+        (["rollout.kv_cache_gb=0"], "rollout.kv_cache_gb = 0 must be at least 1"),
         (["cluster=one_node", "rollout.sleep=true"], "rollout.sleep = True needs vLLM and the learner on the same GPU"),
         (["cluster=one_gpu", "train.overlap=true"], "rollout.sleep = True must be false where train.overlap = true"),
         (["cluster.wait_s=-1"], "cluster.wait_s = -1 must be at least 0"),

@@ -2,8 +2,8 @@
 
     python -m tests.mutants.fork_server
 
-Reads lines of JSON (`tests`, `timeout_s`, `screen`) and answers each with its exit status; null: stopped at its limit,
-which is on processor time, so that other jobs of the machine hang nothing; what only sleeps is stopped at five times it.
+Reads lines of JSON (`tests`, `timeout_s`, `screen`) and answers each with its exit status; null: stopped at its limit.
+The limit is on processor time, so that a busy machine hangs nothing; what only sleeps is stopped at five times it.
 Torch takes seconds to import and a test of `core/` milliseconds. Nothing here starts a thread before the forks: torch's
 begin with its first operation, so the importing itself is the last thing that all forks share.
 """

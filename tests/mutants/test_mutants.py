@@ -125,7 +125,8 @@ def test_verdicts_of_a_run_over_forks_and_processes(
 def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
     table = small(tmp_path / "house")
     (table.root / "tests/core/test_waits.py").write_text(
-        "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\ndef test_spinning():\n    while True:\n        pass\n"
+        "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\n"
+        "def test_spinning():\n    while True:\n        pass\n"
     )
     with Trials(table) as trials:
         waiting, spinning = (

@@ -58,7 +58,7 @@ def model_rules(config: Config) -> Iterator[Problem]:
     tiny, path = config.model.tiny, config.model.path
     if path is not None:
         wrong = [*_path(config, "model.path", path)]
-        yield from wrong or _rate(config, path)
+        yield from wrong or [*_chosen(config, path), *_rate(config)]
         if config.mode != "eval" and merged_in_float32(model_folder(path), config.model.dtype):
             rule = (
                 f"is a run with adapters, whose export is merged in float32: as a start of training in "
@@ -72,6 +72,8 @@ def model_rules(config: Config) -> Iterator[Problem]:
     elif tiny is None:
         rule = "is null, so the embedded model must be made, but model.tiny is null too"
         yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
+    else:
+        yield from _rate(config)
     for path in config.eval.models:
         yield from _path(config, "eval.models", path)
     if config.mode == "eval":
@@ -82,24 +84,34 @@ def model_rules(config: Config) -> Iterator[Problem]:
         yield from _sizes(config)
 
 
-def _rate(config: Config, path: str) -> Iterator[Problem]:
-    """Refuses for a real model the learning rates that suit the embedded one, which are 60 to 200 times too high."""
-    learner = config.learner
-    if config.mode not in _HIGHEST_RATE or _is_tiny(Path(model_folder(path))):
-        return
-    highest = _HIGHEST_LORA_RATE if learner.lora.rank else _HIGHEST_RATE[config.mode]
-    if learner.lr > highest:
-        usual = "1e-4" if learner.lora.rank else {"train": "1e-6", "sft": "2e-5"}[config.mode]
-        rule = (
-            f"must be at most {highest:g} where model.path = {path}: it suits the embedded model of a million weights"
+def _chosen(config: Config, path: str) -> Iterator[Problem]:
+    """Refuses to train a real model at the settings of the embedded one: its Adam, its rate and float32."""
+    if config.mode != "eval" and config.model.name == "tiny" and _is_real(path):
+        rule = f"is for the embedded model of a million weights: its Adam and its precision do not suit {path}"
+        remedy = (
+            "Choose the nearest file of conf/model beside the path, such as model=qwen2_vl_2b, or smol for a run of it."
         )
-        yield broken(config, "learner.lr", rule, f"Set learner.lr={usual}, or use learner=deepspeed_gpu.")
+        yield Problem(subject="model = tiny", rule=rule, remedy=remedy)
 
 
-def _is_tiny(folder: Path) -> bool:
-    """Whether the model in a folder on this machine is about as small as the embedded one."""
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    return bool(sizes) and sum(sizes) < _TINY_BYTES
+def _rate(config: Config) -> Iterator[Problem]:
+    """Refuses for a real model the learning rates that suit the embedded one, which are 60 to 200 times too high."""
+    learner, path = config.learner, config.model.path
+    mode = "train" if config.mode == "check" else config.mode
+    if mode not in _HIGHEST_RATE or not (_is_real(path) if path else config.model.smol):
+        return
+    highest = _HIGHEST_LORA_RATE if learner.lora.rank else _HIGHEST_RATE[mode]
+    if learner.lr > highest:
+        usual = "1e-4" if learner.lora.rank else "1e-6" if mode == "train" and path else "2e-5"
+        which = f"model.path = {path}" if path else f"model = {config.model.name}"
+        rule = f"must be at most {highest:g} where {which}: it suits the embedded model of a million weights"
+        yield broken(config, "learner.lr", rule, f"Set learner.lr={usual}.")
+
+
+def _is_real(path: str) -> bool:
+    """Whether this is another model than the embedded one or a run of it: by the size of its files."""
+    sizes = [file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors")]
+    return not sizes or sum(sizes) >= _TINY_BYTES
 
 
 def _path(config: Config, key: str, path: str) -> Iterator[Problem]:

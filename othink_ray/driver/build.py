@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from othink_ray.config.schema import Config
+from othink_ray.config.seat_rules import paired, transport_of
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.core.rates import learning_rate
@@ -25,7 +26,7 @@ from othink_ray.runtime.placement import Placement, fits
 from othink_ray.runtime.push import AuditedPush, open_transport
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import learner_bundles, paired, rollout_bundles, team_bundles
+from othink_ray.runtime.seating import learner_bundles, rollout_bundles, team_bundles
 from othink_ray.runtime.team import Examiners, Team
 from othink_ray.types import Prompt
 from othink_ray.weights.audit import Tolerance
@@ -345,18 +346,3 @@ def learner_engine(config: Config, path: str, place: Place, *, with_reference: b
         place=place,
         shares_gpu=config.rollout.sleep,
     )
-
-
-def transport_of(config: Config) -> str:
-    """`auto`: CUDA IPC where engine and learner share a GPU, NCCL between GPUs, shared memory without any.
-
-    Adapters are small, and vLLM's own transfer between GPUs knows whole weights only: shared memory.
-    """
-    if config.learner.lora.rank:
-        return "shared_memory"
-    if config.weights.transport != "auto":
-        return config.weights.transport
-    shares = (config.rollout.gpus_per_actor, config.learner.gpus_per_rank)
-    if config.rollout.engine != "vllm" or min(shares) == 0:
-        return "shared_memory"
-    return "ipc" if max(shares) < 1 else "nccl"

@@ -58,7 +58,7 @@ def foresee(config: Config) -> Foresight:
             lines |= found_lines
             problems += found_problems
     else:
-        lines["model files"] = "not on this machine yet: not looked at, so no memory is planned either"
+        lines["model files"] = _not_there(config.model.path)
     return Foresight(lines=lines, problems=problems)
 
 
@@ -76,9 +76,28 @@ def _sample(config: Config, split: Split) -> tuple[str, list[Prompt]]:
 
 
 def _folder(config: Config) -> Path | None:
-    """Where the model's files lie; None where they are on the hub or still to be made."""
-    folder = Path(model_folder(config.model.path)) if config.model.path else base_model_folder(config)
+    """Where the model's files lie; None where they are on the hub alone or still to be made."""
+    path = config.model.path
+    folder = Path(model_folder(path)) if path else base_model_folder(config)
+    if path and not folder.is_dir():
+        folder = _cached(path) or folder
     return folder if (folder / "config.json").is_file() else None
+
+
+def _cached(name: str) -> Path | None:
+    """The newest copy of a model of the hub in this machine's cache; nothing is fetched."""
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+    except OSError:
+        return None
+
+
+def _not_there(path: str | None) -> str:
+    if path is None:
+        return "made at the first start: not looked at, so no memory is planned either"
+    return f"on the hub and not here: not looked at, no memory is planned. To have that: hf download {path}"
 
 
 def _weights_of(folder: Path) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from othink_ray.config.schema import Config
-from othink_ray.runtime.seating import paired
+from othink_ray.config.seat_rules import paired
 
 _FULL = 0.25  # of rollout.max_num_seqs: with fewer sequences side by side a GPU reads all weights for few tokens
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from othink_ray.config.schema import Config
+from othink_ray.config.seat_rules import paired
 from othink_ray.engines.network_memory import Activations, NetworkShape
 from othink_ray.engines.zero_settings import REDUCE_BUCKET
-from othink_ray.runtime.seating import paired
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here

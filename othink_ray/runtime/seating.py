@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from othink_ray.config.schema import LearnerConfig, RolloutConfig
+from othink_ray.config.seat_rules import paired
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +30,6 @@ def learner_bundles(learner: LearnerConfig) -> list[Bundle]:
 
 def rollout_bundles(rollout: RolloutConfig) -> list[Bundle]:
     return [(Seat(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor),)] * rollout.num_actors
-
-
-def paired(learner: LearnerConfig, rollout: RolloutConfig) -> bool:
-    """Whether each rank shares its GPU with an engine."""
-    parts = learner.gpus_per_rank, rollout.gpus_per_actor
-    return min(parts) > 0 and sum(parts) <= 1
 
 
 def team_bundles(learner: LearnerConfig, rollout: RolloutConfig) -> list[Bundle]:

@@ -16,6 +16,7 @@ from othink_ray.core import advantages, correction, kl, losses, packing, rates, 
 NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
 SMALL = Machine(cpus=2, gpus=0)
+PARTS_OF_TWO = ("rollout.gpus_per_actor=0.6", "learner.gpus_per_rank=0.6")  # of a GPU each, so never of the same
 
 
 def said(overrides: list[str], machine: Machine | None = LARGE) -> list[str]:
@@ -152,6 +153,20 @@ def test_one_node_fits_exactly_on_eight_gpus() -> None:
         (["weights.transport=nccl"], "weights.transport = nccl needs GPUs on both sides"),
         (["cluster=one_gpu", "weights.transport=nccl"], "but rollout and learner share one Set weights.transport=ipc"),
         (["cluster=one_node", "weights.transport=ipc"], "needs rollout and learner on the same GPU"),
+        (["cluster=one_node", "rollout.engine=hf"], "weights.transport = nccl needs rollout.engine = vllm"),
+        (
+            ["cluster=one_gpu", "weights.transport=auto", "rollout.num_actors=2"],
+            "rollout.num_actors = 2 weights.transport=ipc needs an engine for each learner rank",
+        ),
+        (
+            ["cluster=one_gpu", "weights.transport=auto", *PARTS_OF_TWO],
+            "rollout.sleep = True needs vLLM and the learner",
+        ),
+        (
+            ["cluster=one_node_colocated", "rollout.gpus_per_actor=0.25", "learner.gpus_per_rank=0.25"],
+            "learner.gpus_per_rank = 0.25 lets two ranks have the same GPU",
+        ),
+        (["cluster=one_node", "learner.gpus_per_rank=0.5"], "learner.gpus_per_rank = 0.5 lets two ranks"),
         (
             ["cluster=one_node_colocated", "rollout.num_actors=4"],
             "rollout.num_actors = 4 weights.transport=ipc needs an engine for each learner rank",
@@ -224,6 +239,30 @@ def test_broken_rule_is_the_only_problem_and_names_key_value_and_remedy(override
     found = said(overrides)
     assert len(found) == 1, found
     assert words in found[0]
+
+
+REAL = "model.path=Qwen/Qwen2-VL-2B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["model=qwen2_vl_2b", "learner.lr=2e-4"],
+            "learner.lr = 0.0002 must be at most 3e-05 where model.path",
+        ),
+        (["model=smol", "learner.lr=2e-4"], "learner.lr = 0.0002 must be at most 3e-05 where model = smol"),
+        ([REAL, "learner.lr=1e-6"], "model = tiny is for the embedded model"),
+        ([REAL, "learner.lr=1e-6", "cluster=one_node"], "model = tiny is for the embedded model"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "sft", "check"])
+def test_a_real_model_is_not_trained_at_the_settings_of_the_embedded_one(
+    overrides: list[str], words: str, mode: str
+) -> None:
+    found = said([*overrides, f"mode={mode}"])
+    assert len(found) == 1, found
+    assert words.replace("3e-05", "5e-05" if mode == "sft" else "3e-05") in found[0]
 
 
 def test_several_broken_rules_are_all_named() -> None:

@@ -9,8 +9,8 @@ from shutil import disk_usage
 import pytest
 
 from othink_ray.config.load import load
+from othink_ray.config.seat_rules import transport_of
 from othink_ray.driver import foresee as room
-from othink_ray.driver.build import transport_of
 from othink_ray.driver.foresee import foresee
 from tests.data.files import picture, write_jsonl
 
@@ -28,7 +28,23 @@ def test_a_sound_run_is_told_in_numbers(model_folder: Path) -> None:
 def test_a_model_that_is_still_to_be_made_is_not_looked_at(tmp_path: Path) -> None:
     found = foresee(load([f"run.cache_dir={tmp_path}"]))
     assert not found.problems
-    assert found.lines["model files"] == "not on this machine yet: not looked at, so no memory is planned either"
+    assert found.lines["model files"] == "made at the first start: not looked at, so no memory is planned either"
+
+
+def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked = load(["model=qwen2_vl_2b", "model.path=someone/small", "model.dtype=float32"])
+    missing = foresee(asked).lines
+    assert missing["model files"].endswith("hf download someone/small") and "memory" not in missing
+    copy = tmp_path / "models--someone--small"
+    shutil.copytree(model_folder, copy / "snapshots" / "0123abc")
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("0123abc")
+    found = foresee(asked)
+    assert not found.problems
+    assert "million weights" in found.lines["model files"] and "a learner rank" in found.lines["memory"]
 
 
 def test_weights_that_are_not_safetensors_are_refused(model_folder: Path, tmp_path: Path) -> None:

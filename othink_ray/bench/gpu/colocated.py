@@ -28,7 +28,7 @@ BUCKET = 2**26
 EARLY = 5  # the step whose memory the last one's is compared with
 PARTS = ("generate", "sleep", "learn", "push", "audit")
 _GAP, _GROWN = "gap mean", "GB more"
-_SHARE = 0.5  # of the GPU for the engine, as conf/cluster/one_gpu.yaml has it
+_SHARE = 0.5  # of the GPU for the engine
 
 
 def colocated(setup: Setup) -> Iterator[Row]:

@@ -44,7 +44,7 @@ from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.totals import Totals
 from othink_ray.engines.trained import choose_trained, features_stay, parameter_groups
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
-from othink_ray.engines.zero_settings import zero_settings
+from othink_ray.engines.zero_settings import linear_over_rows, zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
@@ -144,6 +144,8 @@ class DeepSpeedLearner:
         """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""
         settings = zero_settings(self.learner, next(policy.parameters()).dtype)
         if self.learner.zero_stage == 3:
+            zero = self.deepspeed.runtime.zero  # puts its own linear layers in the place of torch's
+            zero.partition_parameters.zero3_linear_wrap = linear_over_rows(zero.linear.zero3_linear_wrap)
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:

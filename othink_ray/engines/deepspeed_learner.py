@@ -176,11 +176,10 @@ class DeepSpeedLearner:
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         stats = self._update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
-        self._release_cache()
+        self.release_memory()
         return stats
 
-    def _release_cache(self) -> None:
-        """Leave what this process does not use to the engines on the same GPU, which wake when it is done."""
+    def release_memory(self) -> None:
         if self.shares_gpu:
             release_cache(self.device)
 
@@ -321,7 +320,7 @@ class DeepSpeedLearner:
             found = self.engine(batch, candidates=candidates).cpu()
         self._take_encodes()
         del batch, candidates
-        self._release_cache()
+        self.release_memory()
         lengths = [len(probe.candidates) for probe in probes]
         return [own.numpy() for own in found[: len(asked)].split(lengths)]
 

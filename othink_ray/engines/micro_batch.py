@@ -84,9 +84,7 @@ def lay_out(packs: Sequence[Pack], family: Family) -> LaidOut:
     )
 
 
-def to_device(
-    laid_out: LaidOut, attend: Callable[[Line, torch.device], Attention], device: torch.device
-) -> MicroBatch:
+def to_device(laid_out: LaidOut, attend: Callable[[Line, torch.device], Attention], device: torch.device) -> MicroBatch:
     """A copy on `device`, where that is not the CPU, and its attention there."""
     own = {one.name: getattr(laid_out, one.name) for one in fields(LaidOut)}
     moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}

@@ -11,13 +11,13 @@ from threading import Lock
 import numpy as np
 from torch import Tensor
 
-from othink_ray.engines.micro_batch import MicroBatch
+from othink_ray.engines.micro_batch import LaidOut, MicroBatch
 from othink_ray.types import Pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A micro-batch, and what is known of it already."""
+    """A micro-batch on the device, and what is known of it already."""
 
     rows: Sequence[Pack]
     batch: MicroBatch
@@ -29,15 +29,15 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """What several optimizer steps keep of each micro-batch from before the first of them: no pixels, no positions."""
+    """What is kept of a micro-batch on the device until its turn: no pixels, no positions."""
 
-    old: Tensor
-    features: Tensor | None
-    reference: Tensor | None
-    encodes: int
+    old: Tensor | None = None
+    features: Tensor | None = None
+    reference: Tensor | None = None
+    encodes: int = 0
 
     def with_batch(self, rows: Sequence[Pack], batch: MicroBatch) -> Prepared:
-        """The micro-batch laid out again, for its own optimizer step."""
+        """The micro-batch itself beside it."""
         return Prepared(
             rows=rows,
             batch=batch,
@@ -48,13 +48,21 @@ class Kept:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeAhead:
+    """A micro-batch before its turn: its pixels wait in host memory, as those of a whole step may not fit a device."""
+
+    laid_out: LaidOut
+    kept: Kept
+
+
 class Made:
     """The first micro-batches of one update; the last of them may still be in the making."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[Sequence[Pack], Future[Prepared]]] = []
+        self.begun: list[tuple[Sequence[Pack], Future[MadeAhead]]] = []
 
-    def of(self, rows: Sequence[Pack]) -> Prepared | None:
+    def of(self, rows: Sequence[Pack]) -> MadeAhead | None:
         """That of exactly these rows, waited for where it is in the making; it is not kept here any longer."""
         for place, (own, making) in enumerate(self.begun):
             if len(own) == len(rows) and all(map(_equal, own, rows)):
@@ -66,7 +74,7 @@ class Made:
 class Ahead:
     """Prepares the next update's micro-batches, as many as there is time for."""
 
-    def __init__(self, make: Callable[[Sequence[Pack], bool], Prepared]) -> None:
+    def __init__(self, make: Callable[[Sequence[Pack], bool], MadeAhead]) -> None:
         """`make`: of the rows of a micro-batch, with the reference's logprobs or without."""
         self.make = make
         self._made, self._most = Made(), 0
@@ -85,7 +93,7 @@ class Ahead:
         """
         made, most, begun = self._made, self._most + 1, 0
         for rows in list(chain(*updates))[:most]:
-            making: Future[Prepared] = Future()
+            making: Future[MadeAhead] = Future()
             with self._lock:
                 if made is not self._made:
                     break

@@ -222,6 +222,10 @@ class LearnerEngine(Protocol):
         """All others, in the same way."""
         ...
 
+    def release_memory(self) -> None:
+        """Leave what this process does not use to the engines on the same GPU, which wake when it is done."""
+        ...
+
     def export(self, folder: Path) -> None:
         """Write the policy as a plain Hugging Face folder."""
         ...

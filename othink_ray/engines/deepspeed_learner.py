@@ -31,20 +31,20 @@ from othink_ray.engines.adapters import (
     trained_weights,
     write_adapter,
 )
-from othink_ray.engines.ahead import Ahead, Kept, Made, Prepared
+from othink_ray.engines.ahead import Ahead, Kept, Made, MadeAhead, Prepared
 from othink_ray.engines.base import Place, on_one_thread, share_of_cores
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.device_memory import release_cache
 from othink_ray.engines.exported import replace_export
 from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
-from othink_ray.engines.micro_batch import MicroBatch, collate
+from othink_ray.engines.micro_batch import LaidOut, MicroBatch, lay_out, to_device
 from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
 from othink_ray.engines.totals import Totals
 from othink_ray.engines.trained import choose_trained, features_stay, parameter_groups
 from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
-from othink_ray.engines.zero_settings import zero_settings
+from othink_ray.engines.zero_settings import linear_over_rows, zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.last_layer import narrow
 from othink_ray.spans import span
@@ -144,6 +144,8 @@ class DeepSpeedLearner:
         """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""
         settings = zero_settings(self.learner, next(policy.parameters()).dtype)
         if self.learner.zero_stage == 3:
+            zero = self.deepspeed.runtime.zero  # puts its own linear layers in the place of torch's
+            zero.partition_parameters.zero3_linear_wrap = linear_over_rows(zero.linear.zero3_linear_wrap)
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
@@ -174,11 +176,10 @@ class DeepSpeedLearner:
     ) -> UpdateStats:
         """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
         stats = self._update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
-        self._release_cache()
+        self.release_memory()
         return stats
 
-    def _release_cache(self) -> None:
-        """Leave what this process does not use to the engines on the same GPU, which wake when it is done."""
+    def release_memory(self) -> None:
         if self.shares_gpu:
             release_cache(self.device)
 
@@ -257,28 +258,33 @@ class DeepSpeedLearner:
         return Kept(old=old, features=one.features, reference=one.reference, encodes=one.encodes)
 
     def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None = None) -> Prepared:
-        if kept is not None:
-            return kept.with_batch(rows, self._collate(rows))
-        one = made.of(rows) or Prepared(rows=rows, batch=self._collate(rows))
+        own = made.of(rows) if kept is None else None
+        own = own or MadeAhead(laid_out=self._lay_out(rows), kept=kept or Kept())
+        one = own.kept.with_batch(rows, self._to_device(own.laid_out))
         if self.features_shared and one.features is None:
             return replace(one, features=self._features(self.engine, one.batch))
         return one
 
     @span("prepare ahead")
-    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> Prepared:
-        one, beside = Prepared(rows=rows, batch=self._collate(rows)), self.reference_beside
+    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
+        laid_out, beside = self._lay_out(rows), self.reference_beside
         if beside is None or not with_reference:
-            return one
+            return MadeAhead(laid_out=laid_out, kept=Kept())
+        one = Prepared(rows=rows, batch=self._to_device(laid_out))
         if self.features_shared:
             one = replace(one, features=self._features(beside, one.batch))
         reference = self._no_grad(beside, one)
         encodes, beside.encoded_images = beside.encoded_images, 0
-        return replace(one, reference=reference, encodes=encodes)
+        return MadeAhead(laid_out=laid_out, kept=Kept(features=one.features, reference=reference, encodes=encodes))
 
     @on_one_thread()
-    def _collate(self, packs: Sequence[Pack]) -> MicroBatch:
+    def _lay_out(self, packs: Sequence[Pack]) -> LaidOut:
         """On one thread: engines prepare what comes next meanwhile."""
-        return collate(packs, self.family, self.attend, self.device)
+        return lay_out(packs, self.family)
+
+    @on_one_thread()
+    def _to_device(self, laid_out: LaidOut) -> MicroBatch:
+        return to_device(laid_out, self.attend, self.device)
 
     @staticmethod
     def _features(policy: Any, batch: MicroBatch) -> Tensor:
@@ -306,7 +312,7 @@ class DeepSpeedLearner:
 
     @on_one_thread()
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        batch = self._collate([_row(probe.group) for probe in probes])
+        batch = self._to_device(self._lay_out([_row(probe.group) for probe in probes]))
         asked = torch.from_numpy(np.concatenate([probe.candidates for probe in probes]))
         unasked = len(batch.targets) - len(asked)  # of the row that joins probes without an image
         candidates = torch.nn.functional.pad(asked, (0, 0, 0, unasked)).to(self.device)
@@ -314,7 +320,7 @@ class DeepSpeedLearner:
             found = self.engine(batch, candidates=candidates).cpu()
         self._take_encodes()
         del batch, candidates
-        self._release_cache()
+        self.release_memory()
         lengths = [len(probe.candidates) for probe in probes]
         return [own.numpy() for own in found[: len(asked)].split(lengths)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ from othink_ray.types import Pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
+class LaidOut:
     """A line of the N tokens that the network reads, and the M tokens of answers, which it predicts."""
 
+    line: Line  # of these N tokens; always on the CPU
     token_ids: Tensor  # (N,)
     position_ids: Tensor  # (axes, N)
-    attention: Attention
     images: ImageTensors
     asked: Tensor  # (K,) places whose hidden states predict the answer tokens
     predictors: Tensor  # (M,) which of these predicts each
@@ -33,13 +33,25 @@ class MicroBatch:
     sampler_logprobs: Tensor  # (M,)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch(LaidOut):
+    """The same on the device of the network, with its attention."""
+
+    attention: Attention
+
+
 def collate(
     packs: Sequence[Pack],
     family: Family,
     attend: Callable[[Line, torch.device], Attention],
     device: torch.device,
 ) -> MicroBatch:
-    """Lay out, place and check `packs`; where none has an image, a row of weight 0 with the smallest one joins them."""
+    """Lay out `packs` and copy them to `device`."""
+    return to_device(lay_out(packs, family), attend, device)
+
+
+def lay_out(packs: Sequence[Pack], family: Family) -> LaidOut:
+    """Place and check `packs`, on the CPU; where none has an image, a row of weight 0 with the smallest one joins."""
     if not any(pack.images for pack in packs):
         packs = [*packs, _weightless(family)]
     images = [family.encode_images(pack.images) for pack in packs]
@@ -54,22 +66,30 @@ def collate(
     position_ids = (answer_start[line.rows] + offsets(line)).expand(len(of_prompts), -1).clone()
     position_ids[:, ~line.is_answer] = of_prompts
     shown = [image for image in images if len(image.grids)]
-    return MicroBatch(
-        token_ids=token_ids.to(device),
-        position_ids=position_ids.to(device),
-        attention=attend(line, device),
+    return LaidOut(
+        line=line,
+        token_ids=token_ids,
+        position_ids=position_ids,
         images=ImageTensors(
-            pixels=torch.cat([image.pixels for image in shown]).to(device),
+            pixels=torch.cat([image.pixels for image in shown]),
             grids=torch.cat([image.grids for image in shown]),
         ),
-        asked=asked.to(device),
-        predictors=which.to(device),
-        targets=all_ids[whole.is_answer].to(device),
-        answers=answer_index(whole).to(device),
-        loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]).to(device),
-        advantages=_of_answers(packs, [pack.advantages for pack in packs]).to(device),
-        sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]).to(device),
+        asked=asked,
+        predictors=which,
+        targets=all_ids[whole.is_answer],
+        answers=answer_index(whole),
+        loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]),
+        advantages=_of_answers(packs, [pack.advantages for pack in packs]),
+        sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]),
     )
+
+
+def to_device(laid_out: LaidOut, attend: Callable[[Line, torch.device], Attention], device: torch.device) -> MicroBatch:
+    """A copy on `device`, where that is not the CPU, and its attention there."""
+    own = {one.name: getattr(laid_out, one.name) for one in fields(LaidOut)}
+    moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
+    images = replace(laid_out.images, pixels=laid_out.images.pixels.to(device))
+    return MicroBatch(**(own | moved | {"images": images}), attention=attend(laid_out.line, device))
 
 
 def _weightless(family: Family) -> Pack:

@@ -184,6 +184,7 @@ class VLLMRollout(Receiver):
         super().begin_push()
         if self.asleep:
             self.engine.wake_up(["weights"])
+            self.engine.collective_rpc("clear_image_features")
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         verb = "write_weights" if self.adapters is None else "write_factors"

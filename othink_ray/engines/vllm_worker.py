@@ -87,6 +87,16 @@ class WorkerExtension:
     def images_encoded(self) -> int:
         return self.images
 
+    @torch.inference_mode()
+    def clear_image_features(self) -> None:
+        """Zero what Qwen3-VL's first text layers add to their input, as vLLM leaves it after a step with images.
+
+        vLLM allocates it with the weights, but as a plain list of tensors: after sleep at level 2 it restores buffers
+        alone, and a step in which no image is prefilled reads these as they are.
+        """
+        for features in getattr(self.network, "deepstack_input_embeds", ()):
+            features.zero_()
+
     def write_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         """By their Hugging Face names. A head that shares its matrix with the embedding is packed anew with it."""
         written = {id(self.named[name]) for name in self.network.load_weights(weights)}

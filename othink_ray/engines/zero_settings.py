@@ -1,10 +1,12 @@
-"""DeepSpeed's configuration of a learner: the ZeRO stage, and float32 wherever gradients of micro-batches are added."""
+"""DeepSpeed's configuration of a learner: its ZeRO stage, float32 sums of gradients, and one rounding a product."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
 
@@ -31,3 +33,19 @@ def zero_settings(learner: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_clipping": learner.max_grad_norm,
         "steps_per_print": 10**9,
     }
+
+
+def linear_over_rows(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's `linear` of ZeRO 3, which adds the bias before it rounds, as other stages and the engines do.
+
+    Of (batch, tokens, width) it would round the product to bfloat16 first and the sum once more; of (rows, width) it
+    does not. Its own switch, `memory_efficient_linear: false`, would round once too, but torch's linear layer keeps
+    the gathered weight from its forward to its backward pass: without gradient checkpointing, all of them at once.
+    """
+
+    def over_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None or input.dim() < 3:
+            return linear(input, weight, bias)
+        return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+
+    return over_rows

@@ -123,6 +123,7 @@ class LearnerActor(Recorded):
         """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
         with span("gather weights"):
             yield from to_chunks(self._digested_weights(), bucket_bytes)
+        self.engine.release_memory()
         yield None  # the end, see Streams
 
     def _digested_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -144,13 +145,16 @@ class LearnerActor(Recorded):
 
     @span("send weights")
     def send(self) -> None:
+        """Memory is given back before the engines are told to finish the push: their KV caches wake with that."""
         self.sender.send_weights()
+        self.engine.release_memory()
 
     @span("gather weights")
     def follow(self) -> None:
         """The other ranks' side of `chunks`."""
         for _ in self.engine.named_weights():
             pass
+        self.engine.release_memory()
 
     @span("export")
     def export(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Cost:
 
     forwards: list[int]  # forward passes of each layer of the policy, the vision tower's first
     kept_bytes: int = 0  # tensors that autograd kept for backward
-    pixels: int = 0  # micro-batches whose pixels are alive
+    pixels: int = 0  # micro-batches whose pixels are on the device
     most_pixels: int = 0
     releases: list[tuple[int, int]] = field(default_factory=list)  # (optimizer steps made, `pixels`) at each release
 
@@ -131,17 +131,18 @@ def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
 
 @contextmanager
 def counted() -> Iterator[Cost]:
-    """Counts micro-batches whose pixels are alive, and what autograd keeps, of all that is learned inside."""
+    """Counts micro-batches whose pixels are on the device, and what autograd keeps, of all that is learned inside."""
     from othink_ray.engines import deepspeed_learner
 
-    cost, collate = Cost(forwards=[]), deepspeed_learner.collate
+    cost, to_device = Cost(forwards=[]), deepspeed_learner.to_device
 
     def counting(*inputs: Any) -> MicroBatch:
-        batch = collate(*inputs)
+        batch = to_device(*inputs)
+        pixels = batch.images.pixels.clone()  # as on a device that is not the CPU
         cost.pixels += 1
         cost.most_pixels = max(cost.most_pixels, cost.pixels)
-        weakref.finalize(batch.images.pixels, gone)
-        return batch
+        weakref.finalize(pixels, gone)
+        return replace(batch, images=replace(batch.images, pixels=pixels))
 
     def gone() -> None:
         cost.pixels -= 1
@@ -150,12 +151,12 @@ def counted() -> Iterator[Cost]:
         cost.kept_bytes += tensor.nbytes
         return tensor
 
-    deepspeed_learner.collate = counting
+    deepspeed_learner.to_device = counting
     try:
         with saved_tensors_hooks(keep, lambda kept: kept):
             yield cost
     finally:
-        deepspeed_learner.collate = collate
+        deepspeed_learner.to_device = to_device
 
 
 def watch(learner: Any, cost: Cost) -> None:

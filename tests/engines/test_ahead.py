@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from othink_ray.engines.ahead import Ahead, Made, Prepared
+from othink_ray.engines.ahead import Ahead, Kept, Made, MadeAhead
 from othink_ray.types import Pack
 
 PATIENCE_S = 30
-NO_BATCH: Any = None
 
 
 def row(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
@@ -31,8 +30,9 @@ def row(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
     )
 
 
-def prepared(rows: Sequence[Pack], with_reference: bool = True) -> Prepared:
-    return Prepared(rows=rows, batch=NO_BATCH, encodes=int(with_reference))
+def prepared(rows: Sequence[Pack], with_reference: bool = True) -> MadeAhead:
+    named: Any = rows
+    return MadeAhead(laid_out=named, kept=Kept(encodes=int(with_reference)))
 
 
 UPDATES = [[[row("a")], [row("b"), row("c")]], [[row("d")]]]
@@ -57,13 +57,13 @@ def test_the_reference_is_asked_as_it_was_told(wanted: bool) -> None:
     ahead.prepare(UPDATES, with_reference=wanted)
     found = ahead.take().of(UPDATES[0][0])
     assert found is not None
-    assert found.encodes == wanted
+    assert found.kept.encodes == wanted
 
 
 def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -> None:
     begun, finish = threading.Event(), threading.Event()
 
-    def slowly(rows: Sequence[Pack], with_reference: bool) -> Prepared:
+    def slowly(rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
         if rows[0].prompt_id == "b":
             begun.set()
             assert finish.wait(PATIENCE_S)
@@ -83,13 +83,13 @@ def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -
         found = waiting.result(PATIENCE_S)
         preparing.result(PATIENCE_S)
     assert found is not None
-    assert found.rows == UPDATES[0][1]
+    assert found.laid_out is UPDATES[0][1]
     assert names(made) == []
     assert names(ahead.take()) == []
 
 
 def test_what_goes_wrong_is_told_by_whoever_wants_the_rows() -> None:
-    def fails(rows: Sequence[Pack], with_reference: bool) -> Prepared:
+    def fails(rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
         raise ValueError("no such image")
 
     ahead = Ahead(fails)

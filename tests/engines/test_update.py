@@ -56,6 +56,9 @@ def lives(
     probe = Probe(group=group, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32))
     several = replace(life(2), steps=four, probes=[probe])
     scenarios |= {"shared GPU": replace(several, shares_gpu=True), "own GPU": several}
+    singly = planned(batches[0], ranks=1, updates=1, micro_tokens=1)
+    ahead = replace(life(2), steps=[singly] * 4, ahead=True, beta=0.0, with_reference=False)
+    scenarios["prepared ahead"] = ahead
     [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, tmp_path_factory.mktemp("update") / "alone")
     return outcomes
 
@@ -104,6 +107,11 @@ def test_checkpointing_changes_nothing_that_is_learned(lives: dict[str, Outcome]
 def test_several_updates_hold_the_pixels_of_one_micro_batch(lives: dict[str, Outcome]) -> None:
     assert len(lives["own GPU"].stats) == 1
     assert cost_of(lives, "own GPU").most_pixels <= 2, "the one that is learned, and the next while it is laid out"
+
+
+def test_what_is_prepared_ahead_waits_with_its_pixels_on_the_host(lives: dict[str, Outcome]) -> None:
+    assert lives["prepared ahead"].made == [0, 1, 2, 3], "micro-batches, of four in each step"
+    assert cost_of(lives, "prepared ahead").most_pixels <= 2, "the one that is learned, and the next while it is copied"
 
 
 def test_memory_is_given_back_after_update_and_audit(lives: dict[str, Outcome]) -> None:

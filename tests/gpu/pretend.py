@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEVICE = "GPU-0000"  # both processes see the same one
 FOLDER = "PRETEND_FOLDER"  # the environment's name of where handles lie
@@ -107,8 +107,7 @@ class PretendedMemory:
 
     def suspend(self, level: int) -> None:
         self.calls.append(f"suspend at level {level}")
-        network = self.worker.model_runner.get_model()
-        tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+        tensors = self._weights()
         self.kept = {name: tensor.detach().clone() for name, tensor in tensors.items()} if level == 1 else {}
         for tensor in tensors.values():
             tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
@@ -116,11 +115,27 @@ class PretendedMemory:
     def resume(self, tags: list[str] | None) -> None:
         self.calls.append(f"resume {tags}")
         if tags is None or "weights" in tags:
-            network = self.worker.model_runner.get_model()
-            for name, tensor in (dict(network.named_parameters()) | dict(network.named_buffers())).items():
+            for name, tensor in self._weights().items():
                 if name in self.kept:
                     tensor.data.copy_(self.kept[name])
             self.kept = {}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Everything that vLLM allocates while it builds the network."""
+        network = self.worker.model_runner.get_model()
+        return dict(network.named_parameters()) | dict(network.named_buffers()) | plain_tensors(network)
+
+
+def plain_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors in lists that modules keep as attributes: neither parameters nor buffers."""
+    return {
+        f"{path}.{name}.{index}".lstrip("."): tensor
+        for path, module in network.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, list)
+        for index, tensor in enumerate(value)
+        if isinstance(tensor, Tensor)
+    }
 
 
 @contextlib.contextmanager

@@ -62,6 +62,9 @@ class RunsLearner:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.engine.named_weights()
 
+    def release_memory(self) -> None:
+        self.engine.release_memory()
+
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
         return self.engine.candidate_logprobs(probes)
 

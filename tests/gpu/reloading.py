@@ -27,7 +27,7 @@ class Reloaded:
     """What differs from an engine that was given the same weights plainly; nothing should."""
 
     weights: list[str]
-    buffers: list[str]
+    buffers: list[str]  # and what modules keep in lists
     moved: list[str]  # weights that are at another address, where CUDA graphs would read the old one
     logprobs: float  # most nats
     buckets: int
@@ -106,7 +106,7 @@ class Life:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
         named = dict(self.network.named_parameters())
-        buffers = dict(self.network.named_buffers())
+        buffers = dict(self.network.named_buffers()) | pretend.plain_tensors(self.network)
         return (
             {name: weight.detach().clone() for name, weight in named.items()},
             {name: buffer.clone() for name, buffer in buffers.items()},

@@ -61,7 +61,7 @@ def test_a_reload_leaves_the_bits_and_addresses_of_a_plain_load(found: dict[str,
 
 
 def test_weights_lost_in_sleep_are_whole_again_after_a_push_of_all(found: dict[str, Any]) -> None:
-    """Every weight and buffer was NaN: what no push brings, and vLLM does not keep, would still be."""
+    """Every weight, buffer and list of tensors was NaN: what no push brings, and nothing restores, would still be."""
     reloaded: Reloaded = found["all after level 2"]
     assert reloaded.memory == ["suspend at level 2", *ASLEEP]
     assert (reloaded.weights, reloaded.buffers, reloaded.moved, reloaded.logprobs) == ([], [], [], 0.0)

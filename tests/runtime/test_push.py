@@ -233,6 +233,8 @@ class NotingLearner:
             self.gathered.append(time.monotonic())
             yield str(number), torch.full((WEIGHT_BYTES,), number, dtype=torch.uint8)
 
+    def release_memory(self) -> None: ...
+
 
 class NotingEngine(Receiver):
     """Loads slowly."""

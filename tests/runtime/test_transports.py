@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from othink_ray.config.schema import Config
 from othink_ray.runtime import actors, push
@@ -70,6 +72,25 @@ def test_a_transfer_between_gpus_is_sent_before_the_engines_have_it() -> None:
     sent = TransferPush("nccl", learner, rollout, 64).send(3)
     assert noted == [("open",), ("send",), (3, {"buckets": 0})]
     assert (sent.loading, sent.versions) == ([], ["version"])
+
+
+def test_a_learners_memory_is_given_back_before_its_push_is_over() -> None:
+    """An engine on the same GPU is told to finish after that, and its KV cache wakes."""
+    noted: list[str] = []
+
+    def named_weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", torch.zeros(2)
+        noted.append("gathered")
+
+    engine: Any = SimpleNamespace(named_weights=named_weights, release_memory=lambda: noted.append("released"))
+    actor = LearnerActor()
+    actor.engine = engine
+    actor.open_sender(lambda _: SimpleNamespace(send_weights=lambda: noted.append("sent")))
+    actor.send()
+    actor.follow()
+    for bucket in actor.chunks(64):
+        noted.append("bucket" if bucket else "end")
+    assert noted == ["sent", "released", "gathered", "released", "gathered", "bucket", "released", "end"]
 
 
 def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(

@@ -138,6 +138,7 @@ def _pusher(learner: PlainLearner, engine: EngineProcess, transport: str) -> Cal
 
     def send(version: int) -> None:
         sender.send_weights()
+        learner.release_memory()
         engine.ask("finish_push", version, 0)
 
     return send

@@ -93,6 +93,10 @@ class PlainLearner:
             )
             loss.backward()
         self.descend()
+        self.release_memory()
+
+    def release_memory(self) -> None:
+        """As a run's learner does after an update and after sending a push."""
         if self.shares_gpu:
             release_cache(self.device)
 

@@ -46,6 +46,7 @@ def linear_over_rows(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) 
     def over_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is None or input.dim() < 3:
             return linear(input, weight, bias)
-        return linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+        whole: Tensor = linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+        return whole
 
     return over_rows

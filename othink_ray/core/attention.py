@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core import fused
+from othink_ray.core import flex, fused
 from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_line, worth_it
-from othink_ray.core.line import Line, stretches, visibility
+from othink_ray.core.line import Line, seen_spans, stretches, visibility
 
 
 class Attention(ABC):
@@ -162,32 +162,54 @@ class FusedAttention(Attention):
 
 
 class FlexAttention(Attention):
-    """One fused kernel that skips the blocks of the mask in which nobody sees anybody."""
+    """One fused kernel that skips the blocks of the mask in which nobody sees anybody.
+
+    Nothing is read back from the device, and what is made there grows with the tokens, and with pairs of blocks.
+    """
 
     def __init__(self, line: Line, device: torch.device) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        rows, segments = line.rows.to(device), line.segments.to(device)
+        rows, segments = (own.to(device, non_blocking=True) for own in (line.rows, line.segments))
 
         def sees(_batch: Tensor, _head: Tensor, viewer: Tensor, seen: Tensor) -> Tensor:
             shared = (segments[seen] == 0) | (segments[seen] == segments[viewer])
             return (viewer >= seen) & (rows[seen] == rows[viewer]) & shared
 
-        self.mask = create_block_mask(sees, None, None, len(line), len(line), device=str(device))
+        self.mask = flex.block_mask(*_blocks(line, device), sees, len(line))
         self.attend = _flex_kernel(device.type)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        attended: Tensor = self.attend(query, key, value, block_mask=self.mask, scale=scale, enable_gqa=True)
+        attended: Tensor = self.attend(query, key, value, self.mask, scale)
         return attended.transpose(1, 2)
+
+
+def _blocks(line: Line, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Twice (B, B): pairs of blocks in which some tokens see each other but not all, and pairs in which all do.
+
+    Of the tokens before it, one sees its prompt and its own segment from their starts. These places only grow along
+    the line, so a block's first token sees the furthest back, and what its first and its last see, the others do too.
+    """
+    # What the last block lacks sees nothing, and so the block never sees all of another.
+    spans = pad(torch.stack(seen_spans(line)), (0, -len(line) % flex.BLOCK), value=len(line))
+    bounds = torch.stack([spans[:, :: flex.BLOCK], spans[:, flex.BLOCK - 1 :: flex.BLOCK]])
+    (prompt, prompt_end, own), (last_prompt, _, last_own) = bounds[..., None].to(device, non_blocking=True)
+    start = torch.arange(0, len(line), flex.BLOCK, device=device)
+    end = start + flex.BLOCK
+    meet = (own < end) | ((prompt < end) & (start < prompt_end))
+    # All in one row, and either of its prompt, or of nothing between that and the own segment of all that look.
+    alike = (last_prompt <= start) & ((end <= prompt_end) | (last_own <= start.maximum(prompt_end)))
+    alike = alike.tril(-1)
+    return meet.tril() & ~alike, alike
 
 
 @cache
 def _flex_kernel(device_type: str) -> Callable[..., Any]:
-    """Compiled on GPUs, where it is a kernel; on CPUs it runs as plain operations, for comparison."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    kernel: Callable[..., Any] = flex_attention
-    return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None) -> Any:
+        settings: Any = {"block_mask": mask, "scale": scale, "kernel_options": flex.OPTIONS}
+        return flex_attention(query, key, value, enable_gqa=True, **settings)
+
+    return flex.compiled(attend, device_type)
 
 
 ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {

@@ -46,6 +46,17 @@ def visibility(line: Line) -> torch.Tensor:
     return (same_row & ((seen == 0) | (seen == viewer))).tril()
 
 
+def seen_spans(line: Line) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`visibility` as spans, (N,) three times: where a token's prompt starts and ends, and where its segment starts.
+
+    It sees what lies between the first two, and from the third to itself, but nothing after itself.
+    """
+    places, starts = torch.arange(len(line)), _starts(line)
+    prompt = torch.where(starts & ~line.is_answer, places, 0).cummax(0).values
+    own = torch.where(starts, places, 0).cummax(0).values
+    return prompt, prompt + line.rows[~line.is_answer].bincount()[line.rows], own
+
+
 def predictors(line: Line) -> torch.Tensor:
     """Place of the token whose hidden state predicts each answer token, in the order of the answer tokens.
 

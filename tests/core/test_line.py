@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core import attention, blocks, fused
+from othink_ray.core import blocks, fused
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
@@ -24,7 +24,17 @@ from othink_ray.core.attention import (
     attention_for,
 )
 from othink_ray.core.blocks import ENOUGH
-from othink_ray.core.line import Line, answer_index, line_up, offsets, predicting, predictors, stretches, visibility
+from othink_ray.core.line import (
+    Line,
+    answer_index,
+    line_up,
+    offsets,
+    predicting,
+    predictors,
+    seen_spans,
+    stretches,
+    visibility,
+)
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -108,6 +118,15 @@ def test_visibility_predictors_and_offsets_equal_the_slow_reference(rows: list[t
                 assert found_predictors.pop(0) == start + grpo_d.predictor(segments, i)
         start = own.stop
     assert not found_predictors
+
+
+@REPEATABLE
+@given(ROWS)
+def test_spans_are_what_is_visible(rows: list[tuple[int, list[int]]]) -> None:
+    line = line_of(rows)
+    prompt, prompt_end, own = (span[:, None] for span in seen_spans(line))
+    seen = torch.arange(len(line))
+    assert torch.equal((((prompt <= seen) & (seen < prompt_end)) | (own <= seen)).tril(), visibility(line))
 
 
 def states(length: int) -> list[Tensor]:
@@ -225,16 +244,6 @@ def test_the_kernel_for_cpus_is_taken_where_it_is_quick(chosen: Callable[[], boo
 def test_an_attention_that_is_named_is_taken_on_any_device(name: str, device: str, chosen: Callable[[], bool]) -> None:
     assert attention_for(name, torch.device(device)) is ATTENTIONS[name]
     assert chosen() == (name == "fused")
-
-
-def test_gpus_compile_one_kernel_for_lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each length anew it would take minutes, and after eight of them torch goes on without a kernel."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda kernel, **how: asked.append(how) or kernel)
-    attention._flex_kernel.__wrapped__("cpu")
-    assert not asked
-    attention._flex_kernel.__wrapped__("cuda")
-    assert asked == [{"dynamic": True}]
 
 
 def test_gpus_have_flex_attention_without_being_told(chosen: Callable[[], bool]) -> None:

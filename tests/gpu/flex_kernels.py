@@ -21,12 +21,14 @@ import tempfile
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-PROMPT, ANSWER, ANSWERS = 600, 256, 8  # tokens of a prompt and of each of its answers
+ANSWERS = 8
+LINES = ((600, 256), (60, 6))  # tokens of a prompt and of each of its answers; the second has less than a block
 # Patches of each image of a micro-batch: ragged ones, then windows of Qwen2.5-VL and what is left at an image's edges.
 IMAGES = ((2080, 1280, 48, 900), (*[64] * 50, *[32] * 9, 16, 48), (128,) * 5, (4,), (100,), (60, 40, 28))
 STREAM_MULTIPROCESSORS, SHARED_BYTES = 132, 232_448
@@ -161,7 +163,7 @@ class Case:
         return made[0], made[1], made[2]
 
 
-def packed_line(heads: int, key_heads: int) -> Case:
+def packed_line(heads: int, key_heads: int, prompt: int, answer: int) -> Case:
     """`core.attention.FlexAttention` over one line: a prompt with its answers, as `auto` has it."""
     import numpy as np
     import torch
@@ -169,7 +171,7 @@ def packed_line(heads: int, key_heads: int) -> Case:
     from othink_ray.core import attention as ours
     from othink_ray.core.line import line_up
 
-    segments = [0] * PROMPT + [1 + place // ANSWER for place in range(ANSWERS * ANSWER)]
+    segments = [0] * prompt + [1 + place // answer for place in range(ANSWERS * answer)]
     line = line_up([np.array(segments, dtype=np.int32)])
     made = ours.FlexAttention(line, torch.device("cpu"))
     return Case(made, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
@@ -193,7 +195,7 @@ def over(mask: Callable[..., Any], tensors: dict[str, Any]) -> Callable[..., Any
     return types.FunctionType(mask.__code__, mask.__globals__, mask.__name__, mask.__defaults__, cells)
 
 
-_TABLES = [
+TABLES = [
     f"{full}{axis}_{what}" for axis in "kv q".split() for full in ("", "full_") for what in ("num_blocks", "indices")
 ]
 
@@ -207,7 +209,7 @@ def lower_forward(case: Case) -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
         looked_at = {name: torch.zeros(case.length, dtype=torch.int64, device="cuda") for name in case.looks_at}
         attention.mask.mask_mod = over(attention.mask.mask_mod, looked_at)
-        for name in _TABLES:
+        for name in TABLES:
             table = getattr(attention.mask, name)
             setattr(attention.mask, name, torch.empty(table.shape, dtype=table.dtype, device="cuda"))
         attention.attend = case.kernel
@@ -251,7 +253,7 @@ def lower_backward(case: Case) -> None:
         query, key, value = case.states()
         sums = [empty(1, case.heads, length, dtype=torch.float32) for _ in range(2)]
         numbers = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in case.looks_at]
-        tables = [empty(*table.shape, dtype=table.dtype) for table in (getattr(block_mask, name) for name in _TABLES)]
+        tables = [empty(*table.shape, dtype=table.dtype) for table in (getattr(block_mask, name) for name in TABLES)]
         out, grad = torch.empty_like(query), torch.empty_like(query)
         inputs = [query, key, value, out, sums[0], grad, sums[1], *numbers]
 
@@ -317,10 +319,11 @@ def main(direction: str, kind: str, *numbers: int) -> None:
         }
         captured = pretend_hopper()
         if kind == "line":
-            lower(packed_line(*numbers))
+            cases = [partial(packed_line, *numbers, *lengths) for lengths in LINES]
         else:
-            for patches in IMAGES if direction == "forward" else IMAGES[:1]:
-                lower(packed_images(*numbers, patches))
+            cases = [partial(packed_images, *numbers, patches) for patches in IMAGES]
+        for case in cases if direction == "forward" else cases[:1]:
+            lower(case())
         for name, source in captured:
             if name.startswith("triton_tem"):  # the template of attention; the rest are sums
                 print("KERNEL " + json.dumps(compiled(name, source, Path(made))), flush=True)

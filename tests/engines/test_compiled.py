@@ -1,4 +1,4 @@
-"""Compiled layers multiply by oneDNN, and are what they were; the whole learner is compiled in test_learner."""
+"""Compiled layers multiply by oneDNN, and are what they were; no test compiles a whole learner."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class FilesConfig:
     """Where the rows of a data set that is not generated are."""
 
     path: str  # hub: owner/name; parquet, jsonl: a file, a folder or a pattern; disk: a folder of save_to_disk
-    subset: str | None  # hub: a configuration of the data set; easy_vqa: open (shape and colour) | shape | colour | yes_no, null for all
+    subset: str | None  # hub: a configuration of the data set; easy_vqa: open | shape | colour | yes_no, null for all
     split: str | None  # hub, disk, easy_vqa: which split
     image_root: str | None  # folder from which image paths start; null: the folder of the file
     stream_buffer: int | None  # hub, parquet: read on the fly, shuffled among so many rows; null: random access

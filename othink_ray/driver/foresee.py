@@ -80,18 +80,10 @@ def _folder(config: Config) -> Path | None:
     path = config.model.path
     folder = Path(model_folder(path)) if path else base_model_folder(config)
     if path and not folder.is_dir():
-        folder = _cached(path) or folder
+        from othink_ray.families import cached_folder
+
+        folder = cached_folder(path) or folder
     return folder if (folder / "config.json").is_file() else None
-
-
-def _cached(name: str) -> Path | None:
-    """The newest copy of a model of the hub in this machine's cache; nothing is fetched."""
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(name, "config.json", local_files_only=True)).parent
-    except OSError:
-        return None
 
 
 def _not_there(path: str | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from othink_ray.config.schema import ModelConfig
 from othink_ray.families.base import Family, ModelError
@@ -37,3 +39,11 @@ def open_family(model: ModelConfig, path: str) -> Family:
         ) from error
     remedy = f"set model.family={found}" if found in FAMILIES else f"take a model of {', '.join(FAMILIES)}"
     raise ModelError(f"model.path = {path} is of the family {found}, but model.family = {model.family}: {remedy}")
+
+
+def cached_folder(name: str) -> Path | None:
+    """The newest copy of a model of the hub in this machine's cache; nothing is fetched."""
+    try:
+        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+    except OSError:
+        return None

@@ -1,4 +1,4 @@
-"""Rules between the settings of who sits where: GPUs shared or not, engines on several of them, how weights travel."""
+"""Who shares a GPU, how weights travel, and the rules between the settings of both."""
 
 from __future__ import annotations
 

@@ -42,8 +42,9 @@ def open_family(model: ModelConfig, path: str) -> Family:
 
 
 def cached_folder(name: str) -> Path | None:
-    """The newest copy of a model of the hub in this machine's cache; nothing is fetched."""
+    """The newest copy of a model of the hub in this machine's cache, if its weights are there; nothing is fetched."""
     try:
-        return Path(cached_file(name, "config.json", local_files_only=True)).parent
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
     except OSError:
         return None
+    return folder if any(folder.glob("*.safetensors")) else None  # opening a configuration alone leaves a copy too

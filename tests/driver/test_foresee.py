@@ -42,6 +42,10 @@ def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
     shutil.copytree(model_folder, copy / "snapshots" / "0123abc")
     (copy / "refs").mkdir()
     (copy / "refs" / "main").write_text("0123abc")
+    weights = copy / "snapshots" / "0123abc" / "model.safetensors"
+    weights.rename(copy / "elsewhere")  # the configuration alone
+    assert foresee(asked).lines["model files"] == missing["model files"]
+    (copy / "elsewhere").rename(weights)
     found = foresee(asked)
     assert not found.problems
     assert "million weights" in found.lines["model files"] and "a learner rank" in found.lines["memory"]

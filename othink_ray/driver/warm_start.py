@@ -94,7 +94,13 @@ def _make_smol(config: Config, place: Path, console: Console, open_classroom: Op
         build_smol(place / "untaught", config.model, seeing)
     if not smol.warm_steps:
         return place / "untaught"
-    lessons = _Lessons(questions=None, steps=smol.warm_steps, batch=smol.warm_batch, lr=smol.warm_lr, reasoning=True)
+    lessons = _Lessons(
+        questions=config.data.train.size,
+        steps=smol.warm_steps,
+        batch=smol.warm_batch,
+        lr=smol.warm_lr,
+        reasoning=True,
+    )
     learner = replace(_all_trained(config.learner), freeze="vision", projector_lr_scale=smol.warm_projector_scale)
     with console.phase("warm start: the language model learns what the tower sees, by supervised fine-tuning"):
         taught = replace(config, learner=learner)
@@ -136,12 +142,12 @@ def _training(data: DataConfig, config: Config) -> PromptStream:
 def _teach(
     config: Config, untaught: Path, taught: Path, lessons: _Lessons, console: Console, open_classroom: OpenClassroom
 ) -> None:
-    few = replace(config.data, train=replace(config.data.train, size=lessons.questions))
+    few = _training(replace(config.data, train=replace(config.data.train, size=lessons.questions)), config)
     shown = replace(config, mode="sft", sft=replace(config.sft, reasoning=lessons.reasoning))
     with open_classroom(shown, untaught, console.say) as room:
         train(
             room.students,
-            _training(few, config),
+            few,
             steps=range(lessons.steps),
             recipe=supervised(lessons.batch),
             schedule=NO_KL,

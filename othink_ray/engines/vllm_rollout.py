@@ -138,6 +138,10 @@ class VLLMRollout(Receiver):
             # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
+            if model.dtype == "float32" and rollout.enforce_eager:
+                from othink_ray.engines.vllm_kernels import kernel_arguments
+
+                arguments |= kernel_arguments()
         return arguments
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:

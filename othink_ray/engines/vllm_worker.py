@@ -19,7 +19,8 @@ from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-import othink_ray.engines.vllm_rounding  # noqa: F401  # patches vLLM in this process
+import othink_ray.engines.vllm_kernels  # patches vLLM in this process
+import othink_ray.engines.vllm_rounding  # noqa: F401  # so does this
 from othink_ray.engines.vllm_regions import Region, find_regions, unreached
 from othink_ray.weights.arrival import Held, HeldPart
 from othink_ray.weights.digest import TensorDigest, piece_digest, read_back

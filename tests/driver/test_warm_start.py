@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from othink_ray.config.schema import Config
 from othink_ray.driver.build import temperature
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import Classroom, warm_started
+from othink_ray.families import smol
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,16 @@ def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_p
 def test_the_pretrained_model_is_made_after_its_eyes_have_learned_in_a_small_one(tmp_path: Path) -> None:
     room = _first_room(load([f"run.cache_dir={tmp_path}", "model=smol", "data=easy_vqa"]))
     assert (room.model.name, room.model.smol, room.sft.reasoning) == ("smol-eyes", None, False)
+
+
+@pytest.mark.parametrize("data", ["counting", "easy_vqa"])
+def test_the_pretrained_model_is_taught_by_the_questions_of_the_run(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load([f"run.cache_dir={tmp_path}", "model=smol", f"data={data}"])
+    eyes = base_model_folder(replace(config, model=replace(config.model, name="smol-eyes", smol=None)))
+    eyes.mkdir()
+    (eyes / "config.json").touch()  # they were made before
+    monkeypatch.setattr(smol, "build_smol", lambda *_: None)
+    room = _first_room(config)
+    assert (room.model.name, room.data.train, room.sft.reasoning) == ("smol", config.data.train, True)

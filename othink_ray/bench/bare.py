@@ -9,8 +9,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from othink_ray.bench.padded import learning_padded
 from othink_ray.config.load import read
@@ -20,7 +24,7 @@ from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import learner_engine, open_classroom, recipe, rollout_engine
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
-from othink_ray.engines.base import Place, Sampling, meeting_place
+from othink_ray.engines.base import Place, RolloutEngine, Sampling, meeting_place
 from othink_ray.families import open_family
 from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
@@ -44,7 +48,42 @@ def opened(overrides: Sequence[str]) -> tuple[Config, str, PromptStream]:
 
 
 def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    engine = rollout_engine(config, path)
+    return _sampling(rollout_engine(config, path), config)
+
+
+def multiplying(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    """Of a step of sampling with vLLM its matrix products alone: the same shapes and kernels, in the same order."""
+    engine: Any = rollout_engine(config, path)
+    [layers] = engine.engine.collective_rpc(lambda worker: [layer for _, layer in worker.packed])
+    kernels = [layer.cpu_linear for layer in layers]
+    made: list[tuple[int, Tensor]] = []  # which layer, and numbers for it
+
+    def sample_once(prompts: Sequence[Prompt]) -> None:
+        inputs: dict[torch.Size, Tensor] = {}
+
+        def recorded(index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            made.append((index, inputs.setdefault(x.shape, torch.rand_like(x))))
+            product: Tensor = kernels[index](x, weight, bias)
+            return product
+
+        for index, layer in enumerate(layers):
+            layer.cpu_linear = partial(recorded, index)
+        _sampling(engine, config)(prompts)
+        for layer, kernel in zip(layers, kernels, strict=True):
+            layer.cpu_linear = kernel
+
+    def turn(prompts: Sequence[Prompt]) -> float:
+        if not made:
+            sample_once(prompts)
+        start = time.perf_counter()
+        for index, x in made:
+            kernels[index](x, layers[index].weight, None)
+        return time.perf_counter() - start
+
+    return turn
+
+
+def _sampling(engine: RolloutEngine, config: Config) -> Callable[[Sequence[Prompt]], float]:
     sampling = Sampling(
         answers=config.algo.group_size,
         max_tokens=config.rollout.max_tokens,
@@ -116,7 +155,7 @@ def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], li
     return lambda prompts: [answer(prompt) for prompt in prompts]
 
 
-PARTS = {"generate": generating, "learn": learning, "learn_padded": learning_on_padded_rows}
+PARTS = {"generate": generating, "products": multiplying, "learn": learning, "learn_padded": learning_on_padded_rows}
 
 
 if __name__ == "__main__":

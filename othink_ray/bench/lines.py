@@ -164,7 +164,16 @@ def limits(runs: Runs) -> list[Line]:
 
 def pretrained(runs: Runs) -> list[Line]:
     """The same of a language model with a real vocabulary, in whose steps products count for more."""
-    return _shares(runs, replace(USUAL, cells=8, model="smol"), learn=0.75, generate=1 / 1.5)
+    work = replace(USUAL, cells=8, model="smol")
+    return [*_shares(runs, work, learn=0.75, generate=0.0), _beside_products(runs, work, limit=1.5)]
+
+
+def _beside_products(runs: Runs, work: Work, limit: float) -> Line:
+    """Sampling multiplies few rows at a time by all weights: reading these, the cores fall behind their rate."""
+    whole, products = (spread(runs.bare([part], work)[part]) for part in ("generate", "products"))
+    name = f"generate: times as long as its products alone, {work}"
+    detail = {"generate_s": whole, "products_s": products}
+    return Line(name=name, found=whole["median"] / products["median"], limit=limit, detail=detail)
 
 
 def _shares(runs: Runs, work: Work, **wanted: float) -> list[Line]:

@@ -56,6 +56,15 @@ def test_learners_run_alone_and_side_by_side(tmp_path: Path) -> None:
     assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in found.values())
 
 
+def test_sampling_takes_longer_than_its_products_alone(tmp_path: Path) -> None:
+    work = Work(prompts=2, answers=2, tokens=8, cells=2)
+    whole, products = (
+        min(ours.bare([part], work, 3, tmp_path / part, ["learner.compile=false"])[part])
+        for part in ("generate", "products")
+    )
+    assert 0 < products < whole
+
+
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
     work = Work(prompts=2, answers=2, tokens=4, cells=2)
     with pytest.raises(ours.BenchError, match="nonsense"):

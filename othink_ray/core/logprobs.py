@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+_NEVER = -1e30  # in the place of a bias of -inf: such a token's share is 0 too, and so is its part of the entropy
+
 
 def token_logprobs(
     hidden: torch.Tensor,
@@ -62,6 +64,8 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if logit_bias is not None:
+            logit_bias = logit_bias.clamp(min=_NEVER)
         ctx.save_for_backward(hidden, weight, targets, logit_bias)
         ctx.temperature, ctx.chunk = temperature, chunk
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden, weight))
@@ -70,9 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
             rows = slice(start, start + chunk)
             log_p = _log_softmax(hidden[rows], weight, logit_bias, temperature)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-            probabilities = log_p.exp()
-            log_p.clamp_(min=torch.finfo(log_p.dtype).min)  # a banned token is 0 * log 0 = 0, not NaN
-            entropy[rows] = -probabilities.mul_(log_p).sum(dim=1)
+            entropy[rows] = -log_p.exp().mul_(log_p).sum(dim=1)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -88,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # Rows without gradient (masked, or of a group of equal rewards) cost nothing, and a NaN in them stays there.
         for rows in grad_logprobs.nonzero().squeeze(1).split(ctx.chunk):
             hidden_rows, grad_rows = hidden[rows], grad_logprobs[rows] / ctx.temperature
-            grad_logits = _log_softmax(hidden_rows, weight, logit_bias, ctx.temperature).exp_()
+            grad_logits = torch.softmax(_logits(hidden_rows, weight, logit_bias, ctx.temperature), dim=1)
             grad_logits.mul_(-grad_rows[:, None])
             grad_logits.scatter_add_(1, targets[rows, None], grad_rows[:, None])
             if grad_hidden is not None:
@@ -108,11 +110,15 @@ class _TokenLogprobs(torch.autograd.Function):
 def _log_softmax(
     hidden: torch.Tensor, weight: torch.Tensor, logit_bias: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
-    """Log probabilities (n, V) in wide precision: bias first, then temperature, as the sampler does."""
-    logits = _wide_product(hidden, weight.T)
-    if logit_bias is not None:
-        logits += logit_bias
-    return torch.log_softmax(logits.div_(temperature), dim=1)
+    return torch.log_softmax(_logits(hidden, weight, logit_bias, temperature), dim=1)
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, logit_bias: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Logits (n, V) in wide precision: bias first, then temperature, as the sampler does."""
+    logits = _wide_product(hidden, weight.T, logit_bias)
+    return logits if temperature == 1 else logits.div_(temperature)  # a pass over n * V numbers
 
 
 def _wide(left: torch.Tensor, right: torch.Tensor) -> torch.dtype:
@@ -120,9 +126,12 @@ def _wide(left: torch.Tensor, right: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
 
 
-def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in wide precision; on GPUs half-precision factors stay half, only the sums are wide."""
+def _wide_product(left: torch.Tensor, right: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+    """left @ right, plus a row, in wide precision; on GPUs half-precision factors stay half, only the sums are wide."""
     if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+        product = torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+        return product if added is None else product.add_(added)
     wide = _wide(left, right)
-    return left.to(wide) @ right.to(wide)
+    if added is None:
+        return left.to(wide) @ right.to(wide)
+    return torch.addmm(added.to(wide), left.to(wide), right.to(wide))

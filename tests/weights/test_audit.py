@@ -70,7 +70,7 @@ def test_a_gap_at_a_fixed_tolerance_passes_and_one_above_it_stops() -> None:
         fixed.require(gap_of(1e-4))
 
 
-@pytest.mark.parametrize(("dtype", "eps", "times"), [("float32", 2**-23, 6.0), ("bfloat16", 2**-7, 0.5)])
+@pytest.mark.parametrize(("dtype", "eps", "times"), [("float32", 2**-23, 8.0), ("bfloat16", 2**-7, 0.5)])
 def test_the_first_gap_has_a_bound_from_precision_and_depth(dtype: str, eps: float, times: float) -> None:
     assert eps == torch.finfo(getattr(torch, dtype)).eps
     shallow, deep = Tolerance(dtype, 4), Tolerance(dtype, 36)
@@ -202,7 +202,7 @@ def test_a_clean_push_passes_by_far(engine: VLLMRollout, hf_engine: HFRollout, s
         give(opened, sent_weights(stepped.network), 1)
         found = audit(opened, stepped)
         audit.tolerance.require(found)
-        assert found.gap_mean < SHARP / 5
+        assert found.gap_mean < SHARP / 3
         assert found.gap_max < 10 * SHARP
         assert found.tokens == audit.weights.audit_prompts * audit.weights.audit_tokens * audit.weights.audit_candidates
 

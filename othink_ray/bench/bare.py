@@ -52,17 +52,17 @@ def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]
 
 
 def multiplying(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    """Of a step of sampling with vLLM its matrix products alone: the same shapes and kernels, in the same order."""
+    """Time the matrix products of one vLLM sampling step, replayed alone: same kernels, shapes and order."""
     engine: Any = rollout_engine(config, path)
     [layers] = engine.engine.collective_rpc(lambda worker: [layer for _, layer in worker.packed])
     kernels = [layer.cpu_linear for layer in layers]
-    made: list[tuple[int, Tensor]] = []  # which layer, and numbers for it
+    made: list[tuple[int, Tensor, Tensor | None]] = []  # index of a layer, a random input, its bias
 
     def sample_once(prompts: Sequence[Prompt]) -> None:
         inputs: dict[torch.Size, Tensor] = {}
 
         def recorded(index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            made.append((index, inputs.setdefault(x.shape, torch.rand_like(x))))
+            made.append((index, inputs.setdefault(x.shape, torch.rand_like(x)), bias))
             product: Tensor = kernels[index](x, weight, bias)
             return product
 
@@ -76,8 +76,8 @@ def multiplying(config: Config, path: str) -> Callable[[Sequence[Prompt]], float
         if not made:
             sample_once(prompts)
         start = time.perf_counter()
-        for index, x in made:
-            kernels[index](x, layers[index].weight, None)
+        for index, x, bias in made:
+            kernels[index](x, layers[index].weight, bias)
         return time.perf_counter() - start
 
     return turn

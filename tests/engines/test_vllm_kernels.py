@@ -57,15 +57,21 @@ def test_positions_of_several_axes_rotate_as_in_vllm(
 def test_norms_are_those_of_vllm(shape: tuple[int, ...], vllm_engine: VLLMRollout) -> None:
     from vllm import ir
 
+    from othink_ray.engines.vllm_kernels import kernel_arguments
+
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(*shape[:-1], 2 * shape[-1], generator=draw)[..., : shape[-1]]  # part of something wider
     weight = torch.rand(shape[-1], generator=draw)
-    wanted = ir.ops.rms_norm.impls["native"].impl_fn(x, weight, 1e-6)
-    torch.testing.assert_close(ir.ops.rms_norm(x, weight, 1e-6), wanted, rtol=0, atol=CLOSE)
+    chosen = kernel_arguments()["ir_op_priority"]
+    norm, add_norm = ir.ops.rms_norm, ir.ops.fused_add_rms_norm
+    wanted = norm.impls["native"].impl_fn(x, weight, 1e-6)
+    with norm.set_priority(chosen["rms_norm"]):
+        torch.testing.assert_close(norm(x, weight, 1e-6), wanted, rtol=0, atol=CLOSE)
     residual = torch.randn(shape, generator=draw)
     for added in (x, x.contiguous()):
-        wanted = ir.ops.fused_add_rms_norm.impls["native"].impl_fn(added, residual, weight, 1e-6)
-        found = ir.ops.fused_add_rms_norm.maybe_inplace(added.clone(), residual.clone(), weight, 1e-6)
+        wanted = add_norm.impls["native"].impl_fn(added, residual, weight, 1e-6)
+        with add_norm.set_priority(chosen["fused_add_rms_norm"]):
+            found = add_norm.maybe_inplace(added.clone(), residual.clone(), weight, 1e-6)
         torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE)
 
 

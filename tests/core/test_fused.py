@@ -114,6 +114,18 @@ def test_narrower_numbers_are_attended_in_float32() -> None:
     assert_close(found, FusedAttention(line, CPU)(*(one.float() for one in given), SCALE).bfloat16())
 
 
+@pytest.mark.parametrize(("dtype", "as_vllm"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_half_precision_alone_rounds_as_vllms_kernel(
+    dtype: torch.dtype, as_vllm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 backward has the very shares of forward. That vLLM's bits come out: contracts/test_rounding.py."""
+    given, inputs = [], fused._inputs
+    monkeypatch.setattr(fused, "_inputs", lambda *own: given.append(own[-1]) or inputs(*own))
+    state = torch.ones(1, 2, 32, dtype=dtype)
+    fused.attend_fused(state, state, state, fused.blocks_of_image(2), 1.0)
+    assert given == [as_vllm]
+
+
 def test_gradients_in_half_precision_are_those_of_its_numbers() -> None:
     """Forward has another exponential there than backward; both must mean the same shares."""
     line = line_of(LONG)

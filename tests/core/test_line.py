@@ -127,6 +127,7 @@ def test_spans_are_what_is_visible(rows: list[tuple[int, list[int]]]) -> None:
     prompt, prompt_end, own = (span[:, None] for span in seen_spans(line))
     seen = torch.arange(len(line))
     assert torch.equal((((prompt <= seen) & (seen < prompt_end)) | (own <= seen)).tril(), visibility(line))
+    assert own.flatten().tolist() == [start for start, stop, _ in stretches(line) for _ in range(start, stop)]
 
 
 def states(length: int) -> list[Tensor]:

@@ -35,12 +35,13 @@ def naive(
     return distribution.log_prob(targets), distribution.entropy()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_logprobs_equal_the_slow_reference_for_any_chunk(chunk: int) -> None:
+def test_logprobs_equal_the_slow_reference_for_any_chunk(chunk: int, temperature: float) -> None:
     hidden, weight, targets, bias = problem(torch.float64)
-    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=chunk)
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=temperature, logit_bias=bias, chunk=chunk)
     expected = [
-        grpo_d.logprob(row, weight.tolist(), target, bias.tolist(), 0.7)
+        grpo_d.logprob(row, weight.tolist(), target, bias.tolist(), temperature)
         for row, target in zip(hidden.tolist(), targets.tolist(), strict=True)
     ]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-12)
@@ -228,7 +229,8 @@ def test_no_gradient_is_made_of_what_is_not_trained(trained: str, tokens: int, v
     assert leaf.grad is not None and made.most < frozen.nbytes
 
 
-def test_an_audit_copies_no_head_on_a_gpu() -> None:
+@pytest.mark.parametrize("biased", [True, False])
+def test_an_audit_copies_no_head_on_a_gpu(biased: bool) -> None:
     """32 places of Qwen2-VL-2B in bfloat16: its head is 0.47 GB, and would be 0.93 in float32."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -238,7 +240,7 @@ def test_an_audit_copies_no_head_on_a_gpu() -> None:
             torch.empty(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (places, vocabulary)
         )
         candidates = torch.zeros(places, 20, dtype=torch.long, device="cuda")
-        bias = torch.zeros(vocabulary, device="cuda")
+        bias = torch.zeros(vocabulary, device="cuda") if biased else None
         with LargestOutput() as made:
             found = candidate_logprobs(hidden, weight, candidates, temperature=1.0, logit_bias=bias, chunk=8)
     assert found.shape == (places, 20)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import queue
-import random
 import signal
 import sys
 import threading
@@ -29,10 +28,14 @@ from tests.mutants.trials import Trials
 
 
 def chosen(table: Table, only: Sequence[str], seed: int) -> list[Mutant]:
-    """All mutants of the pure files, then the sample of the others; of `only` some files, if any are named."""
+    """All mutants of the pure files, then the sample of the others; of `only` some files, if any are named.
+
+    What is sampled is a matter of each mutant alone: a change elsewhere in the code puts no other ones in its place.
+    """
     pure = [one for file in table.pure for one in mutants(file, table.source(file).read_text())]
     heavy = [one for file in table.heavy for one in mutants(file, table.source(file).read_text())]
-    sample = sorted(random.Random(seed).sample(heavy, table.sample), key=lambda one: one.name)
+    drawn = sorted(heavy, key=lambda one: sha256(f"{seed} {one.key}".encode()).digest())
+    sample = sorted(drawn[: table.sample], key=lambda one: one.name)
     return [one for one in (*pure, *sample) if not only or any(one.file.startswith(name) for name in only)]
 
 

@@ -257,6 +257,16 @@ def test_all_mutants_of_the_pure_files_are_chosen_and_a_seeded_sample_of_the_oth
     assert [one.name for one in chosen(table, ["core", "engines"], 0)] == [one.name for one in chosen(table, [], 0)]
 
 
+def test_new_code_puts_no_other_old_mutants_into_the_sample(house: House) -> None:
+    """Verdicts of those would be wanting in the next run."""
+    source = house.table.source("engines/heavy.py")
+    for seed in range(10):
+        source.write_text(SOURCES["engines/heavy.py"])
+        before = {one.key for one in chosen(house.table, ["engines"], seed)}
+        source.write_text("def most(values):\n    return -max(values) - 1\n\n\n" + SOURCES["engines/heavy.py"])
+        assert {one.key for one in chosen(house.table, ["engines"], seed) if one.function != "most"} <= before
+
+
 def test_a_name_that_is_no_file_of_the_table_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         main(["--only", "core/klm.py", "--results", str(house.results)], house.table)

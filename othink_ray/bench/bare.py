@@ -9,12 +9,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from othink_ray.bench.padded import learning_padded
 from othink_ray.config.load import read
@@ -25,6 +27,7 @@ from othink_ray.driver.build import learner_engine, open_classroom, recipe, roll
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
 from othink_ray.engines.base import Place, RolloutEngine, Sampling, meeting_place
+from othink_ray.engines.products import multiply
 from othink_ray.families import open_family
 from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
@@ -51,7 +54,7 @@ def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]
     return _sampling(rollout_engine(config, path), config)
 
 
-def multiplying(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+def generating_products(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
     """Time the matrix products of one vLLM sampling step, replayed alone: same kernels, shapes and order."""
     engine: Any = rollout_engine(config, path)
     [layers] = engine.engine.collective_rpc(lambda worker: [layer for _, layer in worker.packed])
@@ -122,6 +125,44 @@ def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
     return turn
 
 
+def learning_products(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    """Time the matrix products of one update, without those of attention, replayed alone by the learner's kernel."""
+    plain = replace(config.learner, onednn=False, compile=False, attention="grouped")  # products that torch dispatches
+    learn_once, made = learning(replace(config, learner=plain), path), Products()
+
+    def turn(prompts: Sequence[Prompt]) -> float:
+        if not made.factors:
+            with made:
+                learn_once(prompts)
+        start = time.perf_counter()
+        for left, right, added in made.factors:
+            multiply(left, right, added)
+        return time.perf_counter() - start
+
+    return turn
+
+
+class Products(TorchDispatchMode):
+    """Notes random factors that lie in memory as those of each product do; factors of a shape are noted as one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.factors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.drawn: dict[tuple[torch.Size, bool], Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            *added, left, right = given
+            self.factors.append((self._like(left), self._like(right), torch.rand_like(added[0]) if added else None))
+        return function(*given, **(named or {}))
+
+    def _like(self, factor: Tensor) -> Tensor:
+        kind = factor.shape, factor.is_contiguous()
+        if kind not in self.drawn:
+            self.drawn[kind] = torch.rand(factor.shape) if factor.is_contiguous() else torch.rand(factor.mT.shape).mT
+        return self.drawn[kind]
+
+
 def learning_on_padded_rows(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
     step, answers = learning_padded(config, path), random_answers(config, path)
 
@@ -155,7 +196,13 @@ def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], li
     return lambda prompts: [answer(prompt) for prompt in prompts]
 
 
-PARTS = {"generate": generating, "products": multiplying, "learn": learning, "learn_padded": learning_on_padded_rows}
+PARTS = {
+    "generate": generating,
+    "generate_products": generating_products,
+    "learn": learning,
+    "learn_products": learning_products,
+    "learn_padded": learning_on_padded_rows,
+}
 
 
 if __name__ == "__main__":

@@ -163,16 +163,20 @@ def limits(runs: Runs) -> list[Line]:
 
 
 def pretrained(runs: Runs) -> list[Line]:
-    """The same of a language model with a real vocabulary, in whose steps products count for more."""
+    """The same of a language model with a real vocabulary, in whose steps products count for more.
+
+    And beside the products of each side replayed alone, at their own shapes: sampling multiplies few rows at a time by
+    all weights, and reading these, the cores fall behind their best rate.
+    """
     work = replace(USUAL, cells=8, model="smol")
-    return [*_shares(runs, work, learn=0.75, generate=0.0), _beside_products(runs, work, limit=1.5)]
+    beside = [_beside_products(runs, work, part, limit) for part, limit in (("learn", 1 / 0.75), ("generate", 1.5))]
+    return [*_shares(runs, work, learn=0.0, generate=0.0), *beside]
 
 
-def _beside_products(runs: Runs, work: Work, limit: float) -> Line:
-    """Sampling multiplies few rows at a time by all weights: reading these, the cores fall behind their rate."""
-    whole, products = (spread(runs.bare([part], work)[part]) for part in ("generate", "products"))
-    name = f"generate: times as long as its products alone, {work}"
-    detail = {"generate_s": whole, "products_s": products}
+def _beside_products(runs: Runs, work: Work, part: str, limit: float) -> Line:
+    whole, products = (spread(runs.bare([one], work)[one]) for one in (part, f"{part}_products"))
+    name = f"{part}: times as long as its products alone, {work}"
+    detail = {"s": whole, "products_s": products}
     return Line(name=name, found=whole["median"] / products["median"], limit=limit, detail=detail)
 
 

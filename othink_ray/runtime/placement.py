@@ -23,12 +23,13 @@ from othink_ray.runtime.seating import Bundle, dealt, picture, shortage, wanted
 
 # Set before a process starts, since malloc and OpenMP read them only then. Freed memory is kept for the next step: also
 # that of threads, to which malloc otherwise gives heaps of their own that it returns, 19,000 page faults a step. Blocks
-# of 256 MiB and more are returned: small ones that come to lie in the hole of one leave no room for the next, and the
-# float32 copies of a bfloat16 output matrix (0.9 GiB in Qwen2-VL-2B) would be kept two or three times. They come anew
-# in pages of 2 MiB: the flat gradients of 135 million weights would be 134,000 small pages, and two seconds a step.
+# of 768 MiB and more are returned: small ones that come to lie in the hole of one leave no room for the next, and the
+# float32 copies of a bfloat16 output matrix (0.9 GiB in Qwen2-VL-2B) would be kept two or three times. The flat
+# gradients of 135 million weights (514 MiB) are kept: on a virtual machine their pages cost more than a second a step,
+# and would be 134,000 if new memory did not come in pages of 2 MiB.
 MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_MMAP_THRESHOLD_": str(2**28),
+    "MALLOC_MMAP_THRESHOLD_": str(3 * 2**28),
     "MALLOC_ARENA_MAX": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # from glibc 2.35 on
 }

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from othink_ray.bench import lines, ours
+from othink_ray.bench.bare import Products
 from othink_ray.bench.lines import SWITCHES, USUAL, Line, Runs, loop
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import spread
@@ -56,13 +58,26 @@ def test_learners_run_alone_and_side_by_side(tmp_path: Path) -> None:
     assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in found.values())
 
 
-def test_sampling_takes_longer_than_its_products_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["generate", "learn"])
+def test_a_side_takes_longer_than_its_products_alone(tmp_path: Path, part: str) -> None:
     work = Work(prompts=2, answers=2, tokens=8, cells=2)
     whole, products = (
-        min(ours.bare([part], work, 3, tmp_path / part, ["learner.compile=false"])[part])
-        for part in ("generate", "products")
+        min(ours.bare([one], work, 3, tmp_path / one, ["learner.compile=false"])[one])
+        for one in (part, f"{part}_products")
     )
     assert 0 < products < whole
+
+
+def test_products_are_noted_as_their_factors_lie() -> None:
+    left, right, bias = torch.ones(3, 4), torch.ones(5, 4), torch.ones(5)
+    with Products() as noted:
+        torch.nn.functional.linear(left, right, bias)
+        right.t() @ torch.ones(5, 2)
+        left @ right.t()
+    shapes = [(tuple(one.shape), tuple(two.shape), added is not None) for one, two, added in noted.factors]
+    assert shapes == [((3, 4), (4, 5), True), ((4, 5), (5, 2), False), ((3, 4), (4, 5), False)]
+    assert [two.stride() for _, two, _ in noted.factors] == [(1, 4), (2, 1), (1, 4)]
+    assert noted.factors[0][1] is noted.factors[2][1]
 
 
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def _candidates(config: Config) -> Iterator[Settings]:
     yield {}
     if not learner.gradient_checkpointing:
         yield {"learner.gradient_checkpointing": True}
-    if learner.zero_stage == 1:
+    if learner.zero_stage == 1 and learner.world_size > 1:
         yield {"learner.zero_stage": 2}
     if learner.zero_stage == 3 and learner.world_size == 1:
         yield {"learner.zero_stage": 2}

@@ -159,7 +159,7 @@ def test_check_mode_says_sound_and_who_gets_what(outcomes: dict[str, Outcome]) -
     outcome = outcomes["check"]
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("configuration is sound")
-    for word in ("1 x vllm: 0.5 CPUs", "1 x DeepSpeed ZeRO-2", "16 prompts x 8 answers = 128", "3 steps"):
+    for word in ("1 x vllm: 0.5 CPUs", "1 x DeepSpeed ZeRO-1", "16 prompts x 8 answers = 128", "3 steps"):
         assert word in outcome.out
 
 

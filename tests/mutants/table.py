@@ -63,7 +63,7 @@ _POOLS = ("runtime/test_pools.py", "runtime/test_expecting.py")
 
 # Ray and vLLM do not survive a fork.
 _HEAVY = {
-    "engines/adapters.py": ("engines/test_adapters.py", "contracts/test_adapters.py"),
+    "engines/adapters.py": ("engines/test_merging.py", "engines/test_adapters.py", "contracts/test_adapters.py"),
     "engines/ahead.py": ("engines/test_ahead.py", "engines/test_learner.py"),
     "engines/base.py": ("engines/test_place.py", *_ENGINE),
     "engines/compiled.py": ("engines/test_compiled.py",),

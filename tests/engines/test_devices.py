@@ -1,4 +1,4 @@
-"""Where learner and oracle compute, and what the learner does on a second thread."""
+"""Where learner and oracle compute, what the learner makes of its layers, and what it does on a second thread."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
+from othink_ray.families.last_layer import is_narrow
 
 
 class _EnoughError(Exception):
@@ -74,6 +75,20 @@ def test_a_learner_is_where_its_share_of_a_gpu_is(
         )
     assert (learner.device.type, os.environ["DS_ACCELERATOR"], told) == (device, device, threads)
     assert getattr(learner, "products", "none") == products
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_policys_layers_are_compiled_and_the_last_one_narrowed_where_that_is_asked(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    compiled: list[bool] = []
+    monkeypatch.setattr(deepspeed_learner, "compile_layers", lambda *_, by_onednn: compiled.append(by_onednn))
+    settings = SimpleNamespace(narrow_last_layer=asked, compile=asked, logit_rows=64)
+    learner: Any = SimpleNamespace(learner=settings, family=policy.family, by_onednn=True)
+    opened = DeepSpeedLearner._open_policy(learner, torch.float32, 1.0)
+    *others, last = policy.family.layers(opened.network)
+    assert is_narrow(last) == asked and not any(map(is_narrow, others))
+    assert compiled == ([True] if asked else [])
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
 from othink_ray.engines import base
-from othink_ray.engines.base import meeting_place, share_of_cores
+from othink_ray.engines.base import Place, meeting_place, share_of_cores
 
 
 def test_nobody_else_gets_the_port_before_the_ranks_come() -> None:
@@ -39,3 +41,23 @@ def test_ranks_come_when_they_like_and_find_each_other() -> None:
 
     with ThreadPoolExecutor() as ranks:
         assert list(ranks.map(come, range(2))) == [b"1", b"0"]
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "backend", "device_id"),
+    [("cpu", 1, "gloo", None), ("cpu", 2, "gloo", None), ("cuda:0", 1, "nccl", None), ("cuda:0", 2, "nccl", "cuda:0")],
+)
+def test_ranks_meet_once_over_what_their_device_has(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, backend: str, device_id: str | None
+) -> None:
+    met: list[dict[str, Any]] = []
+    monkeypatch.setattr(base, "init_process_group", lambda name, **how: met.append(how | {"backend": name}))
+    monkeypatch.setattr(base, "is_initialized", lambda: bool(met))
+    meeting = meeting_place()
+    place = Place(rank=ranks - 1, world_size=ranks, master_address="127.0.0.1", master_port=meeting.port)
+    for _ in range(2):
+        place.meet(torch.device(device))
+    [how] = met
+    assert (how["backend"], how["rank"], how["world_size"]) == (backend, ranks - 1, ranks)
+    assert how["device_id"] == (device_id and torch.device(device_id))
+    assert how["store"].port == meeting.port

@@ -9,6 +9,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
+from othink_ray.driver import memory_check
 from othink_ray.driver.idle import idle
 from othink_ray.driver.memory_check import (
     Measured,
@@ -79,6 +80,13 @@ def test_engine_and_learner_of_one_gpu_are_added_up(measured: Callable[[str], tu
             update.total + 0.4 * 79 * GIB,
         ]
     )
+
+
+@pytest.mark.parametrize(("ranks", "advised"), [(1, False), (2, True)])
+def test_gradients_are_shared_out_among_several_ranks_alone(ranks: int, advised: bool) -> None:
+    """A single rank holds as many at ZeRO stage 2 as at 1."""
+    config = config_of("2b", "one_node", "learner.zero_stage=1", f"learner.world_size={ranks}")
+    assert ({"learner.zero_stage": 2} in memory_check._candidates(config)) == advised
 
 
 def settings_of_before() -> Config:

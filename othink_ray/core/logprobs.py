@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def token_logprobs(
     """Logprobs of `targets` (N,) and detached entropies (N,) in nats, for hidden (N, H), weight (V, H), bias (V,).
 
     The distribution is the sampler's: softmax((hidden @ weight.T + bias) / temperature); a bias of -inf bans a token.
-    Logits are float32 (float64 for float64 inputs); at most `chunk` rows of them exist at a time, backward included.
+    Logits are float32 (float64 for float64 inputs); at most `chunk` rows of them exist at a time, backward included,
+    where the softmax of the last chunk is the one that the forward pass made.
     """
     if not temperature > 0:
         raise ValueError(f"rollout.temperature = {temperature} must be above 0: greedy answers cannot train")
@@ -52,7 +54,10 @@ def candidate_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Recomputes each chunk's logits in the backward pass instead of keeping them."""
+    """Recomputes logits in the backward pass instead of keeping them, but for the last chunk's.
+
+    The backward pass needs room for one chunk anyway, and all of a small micro-batch is in it.
+    """
 
     @staticmethod
     def forward(
@@ -68,6 +73,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logit_bias = logit_bias.clamp(min=_NEVER)
         ctx.save_for_backward(hidden, weight, targets, logit_bias)
         ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.kept, ctx.first_kept = None, 0
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden, weight))
         entropy = torch.empty_like(logprobs)
         for start in range(0, len(hidden), chunk):
@@ -75,6 +81,9 @@ class _TokenLogprobs(torch.autograd.Function):
             log_p = _log_softmax(hidden[rows], weight, logit_bias, temperature)
             logprobs[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
             entropy[rows] = -log_p.exp().mul_(log_p).sum(dim=1)
+            if start + chunk >= len(hidden) and any(ctx.needs_input_grad):
+                ctx.kept, ctx.first_kept = log_p, start
+            del log_p  # before the next chunk's is made
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -83,20 +92,20 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: torch.Tensor, _grad_entropy: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
-        hidden, weight, targets, logit_bias = ctx.saved_tensors
+        hidden, weight, targets, _ = ctx.saved_tensors
         wide = _wide(hidden, weight)
         grad_hidden = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         # Rows without gradient (masked, or of a group of equal rewards) cost nothing, and a NaN in them stays there.
-        for rows in grad_logprobs.nonzero().squeeze(1).split(ctx.chunk):
-            hidden_rows, grad_rows = hidden[rows], grad_logprobs[rows] / ctx.temperature
-            grad_logits = torch.softmax(_logits(hidden_rows, weight, logit_bias, ctx.temperature), dim=1)
-            grad_logits.mul_(-grad_rows[:, None])
+        for rows, shares in _shares(ctx, grad_logprobs.nonzero().squeeze(1)):
+            grad_rows = grad_logprobs[rows] / ctx.temperature
+            grad_logits = shares.mul_(-grad_rows[:, None])
             grad_logits.scatter_add_(1, targets[rows, None], grad_rows[:, None])
             if grad_hidden is not None:
                 grad_hidden[rows] = _wide_product(grad_logits, weight)
             if grad_weight is not None:
-                grad_weight += _wide_product(grad_logits.T, hidden_rows)
+                grad_weight += _wide_product(grad_logits.T, hidden[rows])
+            del shares, grad_logits  # before the next chunk's are made
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -105,6 +114,21 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _shares(ctx: Any, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some of `rows` and their softmax, a tensor that the caller may change; together all of them."""
+    if ctx.kept is not None:
+        own = rows >= ctx.first_kept
+        among = rows[own] - ctx.first_kept
+        log_p = ctx.kept if len(among) == len(ctx.kept) else ctx.kept[among]
+        ctx.kept = None  # what changes it spoils it for a second backward pass
+        yield rows[own], log_p.exp_()
+        del log_p
+        rows = rows[~own]
+    hidden, weight, _, logit_bias = ctx.saved_tensors
+    for some in rows.split(ctx.chunk):
+        yield some, torch.softmax(_logits(hidden[some], weight, logit_bias, ctx.temperature), dim=1)
 
 
 def _log_softmax(

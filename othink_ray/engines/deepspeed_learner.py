@@ -296,9 +296,10 @@ class DeepSpeedLearner:
     @staticmethod
     @span("pass without gradient")
     def _no_grad(policy: Any, one: Prepared) -> Tensor:
+        """Logprobs (M,) of the answer tokens, by the same arithmetic as with a gradient; entropies are not computed."""
         with torch.no_grad():
-            logprobs: Tensor = policy(one.batch, features=one.features)[0]
-        return logprobs
+            logprobs: Tensor = policy(one.batch, features=one.features, candidates=one.batch.targets[:, None])
+        return logprobs.squeeze(1)
 
     def _take_encodes(self) -> int:
         """How many images went through a vision tower since the last call."""

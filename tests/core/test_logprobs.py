@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from othink_ray.bench.allocations import Allocations
 from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from tests.reference import grpo_d
 
@@ -174,6 +175,56 @@ def test_no_tensor_grows_beyond_one_chunk_of_logits() -> None:
         )
         logprobs.sum().backward()
     assert largest.numel == chunk * vocabulary
+
+
+class Counted(TorchDispatchMode):
+    """Rows of the products that give logits over `vocabulary` words."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and made.shape[1] == self.vocabulary:
+            self.rows += len(made)
+        return made
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "twice"), [(8, 8, 0), (8, 100, 0), (8, 3, 6), (9, 3, 6)])
+def test_the_last_chunks_logits_are_computed_once(tokens: int, chunk: int, twice: int) -> None:
+    hidden, weight, targets, bias = problem(torch.float32, tokens=tokens)
+    with Counted(vocabulary=11) as counted:
+        logprobs, _ = token_logprobs(
+            hidden.requires_grad_(), weight, targets, temperature=1.0, logit_bias=bias, chunk=chunk
+        )
+        assert counted.rows == tokens
+        logprobs.sum().backward()
+    assert counted.rows == tokens + twice
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+@pytest.mark.parametrize("pulled", [[0], [7], [1, 4, 6], [5, 6, 7], list(range(8))])
+def test_each_backward_pass_through_a_graph_gives_the_same(pulled: list[int], chunk: int) -> None:
+    hidden, weight, targets, bias = problem(torch.float64, tokens=8)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=chunk)
+    expected = torch.autograd.grad(naive(hidden, weight, targets, bias, 0.7)[0][pulled].sum(), leaves)
+    for again in (True, False):
+        torch.testing.assert_close(torch.autograd.grad(logprobs[pulled].sum(), leaves, retain_graph=again), expected)
+
+
+@pytest.mark.parametrize("tokens", [8, 24])
+def test_two_chunks_of_logits_exist_at_a_time(tokens: int) -> None:
+    vocabulary, chunk = 10_000, 8
+    hidden, weight, targets, bias = problem(torch.float32, tokens=tokens, vocabulary=vocabulary)
+    hidden.requires_grad_()  # the output matrix stays, so that all else is small
+    with Allocations(weight) as seen:
+        logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=chunk)
+        assert seen.now < 1.5 * chunk * vocabulary * 4
+        logprobs.sum().backward()
+        assert seen.now < 0.5 * chunk * vocabulary * 4
+    assert seen.peak < 2.5 * chunk * vocabulary * 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from othink_ray import spans
 from othink_ray.config.schema import LearnerConfig, ModelConfig
 from othink_ray.engines.base import meeting_place
 from othink_ray.engines.micro_batch import MicroBatch
@@ -85,6 +86,7 @@ class Cost:
     """What a life took, counted from outside."""
 
     forwards: list[int]  # forward passes of each layer of the policy, the vision tower's first
+    read: list[int] = field(default_factory=list)  # tokens of each forward pass that is learned from, by the timeline
     kept_bytes: int = 0  # tensors that autograd kept for backward
     pixels: int = 0  # micro-batches whose pixels are on the device
     most_pixels: int = 0
@@ -152,11 +154,13 @@ def counted() -> Iterator[Cost]:
         return tensor
 
     deepspeed_learner.to_device = counting
+    spans.take(go_on=True)
     try:
         with saved_tensors_hooks(keep, lambda kept: kept):
             yield cost
     finally:
         deepspeed_learner.to_device = to_device
+        cost.read = [one.about["tokens"] for one in spans.take(go_on=False).spans if one.name == "forward"]
 
 
 def watch(learner: Any, cost: Cost) -> None:

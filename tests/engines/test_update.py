@@ -14,6 +14,8 @@ from othink_ray.driver import build
 from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.base import Place
 from othink_ray.engines.device_memory import release_cache
+from othink_ray.engines.micro_batch import lay_out
+from othink_ray.families import open_family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Cost, Outcome, Scenario, run_ranks
 from tests.engines.lives import planned
@@ -102,6 +104,16 @@ def test_checkpointing_changes_nothing_that_is_learned(lives: dict[str, Outcome]
 
 
 # ---- several optimizer steps
+
+
+def test_the_timeline_says_how_many_tokens_each_pass_reads(
+    small: Config, small_folder: Path, batches: list[list[Group]], lives: dict[str, Outcome]
+) -> None:
+    family = open_family(small.model, str(small_folder))
+    [updates] = planned(batches[0], ranks=1, updates=len(batches[0]), micro_tokens=10**6)
+    assert cost_of(lives, "own GPU").read == [
+        len(lay_out(rows, family).token_ids) for micro_batches in updates for rows in micro_batches
+    ]
 
 
 def test_several_updates_hold_the_pixels_of_one_micro_batch(lives: dict[str, Outcome]) -> None:

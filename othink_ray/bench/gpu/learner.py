@@ -78,7 +78,7 @@ class PlainLearner:
     def update(self, batches: Sequence[MicroBatch]) -> None:
         for batch in batches:
             with torch.no_grad():
-                reference, _ = self.reference(batch)
+                reference = self.reference(batch, candidates=batch.targets[:, None]).squeeze(1)
             found, _ = self.policy(batch)
             loss, _ = LOSSES["grpo"](
                 found,

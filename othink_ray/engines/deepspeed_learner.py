@@ -230,7 +230,7 @@ class DeepSpeedLearner:
                     self.engine.backward(value * self.place.world_size)
                 encodes += one.encodes
                 totals.note(one.rows, value)
-                totals.add(batch, value, terms, ratios, logprobs.detach(), entropy, wants_reference)
+                totals.add(batch, value, terms, ratios, logprobs, entropy, wants_reference)
             with span("optimiser step"):
                 self.engine.step()
             if self.engine.optimizer.overflow:  # DeepSpeed steps on no gradient that is not finite

@@ -44,7 +44,7 @@ class Totals:
         referenced: bool,
     ) -> None:
         active = batch.loss_weights > 0
-        gap = (logprobs - batch.sampler_logprobs)[active].double()
+        gap = (logprobs.detach() - batch.sampler_logprobs)[active].double()
         ratio = gap.exp()
         self.sums += torch.stack(
             [

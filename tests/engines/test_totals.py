@@ -53,10 +53,11 @@ def added(values: Sequence[float], *, referenced: bool = True) -> Totals:
             loss,
             LossTerms(kl_sum=torch.tensor(0.3), clipped=torch.tensor(1)),
             RatioTerms(**{name: torch.tensor(place + 1.0).double() for place, name in enumerate(RATIOS)}),
-            logprobs=torch.tensor([-1.0 + math.log(2), -2.0, 5.0]),
+            logprobs=torch.tensor([-1.0 + math.log(2), -2.0, 5.0], requires_grad=True),
             entropy=torch.tensor([1.0, 3.0, 100.0]),
             referenced=referenced,
         )
+        assert not (sums.sums.requires_grad or sums.maxima.requires_grad)  # no graph outlives its micro-batch
     return sums
 
 

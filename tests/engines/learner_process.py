@@ -77,6 +77,7 @@ class Outcome:
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
     trained_factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # and after it
     seen: Sequence[Seen] = field(default=())  # before and after training
+    frozen: dict[str, str] = field(default_factory=dict)  # digests of what engines hold from the start
     made: Sequence[int] = ()  # micro-batches that were prepared ahead of each step
     cost: Cost | None = None
 
@@ -234,6 +235,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         factors=factors,
         trained_factors=_factors(learner),
         seen=seen,
+        frozen={name: _digest(weight) for name, weight in learner.frozen_weights()} if scenario.watch else {},
         made=made,
         cost=cost,
     )
@@ -258,8 +260,12 @@ def _factors(learner: Any) -> dict[str, NDArray[np.float32]]:
     return {name: weight.float().numpy().copy() for name, weight in _whole(learner) if ".lora_" in name}
 
 
+def _digest(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+
+
 def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
-    digests = {name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in _whole(learner)}
+    digests = {name: _digest(weight) for name, weight in _whole(learner)}
     [[row, *_], *_], *_ = scenario.steps[0][rank]
     logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.ahead.take()))
     learner._take_encodes()

@@ -294,6 +294,7 @@ def test_what_is_frozen_keeps_every_bit_and_every_other_weight_is_trained(
         still = {tensor for tensor in before if before[tensor] == after[tensor]}
         assert still == {tensor for tensor in before if part_of(tensor) in kept}
         assert set(outcome.weights) == set(outcome.first_moments) == set(before) - still
+        assert outcome.frozen == {tensor: after[tensor] for tensor in still}
 
 
 def part_of(tensor: str) -> str:

@@ -20,11 +20,14 @@ Lives = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def lives(
-    small: Config, small_folder: Path, batches: list[list[Group]], tmp_path_factory: pytest.TempPathFactory
-) -> Lives:
+def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the learners save."""
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def lives(small: Config, small_folder: Path, batches: list[list[Group]], at: Path) -> Lives:
     """By ranks and stage; the second step is made by others than those who made the first."""
-    at = tmp_path_factory.mktemp("states")
 
     def outcomes(ranks: int, name: str, **scenarios: object) -> Lives:
         found = run_ranks(small.model, small_folder, ranks, scenarios, at / name)  # type: ignore[arg-type]
@@ -69,6 +72,12 @@ def test_other_ranks_and_stages_go_on_where_the_first_stopped(lives: Lives, name
         worst, tensor = distance(moved(rank, start), moved(whole, start))
         assert worst < 1e-3, tensor
         assert rank.stats[-1].loss == pytest.approx(whole.stats[-1].loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["of_two", "of_three"])
+def test_ranks_write_about_as_much_each(lives: Lives, at: Path, name: str) -> None:
+    sizes = [(at / name / f"learner_{rank}.safetensors").stat().st_size for rank in range(2)]
+    assert min(sizes) > 0.45 * sum(sizes)
 
 
 def test_a_learner_that_loads_has_the_very_weights_that_were_saved(lives: Lives) -> None:

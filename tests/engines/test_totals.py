@@ -57,7 +57,8 @@ def added(values: Sequence[float], *, referenced: bool = True) -> Totals:
             entropy=torch.tensor([1.0, 3.0, 100.0]),
             referenced=referenced,
         )
-        assert not (sums.sums.requires_grad or sums.maxima.requires_grad)  # no graph outlives its micro-batch
+        kept = [sums.sums, sums.maxima, *(value for _, value in sums.losses)]
+        assert not any(tensor.requires_grad for tensor in kept)  # no graph outlives its micro-batch
     return sums
 
 

@@ -70,7 +70,10 @@ _HEAVY = {
     "engines/deepspeed_learner.py": ("engines/test_devices.py", *_LEARNER),
     "engines/device_memory.py": ("engines/test_update.py",),
     "engines/exported.py": ("engines/test_adapters.py", "engines/test_learner.py"),
-    "engines/hf_rollout.py": ("engines/test_devices.py", "contracts/test_rollout.py", "contracts/test_rollout_push.py"),
+    "engines/hf_rollout.py": (
+        *("engines/test_devices.py", "contracts/test_adapters.py"),
+        *("contracts/test_rollout.py", "contracts/test_rollout_push.py"),
+    ),
     "engines/inputs.py": ("engines/test_inputs.py", "engines/test_policy.py"),
     "engines/learner_state.py": ("engines/test_stored_state.py", "engines/test_learner_state.py"),
     "engines/micro_batch.py": ("engines/test_policy.py", "engines/test_learner.py"),

@@ -122,3 +122,13 @@ def _gap(policy: Policy, probes: Sequence[Probe]) -> Audit:
             logprobs = distributions(policy, batch)
         known.append(logprobs.gather(1, torch.from_numpy(probe.candidates)).numpy())
     return compare(probes, repeated(probes, known), 0)
+
+
+@pytest.mark.parametrize(("chosen", "used"), [("amx", "vec"), ("vec", "vec"), ("vec16", "vec16")])
+def test_attention_of_half_precision_is_never_that_of_amx(
+    chosen: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from othink_ray.engines import vllm_rounding
+
+    monkeypatch.setattr(vllm_rounding, "_choose_kernel", lambda *shape: chosen)
+    assert vllm_rounding._choose_vector_kernel(torch.bfloat16, 32, 64) == used

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from othink_ray.engines.base import Sampling
+from othink_ray.engines.base import Sampling, ServedAdapters
 from othink_ray.engines.policy import Policy
-from othink_ray.engines.vllm_rollout import VLLMRollout
+from othink_ray.engines.vllm_rollout import VLLMRollout, _serving
 from othink_ray.types import Prompt
 from tests.engines.samples import ask, give, picture, sent_weights
 
@@ -109,6 +109,22 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     give(engine, sent_weights(policy.network), 1)
     list(engine.generate(scenes[:1], SAMPLING))
     assert work.take()[1] == first > kept >= once
+
+
+def test_a_push_to_an_engine_that_still_answers_is_refused(engine: VLLMRollout) -> None:
+    running = engine.engine
+    running.add_request("left", {"prompt_token_ids": [1, 2, 3]}, engine._sampling_params(max_tokens=9, min_tokens=9))
+    running.step()
+    with pytest.raises(RuntimeError, match="requests were still running during a push"):
+        engine._forget()
+    running.abort_request(["left"])
+    engine._forget()
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (8, 8), (9, 16), (100, 128)])
+def test_adapters_are_padded_to_the_next_rank_that_vllm_serves(engine: VLLMRollout, rank: int, served: int) -> None:
+    adapters = ServedAdapters(rank=rank, layers=("model.language_model.layers.0.self_attn.q_proj",))
+    assert _serving(adapters, engine.engine.vllm_config.model_config.model)["max_lora_rank"] == served
 
 
 def test_an_engine_that_sleeps_is_woken_by_the_next_push(engine: VLLMRollout, policy: Policy, taught: Policy) -> None:

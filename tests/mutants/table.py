@@ -90,7 +90,7 @@ _HEAVY = {
     ),
     "engines/training_mode.py": ("engines/test_update.py",),
     "engines/vllm_kernels.py": ("engines/test_vllm_kernels.py",),
-    "engines/vllm_regions.py": ("contracts/test_vllm_work.py",),
+    "engines/vllm_regions.py": ("contracts/test_rollout_push.py", "runtime/test_bfloat16_push.py"),
     "engines/vllm_rollout.py": (*_ENGINE, "contracts/test_vllm_work.py"),
     "engines/vllm_rounding.py": ("contracts/test_rounding.py",),
     "engines/vllm_transfer.py": (

@@ -99,7 +99,9 @@ _HEAVY = {
         "contracts/test_rollout_push.py",
         "runtime/test_push.py",
     ),
-    "engines/vllm_worker.py": ("contracts/test_rollout_push.py", "contracts/test_vllm_work.py"),
+    "engines/vllm_worker.py": (
+        *("contracts/test_rollout_push.py", "contracts/test_vllm_work.py", "contracts/test_adapters.py"),
+    ),
     "engines/zero_settings.py": _LEARNER,
     "runtime/actors.py": ("runtime/test_transports.py", *_POOLS, "runtime/test_push.py"),
     "runtime/balance.py": ("runtime/test_balance.py",),

@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from othink_ray.runtime import balance
 from othink_ray.runtime.balance import AnswerLengths, deal
 from othink_ray.types import Completion, Group, Prompt
-from tests.engines.samples import ask
+from tests.engines.samples import ask, picture
 
 
 def answered(prompt: Prompt, *lengths: int) -> Group:
@@ -55,6 +56,13 @@ def test_ragged_lengths_are_dealt_better_than_in_turn() -> None:
 def test_fewer_prompts_than_hands_leave_some_empty() -> None:
     assert deal([2.0], 3) == [[0], [], []]
     assert deal([], 2) == [[], []]
+
+
+def test_an_image_counts_as_a_text_of_its_usual_length() -> None:
+    text = "x" * (balance._TOKENS_AN_IMAGE * balance._CHARACTERS_A_TOKEN)
+    alone, pictured, long = ask("q"), ask("q", picture(28, 28, seed=0)), ask("q" + text)
+    lengths = AnswerLengths()
+    assert lengths.work(pictured, 1) == pytest.approx(lengths.work(long, 1)) > lengths.work(alone, 1)
 
 
 def test_a_prompt_is_expected_to_be_answered_as_it_was_last_time() -> None:

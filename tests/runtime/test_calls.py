@@ -14,13 +14,14 @@ from othink_ray.runtime.calls import WorkerFailed, WorkersLost, gather
 
 
 def ray_of(outcomes: Mapping[str, Any]) -> SimpleNamespace:
-    """The first pending call ends at each wait that asks for one, and all of them where it asks for all."""
+    """Of the pending calls that have an outcome the first ends at each wait for one, and all at a wait for all."""
 
     def wait(
         pending: Sequence[str], *, num_returns: int = 1, timeout: float, fetch_local: bool = True
     ) -> tuple[Sequence[str], Sequence[str]]:
         assert timeout > 0
-        return pending[:num_returns], pending[num_returns:]
+        ready = [one for one in pending if one in outcomes][:num_returns]
+        return ready, [one for one in pending if one not in ready]
 
     def get(asked: Any, timeout: float | None = None) -> Any:
         if isinstance(asked, list):
@@ -39,6 +40,13 @@ def task_error() -> RayTaskError:
 def test_results_come_in_the_order_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "ray", ray_of({"a": 1, "b": 2}))
     assert gather(["b", "a"], "an actor", 5) == [2, 1]
+
+
+def test_who_gives_nothing_in_its_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "ray", ray_of({"b": 2}))
+    with pytest.raises(WorkersLost, match="an actor gave no answer within 5 s; an actor gave no answer") as raised:
+        gather(["a", "b", "c"], "an actor", 5)
+    assert list(raised.value.lost) == [0, 2]
 
 
 def test_a_failure_is_named_where_nobody_died(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,12 @@ def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
         pool_of(ranks[0], Actor([], saved="disk is full"), config=config).saved()
 
 
+def test_every_rank_sends(config: Config) -> None:
+    noted: Noted = []
+    pool_of(Actor(noted), Actor(noted), config=config).send()
+    assert noted == [("send",)] * 2
+
+
 def test_every_rank_takes_part_in_an_export(config: Config) -> None:
     noted: Noted = []
     pool = pool_of(Actor(noted), Actor(noted), config=config)

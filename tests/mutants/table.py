@@ -116,7 +116,9 @@ _HEAVY = {
         "runtime/test_loading.py",
         "runtime/test_push.py",
     ),
-    "runtime/placement.py": ("runtime/test_seating.py", "runtime/test_loading.py", "runtime/test_pools.py"),
+    "runtime/placement.py": (
+        *("runtime/test_seating.py", "runtime/test_malloc.py", "runtime/test_loading.py", "runtime/test_pools.py"),
+    ),
     "runtime/push.py": ("runtime/test_transports.py", *_PUSH, "gpu/test_rendezvous.py"),
     "runtime/recorded.py": ("e2e/test_timeline.py",),
     "runtime/reward_actor.py": ("runtime/test_pools.py",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,22 @@ def test_bundles_are_reserved_in_the_way_that_the_cluster_is_to_be_filled(monkey
     with pytest.raises(_AskedError):
         placement.Placement(bundles, replace(SPLIT.cluster, placement="STRICT_SPREAD"), print)
     assert asked == [([{"CPU": 3, "GPU": 1.0}], "STRICT_SPREAD")]
+
+
+def test_each_process_starts_in_its_own_bundle_with_what_was_reserved_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_start", lambda actor, arguments, **options: options)
+    monkeypatch.setattr(placement, "PlacementGroupSchedulingStrategy", lambda **where: where)
+    placed: Any = object.__new__(placement.Placement)
+    placed.group, placed.places = "reserved", [2, 0, 1]
+    both = (Seat(role="learner", cpus=2, gpus=0.5), Seat(role="rollout", cpus=1, gpus=0.25))
+    placed.bundles = [both, (Seat(role="rollout", cpus=4, gpus=1),), both]
+    for role, number, cpus, gpus, place in (
+        *(("learner", 0, 2, 0.5, 2), ("learner", 1, 2, 0.5, 1)),
+        *(("rollout", 0, 1, 0.25, 2), ("rollout", 1, 4, 1, 0), ("rollout", 2, 1, 0.25, 1)),
+    ):
+        seat = {"placement_group": "reserved", "placement_group_bundle_index": place}
+        expected = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": seat}
+        assert placed.start(Recorded, role, number) == expected
 
 
 def test_nothing_is_reserved_for_processes_without_a_seat(monkeypatch: pytest.MonkeyPatch) -> None:

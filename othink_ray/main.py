@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from othink_ray.config.check import machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
+from othink_ray.config.paths import in_job
 from othink_ray.config.problem import ConfigError, Problem
 from othink_ray.config.schema import Config
 from othink_ray.config.strict import convert
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
 def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
     if config is None:
         return _report(found)
-    config = _kept(config)
+    if in_job():
+        print(f"in a job what is written starts at home: run.dir is {socket.gethostname()}:{config.run.dir}")
     machine = machine_for(config)
     found = found + problems(config, machine)
     if config.mode == "study" and not found:
@@ -99,33 +101,24 @@ def _check(config: Config, planned: str) -> int:
     found = foresee(config)
     if found.problems:
         return _report(list(found.problems))
+    from othink_ray.driver.views import printable
+
     print(f"configuration is sound\n{planned}")
     for name, text in found.lines.items():
-        print(f"  {name:<11} {text}")
+        print(f"  {name:<11} {printable(text)}")  # names of rows are somebody else's
     return 0
-
-
-def _kept(config: Config) -> Config:
-    """With folders that outlive a submitted job."""
-    from othink_ray.runtime.job import lasting
-
-    here = Path.cwd()
-    run = dataclasses.replace(config.run, dir=lasting(config.run.dir, here))
-    if config.run.resume not in ("auto", "never"):
-        run = dataclasses.replace(run, resume=lasting(config.run.resume, here))
-    if run.dir != config.run.dir:
-        where = f"{socket.gethostname()}:{run.dir}"
-        print(f"run.dir = {config.run.dir}: in a job relative folders start at home, so this is {where}")
-    return dataclasses.replace(config, run=run)
 
 
 def interrupt_at_any_ending() -> None:
     """Ctrl-C, `kill` and a closed terminal end a run in good order; under `nohup` it outlives the terminal."""
     import signal
 
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs would ignore the first
-        if ending != signal.SIGHUP or signal.getsignal(ending) != signal.SIG_IGN:
-            signal.signal(ending, signal.default_int_handler)
+    from othink_ray.driver.stopping import terminate
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would ignore it
+    signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
@@ -145,6 +138,7 @@ def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Pr
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Many runs, each a process of its own."""
     from othink_ray.driver.console import Console
+    from othink_ray.driver.stopping import interrupted_status
     from othink_ray.report import write_study_report
     from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
@@ -158,11 +152,13 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
             return 1
         except KeyboardInterrupt:
             console.say("interrupted: the same command goes on with what is left")
-            return 130
+            return interrupted_status()
 
 
 def _report(found: Sequence[Problem]) -> int:
-    print(ConfigError(found), file=sys.stderr)
+    from othink_ray.driver.views import printable
+
+    print(printable(str(ConfigError(found))), file=sys.stderr)
     return 2
 
 

@@ -123,7 +123,7 @@ class UpdateStats:
     vision_encodes: int
     reference_passes: int
     skipped: int = 0  # optimiser steps not made, because loss or gradient was not finite
-    bad_prompts: tuple[str, ...] = ()  # whose loss was not finite
+    bad_prompts: tuple[str, ...] = ()  # whose loss was not finite; of one rank its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

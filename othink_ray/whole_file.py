@@ -9,8 +9,12 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Replace the file's text at once."""
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:  # a full disk needs its room back
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -173,6 +173,7 @@ class DataConfig:
     prompt_suffix: str  # appended to each question
     blind: bool  # held-out questions are asked once more with grey images: what their wording alone answers
     on_bad_row: str  # drop (named and counted) | stop
+    images_outside_root: bool  # image paths may lead out of image_root
     warm_steps: int  # SFT steps after which the embedded model has a middling skill at it
     scenes: ScenesConfig | None  # for the source scenes
     train: PartConfig

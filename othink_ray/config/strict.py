@@ -7,10 +7,10 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher, get_close_matches
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from othink_ray.config import paths
 from othink_ray.config.problem import Problem
 from othink_ray.config.schema import Config, PartConfig
 
@@ -27,16 +27,17 @@ def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Probl
     if problems:
         return None, problems
     config: Config = _build(node, Config)
+    resume = config.run.resume
     run = dataclasses.replace(
         config.run,
-        dir=_expand(config.run.dir),
-        cache_dir=_expand(config.run.cache_dir),
-        resume=_expand(config.run.resume),
+        dir=paths.written(config.run.dir),
+        cache_dir=paths.written(config.run.cache_dir),
+        resume=resume if resume in ("auto", "never") else paths.read(resume),
     )
     path = config.model.path
-    model = dataclasses.replace(config.model, path=None if path is None else _expand(path))
+    model = dataclasses.replace(config.model, path=None if path is None else paths.read(path))
     data = dataclasses.replace(config.data, train=_at_home(config.data.train), test=_at_home(config.data.test))
-    examined = dataclasses.replace(config.eval, models=tuple(map(_expand, config.eval.models)))
+    examined = dataclasses.replace(config.eval, models=tuple(map(paths.read, config.eval.models)))
     return dataclasses.replace(config, run=run, model=model, data=data, eval=examined), []
 
 
@@ -203,10 +204,6 @@ def _at_home(part: PartConfig) -> PartConfig:
         return part
     root = part.files.image_root
     files = dataclasses.replace(
-        part.files, path=_expand(part.files.path), image_root=None if root is None else _expand(root)
+        part.files, path=paths.read(part.files.path), image_root=None if root is None else paths.read(root)
     )
     return dataclasses.replace(part, files=files)
-
-
-def _expand(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path

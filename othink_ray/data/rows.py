@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from othink_ray.config.schema import DataConfig
+from othink_ray.data.image_files import ImageFiles, UnreadableImage
 from othink_ray.data.prompts import BadRow, Split, validate
 from othink_ray.data.tables import SourceError, find_files, image_columns
 from othink_ray.types import Message, Prompt
@@ -25,7 +26,8 @@ class RowReader:
         self._data = data
         self._columns = part.files.columns
         self._image_columns = image_columns(part.files)
-        self._root = image_root(part.source, part.files.path, part.files.image_root, f"data.{split}.files")
+        root = image_root(part.source, part.files.path, part.files.image_root, f"data.{split}.files")
+        self._files = ImageFiles(root, outside=data.images_outside_root)
 
     def prompt(self, row_id: str, row: Mapping[str, Any]) -> Prompt:
         """The validated question; BadRow names what is wrong with it."""
@@ -66,10 +68,9 @@ class RowReader:
         if not isinstance(value, str) or not value:
             raise BadRow(row_id, f"column {column} holds no image but {value!r}", "give bytes or a path")
         try:
-            return (self._root / value).read_bytes()
-        except (OSError, ValueError) as error:
-            reason = f"image file {self._root / value} cannot be read: {error.__class__.__name__}"
-            raise BadRow(row_id, reason, "put it there, or set image_root: image paths start from it") from error
+            return self._files.read(value)
+        except UnreadableImage as error:
+            raise BadRow(row_id, str(error), error.remedy) from error
 
 
 def image_root(source: str, path: str, configured: str | None, key: str) -> Path:

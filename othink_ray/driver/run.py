@@ -11,7 +11,9 @@ from pathlib import Path
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
-from othink_ray.runtime.cluster import prepare, ray_session
+from othink_ray.driver.folder import FolderError, own_folder
+from othink_ray.driver.stopping import Stopped, interrupted_status
+from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
 
 WriteReport = Callable[[Path], Path]
@@ -20,22 +22,31 @@ WriteReport = Callable[[Path], Path]
 def run(config: Config, write_report: WriteReport) -> int:
     """Its exit status. What a user can mend is told in a line, not in a traceback."""
     run_dir = Path(config.run.dir)
-    made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     with Console() as console:
-        notice = short_notice()
-        if notice:
-            console.say(notice)
         try:
-            _work(config, run_dir, console, write_report)
-        except KeyboardInterrupt:
-            console.say("interrupted")
-            return _leave(run_dir, console, write_report, made_of, status=130)
-        except _stopped() as error:
-            console.say(f"ended as asked: {error}")
-            return _leave(run_dir, console, write_report, made_of, status=143)
-        except _told_in_a_line() as error:
+            with own_folder(run_dir):  # before anything starts, and before anything is written into another run's
+                return _run(config, run_dir, console, write_report)
+        except FolderError as error:
             console.say(f"stopped: {error}")
-            return _leave(run_dir, console, write_report, made_of, status=1)
+            return 1
+
+
+def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> int:
+    made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
+    try:
+        for notice in (short_notice(), close_token_file()):
+            if notice:
+                console.say(notice)
+        _work(config, run_dir, console, write_report)
+    except KeyboardInterrupt:
+        console.say("interrupted")
+        return _leave(run_dir, console, write_report, made_of, interrupted_status())
+    except Stopped as error:
+        console.say(f"ended as asked: {error}")
+        return _leave(run_dir, console, write_report, made_of, status=143)
+    except _told_in_a_line() as error:
+        console.say(f"stopped: {error}")
+        return _leave(run_dir, console, write_report, made_of, status=1)
     return 0
 
 
@@ -59,16 +70,9 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
             train_model(config, run_dir, console, write_report, started)
 
 
-def _stopped() -> type[Exception]:
-    from othink_ray.driver.stopping import Stopped
-
-    return Stopped
-
-
 def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.data import BadRow, SourceError
     from othink_ray.driver.checkpoint import ResumeError
-    from othink_ray.driver.folder import FolderError
     from othink_ray.driver.guards import RunawayError
     from othink_ray.engines.adapters import AdapterError
     from othink_ray.engines.learner_state import StateError
@@ -78,7 +82,7 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
     from othink_ray.weights.audit import AuditError
 
     return (
-        *(AuditError, BadRow, ClusterError, FolderError, ModelError, OSError, ResumeError, RunawayError, SourceError),
+        *(AuditError, BadRow, ClusterError, ModelError, OSError, ResumeError, RunawayError, SourceError),
         *(AdapterError, StateError, WorkerFailed),
     )
 

@@ -13,6 +13,20 @@ class Stopped(Exception):
     """The run was asked to end, and has saved what it has."""
 
 
+_terminated = threading.Event()
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """A handler of SIGTERM where no step can be finished first: it ends the run in good order, as Ctrl-C does."""
+    _terminated.set()  # Ray makes an interrupt of its own from what is raised in its calls
+    raise KeyboardInterrupt
+
+
+def interrupted_status() -> int:
+    """The exit status after a KeyboardInterrupt: that of a process that SIGTERM or SIGINT ended."""
+    return 128 + (signal.SIGTERM if _terminated.is_set() else signal.SIGINT)
+
+
 class StopRequest:
     """Whether somebody has asked."""
 

@@ -27,7 +27,7 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.continued import compare_settings
 from othink_ray.driver.environment import environment
 from othink_ray.driver.evaluate import exams
-from othink_ray.driver.folder import own_folder, set_aside_older, written_down
+from othink_ray.driver.folder import set_aside_older, written_down
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import finishing_steps
@@ -45,21 +45,20 @@ def train_model(
     """On a Ray that is up. Where a process is lost that cannot be replaced alone, all start again from a checkpoint."""
     tell = written_down(run_dir, console.say)
     incidents = Incidents(config.faults.max_restarts, tell)
-    with own_folder(run_dir):
-        if config.run.resume == "never":
-            set_aside_older(run_dir)
-        resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
-        if resumed:
-            compare_settings(resumed, config, console.say)
-        while True:
-            try:
-                summary = _train(config, run_dir, console, incidents, resumed, state, started)
-                break
-            except ProcessLost as error:
-                incidents.restart("learner_restarts", error)
-            own, own_state = find(run_dir, "auto", config.train.seed, tell)
-            resumed, state = (own, own_state) if own else (resumed, state)
-            tell(f"all processes start again; training goes on after step {state.step}")
+    if config.run.resume == "never":
+        set_aside_older(run_dir)
+    resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
+    if resumed:
+        compare_settings(resumed, config, console.say)
+    while True:
+        try:
+            summary = _train(config, run_dir, console, incidents, resumed, state, started)
+            break
+        except ProcessLost as error:
+            incidents.restart("learner_restarts", error)
+        own, own_state = find(run_dir, "auto", config.train.seed, tell)
+        resumed, state = (own, own_state) if own else (resumed, state)
+        tell(f"all processes start again; training goes on after step {state.step}")
     with console.phase("writing the report"):
         report = write_report(run_dir)
     console.finish(

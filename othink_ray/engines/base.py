@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,12 +77,14 @@ class Place:
         )
 
 
-def meeting_place() -> TCPStore:
-    """Where the ranks of a learner meet, for as long as the caller keeps it.
+def meeting_place(address: str = "127.0.0.1") -> TCPStore:
+    """Where the ranks of a learner meet, for as long as the caller keeps it; it listens at `address` alone.
 
     It listens from the start: a port that only was free when somebody looked is another's by the time the ranks come.
     """
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listening = socket.create_server((address, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) -> None:

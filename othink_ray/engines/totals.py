@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,11 +26,8 @@ class Totals:
         self.losses.append(([pack.prompt_id for pack in packs], value.detach()))
 
     def _bad_prompts(self) -> tuple[str, ...]:
-        """Of all ranks, those in micro-batches whose loss is not finite."""
-        own = [prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-        return tuple(prompt for prompts in everyone for prompt in prompts)
+        """Of this rank, those in micro-batches whose loss is not finite."""
+        return tuple(prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts)
 
     def add(
         self,

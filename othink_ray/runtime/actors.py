@@ -87,8 +87,9 @@ class LearnerActor(Recorded):
 
     def open_meeting(self) -> tuple[str, int]:
         """Where the ranks can meet: here."""
-        self.meeting = meeting_place()
-        return ray.util.get_node_ip_address(), self.meeting.port
+        address = ray.util.get_node_ip_address()
+        self.meeting = meeting_place(address)
+        return address, self.meeting.port
 
     def free_port(self) -> int:
         """For vLLM's weight transfer, which opens its meeting itself."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import stat
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from othink_ray.config.schema import ClusterConfig
@@ -43,6 +48,52 @@ def prepare(cluster: ClusterConfig) -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+def close_token_file() -> str | None:
+    """Takes the token of a cluster that is joined away from other users; what to say of it, if they had it."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not file.is_file() or not stat.S_IMODE(file.stat().st_mode) & 0o077:
+        return None
+    try:
+        file.chmod(0o600)
+    except OSError as error:
+        raise ClusterError(
+            f"{file}: other users can read this token, and with it run code as you ({error.strerror}); "
+            "let its owner say chmod 600, and make a new one"
+        ) from error
+    return f"{file}: other users could read this token, and with it run code as you; they no longer can. Make a new one"
+
+
+def private_folder() -> Path:
+    """A folder that only this user can enter, for what Ray makes in it: that is open to everybody."""
+    folder = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else was there first
+        return Path(tempfile.mkdtemp(prefix="ray-"))
+    folder.chmod(0o700)
+    return folder
+
+
+@contextmanager
+def _same_answer_to_sigterm() -> Iterator[None]:
+    """Ray puts handlers of its own in the place of the run's: they exit in the midst of anything."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if callable(own):
+            own(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
 def _address(cluster: ClusterConfig) -> str | None:
     return cluster.address or os.environ.get("RAY_ADDRESS")
 
@@ -70,11 +121,13 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             "num_gpus": cluster.num_gpus,
             "object_store_memory": cluster.object_store_mb * 2**20,
             "include_dashboard": False,
+            "_temp_dir": str(private_folder() / "ray"),
         }
     else:
         settings["address"] = address
     try:
-        ray.init(**settings)
+        with _same_answer_to_sigterm():
+            ray.init(**settings)
     except Exception as error:  # Ray has no kind of its own for this
         raise ClusterError(_why_not_up(address, error)) from error
     try:

@@ -1,16 +1,8 @@
-"""A run that was handed in with `ray job submit`: where its files stay, and how long it has when it is told to stop."""
+"""A run that was handed in with `ray job submit`: how long it has when it is told to stop."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-
-_COPIES = "working_dir_files"  # where Ray unpacks the working directories that come with jobs
-
-
-def lasting(folder: str, here: Path) -> str:
-    """As it is, unless `here` is Ray's copy of a working directory, which goes with its job: then below the home."""
-    return str(Path.home() / folder) if _COPIES in here.parts else folder
 
 
 def short_notice() -> str | None:

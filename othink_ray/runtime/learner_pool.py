@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ class LearnerPool:
         ]
 
     def updated(self, begun: Sequence[Any]) -> UpdateStats:
-        stats: UpdateStats = self.wait_for(begun, "update")[0]
-        return stats
+        """Any rank's, for they are the same; but each knows its own bad prompts."""
+        stats: list[UpdateStats] = self.wait_for(begun, "update")
+        return replace(stats[0], bad_prompts=tuple(prompt for own in stats for prompt in own.bad_prompts))
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
         """Begin, beside the update that runs, with what of the next one can be known by now.

@@ -124,13 +124,12 @@ def test_operations_equal_a_count_by_hand(learner: PlainLearner) -> None:
 
 
 def test_a_whole_update_makes_the_operations_that_are_counted(learner: PlainLearner) -> None:
-    """Beside the logits, which backward makes again, and inputs that have no gradient."""
+    """Beside inputs that have no gradient; the logits of one chunk are made once."""
     [row] = learner.rows(random_answers(learner.family, questions(1, 56), 3, 8))
     learner.attention = "blocks"
     with FlopCounterMode(display=False) as counter:
         learner.update([learner.batch(row)])
-    again = 2 * 3 * 8 * WIDTH * VOCABULARY
-    assert counter.get_total_flops() - again == pytest.approx(learner.operations([row]), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(learner.operations([row]), rel=0.03)
 
 
 def test_mfu_is_the_share_of_the_peak() -> None:

@@ -91,6 +91,8 @@ IMAGES: dict[str, Callable[[], Any]] = {
     "a path that leads nowhere": lambda: "missing.png",
     "a path with a NUL in it": lambda: "nul\0.png",
     "a folder in place of an image": lambda: ".",
+    "a path that leads out of the image root": lambda: "../elsewhere.png",
+    "a device in place of an image": lambda: "/dev/zero",
     "a number in place of an image": lambda: 17,
     "no image": lambda: None,
     "an empty list of images": list,

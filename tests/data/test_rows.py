@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from othink_ray.data.rows import RowReader, solution
 from tests.data.files import own_data, picture
 
 
-def read(row: dict[str, Any], folder: Path = Path(), **columns: Any) -> Any:
+def read(row: dict[str, Any], folder: Path = Path(), *, outside: bool = False, **columns: Any) -> Any:
     data = own_data(".", source="hub", image_root=str(folder), **columns)
+    data = replace(data, images_outside_root=outside)
     return RowReader(data, "train").prompt("own/train/000007", row)
 
 
@@ -70,6 +73,47 @@ def test_questions_without_images_need_no_image_column() -> None:
 def test_a_broken_image_is_a_bad_row_that_names_row_and_column(image: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=f"^row own/train/000007: {reason}"):
         read(row(image))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A folder of images beside which there is a secret one."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "root" / "zero").symlink_to("/dev/zero")
+    (tmp_path / "root" / "within.png").symlink_to(tmp_path / "root" / "1.png")
+    (tmp_path / "root" / "1.png").write_bytes(picture(2))
+    os.mkfifo(tmp_path / "root" / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "{}/secret.png", "link.png", "/dev/zero", "zero", "/proc/self/environ"]
+)
+def test_an_image_outside_the_image_root_is_read_only_where_it_may_be(path: str, places: Path) -> None:
+    with pytest.raises(BadRow, match=r"is outside .*; move it there, .* data\.images_outside_root=true"):
+        read(row(path.format(places)), places / "root")
+    if path.endswith(".png"):
+        assert read(row(path.format(places)), places / "root", outside=True).images == (picture(1),)
+
+
+def test_a_link_within_the_image_root_is_followed(places: Path) -> None:
+    assert read(row("within.png"), places / "root").images == (picture(2),)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("path", ["pipe", "/dev/zero", "/dev/tty", "zero"])
+def test_devices_and_pipes_are_not_read(path: str, places: Path) -> None:
+    with pytest.raises(BadRow, match=r"is not a regular file|cannot be read: OSError"):
+        read(row(path), places / "root", outside=True)
+
+
+def test_a_huge_image_file_is_not_read_to_its_end(places: Path) -> None:
+    with (places / "root" / "huge.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(BadRow, match="has more than 256 MiB; make it smaller"):
+        read(row("huge.png"), places / "root")
 
 
 # ---- questions and answers

@@ -37,6 +37,7 @@ DATA = DataConfig(
     prompt_suffix="Answer in <answer> </answer> tags.",
     blind=False,
     on_bad_row="stop",
+    images_outside_root=False,
     warm_steps=45,
     scenes=ScenesConfig(max_items=6, image_cells=3),
     train=PartConfig(source="scenes", size=2000, files=None),

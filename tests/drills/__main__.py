@@ -20,6 +20,7 @@ from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, ste
 from tests.drills.ground import APART, MENDED, Ground, Outcome, told_by
 from tests.drills.hosts import why_not
 from tests.drills.places import fill_the_disk, pull_the_cable
+from tests.drills.slurm import let_time_run_out, why_no_slurm
 
 
 def lose_processes(ground: Ground, role: str, how: signal.Signals) -> list[Outcome]:
@@ -98,7 +99,12 @@ def soak(ground: Ground, minutes: float, every_s: float) -> Outcome:
     )
 
 
-AROUND: dict[str, Callable[[Ground], list[Outcome]]] = {"disk_full": fill_the_disk, "cable_pulled": pull_the_cable}
+AROUND: dict[str, Callable[[Ground], list[Outcome]]] = {
+    "disk_full": fill_the_disk,
+    "cable_pulled": pull_the_cable,
+    "slurm": let_time_run_out,
+}
+MISSING = {"disk_full": why_not, "cable_pulled": why_not, "slurm": why_no_slurm}
 DRILLS: dict[str, Callable[[Ground], list[Outcome]]] = {
     f"{role}_{name}": partial(lose_processes, role=role, how=how)
     for name, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP))
@@ -128,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
 
     print(f"{'fault':<46}{'no.':>7}{'noticed':>10}{'recovered':>11}{'lost':>6}{'masked':>8}  as in peace", flush=True)
     for name in asked.only:
-        if name in AROUND and (missing := why_not()):
+        if name in MISSING and (missing := MISSING[name]()):
             print(f"{name}: not done, {missing}", flush=True)
             continue
         keep(DRILLS[name](ground))

@@ -158,8 +158,8 @@ GUARDS = (
     Guard(
         "where a learner rank is lost, all start again",
         "driver/training.py",
-        "            except ProcessLost as error:",
-        "            except ZeroDivisionError as error:",
+        "        except ProcessLost as error:",
+        "        except ZeroDivisionError as error:",
         "e2e/test_faults.py::test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none",
     ),
     Guard(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from othink_ray.driver import checkpoint
 from tests.drills.faults import steps_done
@@ -84,3 +87,40 @@ def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path
     last = steps_done(tmp_path)
     assert f"step {last} of 500 is saved; run.resume=auto goes on from it" in ended.screen
     assert checkpoint.find(tmp_path, "auto", 0, print)[1].step == last
+
+
+@pytest.mark.parametrize(
+    ("phase", "overrides"),
+    [
+        ("starting Ray ...", ()),
+        ("loading the rollout engines and the learner ...", ()),
+        ("loading the rollout engines and the learner ...", ("train.overlap=true", "learner.world_size=2")),
+        ("asking", ("mode=eval",)),
+    ],
+)
+def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
+    plain_run: Run, cache: Path, tmp_path: Path, phase: str, overrides: Sequence[str]
+) -> None:
+    mark = uuid.uuid4().hex
+    own = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={cache}", "train.steps=500", *overrides)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "othink_ray.main", *SMALL, *own],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {MARK: mark, "CI": "true"},
+    )
+    assert run.stdout is not None
+    said = []
+    for line in run.stdout:
+        said.append(line)
+        if line.startswith(phase):
+            break
+    time.sleep(random.uniform(0.0, 2.0))
+    run.send_signal(signal.SIGTERM)
+    rest, _ = run.communicate(timeout=90)
+    screen = "".join(said) + rest
+    assert run.returncode == 143, screen
+    assert "interrupted" in rest, screen
+    assert "Traceback" not in screen and "Aborted" not in screen and "*** SIG" not in screen, screen
+    assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)

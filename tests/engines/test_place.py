@@ -6,12 +6,20 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
 from othink_ray.engines import base
 from othink_ray.engines.base import Place, meeting_place, share_of_cores
+
+
+def test_it_listens_where_it_was_told_and_nowhere_else() -> None:
+    for address in ("127.0.0.1", "127.0.0.2"):
+        meeting = meeting_place(address)
+        listening = {one.laddr for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN}
+        assert [found.ip for found in listening if found.port == meeting.port] == [address]
 
 
 def test_nobody_else_gets_the_port_before_the_ranks_come() -> None:

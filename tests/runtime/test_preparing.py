@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,25 @@ from othink_ray.types import Pack
 PATIENCE_S = 60
 
 
+@dataclass(frozen=True)
+class Updated:
+    """All that the pool asks of an update's result, and what is asked here."""
+
+    told: bool
+    thread: str
+    bad_prompts: tuple[str, ...] = ("a",)
+
+
 class Patient:
     """An engine whose update ends only when it was told of the next one's rows."""
 
     def __init__(self, place: Any) -> None:
         self.told = threading.Event()
 
-    def update(self, updates: Any, *, beta: float, lr: float, loss: str, correction: str) -> tuple[Any, ...]:
-        found = self.told.wait(PATIENCE_S) if loss == "waits" else True
+    def update(self, updates: Any, *, beta: float, lr: float, loss: str, correction: str) -> Updated:
+        told = self.told.wait(PATIENCE_S) if loss == "waits" else True
         self.told.clear()
-        return found, threading.current_thread().name
+        return Updated(told, threading.current_thread().name)
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
         [[[row]]] = updates
@@ -68,9 +77,9 @@ def test_the_next_rows_arrive_while_an_update_runs(pool: LearnerPool) -> None:
     begun = pool.begin_update([row("a")], loss="waits", **HOW)
     pool.prepare([row("b")], updates=1, with_reference=True)
     found: Any = pool.updated(begun)
-    assert found[0]
+    assert found.told and found.bad_prompts == ("a",)
     after: Any = pool.update([row("b")], loss="ends", **HOW)
-    assert after[1] == found[1]  # all updates are one thread's
+    assert after.thread == found.thread  # all updates are one thread's
 
 
 def test_a_rank_that_dies_of_preparing_is_lost(pool: LearnerPool) -> None:

@@ -84,6 +84,13 @@ def test_each_process_starts_in_its_own_bundle_with_what_was_reserved_for_it(mon
         assert placed.start(Recorded, role, number) == expected
 
 
+def test_a_cluster_without_gpus_has_no_room_for_a_process_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert placement.fits([(Seat(role="rollout", cpus=4, gpus=0),)])
+    assert not placement.fits([(Seat(role="rollout", cpus=5, gpus=0),)])
+    assert not placement.fits([(Seat(role="rollout", cpus=1, gpus=1),)])
+
+
 def test_nothing_is_reserved_for_processes_without_a_seat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "_start", lambda actor, arguments, **options: (actor, arguments, options))
     started = placement.Placement.start_unseated(Recorded, 1, "two")

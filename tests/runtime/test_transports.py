@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.push import AuditedPush, TransferPush
 from othink_ray.weights.audit import Tolerance
+from tests.driver.fakes import stats_of
 
 Noted = list[tuple[Any, ...]]
 
@@ -50,6 +52,12 @@ def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
     assert pool_of(*ranks, config=config).saved() == {"learner_0.safetensors": "0", "learner_1.safetensors": "1"}
     with pytest.raises(OSError, match="disk is full"):
         pool_of(ranks[0], Actor([], saved="disk is full"), config=config).saved()
+
+
+def test_prompts_of_a_loss_that_is_not_finite_are_those_of_all_ranks(config: Config) -> None:
+    pool, stats = pool_of(Actor([]), Actor([]), config=config), stats_of()
+    found = pool.updated([replace(stats, bad_prompts=("a",)), stats, replace(stats, bad_prompts=("b", "c"))])
+    assert found.bad_prompts == ("a", "b", "c")
 
 
 def test_every_rank_sends(config: Config) -> None:

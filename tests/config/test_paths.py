@@ -1,0 +1,69 @@
+"""Where paths lead: in a job, what came with it comes first, and what must outlive it is at home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from othink_ray.config import paths
+from othink_ray.config.load import load
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a run of an earlier job in it."""
+    (tmp_path / "home" / "runs" / "a").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def job(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ray's copy of a working directory, with a data file in it."""
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    (copy / "data").mkdir(parents=True)
+    (copy / "data" / "own.jsonl").touch()
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.mark.parametrize("path", ["runs/a", "/disk/a", "data/*.jsonl"])
+def test_outside_a_job_paths_stay_as_they_are(
+    path: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paths.read(path) == paths.written(path) == path
+    assert paths.read("~/a") == paths.written("~/a") == str(home / "a")
+
+
+def test_what_a_job_writes_is_at_home(job: Path, home: Path) -> None:
+    assert paths.written("runs/first") == str(home / "runs/first")
+    assert paths.written("/disk/first") == "/disk/first"
+
+
+@pytest.mark.parametrize("path", ["data/own.jsonl", "data", "data/*.jsonl", "/disk/a", "owner/name", ""])
+def test_what_came_with_a_job_and_names_on_the_hub_stay(path: str, job: Path) -> None:
+    assert paths.read(path) == path
+
+
+@pytest.mark.parametrize("path", ["runs/a", "runs/nothing", "runs/*"])
+def test_what_an_earlier_job_wrote_is_found(path: str, job: Path, home: Path) -> None:
+    assert paths.read(path) == str(home / path)
+
+
+def test_all_paths_of_a_configuration_follow_the_rule(job: Path, home: Path) -> None:
+    config = load(
+        [
+            *("data=own", "data.train.files.path=data/own.jsonl", "data.train.files.image_root=runs/a"),
+            *("model.path=runs/a", "eval.models=[runs/a]", "run.dir=runs/b", "run.resume=runs/a", "run.cache_dir=kept"),
+        ]
+    )
+    assert config.data.train.files is not None
+    assert (config.data.train.files.path, config.data.train.files.image_root) == (
+        "data/own.jsonl",
+        str(home / "runs/a"),
+    )
+    assert config.model.path == config.run.resume == config.eval.models[0] == str(home / "runs/a")
+    assert (config.run.dir, config.run.cache_dir) == (str(home / "runs/b"), str(home / "kept"))
+    assert load(["run.resume=auto"]).run.resume == "auto"

@@ -138,14 +138,17 @@ def let_time_run_out(ground: Ground) -> list[Outcome]:
     """On one node and on two: the limit strikes at random moments, and the job that is queued again ends the run."""
     dice = random.Random(ground.seed)
     with slurm(ground.folder / "slurm") as here:
-        return [one_job(ground, here, number, 1 + number % 2, dice.randint(40, 75)) for number in range(ground.times)]
+        return [one_job(ground, here, number, 1 + number % 2, dice.randint(30, 70)) for number in range(ground.times)]
 
 
 def one_job(ground: Ground, here: Slurm, number: int, nodes: int, before_s: int) -> Outcome:
-    """Two minutes at a time, warned `before_s` seconds before it is up; held against the run that was left in peace."""
+    """Three minutes at a time, warned `before_s` seconds before the end; held against the run that was left in peace.
+
+    Slurm may warn up to a minute earlier.
+    """
     run_dir, log = ground.folder / f"slurm_{number}", ground.folder / f"slurm_{number}.txt"
     own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"train.steps={ground.steps}")
-    limit = ("--time=2", f"--signal=B:USR1@{before_s}", f"--nodes={nodes}")
+    limit = ("--time=3", f"--signal=B:USR1@{before_s}", f"--nodes={nodes}")
     job = here.submit(*limit, settings=(*SMALL, "train.checkpoint_every=0", *own), log=log)
     ended = here.wait(job, 3600)
     struck = log.read_text().count("time is nearly up")

@@ -14,15 +14,15 @@ def in_job() -> bool:
 
 
 def written(path: str) -> str:
-    """Of what a run writes: in a job below the home folder, for it must outlive the copy."""
+    """Where output goes: in a job below the home folder, because Ray removes the job's own folder when it ends."""
     path = _expanded(path)
     return str(Path.home() / path) if in_job() else path
 
 
 def read(path: str) -> str:
-    """Of what a run reads, pattern or not: in a job what came with it, else what an earlier job left at home.
+    """Where input is, a path or a pattern: in a job among the files that came with it, else below the home folder.
 
-    A name on the hub, whose owner is no folder there, stays as it is.
+    A name on the hub stays as it is, unless its owner is a folder at home.
     """
     path = _expanded(path)
     at_home = Path.home() / path

@@ -26,7 +26,7 @@ class Totals:
         self.losses.append(([pack.prompt_id for pack in packs], value.detach()))
 
     def _bad_prompts(self) -> tuple[str, ...]:
-        """Of this rank, those in micro-batches whose loss is not finite."""
+        """Ids of the prompts in this rank's micro-batches whose loss is not finite."""
         return tuple(prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts)
 
     def add(

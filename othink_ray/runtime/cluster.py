@@ -67,12 +67,12 @@ def close_token_file() -> str | None:
 
 def private_folder() -> Path:
     """A folder that only this user can enter, for what Ray makes in it: that is open to everybody."""
-    folder = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}"
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"ray-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else was there first
-        return Path(tempfile.mkdtemp(prefix="ray-"))
+        return Path(tempfile.mkdtemp(prefix="ray-", dir=folder.parent))
     folder.chmod(0o700)
     return folder
 

@@ -71,7 +71,7 @@ class LearnerPool:
         ]
 
     def updated(self, begun: Sequence[Any]) -> UpdateStats:
-        """Any rank's, for they are the same; but each knows its own bad prompts."""
+        """Statistics of the update: the same on every rank, but for the bad prompts, which are joined here."""
         stats: list[UpdateStats] = self.wait_for(begun, "update")
         return replace(stats[0], bad_prompts=tuple(prompt for own in stats for prompt in own.bad_prompts))
 

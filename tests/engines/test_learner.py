@@ -377,20 +377,16 @@ def test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
 ) -> None:
     """The next one is made, from the weights as they were: by all ranks, wherever the bad row was."""
-    several = [one["stage 3, poisoned"] for one in pair]
-    for outcomes in ([alone["poisoned"]], several):
-        [bad, *_] = [prompt for outcome in outcomes for prompt in outcome.stats[0].bad_prompts]  # each rank's own
-        assert bad in ("a", "b", "c", "d")
-    for outcome, start in (
-        (alone["poisoned"], alone["untouched"]),
-        *((one["stage 3, poisoned"], one["untouched"]) for one in pair),
-    ):
-        [stats] = outcome.stats
-        assert stats.skipped == 1
-        assert 0 < stats.grad_norm < math.inf, "of the update that was made"
-        assert math.isnan(stats.loss)
-        assert all(np.isfinite(weight).all() for weight in outcome.weights.values())
-        assert distance(outcome.weights, start.weights)[0] > 1e-4
+    lives = [(alone["poisoned"], alone["untouched"])], [(one["stage 3, poisoned"], one["untouched"]) for one in pair]
+    for ranks in lives:
+        named = {prompt for outcome, _ in ranks for prompt in outcome.stats[0].bad_prompts}  # each rank names its own
+        assert named and named <= set("abcd")
+        for outcome, start in ranks:
+            [stats] = outcome.stats
+            assert stats.skipped == 1 and math.isnan(stats.loss)
+            assert 0 < stats.grad_norm < math.inf, "of the update that was made"
+            assert all(np.isfinite(weight).all() for weight in outcome.weights.values())
+            assert distance(outcome.weights, start.weights)[0] > 1e-4
 
 
 # ---- save and load

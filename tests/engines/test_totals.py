@@ -29,7 +29,6 @@ def two_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
     alike: Any = SimpleNamespace(
         all_reduce=all_reduce,
-        get_world_size=lambda: 2,
         ReduceOp=SimpleNamespace(MAX="max"),
     )
     monkeypatch.setattr(totals, "dist", alike)

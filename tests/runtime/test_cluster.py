@@ -56,6 +56,7 @@ def test_nobody_else_gets_in_neither_by_the_network_nor_by_files() -> None:
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In the place of /tmp."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / f"ray-{os.getuid()}"
 

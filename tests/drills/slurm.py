@@ -99,7 +99,7 @@ class Slurm:
         return self.until(job, lambda found: found["JobState"] in _OVER, limit_s)
 
     def strike(self, job: str) -> None:
-        """Its time is up in a minute or two, and it is warned: at once, where Slurm itself takes up to 30 s to notice."""
+        """Its time is up in a minute or two, and it is warned at once, where Slurm takes up to 30 s to notice."""
         ran = self.state(job)["RunTime"]
         hours, minutes, _ = map(int, ran.split(":"))
         self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")

@@ -83,6 +83,10 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The terminal is as it was before."""
         self._stop_live()
 
     def say(self, text: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 from othink_ray.config.schema import Config
@@ -15,6 +18,7 @@ from othink_ray.driver.folder import FolderError, own_folder
 from othink_ray.driver.stopping import Stopped, interrupted_status
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
+from othink_ray.runtime.watch import kill_own_ray, watching
 
 WriteReport = Callable[[Path], Path]
 
@@ -37,7 +41,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
         for notice in (short_notice(), close_token_file()):
             if notice:
                 console.say(notice)
-        _work(config, run_dir, console, write_report)
+        _work(config, run_dir, console, write_report, made_of)
     except KeyboardInterrupt:
         console.say("interrupted")
         return _leave(run_dir, console, write_report, made_of, interrupted_status())
@@ -50,7 +54,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
     return 0
 
 
-def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> None:
+def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
     started = time.monotonic()
     prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
@@ -60,6 +64,7 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
             stack.enter_context(ray_session(config.cluster))
             for imported in imports:
                 imported.result()
+        stack.enter_context(watching(lambda what: _end_without_ray(what, run_dir, console, write_report, made_of)))
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
 
@@ -85,6 +90,19 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
         *(AuditError, BadRow, ClusterError, ModelError, OSError, ResumeError, RunawayError, SourceError),
         *(AdapterError, StateError, WorkerFailed),
     )
+
+
+def _end_without_ray(what: str, run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
+    """Runs in the watching thread: the main thread may be blocked in a Ray call until Ray exits the process."""
+    try:
+        console.say(f"stopped: {what}; the same command with run.resume=auto goes on when Ray is there again")
+        with redirect_stderr(StringIO()):  # Ray prints the raylet's last log lines there
+            _leave(run_dir, console, write_report, made_of, status=1)
+        console.close()
+        sys.stdout.flush()
+        kill_own_ray()
+    finally:
+        os._exit(1)
 
 
 def _leave(run_dir: Path, console: Console, write_report: WriteReport, made_of: str, status: int) -> int:

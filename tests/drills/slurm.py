@@ -99,13 +99,13 @@ class Slurm:
         return self.until(job, lambda found: found["JobState"] in _OVER, limit_s)
 
     def strike(self, job: str) -> None:
-        """Its time is up in a minute or two, and it is warned at once, where Slurm takes up to 30 s to notice."""
+        """Shorten the limit to a minute or two, warn the job at once (Slurm looks every 30 s), and start it again."""
         ran = self.state(job)["RunTime"]
         hours, minutes, _ = map(int, ran.split(":"))
         self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
         self.tell("scancel", "--batch", "--signal=USR1", job)
         self.until(job, lambda found: found["JobState"] == "PENDING" and found["Reason"] == "BeginTime", 240)
-        # It has all its time again, and starts at once, where Slurm by itself lets two minutes go by.
+        # Slurm itself waits two minutes before it starts a requeued job.
         self.tell("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={_MINUTES}")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from othink_ray.driver import checkpoint
@@ -50,7 +51,9 @@ class Ended:
     screen: str
 
 
-def ended_by(how: signal.Signals, cache: Path, folder: Path, *overrides: str) -> Ended:
+def ended_by(
+    strike: signal.Signals | Callable[[psutil.Process], None], cache: Path, folder: Path, *overrides: str
+) -> Ended:
     """A run as a process with a Ray of its own, for that Ray must go too."""
     mark = uuid.uuid4().hex
     folders = (f"run.dir={folder}", f"run.cache_dir={cache}")
@@ -63,7 +66,10 @@ def ended_by(how: signal.Signals, cache: Path, folder: Path, *overrides: str) ->
     )
     metrics = folder / "metrics.jsonl"
     assert wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, 120)
-    run.send_signal(how)
+    if isinstance(strike, signal.Signals):
+        run.send_signal(strike)
+    else:
+        strike(psutil.Process(run.pid))
     screen, _ = run.communicate(timeout=60)
     assert "Traceback" not in screen
     assert (folder / "report.html").is_file()
@@ -124,3 +130,21 @@ def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
     assert "interrupted" in rest, screen
     assert "Traceback" not in screen and "Aborted" not in screen and "*** SIG" not in screen, screen
     assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)
+
+
+@pytest.mark.parametrize(("name", "what"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
+def test_a_run_whose_ray_is_gone_says_so_in_a_line(
+    plain_run: Run, cache: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    """Otherwise Ray exits the driver within seconds, with pieces of its logs on the screen and no report."""
+
+    def kill(run: psutil.Process) -> None:
+        [process] = [child for child in run.children() if child.name() == name]
+        process.kill()
+
+    ended = ended_by(kill, cache, tmp_path)
+    assert ended.status == 1, ended.screen
+    assert f"stopped: Ray's {what}" in ended.screen
+    assert "run.resume=auto goes on" in ended.screen
+    assert "report of what was done" in ended.screen
+    assert "node_manager.cc" not in ended.screen and "rpc_client.h" not in ended.screen, ended.screen

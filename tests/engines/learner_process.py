@@ -200,6 +200,8 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     if scenario.load:
         learner.load(scenario.load)
     seen = [_look(learner, scenario, rank)] if scenario.watch else []
+    if scenario.watch and scenario.probes:  # as the audit of the first push, which no count of the update shows
+        learner.candidate_logprobs(scenario.probes)
     factors = _factors(learner)
     stats, made = [], []
     rates = scenario.rates or [scenario.learner.lr] * len(scenario.steps)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.adapters import add_adapters
 from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
+from othink_ray.engines.exported import replace_export
 from othink_ray.families import hugging_face
 from othink_ray.families.base import Family
 
@@ -113,6 +114,19 @@ def test_a_first_export_that_breaks_off_is_no_model(
         export(network, folder, IN_PARTS)
     assert not (folder / "config.json").exists()
     assert not list(folder.glob("*.safetensors"))
+
+
+def test_a_folder_whose_files_are_being_replaced_is_no_model(tmp_path: Path) -> None:
+    """Some are of the earlier export by then and some of the new one."""
+    aside = tmp_path / ".partial"
+    aside.mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (aside / "config.json").write_text("{}")
+    (tmp_path / "tokenizer").write_text("a file, which no folder replaces")
+    (aside / "tokenizer").mkdir()
+    with pytest.raises(NotADirectoryError):
+        replace_export(tmp_path, aside)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("part_bytes", [IN_ONE, IN_PARTS])

@@ -73,6 +73,22 @@ def test_a_sum_with_factors_is_right(by_onednn: None) -> None:
     assert_close(torch.addmm(added, first, second, beta=0.5, alpha=2.0), 0.5 * added + 2 * (first @ second))
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3), (4, 1)])
+def test_a_sum_with_a_matrix_is_right(by_onednn: None, shape: tuple[int, int]) -> None:
+    added, first, second = torch.randn(shape), torch.randn(4, 5), torch.randn(5, 3)
+    exact = (first.double()[:, :, None] * second.double()[None]).sum(1)
+    assert_close(torch.addmm(added, first, second).double(), added.double() + exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("left", "right", "copies"), [("rows", "columns", 0), ("cut", "rows", 1), ("cut", "cut", 2)])
+def test_only_what_is_cut_from_a_larger_matrix_is_copied(by_onednn: None, left: str, right: str, copies: int) -> None:
+    """OneDNN multiplies a cut one by plain loops; a copy of another is time and memory for nothing."""
+    first, second = matrix(7, 5, left), matrix(5, 3, right)
+    with torch.profiler.profile() as seen:
+        first @ second
+    assert sum(one.count for one in seen.key_averages() if one.key == "aten::copy_") == copies
+
+
 def test_the_gradients_of_a_layer_are_those_of_torch() -> None:
     given = [torch.randn(2, 11, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), torch.randn(5)]
     pulled = torch.randn(2, 11, 5)

@@ -1,11 +1,13 @@
-"""Whether a push brings every weight."""
+"""What is trained, and whether a push brings every weight."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from othink_ray.config.load import load
-from othink_ray.engines.trained import trains_all
+from othink_ray.engines.trained import choose_trained, count_trained, trains_all
+from othink_ray.families.base import Family
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,13 @@ from othink_ray.engines.trained import trains_all
 )
 def test_all_is_trained_without_adapters_and_frozen_parts(keys: list[str], all_of_it: bool) -> None:
     assert trains_all(load(keys).learner) == all_of_it
+
+
+@pytest.mark.parametrize("keys", [[], ["learner.freeze=vision"], ["learner.freeze=projector"], ["learner.lora.rank=4"]])
+def test_what_is_counted_before_loading_is_what_is_trained(small_family: Family, keys: list[str]) -> None:
+    learner = load(keys).learner
+    network = small_family.load_network(torch.float32)
+    choose_trained(small_family, network, learner)
+    trained = sum(one.numel() for one in network.parameters() if one.requires_grad)
+    assert count_trained(small_family, learner) == trained
+    assert (trained == sum(one.numel() for one in network.parameters())) == (not keys)

@@ -69,7 +69,7 @@ _HEAVY = {
     "engines/compiled.py": ("engines/test_compiled.py",),
     "engines/deepspeed_learner.py": ("engines/test_devices.py", *_LEARNER),
     "engines/device_memory.py": ("engines/test_update.py",),
-    "engines/exported.py": ("engines/test_adapters.py", "engines/test_learner.py"),
+    "engines/exported.py": ("engines/test_export.py", "engines/test_adapters.py", "engines/test_learner.py"),
     "engines/hf_rollout.py": (
         *("engines/test_devices.py", "contracts/test_adapters.py"),
         *("contracts/test_rollout.py", "contracts/test_rollout_push.py"),
@@ -88,7 +88,7 @@ _HEAVY = {
         "engines/test_learner.py",
         "contracts/test_adapters.py",
     ),
-    "engines/training_mode.py": ("engines/test_update.py",),
+    "engines/training_mode.py": ("contracts/families/test_families.py", "engines/test_update.py"),
     "engines/vllm_kernels.py": ("engines/test_vllm_kernels.py",),
     "engines/vllm_regions.py": ("contracts/test_rollout_push.py", "runtime/test_bfloat16_push.py"),
     "engines/vllm_rollout.py": (*_ENGINE, "contracts/test_vllm_work.py"),

@@ -17,6 +17,7 @@ import ray
 from othink_ray.config.schema import Config
 from othink_ray.driver.loop import in_order
 from othink_ray.engines.base import Sampling
+from othink_ray.runtime import placement
 from othink_ray.runtime.calls import ProcessLost, WorkerFailed
 from othink_ray.runtime.cluster import ClusterError
 from othink_ray.runtime.placement import Placement
@@ -192,10 +193,14 @@ def test_an_engine_that_cannot_start_is_named_with_its_cause_and_not_started_aga
     assert not isinstance(raised.value, ProcessLost)
 
 
-def test_a_run_that_does_not_fit_waits_and_says_for_what(ray_here: None, team_config: Config) -> None:
+def test_a_run_that_does_not_fit_waits_and_says_once_for_what(
+    ray_here: None, team_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a minute, after its first moments."""
+    monkeypatch.setattr(placement, "_PATIENCE_S", 0.5)
     said: list[str] = []
     large = [(Seat(role="learner", cpus=1000, gpus=0),)]
-    with pytest.raises(ClusterError, match=r"within 5 s \(cluster.wait_s\): it needs 1000 CPUs \(has 4, free \d"):
-        Placement(large, replace(team_config.cluster, wait_s=5), said.append)
+    with pytest.raises(ClusterError, match=r"within 2 s \(cluster.wait_s\): it needs 1000 CPUs \(has 4, free \d"):
+        Placement(large, replace(team_config.cluster, wait_s=2), said.append)
     [told] = said
     assert told.startswith("waiting for the cluster: it needs 1000 CPUs (has 4, free ")

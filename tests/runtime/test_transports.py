@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from othink_ray.config.schema import Config
+from othink_ray.engines.vllm_transfer import open_sender
 from othink_ray.runtime import actors, push
 from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.learner_pool import LearnerPool
@@ -86,6 +88,25 @@ def test_a_transfer_between_gpus_is_sent_before_the_engines_have_it() -> None:
     sent = TransferPush("nccl", learner, rollout, 64).send(3)
     assert noted == [("open",), ("send",), (3, {"buckets": 0})]
     assert (sent.loading, sent.versions) == ([], ["version"])
+
+
+def test_a_sender_is_opened_for_all_processes_of_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    learner: Any = SimpleNamespace(open_senders=made.append)
+    rollout: Any = SimpleNamespace(actors=["one", "other"], processes_per_actor=2)
+    TransferPush("nccl", learner, rollout, 64)
+    opened: dict[str, Any] = {}
+
+    def opener(backend: str, weights: Any, engines: Any, place: Any, **more: Any) -> str:
+        opened.update(more, backend=backend, weights=weights, engines=engines.actors, place=place)
+        return "sender"
+
+    monkeypatch.setattr(push, "open_sender", create_autospec(open_sender, side_effect=opener))
+    assert made[0]("place", 1234, "weights") == "sender"
+    assert opened == {
+        **{"backend": "nccl", "weights": "weights", "engines": ["one", "other"], "place": "place"},
+        **{"port": 1234, "receivers": 4, "bucket_bytes": 64 * 2**20},
+    }
 
 
 def test_a_learners_memory_is_given_back_before_its_push_is_over() -> None:

@@ -50,6 +50,7 @@ def train_model(
     resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
     if resumed:
         compare_settings(resumed, config, console.say)
+        console.say(f"resuming after step {state.step} of {config.train.steps}, from {resumed}")
     while True:
         try:
             summary = _train(config, run_dir, console, incidents, resumed, state, started)

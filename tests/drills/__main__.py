@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.drills.endings import end_in_every_way, why_no_endings
 from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
 from tests.drills.ground import APART, MENDED, Ground, Outcome, told_by
 from tests.drills.hosts import why_not
@@ -103,8 +104,9 @@ AROUND: dict[str, Callable[[Ground], list[Outcome]]] = {
     "disk_full": fill_the_disk,
     "cable_pulled": pull_the_cable,
     "slurm": let_time_run_out,
+    "endings": end_in_every_way,
 }
-MISSING = {"disk_full": why_not, "cable_pulled": why_not, "slurm": why_no_slurm}
+MISSING = {"disk_full": why_not, "cable_pulled": why_not, "slurm": why_no_slurm, "endings": why_no_endings}
 DRILLS: dict[str, Callable[[Ground], list[Outcome]]] = {
     f"{role}_{name}": partial(lose_processes, role=role, how=how)
     for name, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP))

@@ -30,9 +30,11 @@ def small_disk(place: Path, megabytes: int) -> Iterator[None]:
 def full(disk: Path) -> Iterator[None]:
     """All but a part of a page is taken."""
     ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+    with ballast.open("wb", buffering=0) as file:
+        for size in (2**20, 2**12):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
     yield
     ballast.unlink()
 

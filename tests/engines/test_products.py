@@ -56,10 +56,14 @@ def test_a_product_is_right_whatever_its_layout(
 def test_the_place_of_a_product_lies_as_the_product_does(
     by_onednn: None, left: str, right: str, rows: int, columns: int
 ) -> None:
-    """What the compiler plans with; a place of another shape would be made anew at each product."""
+    """What the compiler plans with; a place of another shape would be made anew at each product.
+
+    A left factor that lies by columns is multiplied turned where that is less to copy.
+    """
     first, second = matrix(rows, 5, left), matrix(5, columns, right)
     product, place = first @ second, product_place(first, second)
     assert (place.shape, place.stride()) == (product.shape, product.stride())
+    assert product.t().is_contiguous() == (left == "columns" and rows > columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from othink_ray.config.schema import Config
 from othink_ray.engines.vllm_transfer import open_sender
 from othink_ray.runtime import actors, push
 from othink_ray.runtime.actors import LearnerActor, _interface_with
+from othink_ray.runtime.calls import ProcessLost
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.push import AuditedPush, TransferPush
+from othink_ray.runtime.push import Asked, AuditedPush, Sent, TransferPush
 from othink_ray.weights.audit import Tolerance
 from tests.driver.fakes import stats_of
 
@@ -103,10 +104,8 @@ def test_a_sender_is_opened_for_all_processes_of_all_engines(monkeypatch: pytest
 
     monkeypatch.setattr(push, "open_sender", create_autospec(open_sender, side_effect=opener))
     assert made[0]("place", 1234, "weights") == "sender"
-    assert opened == {
-        **{"backend": "nccl", "weights": "weights", "engines": ["one", "other"], "place": "place"},
-        **{"port": 1234, "receivers": 4, "bucket_bytes": 64 * 2**20},
-    }
+    assert [opened.pop(name) for name in ("backend", "weights", "place", "port")] == ["nccl", "weights", "place", 1234]
+    assert opened == {"engines": ["one", "other"], "receivers": 4, "bucket_bytes": 64 * 2**20}
 
 
 def test_a_learners_memory_is_given_back_before_its_push_is_over() -> None:
@@ -136,6 +135,34 @@ def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(
     rollout: Any = SimpleNamespace()
     AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     rollout.equip([0])
+
+
+def test_an_engine_that_is_new_after_the_first_push_is_sent_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    nothing: Any = None
+    rollout: Any = SimpleNamespace()
+    transport: Any = SimpleNamespace(send_again=Mock(side_effect=ProcessLost("sent")))
+    audited = AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    audited.transport, audited.version = transport, 0
+    with pytest.raises(ProcessLost, match="sent"):
+        rollout.equip([1])
+    transport.send_again.assert_called_once_with(0, [1])
+
+
+def test_a_learner_that_is_lost_while_it_digests_is_not_taken_for_an_engine(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines' checks take its digests, and fail with it."""
+    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    nothing: Any = None
+    learner: Any = SimpleNamespace(wait_for=Mock(side_effect=ProcessLost("the learner died")))
+    rollout: Any = SimpleNamespace(
+        wait_for=lambda calls, doing: [0] if doing == "loading weights" else pytest.fail(f"asked first: {doing}")
+    )
+    audited = AuditedPush(nothing, learner, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    audited.version = 0
+    with pytest.raises(ProcessLost, match="the learner died"):
+        audited._arrived(Asked(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
 
 
 def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:

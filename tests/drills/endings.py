@@ -1,0 +1,228 @@
+"""Ways in which a run ends, each done to a real one: the table of docs/faults.md."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.drills.faults import processes_of, steps_done
+from tests.drills.ground import Ground, Outcome
+from tests.drills.places import full, small_disk
+
+Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
+_STEPS = 20  # so few that each has its line on the screen
+_IN_A_STEP = f"step  9/{_STEPS}"
+_AT_THE_END = f"step {_STEPS}/{_STEPS}"
+_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "held-out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What happens, when (the start of a line on the screen), and the exit status that is expected."""
+
+    what: str
+    when: str
+    strike: Strike
+    status: int
+    keys: tuple[str, ...] = ()
+    faked_clock: bool = False
+    small_disk: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What is seen of it."""
+
+    status: int
+    last_line: str
+    on_disk: str
+    next_command: str
+    wrong: str
+
+
+def nothing(run: psutil.Process, run_dir: Path) -> None:
+    """Left in peace."""
+
+
+def tell(*signals: signal.Signals) -> Strike:
+    def strike(run: psutil.Process, run_dir: Path) -> None:
+        for one in signals:
+            run.send_signal(one)
+            time.sleep(0.3)
+
+    return strike
+
+
+def kill(words: str) -> Strike:
+    """kill -9 of the first process below the driver whose command line begins or whose program ends so."""
+
+    def strike(run: psutil.Process, run_dir: Path) -> None:
+        for process in run.children(recursive=True):
+            command = process.cmdline()[:3]
+            if any(part.startswith(words) or part.endswith(f"/{words}") for part in command):
+                return process.kill()
+        raise AssertionError(f"no {words} below the driver")
+
+    return strike
+
+
+def kill_role(role: str) -> Strike:
+    def strike(run: psutil.Process, run_dir: Path) -> None:
+        processes_of(role, run)[0].kill()
+
+    return strike
+
+
+def fill(run: psutil.Process, run_dir: Path) -> None:
+    """It stays full."""
+    full(run_dir.parent).__enter__()
+
+
+def jump(run: psutil.Process, run_dir: Path) -> None:
+    """The wall clock is a day ahead from now on."""
+    _clock(run_dir).write_text("+1d\n")
+
+
+def why_no_endings() -> str | None:
+    """What is missing here."""
+    if os.geteuid() != 0:
+        return "a small disk needs root"
+    return None if _FAKETIME else "libfaketime is not here: apt-get install libfaketime"
+
+
+def _clock(run_dir: Path) -> Path:
+    return run_dir.parent / f"{run_dir.name}.clock"
+
+
+_FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+_TERM, _INT, _KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+_LOADING = "loading the rollout engines"
+_NEW_BASE = ("run.cache_dir={folder}/fresh",)  # so that the tiny model is pretrained first
+ENDINGS = (
+    Ending(what="nothing", when=_IN_A_STEP, strike=nothing, status=0),
+    Ending(what="Ctrl-C in a step", when=_IN_A_STEP, strike=tell(_INT), status=130),
+    Ending(what="Ctrl-C twice in a step", when=_IN_A_STEP, strike=tell(_INT, _INT), status=130),
+    Ending(what="Ctrl-C while loading", when=_LOADING, strike=tell(_INT), status=130),
+    Ending(what="SIGTERM while Ray starts", when="starting Ray", strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM in the warm start", when="base model", strike=tell(_TERM), status=143, keys=_NEW_BASE),
+    Ending(what="SIGTERM while loading", when=_LOADING, strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM in a step", when=_IN_A_STEP, strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM twice in a step", when=_IN_A_STEP, strike=tell(_TERM, _TERM), status=143),
+    Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM, mode=sft", when=_IN_A_STEP, strike=tell(_TERM), status=143, keys=("mode=sft",)),
+    Ending(what="SIGTERM, mode=eval", when="asking", strike=tell(_TERM), status=143, keys=("mode=eval",)),
+    Ending(what="kill -9 of the driver", when=_IN_A_STEP, strike=tell(_KILL), status=-9),
+    Ending(what="kill -9 of Ray's raylet", when=_IN_A_STEP, strike=kill("raylet"), status=1),
+    Ending(what="kill -9 of Ray's GCS", when=_IN_A_STEP, strike=kill("gcs_server"), status=1),
+    Ending(what="kill -9 of Ray's dashboard", when=_IN_A_STEP, strike=kill("dashboard.py"), status=0),
+    Ending(what="kill -9 of Ray's log monitor", when=_IN_A_STEP, strike=kill("log_monitor.py"), status=0),
+    Ending(what="kill -9 of Ray's autoscaler", when=_IN_A_STEP, strike=kill("monitor.py"), status=0),
+    Ending(what="kill -9 of Ray's dashboard agent", when=_IN_A_STEP, strike=kill("ray::DashboardAgent"), status=1),
+    Ending(what="kill -9 of Ray's runtime env agent", when=_IN_A_STEP, strike=kill("ray::RuntimeEnvAgent"), status=1),
+    Ending(what="kill -9 of a rollout actor", when=_IN_A_STEP, strike=kill_role("rollout"), status=0),
+    Ending(what="kill -9 of a learner rank", when=_IN_A_STEP, strike=kill_role("learner"), status=0),
+    Ending(what="kill -9 of a reward actor", when=_IN_A_STEP, strike=kill_role("reward"), status=0),
+    Ending(what="disk full while Ray starts", when="starting Ray", strike=fill, status=1, small_disk=True),
+    Ending(what="disk full while loading", when=_LOADING, strike=fill, status=1, small_disk=True),
+    Ending(what="disk full from a step on", when=_IN_A_STEP, strike=fill, status=1, small_disk=True),
+    Ending(what="disk full after the last step", when=_AT_THE_END, strike=fill, status=1, small_disk=True),
+    Ending(what="the clock jumps a day ahead", when=_IN_A_STEP, strike=jump, status=0, faked_clock=True),
+)
+
+
+def end_in_every_way(ground: Ground) -> list[Outcome]:
+    """Each of ENDINGS once; the table is in endings.md."""
+    rows = [
+        "| what happens | exit status | last line | on disk | the same command with `run.resume=auto` |",
+        "|---|---|---|---|---|",
+    ]
+    found, dice = [], random.Random(ground.seed)
+    for number, ending in enumerate(ENDINGS):
+        ended = witness(ground, number, ending, dice.uniform(0.0, 1.0))
+        cells = (ending.what, str(ended.status), f"`{ended.last_line}`", ended.on_disk, ended.next_command)
+        rows.append(f"| {' | '.join(cells)} |")
+        (ground.folder / "endings.md").write_text("\n".join(rows) + "\n")
+        found.append(
+            Outcome(
+                fault=ending.what,
+                number=number,
+                noticed_after_s=float("nan"),
+                recovered_after_s=float("nan"),
+                steps_lost=0,
+                samples_masked=0,
+                wrong=ended.wrong,
+            )
+        )
+    return found
+
+
+def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ended:
+    """Starts a run, does it, and starts the same command once more."""
+    place = ground.folder / f"ending_{number}"
+    run_dir = place / place.name
+    own = [f"train.steps={_STEPS}", "train.checkpoint_every=5", "run.resume=auto"]
+    keys = [*own, *(key.format(folder=place) for key in ending.keys)]
+    around: AbstractContextManager[None] = small_disk(place, 400) if ending.small_disk else nullcontext(place.mkdir())
+    with around, _faked_clock(run_dir) if ending.faked_clock else nullcontext({}) as environment:
+        run = ground.start(run_dir, *keys, environment=environment)
+        screen = ground.screen(run_dir)
+        while run.poll() is None and not re.search(f"^{re.escape(ending.when)}", screen.read_text(), re.MULTILINE):
+            time.sleep(0.01)
+        time.sleep(0 if ending.when == _AT_THE_END else after_s)
+        driver = psutil.Process(run.pid)
+        below = driver.children(recursive=True)
+        if run.poll() is None:
+            ending.strike(driver, run_dir)
+        status = ground.finish(run)
+        said = screen.read_text()
+        _, left = psutil.wait_procs(below, timeout=30)
+        on_disk = _on_disk(run_dir)
+        (place / "ballast").unlink(missing_ok=True)
+        again = ground.finish(ground.start(run_dir, *keys))
+        resumed = re.search(r"^resuming (after step \d+)", screen.read_text()[len(said) :], re.MULTILINE)
+    faults = {
+        f"exit status {status}, not {ending.status}": status != ending.status,
+        "a traceback": "Traceback" in said,
+        f"left behind: {left}": bool(left),
+        f"the next command ended with {again}": again != 0,
+    }
+    return Ended(
+        status=status,
+        last_line=_last_line(said, run_dir),
+        on_disk=on_disk,
+        next_command=f"goes on {resumed[1]}" if resumed else "starts afresh",
+        wrong="; ".join(what for what, is_so in faults.items() if is_so),
+    )
+
+
+@contextmanager
+def _faked_clock(run_dir: Path) -> Iterator[Mapping[str, str]]:
+    """The environment of a process whose wall clock is what a file says; its monotonic clock is the real one."""
+    _clock(run_dir).write_text("+0\n")
+    yield {
+        "LD_PRELOAD": str(_FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(_clock(run_dir)),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+def _last_line(said: str, run_dir: Path) -> str:
+    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or said.splitlines()
+    return re.sub(r"\d+(\.\d+)? s\b", "... s", lines[-1].replace(str(run_dir), "RUN"))
+
+
+def _on_disk(run_dir: Path) -> str:
+    steps = [int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*") if not path.suffix]
+    parts = [f"checkpoint of step {max(steps)}" if steps else "no checkpoint", f"{steps_done(run_dir)} steps logged"]
+    there = {"report": run_dir / "report.html", "export": run_dir / "export" / "config.json"}
+    return ", ".join([*parts, *(name for name, path in there.items() if path.exists())])

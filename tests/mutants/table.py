@@ -121,7 +121,7 @@ _HEAVY = {
     ),
     "runtime/push.py": ("runtime/test_transports.py", *_PUSH, "gpu/test_rendezvous.py"),
     "runtime/recorded.py": ("e2e/test_timeline.py",),
-    "runtime/reward_actor.py": ("runtime/test_pools.py",),
+    "runtime/reward_actor.py": ("runtime/test_reward_memory.py", "runtime/test_pools.py"),
     "runtime/reward_pool.py": ("runtime/test_pools.py",),
     "runtime/rollout_pool.py": (*_POOLS, "runtime/test_loading.py"),
     "runtime/seating.py": ("runtime/test_seating.py",),

@@ -87,7 +87,7 @@ def test_an_engine_that_fails_is_named_with_its_cause_and_not_asked_again(
 
 @pytest.mark.parametrize(("task", "place"), [("die", 2), ("hang", 0)])
 def test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again(
-    echoes: RolloutPool, asked: list[Prompt], task: str, place: int
+    echoes: RolloutPool, asked: list[Prompt], task: str, place: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the place 2 it is lost after its first group, which is not asked for again."""
     before = echoes.actors.copy()
@@ -98,6 +98,7 @@ def test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again(
     groups: list[Group] = ray.get(list(echoes.generate(prompts, SAMPLING)))
     assert time.monotonic() - started < 30
     assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in prompts)
+    assert "a rollout actor is back after " in capsys.readouterr().out
     assert equipped == [[0]]
     assert [old == new for old, new in zip(before, echoes.actors, strict=True)] == [False, True]
     assert echoes.incidents.take()["faults/rollout_restarts"] == 1

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
 from othink_ray.runtime import team
+from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.team import Team
+from othink_ray.types import Sampling
 from tests.engines.samples import ask
 
 
@@ -77,11 +81,32 @@ def test_seeds_differ_by_run_step_and_sampling_round() -> None:
     assert len(seeds) == 4 * 5 * 3
 
 
-def test_a_checkpoint_is_the_learners() -> None:
-    learner: Any = SimpleNamespace(saved=lambda: {"file": "digest"}, written=lambda: True)
+def test_a_checkpoint_is_the_learners(tmp_path: Path) -> None:
+    folders: list[Path] = []
+    learner: Any = SimpleNamespace(save=folders.append, saved=lambda: {"file": "digest"}, written=lambda: True)
     saving = replace(team_of(Recorder()), learner=learner)
+    saving.save(tmp_path)
+    assert folders == [tmp_path]
     assert saving.saved() == {"file": "digest"}
     assert saving.written() is True
+
+
+def test_examinations_are_greedy_or_as_a_run_samples() -> None:
+    recorder: Any = Recorder()
+    rewards: Any = SimpleNamespace(score=list)
+    examiners = replace(team_of(recorder), rewards=rewards, temperature=0.7, max_tokens=9, seed=3)
+    questions: Any = ["q"]
+    assert examiners.answer_greedily(questions) == questions
+    assert recorder.sampling == Sampling(answers=1, max_tokens=9, temperature=0.0, seed=3)
+    assert examiners.answer_freely(questions, 8) == questions
+    assert recorder.sampling == Sampling(answers=8, max_tokens=9, temperature=0.7, seed=3)
+
+
+def test_what_can_be_prepared_is_the_learners_to_prepare() -> None:
+    learner = create_autospec(LearnerPool, instance=True)
+    packs: Any = ["pack"]
+    replace(team_of(Recorder()), learner=learner).prepare(packs, updates=2, with_reference=True)
+    learner.prepare.assert_called_once_with(packs, updates=2, with_reference=True)
 
 
 @pytest.mark.parametrize("go_on", [True, False])

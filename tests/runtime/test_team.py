@@ -12,10 +12,10 @@ from unittest.mock import create_autospec
 
 import pytest
 
+from othink_ray.engines.base import Sampling
 from othink_ray.runtime import team
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.team import Team
-from othink_ray.types import Sampling
 from tests.engines.samples import ask
 
 

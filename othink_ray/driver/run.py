@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -95,8 +95,8 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
 def _end_without_ray(what: str, run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
     """Runs in the watching thread: the main thread may be blocked in a Ray call until Ray exits the process."""
     try:
-        console.say(f"stopped: {what}; the same command with run.resume=auto goes on when Ray is there again")
-        with redirect_stderr(StringIO()):  # Ray prints the raylet's last log lines there
+        with redirect_stdout(StringIO()):  # of Ray, which prints the last lines of the raylet's log
+            console.say(f"stopped: {what}; the same command with run.resume=auto goes on when Ray is there again")
             _leave(run_dir, console, write_report, made_of, status=1)
         console.close()
         sys.stdout.flush()

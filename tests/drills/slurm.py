@@ -45,6 +45,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 KillWait=20
+BatchStartTimeout=120
+MessageTimeout=60
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -90,7 +92,8 @@ class Slurm:
         while not done(found := self.state(job)):
             if time.monotonic() > end or found["JobState"] in _OVER:
                 self.tell("scancel", job)
-                raise AssertionError(f"job {job} is {found['JobState']}, {limit_s:.0f} s were given")
+                told = (self.folder / "slurmctld.log").read_text().splitlines()[-20:]
+                raise AssertionError("\n".join((f"after {limit_s:.0f} s job {job} is {found}", *told)))
             time.sleep(0.5)
         return found
 

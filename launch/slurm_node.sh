@@ -27,6 +27,10 @@ trap 'ended=yes; kill -TERM $!' TERM
 while kill -0 $! 2>/dev/null; do wait $! || true; done
 status=0
 wait $! || status=$?
-if [[ $ended == no ]]; then cat "$folder/said" >&2; fi # it ended by itself, which it should not
+if [[ $ended == yes ]]; then
+    status=0 # with any other one srun would kill the other nodes' scripts before they have tidied up
+else
+    cat "$folder/said" >&2
+fi
 rm -rf "$folder"
 exit "$status"

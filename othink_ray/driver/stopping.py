@@ -37,6 +37,8 @@ class StopRequest:
 def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
     """While steps are made, the first SIGTERM is a request; the second one, and Ctrl-C, interrupt at once."""
     request = StopRequest()
+    if _terminated.is_set():  # in a destructor, say, where Python drops what a signal handler raises
+        raise KeyboardInterrupt
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -6,11 +6,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
+from threading import Thread
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
@@ -58,12 +58,13 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
     started = time.monotonic()
     prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
-        with console.phase("starting Ray"), ThreadPoolExecutor(max_workers=1) as meanwhile:
-            rooms = ("driver.build", "families")  # torch and transformers take seconds too
-            imports = [meanwhile.submit(import_module, f"othink_ray.{room}") for room in rooms]
+        with console.phase("starting Ray"):
+            # A daemon, which nothing waits for after an interrupt: raised within an import of this thread, that can
+            # leave Python's import lock held for good.
+            imports = Thread(target=_import_beside, daemon=True)
+            imports.start()
             stack.enter_context(ray_session(config.cluster))
-            for imported in imports:
-                imported.result()
+            imports.join()
         stack.enter_context(watching(lambda what: _end_without_ray(what, run_dir, console, write_report, made_of)))
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
@@ -73,6 +74,13 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
             from othink_ray.driver.training import train_model
 
             train_model(config, run_dir, console, write_report, started)
+
+
+def _import_beside() -> None:
+    """Torch and transformers take seconds too; what fails here is raised again where it is needed."""
+    with suppress(Exception):
+        for room in ("driver.build", "families"):
+            import_module(f"othink_ray.{room}")
 
 
 def _told_in_a_line() -> tuple[type[Exception], ...]:

@@ -1,4 +1,4 @@
-"""Ways in which a run ends, each done to a real one: the table of docs/faults.md."""
+"""Ends real runs in every known way and tabulates exit status, last line, files and what a restart does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "held-out")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What happens, when (the start of a line on the screen), and the exit status that is expected."""
+    """A fault, the start of the output line after which it is injected, and the expected exit status."""
 
     what: str
     when: str
@@ -40,7 +40,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """What is seen of it."""
+    """Observed result; `wrong` is empty where it is the expected one."""
 
     status: int
     last_line: str
@@ -93,7 +93,7 @@ def jump(run: psutil.Process, run_dir: Path) -> None:
 
 
 def why_no_endings() -> str | None:
-    """What is missing here."""
+    """The reason why this machine cannot run the drill, or None."""
     if os.geteuid() != 0:
         return "a small disk needs root"
     return None if _FAKETIME else "libfaketime is not here: apt-get install libfaketime"
@@ -166,7 +166,7 @@ def end_in_every_way(ground: Ground) -> list[Outcome]:
 
 
 def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ended:
-    """Starts a run, does it, and starts the same command once more."""
+    """Run once with the fault injected, then run the same command again."""
     place = ground.folder / f"ending_{number}"
     run_dir = place / place.name
     own = [f"train.steps={_STEPS}", "train.checkpoint_every=5", "run.resume=auto"]

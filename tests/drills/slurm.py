@@ -87,7 +87,7 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "show", "job", "--oneliner", job)))
 
     def until(self, job: str, done: Callable[[dict[str, str]], bool], limit_s: float) -> dict[str, str]:
-        """What Slurm says of it then; an error where it is over before."""
+        """The job's record once `done` holds; raises when the job ends before, or after `limit_s`."""
         end = time.monotonic() + limit_s
         while not done(found := self.state(job)):
             if time.monotonic() > end or found["JobState"] in _OVER:
@@ -156,11 +156,11 @@ def let_time_run_out(ground: Ground) -> list[Outcome]:
     """On one node and on two: the limit strikes at random moments, and the job that is queued again ends the run."""
     dice = random.Random(ground.seed)
     with slurm(ground.folder / "slurm") as here:
-        return [one_job(ground, here, nodes, ground.times // 2, dice) for nodes in (1, 2)]
+        return [one_job(ground, here, nodes, max(1, ground.times // 2), dice) for nodes in (1, 2)]
 
 
 def one_job(ground: Ground, here: Slurm, nodes: int, times: int, dice: random.Random) -> Outcome:
-    """Its time is up so many times; held against the run that was left in peace."""
+    """Runs one job, requeues it `times` times, and compares its steps with the undisturbed run."""
     run_dir, log = ground.folder / f"slurm_{nodes}", ground.folder / f"slurm_{nodes}.txt"
     own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"train.steps={ground.steps}")
     options = (f"--time={_MINUTES}", "--signal=B:USR1@1", f"--nodes={nodes}")

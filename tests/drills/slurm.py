@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +28,11 @@ ClusterName=drill
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={sockets}/munge.socket
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={sockets}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -92,7 +93,8 @@ class Slurm:
         while not done(found := self.state(job)):
             if time.monotonic() > end or found["JobState"] in _OVER:
                 self.tell("scancel", job)
-                told = (self.folder / "slurmctld.log").read_text().splitlines()[-20:]
+                logs = sorted(self.folder.glob("slurm*.log"))
+                told = [line for log in logs for line in (f"{log.name}:", *log.read_text().splitlines()[-20:])]
                 raise AssertionError("\n".join((f"after {limit_s:.0f} s job {job} is {found}", *told)))
             time.sleep(0.5)
         return found
@@ -117,17 +119,20 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     """Up, with two idle nodes; nothing of it is left at the end."""
     folder.mkdir(parents=True)
     folder.chmod(0o755)
+    # The path of a Unix socket has room for 107 characters: a test's own folder is too deep for these.
+    sockets = Path(tempfile.mkdtemp(prefix="slurm"))
+    sockets.chmod(0o755)
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
     ports = random.sample(range(20000, 30000), 3)
     host = os.uname().nodename
-    (folder / "slurm.conf").write_text(_SETTINGS.format(folder=folder, host=host, ports=ports))
+    (folder / "slurm.conf").write_text(_SETTINGS.format(folder=folder, sockets=sockets, host=host, ports=ports))
     here = Slurm(folder)
     files = (f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed")
     daemons = [
-        ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}", *files],
+        ["munged", "--foreground", "--force", f"--socket={sockets}/munge.socket", f"--key-file={key}", *files],
         ["slurmctld", "-D", "-c"],
         ["slurmd", "-D", "-N", "n1"],
         ["slurmd", "-D", "-N", "n2"],
@@ -150,6 +155,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             for process in [*psutil.wait_procs(below, 20)[1]]:
                 process.kill()
             daemon.wait(20)
+        shutil.rmtree(sockets)
 
 
 def let_time_run_out(ground: Ground) -> list[Outcome]:

@@ -19,7 +19,7 @@ class FolderError(RuntimeError):
 def own_folder(run_dir: Path) -> Iterator[None]:
     """Until the process ends, in whatever way, no other run gets in."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights and data in it are readable by nobody else
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
         raise FolderError(

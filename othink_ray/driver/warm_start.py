@@ -56,6 +56,7 @@ def warm_started(config: Config, console: Console, open_classroom: OpenClassroom
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".warming-") as name:
         made = make(config, Path(name), console, open_classroom)
         shutil.rmtree(folder, ignore_errors=True)
+        made.chmod(0o700)  # as a run's own folder
         made.rename(folder)
     console.say(f"base model: {folder}")
     return folder

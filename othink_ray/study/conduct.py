@@ -61,7 +61,7 @@ class Study:
 
     def conduct(self, screen: Screen, write_report: Callable[[Path], Path]) -> int:
         """Its exit status: 0 when every run is done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self.folder / "config.yaml", to_yaml(self.config))
         started = time.monotonic()
         before = _read_seconds(self.folder)

@@ -111,7 +111,7 @@ class Workshop:
         record = self._record_of(job)
         if record is not None and record["identity"] != job.identity:
             _set_aside(folder)  # its checkpoints belong to another run
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (folder / "screen.txt").open("wb") as screen:
             process = subprocess.Popen(
                 self.command(job, start_from),

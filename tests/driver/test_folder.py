@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_p
         other.kill()
     with own_folder(tmp_path):
         pass
+
+
+def test_a_new_folder_is_its_owners_alone_and_one_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o755)
+    for name, mode in (("new", 0o700), ("shared", 0o755)):
+        with own_folder(tmp_path / name):
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_like_one_that_never_stopped(
 ) -> None:
     half = plain_run.folder / "checkpoints" / "step_2"
     resumed = start_run(f"run.resume={half}", "learner.world_size=1")
+    assert f"resuming after step 2 of 4, from {half}" in resumed.screen
     assert [line["step"] for line in resumed.steps] == [2, 3]
     assert resumed.summary["before"] == plain_run.summary["before"]
     for one, other in zip(plain_run.steps[2:], resumed.steps, strict=True):

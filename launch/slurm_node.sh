@@ -6,31 +6,42 @@ umask 077
 
 # Its own folder, since Ray lets everybody write into its: a short one, for sockets have short paths.
 folder=/tmp/ray-$UID-$SLURM_JOB_ID-$(cksum <<<"$SLURMD_NODENAME" | cut -d' ' -f1)
-# What is left of an earlier start of this job, should Slurm have lost sight of it.
-pkill -KILL -U "$UID" -f -- "$folder/" || true
-rm -rf "$folder"
+# Kills what is left of Ray, here and of an earlier start of this job, should Slurm have lost sight of it.
+clean_up() {
+    pkill -KILL -U "$UID" -f -- "$folder/" || true
+    rm -rf "$folder"
+}
+clean_up
 mkdir "$folder"
+
+# The job may ask it to end at any moment, while Ray starts too.
+ended=no
+trap 'ended=yes; kill -TERM ${ray-} 2>/dev/null || true' TERM
 
 # Ports that are free, since this node may have another Ray; no time to drain, since the driver has ended before.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 settings=(--block --disable-usage-stats --temp-dir="$folder/ray" --min-worker-port=0 --max-worker-port=0)
 settings+=(--dashboard-agent-listen-port=0)
 if [[ $SLURM_NODEID == 0 ]]; then
-    ray start --head --node-ip-address="$1" --port="$2" --ray-client-server-port="$3" --include-dashboard=false \
-        "${settings[@]}" &>"$folder/said" &
+    settings+=(--head --node-ip-address="$1" --port="$2" --ray-client-server-port="$3" --include-dashboard=false)
 else
-    until (: <"/dev/tcp/$1/$2") 2>/dev/null; do sleep 1; done
-    ray start --address="$1:$2" "${settings[@]}" &>"$folder/said" &
+    until [[ $ended == yes ]] || (: <"/dev/tcp/$1/$2") 2>/dev/null; do sleep 1; done
+    settings+=(--address="$1:$2")
 fi
-ended=no
-trap 'ended=yes; kill -TERM $!' TERM
-while kill -0 $! 2>/dev/null; do wait $! || true; done
 status=0
-wait $! || status=$?
+if [[ $ended == no ]]; then
+    ray start "${settings[@]}" &>"$folder/said" &
+    ray=$!
+    while [[ $ended == no ]] && kill -0 "$ray" 2>/dev/null; do wait "$ray" || status=$?; done
+fi
 if [[ $ended == yes ]]; then
     status=0 # with any other one srun would kill the other nodes' scripts before they have tidied up
+    for _ in {1..10}; do # a Ray that is just starting can lose the signal
+        kill -0 "${ray-}" 2>/dev/null || break
+        sleep 1
+    done
 else
     cat "$folder/said" >&2
 fi
-rm -rf "$folder"
+clean_up
 exit "$status"

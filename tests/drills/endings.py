@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -14,15 +13,16 @@ from pathlib import Path
 
 import psutil
 
-from tests.drills.faults import processes_of, steps_done
+from tests.drills.faults import processes_of
 from tests.drills.ground import Ground, Outcome
-from tests.drills.places import full, small_disk
+from tests.drills.job_endings import end_ray_jobs, end_slurm_jobs
+from tests.drills.places import fill_up, small_disk
+from tests.drills.slurm import why_no_slurm
+from tests.drills.witnessed import OWN, STEPS, Ended, Table, goes_on, last_line, on_disk
 
 Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
-_STEPS = 20  # so few that each has its line on the screen
-_IN_A_STEP = f"step  9/{_STEPS}"
-_AT_THE_END = f"step {_STEPS}/{_STEPS}"
-_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "held-out")
+_IN_A_STEP = f"step  9/{STEPS}"
+_AT_THE_END = f"step {STEPS}/{STEPS}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +36,6 @@ class Ending:
     keys: tuple[str, ...] = ()
     faked_clock: bool = False
     small_disk: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """Observed result; `wrong` is empty where it is the expected one."""
-
-    status: int
-    last_line: str
-    on_disk: str
-    next_command: str
-    wrong: str
 
 
 def nothing(run: psutil.Process, run_dir: Path) -> None:
@@ -84,7 +73,7 @@ def kill_role(role: str) -> Strike:
 
 def fill(run: psutil.Process, run_dir: Path) -> None:
     """It stays full."""
-    full(run_dir.parent).__enter__()
+    fill_up(run_dir.parent)
 
 
 def jump(run: psutil.Process, run_dir: Path) -> None:
@@ -94,8 +83,8 @@ def jump(run: psutil.Process, run_dir: Path) -> None:
 
 def why_no_endings() -> str | None:
     """The reason why this machine cannot run the drill, or None."""
-    if os.geteuid() != 0:
-        return "a small disk needs root"
+    if why := why_no_slurm():
+        return why
     return None if _FAKETIME else "libfaketime is not here: apt-get install libfaketime"
 
 
@@ -140,37 +129,21 @@ ENDINGS = (
 
 
 def end_in_every_way(ground: Ground) -> list[Outcome]:
-    """Each of ENDINGS once; the table is in endings.md."""
-    rows = [
-        "| what happens | exit status | last line | on disk | the same command with `run.resume=auto` |",
-        "|---|---|---|---|---|",
-    ]
-    found, dice = [], random.Random(ground.seed)
+    """Each of ENDINGS once, then each of a job's; the table is in endings.md."""
+    dice = random.Random(ground.seed)
+    table = Table(ground.folder / "endings.md")
     for number, ending in enumerate(ENDINGS):
-        ended = witness(ground, number, ending, dice.uniform(0.0, 1.0))
-        cells = (ending.what, str(ended.status), f"`{ended.last_line}`", ended.on_disk, ended.next_command)
-        rows.append(f"| {' | '.join(cells)} |")
-        (ground.folder / "endings.md").write_text("\n".join(rows) + "\n")
-        found.append(
-            Outcome(
-                fault=ending.what,
-                number=number,
-                noticed_after_s=float("nan"),
-                recovered_after_s=float("nan"),
-                steps_lost=0,
-                samples_masked=0,
-                wrong=ended.wrong,
-            )
-        )
-    return found
+        table.add(ending.what, witness(ground, number, ending, dice.uniform(0.0, 1.0)))
+    for what, ended in (*end_slurm_jobs(ground, dice), *end_ray_jobs(ground, dice)):
+        table.add(what, ended)
+    return table.outcomes
 
 
 def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ended:
     """Run once with the fault injected, then run the same command again."""
     place = ground.folder / f"ending_{number}"
     run_dir = place / place.name
-    own = [f"train.steps={_STEPS}", "train.checkpoint_every=5", "run.resume=auto"]
-    keys = [*own, *(key.format(folder=place) for key in ending.keys)]
+    keys = [*OWN, *(key.format(folder=place) for key in ending.keys)]
     around: AbstractContextManager[None] = small_disk(place, 400) if ending.small_disk else nullcontext(place.mkdir())
     with around, _faked_clock(run_dir) if ending.faked_clock else nullcontext({}) as environment:
         run = ground.start(run_dir, *keys, environment=environment)
@@ -185,10 +158,9 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
         status = ground.finish(run)
         said = screen.read_text()
         _, left = psutil.wait_procs(below, timeout=30)
-        on_disk = _on_disk(run_dir)
+        there = on_disk(run_dir)
         (place / "ballast").unlink(missing_ok=True)
         again = ground.finish(ground.start(run_dir, *keys))
-        resumed = re.search(r"^resuming (after step \d+)", screen.read_text()[len(said) :], re.MULTILINE)
     faults = {
         f"exit status {status}, not {ending.status}": status != ending.status,
         "a traceback": "Traceback" in said,
@@ -196,10 +168,10 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
         f"the next command ended with {again}": again != 0,
     }
     return Ended(
-        status=status,
-        last_line=_last_line(said, run_dir),
-        on_disk=on_disk,
-        next_command=f"goes on {resumed[1]}" if resumed else "starts afresh",
+        status=str(status),
+        last_line=last_line(said, run_dir),
+        on_disk=there,
+        next_command=goes_on(screen.read_text()[len(said) :]),
         wrong="; ".join(what for what, is_so in faults.items() if is_so),
     )
 
@@ -214,15 +186,3 @@ def _faked_clock(run_dir: Path) -> Iterator[Mapping[str, str]]:
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-
-
-def _last_line(said: str, run_dir: Path) -> str:
-    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or said.splitlines()
-    return re.sub(r"\d+(\.\d+)? s\b", "... s", lines[-1].replace(str(run_dir), "RUN"))
-
-
-def _on_disk(run_dir: Path) -> str:
-    steps = [int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*") if not path.suffix]
-    parts = [f"checkpoint of step {max(steps)}" if steps else "no checkpoint", f"{steps_done(run_dir)} steps logged"]
-    there = {"report": run_dir / "report.html", "export": run_dir / "export" / "config.json"}
-    return ", ".join([*parts, *(name for name, path in there.items() if path.exists())])

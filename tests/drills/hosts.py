@@ -1,21 +1,25 @@
-"""Two hosts on one machine: network namespaces with a cable between them, and a Ray node in each."""
+"""Two hosts on one machine: network namespaces with a cable between them, and a Ray node in each.
+
+Their addresses and the commands that start them are those of docs/cluster.md.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 RAY = Path(sys.executable).with_name("ray")
-_PORT, _DASHBOARD_PORT = 6379, 8265
+_PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
 # A dead node is known after some seconds in place of half a minute, and what a cut node leaves goes soon.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -40,16 +44,23 @@ def why_not() -> str | None:
     return f"network namespaces cannot be made: {made.stderr.strip()}" if made.returncode else None
 
 
+def documented(start: str) -> list[str]:
+    """The words of the command of docs/cluster.md that begins so."""
+    [line] = [line for line in _PAGE.read_text().splitlines() if line.startswith(start)]
+    return shlex.split(line, comments=True)
+
+
 class Hosts:
     """`head` and `worker` by name; the worker's cable can be pulled."""
 
     bring_worker: Callable[[], None]
     """Starts its Ray, for the first time or after it was lost."""
 
-    def __init__(self, mark: str, network: int) -> None:
+    def __init__(self, mark: str) -> None:
         self.names = {role: f"{role[0]}{mark}" for role in ("head", "worker")}
-        self.addresses = {"head": f"10.{network}.0.1", "worker": f"10.{network}.0.2"}
-        self.address = f"{self.addresses['head']}:{_PORT}"
+        self.addresses = {"head": "192.0.2.10", "worker": "192.0.2.11"}
+        self.address = documented("ray start --address=")[-1].partition("=")[2]
+        self.dashboard = documented("export RAY_AUTH_MODE=token RAY_ADDRESS=")[-1].partition("=")[2]
         # As docs/ and the README advise wherever others share the network.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
         # Jobs start `python` as their nodes find it.
@@ -58,9 +69,17 @@ class Hosts:
     def on(self, host: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *command]
 
-    @property
-    def dashboard(self) -> str:
-        return f"http://{self.addresses['head']}:{_DASHBOARD_PORT}"
+    def job(self, *options: str, notice: bool) -> list[str]:
+        """The command that submits the checkout in the working directory; without settings.
+
+        With `notice` a job that is stopped has as long as launch/job.yaml says, as docs/cluster.md advises.
+        """
+        submit = documented("ray job submit")
+        words = submit[: submit.index("othink_ray.main") + 1]
+        if not notice:
+            at = words.index("--runtime-env")
+            del words[at : at + 2]
+        return self.on("head", "env", f"RAY_ADDRESS={self.dashboard}", *words[:3], *options, *words[3:])
 
     def cable(self, state: str) -> None:
         """`up` or `down`."""
@@ -68,31 +87,37 @@ class Hosts:
 
 
 @contextmanager
+def cabled(addresses: Mapping[str, str]) -> Iterator[None]:
+    """Two network namespaces of these names, with these addresses at the ends of a cable between them."""
+    with ExitStack() as stack:
+        for name in addresses:
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "delete", name)
+        one, other = addresses
+        _ip("link", "add", "eth", "netns", one, "type", "veth", "peer", "name", "eth", "netns", other)
+        for name, address in addresses.items():
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth")
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "link", "set", "eth", "up")
+        yield
+
+
+@contextmanager
 def two_hosts(cpus: int, head_only: Path, home: Path) -> Iterator[Hosts]:
     """A head and a worker, so many CPUs each; the worker finds the folder `head_only` empty."""
-    number = uuid.uuid4().int
-    hosts = Hosts(f"{number % 10**8:08d}", 64 + number % 64)
+    hosts = Hosts(f"{uuid.uuid4().int % 10**8:08d}")
     hosts.environment["HOME"] = str(home)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True)))
-        for name in hosts.names.values():
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "delete", name)
-        head, worker = hosts.names["head"], hosts.names["worker"]
-        _ip("link", "add", "eth", "netns", head, "type", "veth", "peer", "name", "eth", "netns", worker)
-        for host, name in hosts.names.items():
-            _ip("-n", name, "address", "add", f"{hosts.addresses[host]}/24", "dev", "eth")
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", "eth", "up")
+        stack.enter_context(cabled({name: hosts.addresses[host] for host, name in hosts.names.items()}))
         mine = ("--disable-usage-stats", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20))
-        page = (f"--dashboard-host={hosts.addresses['head']}", f"--dashboard-port={_DASHBOARD_PORT}")
-        _start(stack, hosts, "head", scratch, "--head", f"--port={_PORT}", *page, *mine)
+        _start(stack, hosts, "head", scratch, *documented("ray start --head")[2:], *mine)
         # Each `ip netns exec` has mounts of its own. Two nodes in one folder would clear away each other's files, and a
         # driver takes the head for its node where it sees the head's processes. `wait` is what buries orphans there.
         mounts = "".join(f'mount -t tmpfs none "{folder}" && ' for folder in (head_only, scratch))
         hide = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", f'{mounts} "$@" & wait', "sh")
         hosts.bring_worker = partial(
-            _start, stack, hosts, "worker", scratch, f"--address={hosts.address}", *mine, before=hide
+            _start, stack, hosts, "worker", scratch, *documented("ray start --address=")[2:], *mine, before=hide
         )
         hosts.bring_worker()
         yield hosts

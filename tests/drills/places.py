@@ -28,15 +28,21 @@ def small_disk(place: Path, megabytes: int) -> Iterator[None]:
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """All but a part of a page is taken."""
+    """For a while."""
+    ballast = fill_up(disk)
+    yield
+    ballast.unlink()
+
+
+def fill_up(disk: Path) -> Path:
+    """Take all of it but a part of a page; returns the file that does."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         for size in (2**20, 2**12):
             with suppress(OSError):
                 while True:
                     file.write(bytes(size))
-    yield
-    ballast.unlink()
+    return ballast
 
 
 def fill_the_disk(ground: Ground) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""A private Slurm on this machine: a controller and two nodes in a folder, and jobs whose time runs out."""
+"""A private Slurm of two nodes, each in a network namespace of its own, and jobs whose time runs out."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 
 from tests.drills.faults import steps_done
 from tests.drills.ground import APART, SMALL, Ground, Outcome
+from tests.drills.hosts import cabled, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
-_MINUTES = 60  # of a job
-_OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
+MINUTES = 60  # of a job
+OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _SETTINGS = """\
 ClusterName=drill
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldHost={host}({addresses[0]})
 AuthType=auth/munge
 AuthInfo=socket={sockets}/munge.socket
 SlurmUser=root
@@ -48,33 +49,54 @@ MpiDefault=none
 KillWait=20
 BatchStartTimeout=120
 MessageTimeout=60
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr={addresses[0]} CPUs=2 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr={addresses[1]} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
 def why_no_slurm() -> str | None:
     """What is missing here."""
-    if os.geteuid() != 0:
-        return "a private Slurm needs root"
+    if why := why_not():
+        return why
     missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     return f"Slurm is not here ({', '.join(missing)}): apt-get install slurm-wlm munge" if missing else None
 
 
 class Slurm:
-    """Commands to it."""
+    """Commands to it, on its first node."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
+        self.folder, self.nodes = folder, nodes
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin",
         }
 
-    def tell(self, *command: str, cwd: Path = ROOT) -> str:
+    def on(self, node: int, *command: str) -> list[str]:
+        """`ip netns exec` would hide the control groups, which slurmd wants."""
+        mount = f'mount --bind "{self.folder / "hosts"}" /etc/hosts && exec "$@"'
+        return [
+            "nsenter",
+            f"--net=/run/netns/{self.nodes[node]}",
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            mount,
+            "sh",
+            *command,
+        ]
+
+    def tell(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            self.on(0, *command),
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -91,7 +113,7 @@ class Slurm:
         """The job's record once `done` holds; raises when the job ends before, or after `limit_s`."""
         end = time.monotonic() + limit_s
         while not done(found := self.state(job)):
-            if time.monotonic() > end or found["JobState"] in _OVER:
+            if time.monotonic() > end or found["JobState"] in OVER:
                 self.tell("scancel", job)
                 logs = sorted(self.folder.glob("slurm*.log"))
                 told = [line for log in logs for line in (f"{log.name}:", *log.read_text().splitlines()[-20:])]
@@ -101,17 +123,19 @@ class Slurm:
 
     def wait(self, job: str, limit_s: float) -> dict[str, str]:
         """Until it is over."""
-        return self.until(job, lambda found: found["JobState"] in _OVER, limit_s)
+        return self.until(job, lambda found: found["JobState"] in OVER, limit_s)
 
-    def strike(self, job: str) -> None:
-        """Shorten the limit to a minute or two, warn the job at once (Slurm looks every 30 s), and start it again."""
+    def run_out(self, job: str) -> None:
+        """Shorten its limit to a minute or two and warn it at once: Slurm itself looks every 30 s."""
         ran = self.state(job)["RunTime"]
         hours, minutes, _ = map(int, ran.split(":"))
         self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
         self.tell("scancel", "--batch", "--signal=USR1", job)
+
+    def start_again(self, job: str) -> None:
+        """Start it at once when it is queued again: Slurm itself waits two minutes."""
         self.until(job, lambda found: found["JobState"] == "PENDING" and found["Reason"] == "BeginTime", 240)
-        # Slurm itself waits two minutes before it starts a requeued job.
-        self.tell("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={_MINUTES}")
+        self.tell("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={MINUTES}")
 
 
 @contextmanager
@@ -126,21 +150,29 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
-    ports = random.sample(range(20000, 30000), 3)
+    number = uuid.uuid4().int
+    nodes = [f"{name}{number % 10**8:08d}" for name in ("n1-", "n2-")]
+    addresses = [f"10.{128 + number % 64}.0.{end}" for end in (1, 2)]
     host = os.uname().nodename
-    (folder / "slurm.conf").write_text(_SETTINGS.format(folder=folder, sockets=sockets, host=host, ports=ports))
-    here = Slurm(folder)
-    files = (f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed")
+    (folder / "slurm.conf").write_text(_SETTINGS.format(folder=folder, sockets=sockets, host=host, addresses=addresses))
+    # As Debian and Ubuntu write it: a host's name is an address that no other host can reach.
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n")
+    here = Slurm(folder, nodes)
+    munge = [f"--socket={sockets}/munge.socket", f"--key-file={key}"]
+    munge += [f"--{kind}-file={folder}/munged.{kind}" for kind in ("pid", "log", "seed")]
     daemons = [
-        ["munged", "--foreground", "--force", f"--socket={sockets}/munge.socket", f"--key-file={key}", *files],
-        ["slurmctld", "-D", "-c"],
-        ["slurmd", "-D", "-N", "n1"],
-        ["slurmd", "-D", "-N", "n2"],
+        here.on(0, "munged", "--foreground", "--force", *munge),
+        here.on(0, "slurmctld", "-D", "-c"),
+        here.on(0, "slurmd", "-D", "-N", "n1"),
+        here.on(1, "slurmd", "-D", "-N", "n2"),
     ]
     started: list[subprocess.Popen[bytes]] = []
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, sockets)
+        stack.enter_context(cabled(dict(zip(nodes, addresses, strict=True))))
+        stack.callback(_end, started)
         for command in daemons:
-            with (folder / f"{len(started)}_{command[0]}.screen").open("wb") as screen:
+            with (folder / f"{len(started)}.screen").open("wb") as screen:
                 started.append(subprocess.Popen(command, env=here.environment, stdout=screen, stderr=subprocess.STDOUT))
             time.sleep(0.5)
         until = time.monotonic() + 60
@@ -148,14 +180,15 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             assert time.monotonic() < until, here.tell("sinfo", "--list-reasons")
             time.sleep(0.5)
         yield here
-    finally:
-        for daemon in reversed(started):
-            below = psutil.Process(daemon.pid).children(recursive=True)
-            daemon.terminate()
-            for process in [*psutil.wait_procs(below, 20)[1]]:
-                process.kill()
-            daemon.wait(20)
-        shutil.rmtree(sockets)
+
+
+def _end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    for daemon in reversed(daemons):
+        below = psutil.Process(daemon.pid).children(recursive=True)
+        daemon.terminate()
+        for process in psutil.wait_procs(below, 20)[1]:
+            process.kill()
+        daemon.wait(20)
 
 
 def let_time_run_out(ground: Ground) -> list[Outcome]:
@@ -166,16 +199,17 @@ def let_time_run_out(ground: Ground) -> list[Outcome]:
 
 
 def one_job(ground: Ground, here: Slurm, nodes: int, times: int, dice: random.Random) -> Outcome:
-    """Runs one job, requeues it `times` times, and compares its steps with the undisturbed run."""
+    """Run one job, let its time run out `times` times, and compares its steps with the undisturbed run."""
     run_dir, log = ground.folder / f"slurm_{nodes}", ground.folder / f"slurm_{nodes}.txt"
     own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"train.steps={ground.steps}")
-    options = (f"--time={_MINUTES}", "--signal=B:USR1@1", f"--nodes={nodes}")
+    options = (f"--time={MINUTES}", "--signal=B:USR1@1", f"--nodes={nodes}")
     job = here.submit(*options, settings=(*SMALL, "train.checkpoint_every=0", *own), log=log)
     for number in range(times):
         due = 2 * APART * number + 2
         here.until(job, lambda _, due=due: steps_done(run_dir) >= due, 240)
         time.sleep(dice.uniform(0, 1))
-        here.strike(job)
+        here.run_out(job)
+        here.start_again(job)
     ended = here.wait(job, 600)
     wrong = "" if ended["JobState"] == "COMPLETED" else f"job {job} is {ended['JobState']}, see {log}"
     discarded = run_dir / "metrics.discarded.jsonl"

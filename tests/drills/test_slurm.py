@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from tests.drills.ground import Ground
 from tests.drills.slurm import one_job, slurm, why_no_slurm
 
+FIRST_PORT = 20010  # that the first job of a Slurm tries
 pytestmark = [pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm())), pytest.mark.timeout(900)]
 
 
@@ -21,10 +26,23 @@ def test_a_job_whose_time_runs_out_ends_as_one_that_was_left_in_peace(tmp_path: 
 
 
 def test_a_node_is_free_at_once_and_nothing_is_left_on_it(tmp_path: Path) -> None:
-    with slurm(tmp_path / "slurm") as here:
-        log = tmp_path / "job.txt"
-        job = here.submit("--nodes=2", settings=("mode=check",), log=log)
-        ended = here.wait(job, 120)
-        assert ended["JobState"] == "COMPLETED", log.read_text()
-        assert "configuration is sound" in log.read_text()
-        assert not list(Path("/tmp").glob(f"ray-*-{job}-*"))
+    """Although somebody else listens where the job's Ray would."""
+    listen = f"import socket, time; server = socket.create_server(('', {FIRST_PORT})); time.sleep(300)"
+    with slurm(tmp_path / "slurm") as here, subprocess.Popen(here.on(0, sys.executable, "-c", listen)) as other:
+        try:
+            log = tmp_path / "job.txt"
+            job = here.submit("--nodes=2", settings=("mode=check",), log=log)
+            ended = here.wait(job, 120)
+            assert ended["JobState"] == "COMPLETED", log.read_text()
+            assert "configuration is sound" in log.read_text()
+            node = (tmp_path / "slurm" / "slurmd-n1.log").read_text()
+            asked, freed = (
+                datetime.fromisoformat(time)
+                for words in (r"error: \*\*\* STEP", "done with job")
+                for time in re.findall(rf"\[(\S+)\] \[{job}\.1\] {words}", node)
+            )
+            assert (freed - asked).total_seconds() < 20, node  # 65 where Ray waits for its work to drain
+            assert not list(Path("/tmp").glob(f"ray-*-{job}-*"))
+            assert other.poll() is None
+        finally:
+            other.kill()

@@ -43,13 +43,12 @@ class Site:
     head_only: Path
     shared: Path
 
-    def submit(self, *options: str, settings: tuple[str, ...]) -> subprocess.Popen[str]:
+    def submit(self, *options: str, settings: tuple[str, ...], notice: bool = False) -> subprocess.Popen[str]:
         """As a user does it, from the head."""
-        job = ("ray", "job", "submit", "--address", self.hosts.dashboard, "--working-dir", str(self.checkout), *options)
         folders = (f"run.cache_dir={self.shared / 'cache'}", f"cluster.address={self.hosts.address}")
-        command = (*job, "--", "python", "-m", "othink_ray.main", *SMALL, *QUICK, *folders, *settings)
         return subprocess.Popen(
-            self.hosts.on("head", *command),
+            [*self.hosts.job(*options, notice=notice), *SMALL, *QUICK, *folders, *settings],
+            cwd=self.checkout,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -135,13 +134,11 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
     """Its driver is on the worker."""
     run_dir = site.shared / "stopped"
     there = ("--entrypoint-resources", f'{{"node:{site.hosts.addresses["worker"]}": 0.001}}', "--submission-id", "long")
-    notice = ("--runtime-env", str(site.checkout / "launch" / "job.yaml"))
-    job = site.submit(
-        *there, *notice, settings=(*PLAIN, "train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}")
-    )
+    settings = (*PLAIN, "train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}")
+    job = site.submit(*there, settings=settings, notice=True)
     wait_until(lambda: steps_done(run_dir) >= 2, 300)
     shown = wait_until(lambda: "ray_othink_ray_kl_beta" in site.gauges(run_dir), 30)
-    site.ask_ray("stop", "long")
+    site.ask_ray("stop", "--no-wait", "long")
     _, said = ended(job)
     done = steps_done(run_dir)
     assert done >= 2 and shown, said

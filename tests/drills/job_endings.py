@@ -1,0 +1,142 @@
+"""How jobs end in Slurm and in Ray: rows of the table of endings."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.drills.faults import steps_done
+from tests.drills.ground import SMALL, Ground
+from tests.drills.hosts import Hosts, two_hosts
+from tests.drills.slurm import MINUTES, OVER, ROOT, Slurm, slurm
+from tests.drills.witnessed import OWN, Ended, goes_on, last_line, on_disk
+
+_AT = 9  # steps done
+_SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
+    "Slurm: its time is up": (Slurm.run_out, "PENDING"),
+    "Slurm: `scancel --batch --signal=TERM`": (
+        lambda here, job: here.tell("scancel", "--batch", "--signal=TERM", job),
+        "FAILED",
+    ),
+    "Slurm: `scancel`": (lambda here, job: here.tell("scancel", job), "CANCELLED"),
+    "Slurm: `scontrol requeue`": (lambda here, job: here.tell("scontrol", "requeue", job), "PENDING"),
+    "Slurm: the node goes down": (
+        lambda here, job: here.tell("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=drill"),
+        "PENDING",
+    ),
+}
+_RAY = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
+
+
+def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
+    """On one node, each in the midst of a step; what Slurm queues again goes on by itself."""
+    with slurm(ground.folder / "slurm_endings") as here:
+        for number, (what, (strike, state)) in enumerate(_SLURM.items()):
+            run_dir, log = ground.folder / f"slurm_ending_{number}", ground.folder / f"slurm_ending_{number}.txt"
+            own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}")
+            options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
+
+            def submit(log: Path = log, own: tuple[str, ...] = own, options: tuple[str, ...] = options) -> str:
+                return here.submit(*options, settings=(*SMALL, *OWN, *own), log=log)
+
+            job = submit()
+            here.until(job, lambda _, run_dir=run_dir: steps_done(run_dir) >= _AT, 240)
+            time.sleep(dice.uniform(0, 1))
+            strike(here, job)
+            ended = here.until(job, lambda found: found["JobState"] in ("PENDING", *OVER), 240)
+            left = _left_of(job)
+            said, there = log.read_text(), on_disk(run_dir)
+            if ended["JobState"] == "PENDING":
+                here.start_again(job)
+            else:
+                job = submit()
+            again = here.wait(job, 600)["JobState"]
+            faults = {
+                f"{ended['JobState']}, not {state}": ended["JobState"] != state,
+                "a traceback": "Traceback" in said,
+                f"left behind: {left}": bool(left),
+                f"the next one is {again}": again != "COMPLETED",
+            }
+            status = f"{ended['JobState']}, {ended['ExitCode'].partition(':')[0]}"
+            yield (
+                what,
+                Ended(
+                    status="queued again" if ended["JobState"] == "PENDING" else status,
+                    last_line=last_line(said, run_dir),
+                    on_disk=there,
+                    next_command=goes_on(log.read_text()[len(said) :]),
+                    wrong="; ".join(text for text, is_so in faults.items() if is_so),
+                ),
+            )
+
+
+def _left_of(job: str) -> list[psutil.Process]:
+    """Of the job's Ray, after a while."""
+    folder = f"/tmp/ray-{os.getuid()}-{job}-"
+    processes = [one for one in psutil.process_iter(["cmdline"]) if folder in " ".join(one.info["cmdline"] or ())]
+    return psutil.wait_procs(processes, timeout=30)[1]
+
+
+def end_ray_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
+    """Submitted to a cluster with a dashboard, and stopped in the midst of a step."""
+    places = {name: ground.folder / name for name in ("jobs_head_only", "jobs_home")}
+    for place in places.values():
+        place.mkdir()
+    with two_hosts(cpus=2, head_only=places["jobs_head_only"], home=places["jobs_home"]) as hosts:
+        for number, (what, notice) in enumerate(_RAY.items()):
+            run_dir = ground.folder / f"ray_ending_{number}"
+            job = _submit(ground, hosts, run_dir, f"job_{number}", notice=notice)
+            while steps_done(run_dir) < _AT and job.poll() is None:
+                time.sleep(0.02)
+            time.sleep(dice.uniform(0, 1))
+            _ask_ray(hosts, "stop", f"job_{number}")
+            ground.finish(job)
+            status = _ask_ray(hosts, "status", f"job_{number}")
+            said, there = ground.screen(run_dir).read_text(), on_disk(run_dir)
+            again = ground.finish(_submit(ground, hosts, run_dir, f"job_{number}_again", notice=notice))
+            faults = {
+                status: "was stopped" not in status,
+                "a traceback": "Traceback" in said,
+                f"the next command ended with {again}": again != 0,
+            }
+            yield (
+                what,
+                Ended(
+                    status="STOPPED",
+                    last_line=last_line(said, run_dir),
+                    on_disk=there,
+                    next_command=goes_on(ground.screen(run_dir).read_text()[len(said) :]),
+                    wrong="; ".join(text for text, is_so in faults.items() if is_so),
+                ),
+            )
+
+
+def _submit(ground: Ground, hosts: Hosts, run_dir: Path, name: str, *, notice: bool) -> subprocess.Popen[bytes]:
+    own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"cluster.address={hosts.address}")
+    with ground.screen(run_dir).open("ab") as screen:
+        return subprocess.Popen(
+            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, *own],
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | hosts.environment,
+            start_new_session=True,
+        )
+
+
+def _ask_ray(hosts: Hosts, *words: str) -> str:
+    done = subprocess.run(
+        hosts.on("head", "ray", "job", words[0], f"--address={hosts.dashboard}", *words[1:]),
+        capture_output=True,
+        text=True,
+        env=os.environ | hosts.environment,
+        timeout=300,
+        check=False,
+    )
+    return done.stdout + done.stderr

@@ -1,0 +1,72 @@
+"""What is written down of a run that ended, as a row of the table of endings."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.drills.faults import steps_done
+from tests.drills.ground import Outcome
+
+STEPS = 20  # so few that each has its line on the screen
+OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
+_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "held-out", "[slurm] ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Observed result; `wrong` is empty where it is the expected one."""
+
+    status: str
+    last_line: str
+    on_disk: str
+    next_command: str
+    wrong: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows so far, in Markdown, and the outcome of each."""
+
+    file: Path
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def add(self, what: str, ended: Ended) -> None:
+        if not self.outcomes:
+            head = ("what happens", "exit status", "last line", "on disk", "the same command again")
+            self.file.write_text(f"| {' | '.join(head)} |\n{'|---' * len(head)}|\n")
+        cells = (what, ended.status, f"`{ended.last_line}`", ended.on_disk, ended.next_command)
+        with self.file.open("a") as file:
+            file.write(f"| {' | '.join(cells)} |\n")
+        unknown = float("nan")
+        self.outcomes.append(
+            Outcome(
+                fault=what,
+                number=len(self.outcomes),
+                noticed_after_s=unknown,
+                recovered_after_s=unknown,
+                steps_lost=0,
+                samples_masked=0,
+                wrong=ended.wrong,
+            )
+        )
+
+
+def last_line(said: str, run_dir: Path) -> str:
+    """The last line that tells how it ended; else the last of all."""
+    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or said.splitlines()
+    return re.sub(r"\d+(\.\d+)? s\b", "... s", lines[-1].replace(str(run_dir), "RUN")) if lines else ""
+
+
+def on_disk(run_dir: Path) -> str:
+    steps = [int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*") if not path.suffix]
+    parts = [f"checkpoint of step {max(steps)}" if steps else "no checkpoint", f"{steps_done(run_dir)} steps logged"]
+    there = {"report": run_dir / "report.html", "export": run_dir / "export" / "config.json"}
+    return ", ".join([*parts, *(name for name, path in there.items() if path.exists())])
+
+
+def goes_on(said: str) -> str:
+    """Where the run that said so began."""
+    resumed = re.search(r"^resuming (after step \d+)", said, re.MULTILINE)
+    return f"goes on {resumed[1]}" if resumed else "starts afresh"

@@ -46,3 +46,16 @@ def test_a_node_is_free_at_once_and_nothing_is_left_on_it(tmp_path: Path) -> Non
             assert other.poll() is None
         finally:
             other.kill()
+
+
+def test_a_job_whose_time_is_up_while_its_ray_starts_says_why_it_ends(tmp_path: Path) -> None:
+    with slurm(tmp_path / "slurm") as here:
+        log = tmp_path / "job.txt"
+        job = here.submit("--nodes=1", "--signal=B:USR1@1", settings=(f"run.dir={tmp_path / 'run'}",), log=log)
+        here.until(job, lambda _: bool(list(Path("/tmp").glob(f"ray-*-{job}-*"))), 60)
+        here.run_out(job)
+        ended = here.wait(job, 90)
+        assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0"), log.read_text()
+        assert "not queued again, for no step was saved" in log.read_text()
+        assert not (tmp_path / "run").exists()
+        assert not list(Path("/tmp").glob(f"ray-*-{job}-*"))

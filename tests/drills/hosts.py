@@ -33,7 +33,7 @@ _QUICK = {
 
 
 def why_not() -> str | None:
-    """What is missing here."""
+    """The reason why this machine cannot have network namespaces, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:

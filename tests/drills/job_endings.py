@@ -26,10 +26,6 @@ _SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
     ),
     "Slurm: `scancel`": (lambda here, job: here.tell("scancel", job), "CANCELLED"),
     "Slurm: `scontrol requeue`": (lambda here, job: here.tell("scontrol", "requeue", job), "PENDING"),
-    "Slurm: the node goes down": (
-        lambda here, job: here.tell("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=drill"),
-        "PENDING",
-    ),
 }
 _RAY = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
 
@@ -77,7 +73,7 @@ def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, E
 
 
 def _left_of(job: str) -> list[psutil.Process]:
-    """Of the job's Ray, after a while."""
+    """Processes of the job's Ray that are alive 30 s later."""
     folder = f"/tmp/ray-{os.getuid()}-{job}-"
     processes = [one for one in psutil.process_iter(["cmdline"]) if folder in " ".join(one.info["cmdline"] or ())]
     return psutil.wait_procs(processes, timeout=30)[1]

@@ -56,7 +56,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_no_slurm() -> str | None:
-    """What is missing here."""
+    """The reason why this machine cannot run a private Slurm, or None."""
     if why := why_not():
         return why
     missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
@@ -122,7 +122,7 @@ class Slurm:
         return found
 
     def wait(self, job: str, limit_s: float) -> dict[str, str]:
-        """Until it is over."""
+        """The job's record once it is over."""
         return self.until(job, lambda found: found["JobState"] in OVER, limit_s)
 
     def run_out(self, job: str) -> None:

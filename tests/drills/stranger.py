@@ -1,4 +1,4 @@
-"""What another user of the same machine tries against a run: ports, sockets, files, processes.
+"""Attacks by another user of the same machine on a run: its ports, sockets, files and processes.
 
 Prints a line for everything that works:  python -m tests.drills.stranger UID OWNED [FILE] ...
 """

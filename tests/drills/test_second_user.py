@@ -52,7 +52,7 @@ def files_of(run: psutil.Process, *folders: Path) -> set[str]:
 
 
 def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """For another user."""
+    """Lines of the attacks that succeed for another user."""
     tried = subprocess.run(
         [sys.executable, "-m", "tests.drills.stranger", str(_NOBODY), str(owned), *files],
         cwd=_ROOT,
@@ -69,7 +69,7 @@ def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str]
 
 
 def test_another_user_gets_nothing_of_a_run(open_folder: Path, tmp_path: Path) -> None:
-    """Of everything that the run has; with the token Ray's services answer, so that it is what they refuse by."""
+    """Ray's services refuse for want of the token: with it the same calls are answered."""
     run_dir, owned, screen = open_folder / "run", open_folder / "owned", tmp_path / "screen.txt"
     owned.touch()
     owned.chmod(0o666)

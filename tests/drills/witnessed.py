@@ -1,4 +1,4 @@
-"""What is written down of a run that ended, as a row of the table of endings."""
+"""Rows of the table of endings: exit status, last line, files and what a restart does."""
 
 from __future__ import annotations
 

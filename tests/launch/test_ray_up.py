@@ -58,7 +58,7 @@ class Site:
         return said
 
     def log(self) -> str:
-        """What the head says of the nodes that it starts."""
+        """The last lines of the logs of the head's autoscaler."""
         below = psutil.Process(self.servers[0].pid).children()[0]
         logs = Path(f"/proc/{below.pid}/root/tmp/ray").glob("session_2*/logs/monitor.*")
         return "\n".join(log.read_text()[-3000:] for log in sorted(logs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -21,6 +22,8 @@ from othink_ray.whole_file import write_whole
 LAST_LINES = 3  # of a failed run's output, as its reason
 STOP_SECONDS = 60  # for an interrupted run to clean up
 POLL_SECONDS = 0.2
+_LIBC = ctypes.CDLL(None)
+_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 class StudyError(RuntimeError):
@@ -119,6 +122,7 @@ class Workshop:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C reaches it once, from here
+                preexec_fn=_end_with_the_study,  # one system call, of a library that is loaded
             )
         self._write(job, Outcome(status="running", reason=None, seconds=None), pid=process.pid)
         return process
@@ -151,12 +155,12 @@ class Workshop:
         return record
 
     def _refuse_a_living_one(self, job: Job) -> None:
-        """A study that was killed leaves its runs alive; two writers would spoil one folder."""
+        """A run of a study that was killed finishes its step first; two writers would spoil one folder."""
         record = self._record_of(job)
         pid = record and record["pid"]
         if pid and str(self.path(job)) in _command_line(pid):
             raise StudyError(
-                f"{job.name} still runs, left by an earlier study, as process {pid}: wait for it, or end it"
+                f"{job.name} still runs, left by an earlier study, as process {pid}: try again when it has ended"
             )
 
     def _last_words(self, job: Job, code: int) -> str:
@@ -170,6 +174,11 @@ def assigned(key: str, path: Path) -> str:
     """The override key=path, quoted: a path may hold what Hydra's grammar gives a meaning to."""
     escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{escaped}"'
+
+
+def _end_with_the_study() -> None:
+    """Called in a new process: it gets SIGTERM when the study's process ends, in whatever way."""
+    _LIBC.prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
 
 
 def _set_aside(folder: Path) -> None:

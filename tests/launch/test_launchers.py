@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from string import Template
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from othink_ray.config.load import load
+from othink_ray.runtime.job import short_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -76,6 +80,28 @@ def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
     signal = re.fullmatch(r"B:(\w+)@\d+", options["signal"])
     assert signal is not None
     assert re.search(rf"^trap out_of_time {signal[1]}$", text, flags=re.MULTILINE)
+
+
+def test_jobs_that_are_stopped_have_the_time_that_a_run_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
+    assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == by_hand
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert short_notice() is not None
+    for name, value in by_hand.items():
+        monkeypatch.setenv(name, value)
+    assert short_notice() is None
+
+
+def test_the_logs_of_slurm_jobs_do_not_travel_with_a_ray_job(tmp_path: Path) -> None:
+    """They lie in the checkout that `ray job submit --working-dir .` uploads; Ray passes over what git ignores."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    options = slurm_options()
+    log = options["output"].replace("%x", options["job-name"]).replace("%j", "17")
+    for name in (log, "kept.txt"):
+        (tmp_path / name).write_text("")
+    package = tmp_path.with_suffix(".zip")
+    create_package(str(tmp_path), package, include_gitignore=True)
+    assert {"kept.txt"} == {name for name in ZipFile(package).namelist() if not name.startswith(".")}
 
 
 def test_kuberay_nodes_run_one_image_with_shared_runs_and_memory() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from othink_ray.study.launch import Job, Outcome, StudyError, Workshop
@@ -102,3 +104,23 @@ def test_an_interrupted_study_leaves_no_process_and_goes_on_later(tmp_path: Path
     assert record["status"] == "running"
     assert not Path(f"/proc/{record['pid']}").exists()
     assert made(workshop, [SOUND])[-1] == ("sound", "done")
+
+
+STUDY = """
+import sys
+from pathlib import Path
+from othink_ray.study.launch import Job, Workshop
+job = Job(name="long", overrides=("train.steps=100000",), leaves="screen.txt")
+Workshop(Path(sys.argv[1])).make([job], 1, lambda job, outcome: print(outcome.status, flush=True))
+"""
+
+
+def test_the_runs_of_a_study_that_is_killed_are_asked_to_end(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", STUDY, str(tmp_path)], stdout=subprocess.PIPE) as study:
+        assert study.stdout is not None and study.stdout.readline() == b"running\n"
+        [run] = psutil.Process(study.pid).children()
+        study.kill()
+    gone, alive = psutil.wait_procs([run], timeout=60)
+    for process in alive:
+        os.killpg(process.pid, 9)
+    assert gone, (tmp_path / "runs" / "long" / "screen.txt").read_text()

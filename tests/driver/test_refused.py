@@ -1,0 +1,64 @@
+"""What the command line says before Ray starts: a folder that it cannot have, and rows with unprintable names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from othink_ray.driver.folder import own_folder
+from tests.data.files import picture, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def said(*overrides: str, status: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "othink_ray.main", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout
+    assert "Traceback" not in done.stdout and "starting Ray" not in done.stdout, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("mode", ["train", "sft", "eval"])
+def test_a_folder_that_another_run_has_is_refused_and_its_files_stay_as_they_are(mode: str, tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "evaluation.json", "report.html", "config.yaml"):
+        (tmp_path / name).write_text("the other run's")
+    with own_folder(tmp_path):
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        lines = said(f"mode={mode}", f"run.dir={tmp_path}", status=1).splitlines()
+        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"} == {
+            name: time for name, time in before.items() if name != ".lock"
+        }
+    why = "another run is at work in it; wait for it, or give this one a folder of its own"
+    assert lines == [f"stopped: run.dir = {tmp_path}: {why}"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    [line] = said(f"run.dir={tmp_path / 'file' / 'run'}", status=1).splitlines()
+    assert line.startswith("stopped: run.dir = ") and "cannot be written (Not a directory)" in line
+
+
+def test_check_mode_prints_no_control_character_of_a_rows_name(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture(1))
+    good = {"image": "1.png", "problem": "How many?", "solution": "3", "id": "one"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [good, good | {"image": "2.png", "id": "\x1b[2J\x07red"}])
+    columns = {"image": "image", "question": "problem", "answer": "solution", "id": "id"}
+    settings = {"source": "jsonl", "files.path": str(rows)}
+    settings |= {f"files.columns.{use}": column for use, column in columns.items()}
+    parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
+    shown = said("mode=check", "data=own", f"run.cache_dir={tmp_path}", *parts, status=0)
+    assert "1 bad, such as own/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in shown
+    assert not any(character in shown for character in "\x1b\x07")

@@ -16,7 +16,7 @@ from othink_ray.bench.machine import machine
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import PARTS, spread, spreads
 from othink_ray.bench.work import MODELS, Work
-from othink_ray.main import interrupt_at_any_ending
+from othink_ray.driver.stopping import interruptible
 
 TWO_RANKS = "overlapped_2_ranks"
 WAYS = {
@@ -38,7 +38,6 @@ def main(arguments: Sequence[str]) -> int:
     python = None if asked.no_peer or PEER not in asked.only else asked.peer.absolute()
     if python is not None and not python.exists():
         parser.error(f"--peer: there is no {python}; run launch/setup_peer.sh, or leave TRL out with --no-peer")
-    interrupt_at_any_ending()
     found: dict[str, Any] = {"machine": machine(), "works": [], "lines": []}
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -47,18 +46,19 @@ def main(arguments: Sequence[str]) -> int:
         write_bench_page(folder, found)
 
     try:
-        for work in works if PEER in asked.only else ():
-            print(f"{work}: {asked.rounds} rounds of {asked.steps} steps", flush=True)
-            found["works"].append(measure(work, asked.rounds, asked.steps, folder / str(work.image_tokens), python))
-            keep()
-            print(table(found["works"][-1]), flush=True)
-        runs = Runs(folder, max(asked.steps, 5))
-        for name in (name for name in LINES if name in asked.only):
-            print(name, flush=True)
-            for line in LINES[name](runs):
-                found["lines"].append(line.record())
-                print(line, flush=True)
-            keep()
+        with interruptible():
+            for work in works if PEER in asked.only else ():
+                print(f"{work}: {asked.rounds} rounds of {asked.steps} steps", flush=True)
+                found["works"].append(measure(work, asked.rounds, asked.steps, folder / str(work.image_tokens), python))
+                keep()
+                print(table(found["works"][-1]), flush=True)
+            runs = Runs(folder, max(asked.steps, 5))
+            for name in (name for name in LINES if name in asked.only):
+                print(name, flush=True)
+                for line in LINES[name](runs):
+                    found["lines"].append(line.record())
+                    print(line, flush=True)
+                keep()
     except ours.BenchError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

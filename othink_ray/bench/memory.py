@@ -31,8 +31,8 @@ from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.driver.memory_check import measure
 from othink_ray.driver.memory_plan import GIB, PROCESS, memory_plan
+from othink_ray.driver.stopping import interruptible
 from othink_ray.families import open_family
-from othink_ray.main import interrupt_at_any_ending
 from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
 
 SHAPE = "qwen2_vl_2b"
@@ -63,11 +63,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="other settings of the step")
     asked = parser.parse_args(arguments)
-    interrupt_at_any_ending()
     folder = asked.dir or Path(tempfile.mkdtemp(prefix="othink_ray_memory_"))
     passing = folder  # what is removed where no folder was named
     try:
-        found = measured(folder.absolute(), shape_of(asked.layers), asked.overrides)
+        with interruptible():
+            found = measured(folder.absolute(), shape_of(asked.layers), asked.overrides)
     except ours.BenchError as error:
         print(f"stopped: {error}", file=sys.stderr)
         passing = folder / "model"  # the message names a log in the folder

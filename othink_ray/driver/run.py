@@ -15,7 +15,7 @@ from threading import Thread
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.folder import FolderError, own_folder
-from othink_ray.driver.stopping import Stopped, interrupted_status
+from othink_ray.driver.stopping import Stopped, interrupted_status, interruptible
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
 from othink_ray.runtime.watch import kill_own_ray, watching
@@ -38,10 +38,11 @@ def run(config: Config, write_report: WriteReport) -> int:
 def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> int:
     made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
-        for notice in (short_notice(), close_token_file()):
-            if notice:
-                console.say(notice)
-        _work(config, run_dir, console, write_report, made_of)
+        with interruptible():
+            for notice in (short_notice(), close_token_file()):
+                if notice:
+                    console.say(notice)
+            _work(config, run_dir, console, write_report, made_of)
     except KeyboardInterrupt:
         console.say("interrupted")
         return _leave(run_dir, console, write_report, made_of, interrupted_status())

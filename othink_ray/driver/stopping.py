@@ -16,10 +16,30 @@ class Stopped(Exception):
 _terminated = threading.Event()
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C, `kill` and a closed terminal raise KeyboardInterrupt in it; under `nohup` it outlives the terminal."""
+    answers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        answers[signal.SIGHUP] = signal.default_int_handler
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    try:
+        yield
+    finally:
+        for number, answer in before.items():
+            signal.signal(number, answer)
+
+
 def terminate(number: int, frame: FrameType | None) -> None:
     """A handler of SIGTERM where no step can be finished first: it ends the run in good order, as Ctrl-C does."""
     _terminated.set()  # Ray makes an interrupt of its own from what is raised in its calls
     raise KeyboardInterrupt
+
+
+def raise_if_terminated() -> None:
+    """For work that goes on: Python drops what a signal handler raises in a destructor or in a callback."""
+    if _terminated.is_set():
+        raise KeyboardInterrupt
 
 
 def interrupted_status() -> int:
@@ -37,8 +57,7 @@ class StopRequest:
 def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
     """While steps are made, the first SIGTERM is a request; the second one, and Ctrl-C, interrupt at once."""
     request = StopRequest()
-    if _terminated.is_set():  # in a destructor, say, where Python drops what a signal handler raises
-        raise KeyboardInterrupt
+    raise_if_terminated()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -46,7 +65,7 @@ def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def asked(number: int, frame: FrameType | None) -> None:
         if request.made:
-            raise KeyboardInterrupt
+            terminate(number, frame)
         request.made = True
         tell("asked to end: this step is finished and saved first; ask again to end at once")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ _OF_OUR_OWN = {
     "LOG_NAME_UPDATE_INTERVAL_S": "1e9",
     "RAY_prestart_worker_first_driver": "0",
 }
+_SIGACTION_BYTES = 256  # more than a struct sigaction has
 _GPU_NAME = "accelerator_type:"  # Ray's resource of a node that has GPUs
 
 
@@ -94,6 +96,26 @@ def _same_answer_to_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, own)
 
 
+@contextmanager
+def _kept_answer_to_sigterm() -> Iterator[None]:
+    """Ray's C++ part resets SIGTERM to its default action when it ends, a second before ray.shutdown returns."""
+    libc, answer, over = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES), threading.Event()
+    libc.sigaction(signal.SIGTERM, None, answer)
+
+    def keep() -> None:
+        while not over.wait(0.005):
+            libc.sigaction(signal.SIGTERM, answer, None)
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
+        libc.sigaction(signal.SIGTERM, answer, None)
+
+
 def _address(cluster: ClusterConfig) -> str | None:
     return cluster.address or os.environ.get("RAY_ADDRESS")
 
@@ -133,7 +155,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _kept_answer_to_sigterm():
+            ray.shutdown()
 
 
 def machines() -> list[dict[str, Any]]:

@@ -96,7 +96,6 @@ def test_a_run_that_fails_leaves_the_log_its_message_names(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(memory, "measured", failing)
-    monkeypatch.setattr(memory, "interrupt_at_any_ending", lambda: None)
     assert memory.main([]) == 1
     log = Path(capsys.readouterr().err.split(" is in ")[1].strip())
     assert log.read_text() == "out of memory"

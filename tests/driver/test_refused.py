@@ -1,10 +1,14 @@
-"""What the command line says before Ray starts: a folder that it cannot have, and rows with unprintable names."""
+"""What the command line says before Ray starts: refusals, rows with unprintable names, an early Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,3 +66,50 @@ def test_check_mode_prints_no_control_character_of_a_rows_name(tmp_path: Path) -
     shown = said("mode=check", "data=own", f"run.cache_dir={tmp_path}", *parts, status=0)
     assert "1 bad, such as own/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in shown
     assert not any(character in shown for character in "\x1b\x07")
+
+
+@pytest.mark.parametrize("mode", ["check", "train", "eval", "study"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_early_signal_ends_it_without_a_traceback(number: signal.Signals, mode: str, tmp_path: Path) -> None:
+    own = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}")
+    with subprocess.Popen(
+        [sys.executable, "-m", "othink_ray.main", f"mode={mode}", *own],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as command:
+        while not _answers(command.pid):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.3 if mode == "check" else 1.5))
+        command.send_signal(number)
+        output, _ = command.communicate(timeout=90)
+    shown = output.decode()
+    assert command.returncode == 128 + number, shown
+    assert "interrupted" in shown and "Traceback" not in shown, shown
+
+
+def test_a_signal_ends_all_runs_of_a_sweep(tmp_path: Path) -> None:
+    with _started("-m", "train.seed=0,1", f"run.dir={tmp_path / 'runs'}", f"run.cache_dir={tmp_path}") as command:
+        assert command.stdout is not None
+        output = b""
+        while b"starting Ray" not in output:
+            output += command.stdout.readline()
+        command.send_signal(signal.SIGTERM)
+        output += command.communicate(timeout=90)[0]
+    shown = output.decode()
+    assert command.returncode == 143 and "interrupted" in shown, shown
+    assert "Traceback" not in shown, shown
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["0"]
+
+
+def _started(*overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "othink_ray.main", *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"CI": "true"}
+    )
+
+
+def _answers(pid: int) -> bool:
+    """Whether the process has handlers of its own: Python itself has none for SIGTERM."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from othink_ray.driver import stopping
+from othink_ray.driver.console import Console
 
 
 class Dropped:
@@ -29,6 +31,11 @@ def test_a_sigterm_that_python_dropped_ends_the_run_before_its_steps(monkeypatch
     del dropped
     with pytest.raises(KeyboardInterrupt), stopping.finishing_steps(print):
         pass
+    console = Console(io.StringIO())
+    with pytest.raises(KeyboardInterrupt), console.phase("loading"):
+        pytest.fail("the phase went on")
+    with pytest.raises(KeyboardInterrupt):
+        console.progress(1, 2)
     assert stopping.interrupted_status() == 143
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,16 @@ with ray_session(load([]).cluster):
     import ray
     print(ray.get_runtime_context().gcs_address, ray._private.worker._global_node.get_session_dir_path(), flush=True)
     sys.stdin.readline()
+"""
+ENDING = """
+import signal
+from othink_ray.config.load import load
+from othink_ray.runtime.cluster import ray_session
+signal.signal(signal.SIGTERM, lambda *of: None)
+with ray_session(load([]).cluster):
+    print("up", flush=True)
+print("down", flush=True)
+input()
 """
 STRANGER = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
 
@@ -141,6 +152,25 @@ def test_rays_answer_to_sigterm_does_not_take_the_place_of_the_runs(monkeypatch:
             sys.exit(15)  # as Ray does while it starts
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_sigterm_while_ray_ends_or_later_has_the_runs_answer() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
+        assert run.stdin and run.stdout
+        assert run.stdout.readline() == b"up\n"
+        os.set_blocking(run.stdout.fileno(), False)
+        said = b""
+        until = time.monotonic() + 60
+        while b"down" not in said and run.poll() is None and time.monotonic() < until:
+            run.send_signal(signal.SIGTERM)
+            time.sleep(0.03)
+            said += run.stdout.read() or b""
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        run.communicate(b"\n", timeout=60)
+    assert (said, run.returncode) == (b"down\n", 0)
 
 
 def test_machines_are_the_nodes_that_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,200 @@
+"""Overrides to a checked configuration, then what its mode says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from othink_ray.config.check import machine_for, plan, problems
+from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
+from othink_ray.config.paths import in_job
+from othink_ray.config.problem import ConfigError, Problem
+from othink_ray.config.schema import Config
+from othink_ray.config.strict import convert
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_SIGNALLED = 128  # exit statuses above it are those of signals
+HELP = """\
+othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed.
+
+  python -m othink_ray.main [group=name] [a.b=value] ...
+
+Modes
+  mode=train   GRPO-D from model and data to an exported model (the default)
+  mode=sft     supervised training on worked answers, with the same data, learner and records
+  mode=eval    questions to any Hugging Face folder or run: accuracy, mean@k, pass@k, a matrix of models and tasks
+  mode=study   the paper's experiments: all their runs, then its tables and figures beside ours (study=paper)
+  mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
+
+Groups
+{groups}
+
+Keys that matter
+  train.steps  train.prompts_per_step  train.seed  train.checkpoint_every  train.overlap
+  algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
+  algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator  algo.correction
+  rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
+  learner.freeze (none, vision, projector)  learner.lora.rank (0: off)  learner.lora.targets
+  model.path (a Hugging Face folder, a hub name or a run)  eval.every  eval.also  wandb.mode
+  run.dir  run.resume (never, auto, a checkpoint folder)
+  All of them, with their values: --cfg job
+
+Examples
+  python -m othink_ray.main                                               the tiny model learns to count, on a CPU
+  python -m othink_ray.main algo=grpo algo.kl.beta_min=0.04 train.steps=50    constant KL weight, fewer steps
+  python -m othink_ray.main -m algo=grpo_d,grpo train.seed=0,1            four runs, one after the other
+  python -m othink_ray.main mode=sft train.prompts_per_step=64 learner.lr=5e-4    the supervised baseline
+  python -m othink_ray.main mode=eval 'eval.models=[runs/a,runs/b]' 'eval.also=[geometry]' eval.samples=8
+  python -m othink_ray.main model=qwen2_vl_2b cluster=one_node mode=check     is it sound on 8 GPUs?
+
+Hydra's flags: --cfg job, --info, -m (sweep), --hydra-help.
+"""
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """The exit status; 2 for a configuration that is not sound."""
+    if "--help" in arguments or "-h" in arguments:
+        rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
+        print(HELP.format(groups="\n".join(rows)), end="")
+        return 0
+    if any(argument.startswith("-") for argument in arguments):
+        return _through_hydra(arguments)
+    return _launch(*read(arguments), arguments)
+
+
+def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
+    if config is None:
+        return _report(found)
+    if in_job():
+        print(f"in a job what is written starts at home: run.dir is {socket.gethostname()}:{config.run.dir}")
+    machine = machine_for(config)
+    found = found + problems(config, machine)
+    if config.mode == "study" and not found:
+        config, found = _study_of(config, overrides)
+    if found:
+        return _report(found)
+    if config.mode == "check":
+        return _check(config, plan(config, machine))
+    if config.mode == "study":
+        return _study(config, overrides)
+    # Read when these libraries are imported: the console shows progress, and bars of theirs would cut through it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if config.learner.gpus_per_rank == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no other
+    from othink_ray.driver.run import run
+    from othink_ray.report import write_evaluation_report, write_report
+
+    return run(config, write_evaluation_report if config.mode == "eval" else write_report)
+
+
+def _check(config: Config, planned: str) -> int:
+    """What can be known before any actor starts."""
+    from othink_ray.driver.foresee import foresee
+
+    found = foresee(config)
+    if found.problems:
+        return _report(list(found.problems))
+    from othink_ray.driver.views import printable
+
+    print(f"configuration is sound\n{planned}")
+    for name, text in found.lines.items():
+        print(f"  {name:<11} {printable(text)}")  # names of rows are somebody else's
+    return 0
+
+
+def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+    """The study with a folder that the same command finds again, and the problems of all its runs."""
+    from othink_ray.study.plan import base_overrides, for_runs, key_of, planned
+
+    if "run.dir" not in map(key_of, overrides):
+        folder = f"runs/study_{config.study.name}_{config.study.size}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+    extra = for_runs(overrides)
+    runs = [run.overrides for run in planned(config.study, extra) if run.seed == 0]
+    if config.model.path is None:
+        runs.append(base_overrides(config.study, extra))
+    return config, _foresee_all(runs, starts_runs=True)
+
+
+def _study(config: Config, overrides: Sequence[str]) -> int:
+    """Many runs, each a process of its own."""
+    from othink_ray.driver.console import Console
+    from othink_ray.driver.stopping import interrupted_status, interruptible
+    from othink_ray.report import write_study_report
+    from othink_ray.study.conduct import Study
+    from othink_ray.study.launch import StudyError
+
+    with Console() as console:
+        try:
+            with interruptible(), console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"):
+                return Study(config, overrides).conduct(console, write_study_report)
+        except StudyError as error:
+            console.say(f"stopped: {error}")
+            return 1
+        except KeyboardInterrupt:
+            console.say("interrupted: the same command goes on with what is left")
+            return interrupted_status()
+
+
+def _report(found: Sequence[Problem]) -> int:
+    from othink_ray.driver.views import printable
+
+    print(printable(str(ConfigError(found))), file=sys.stderr)
+    return 2
+
+
+def _through_hydra(arguments: Sequence[str]) -> int:
+    """Hydra's flags: Hydra shows or sweeps, after the same checks as without flags."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    flags, strangers = get_args_parser().parse_known_intermixed_args(arguments)
+    overrides = [*flags.overrides, *strangers]
+    words = [argument for argument in arguments if argument not in overrides]
+    own_conf = not (flags.config_path or flags.config_name or flags.config_dir or flags.experimental_rerun)
+    if strangers or (own_conf and (flags.multirun or flags.run or flags.cfg)):
+        found = _foresee(overrides, starts_runs=flags.cfg is None)
+        if found:
+            return _report(found)
+
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    def job(node: DictConfig) -> None:
+        settings = HydraConfig.get()
+        config, found = convert(node, origins(conf_dir(), settings.runtime.choices, settings.overrides.task))
+        if config is not None and settings.mode is RunMode.MULTIRUN:
+            folder = Path(config.run.dir) / str(settings.job.num)
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+        status = _launch(config, found, settings.overrides.task)
+        if status > _SIGNALLED:  # a signal ends the whole sweep
+            sys.exit(status)
+        codes.append(status)
+
+    sys.argv[1:] = [*overrides, *words]  # Hydra's parser takes overrides only in one piece
+    job()
+    return max(codes, default=0)
+
+
+def _foresee(overrides: Sequence[str], *, starts_runs: bool) -> list[Problem]:
+    """The problems of all runs of a sweep, before the first one starts."""
+    return _foresee_all(sweep_jobs(overrides), starts_runs=starts_runs)
+
+
+def _foresee_all(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Problem]:
+    found: list[Problem] = []
+    for run in runs:
+        config, problems_here = read(run)
+        found += problems_here
+        if config is not None and starts_runs:
+            found += problems(config, machine_for(config))
+    return found

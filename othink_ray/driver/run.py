@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from threading import Thread
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.folder import FolderError, own_folder
+from othink_ray.driver.last_words import LastWords
 from othink_ray.driver.stopping import Stopped, interrupted_status, interruptible
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
@@ -38,11 +40,11 @@ def run(config: Config, write_report: WriteReport) -> int:
 def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> int:
     made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
-        with interruptible():
+        with interruptible(), LastWords(run_dir, made_of, write_report) as last_words:
             for notice in (short_notice(), close_token_file()):
                 if notice:
                     console.say(notice)
-            _work(config, run_dir, console, write_report, made_of)
+            _work(config, run_dir, console, write_report, last_words)
     except KeyboardInterrupt:
         console.say("interrupted")
         return _leave(run_dir, console, write_report, made_of, interrupted_status())
@@ -50,12 +52,12 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
         console.say(f"ended as asked: {error}")
         return _leave(run_dir, console, write_report, made_of, status=143)
     except _told_in_a_line() as error:
-        console.say(f"stopped: {error}")
+        console.say(f"stopped: {error}{_remedy(error, run_dir)}")
         return _leave(run_dir, console, write_report, made_of, status=1)
     return 0
 
 
-def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
+def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport, last_words: LastWords) -> None:
     started = time.monotonic()
     prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
@@ -66,7 +68,7 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
             imports.start()
             stack.enter_context(ray_session(config.cluster))
             imports.join()
-        stack.enter_context(watching(lambda what: _end_without_ray(what, run_dir, console, write_report, made_of)))
+        stack.enter_context(watching(lambda what: _end_without_ray(what, console, last_words)))
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
 
@@ -101,15 +103,21 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
     )
 
 
-def _end_without_ray(what: str, run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
+def _remedy(error: Exception, run_dir: Path) -> str:
+    """For errors of the system, which have none in their text; other processes hand them on in theirs."""
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return f"; make room for {run_dir}, then the same command with run.resume=auto goes on"
+    return ""
+
+
+def _end_without_ray(what: str, console: Console, last_words: LastWords) -> None:
     """Runs in the watching thread: the main thread may be blocked in a Ray call until Ray exits the process."""
     try:
-        with redirect_stdout(StringIO()):  # of Ray, which prints the last lines of the raylet's log
-            console.say(f"stopped: {what}; the same command with run.resume=auto goes on when Ray is there again")
-            _leave(run_dir, console, write_report, made_of, status=1)
         console.close()
-        sys.stdout.flush()
+        sys.stdout = StringIO()  # of Ray, which prints the last lines of the raylet's log
+        last_words.tell(f"{what}; the same command with run.resume=auto goes on when Ray is there again")
         kill_own_ray()
+        last_words.wait()
     finally:
         os._exit(1)
 

@@ -22,7 +22,7 @@ from tests.drills.witnessed import OWN, STEPS, Ended, Table, goes_on, last_line,
 
 Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
 _IN_A_STEP = f"step  9/{STEPS}"
-_AT_THE_END = f"step {STEPS}/{STEPS}"
+_AT_THE_END = f"held-out accuracy after step {STEPS}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,11 @@ _FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 _TERM, _INT, _KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 _LOADING = "loading the rollout engines"
 _NEW_BASE = ("run.cache_dir={folder}/fresh",)  # so that the tiny model is pretrained first
+_STUDY = (
+    *("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small"),
+    *("study.geometry.data=counting", "study.counting.data=both"),
+)
+_ITS_RUN = "GR-grpo-alpha1-beta0.02-seed0: started"
 ENDINGS = (
     Ending(what="nothing", when=_IN_A_STEP, strike=nothing, status=0),
     Ending(what="Ctrl-C in a step", when=_IN_A_STEP, strike=tell(_INT), status=130),
@@ -106,9 +111,12 @@ ENDINGS = (
     Ending(what="SIGTERM while loading", when=_LOADING, strike=tell(_TERM), status=143),
     Ending(what="SIGTERM in a step", when=_IN_A_STEP, strike=tell(_TERM), status=143),
     Ending(what="SIGTERM twice in a step", when=_IN_A_STEP, strike=tell(_TERM, _TERM), status=143),
-    Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=0),
     Ending(what="SIGTERM, mode=sft", when=_IN_A_STEP, strike=tell(_TERM), status=143, keys=("mode=sft",)),
     Ending(what="SIGTERM, mode=eval", when="asking", strike=tell(_TERM), status=143, keys=("mode=eval",)),
+    Ending(what="Ctrl-C, mode=study", when=_ITS_RUN, strike=tell(_INT), status=130, keys=_STUDY),
+    Ending(what="SIGTERM, mode=study", when=_ITS_RUN, strike=tell(_TERM), status=143, keys=_STUDY),
+    Ending(what="kill -9 of a study", when=_ITS_RUN, strike=tell(_KILL), status=-9, keys=_STUDY),
     Ending(what="kill -9 of the driver", when=_IN_A_STEP, strike=tell(_KILL), status=-9),
     Ending(what="kill -9 of Ray's raylet", when=_IN_A_STEP, strike=kill("raylet"), status=1),
     Ending(what="kill -9 of Ray's GCS", when=_IN_A_STEP, strike=kill("gcs_server"), status=1),
@@ -144,7 +152,7 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
     place = ground.folder / f"ending_{number}"
     run_dir = place / place.name
     keys = [*OWN, *(key.format(folder=place) for key in ending.keys)]
-    around: AbstractContextManager[None] = small_disk(place, 400) if ending.small_disk else nullcontext(place.mkdir())
+    around: AbstractContextManager[None] = small_disk(place, 100) if ending.small_disk else nullcontext(place.mkdir())
     with around, _faked_clock(run_dir) if ending.faked_clock else nullcontext({}) as environment:
         run = ground.start(run_dir, *keys, environment=environment)
         screen = ground.screen(run_dir)
@@ -156,8 +164,8 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
         if run.poll() is None:
             ending.strike(driver, run_dir)
         status = ground.finish(run)
-        said = screen.read_text()
         _, left = psutil.wait_procs(below, timeout=30)
+        said = screen.read_text()
         there = on_disk(run_dir)
         (place / "ballast").unlink(missing_ok=True)
         again = ground.finish(ground.start(run_dir, *keys))

@@ -7,11 +7,12 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -47,8 +48,6 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 KillWait=20
-BatchStartTimeout=120
-MessageTimeout=60
 NodeName=n1 NodeHostname={host} NodeAddr={addresses[0]} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr={addresses[1]} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -68,6 +67,7 @@ class Slurm:
 
     def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
         self.folder, self.nodes = folder, nodes
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin",
@@ -132,6 +132,16 @@ class Slurm:
         self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
         self.tell("scancel", "--batch", "--signal=USR1", job)
 
+    def cut_power(self, job: str) -> None:
+        """Of the first node, where one-node jobs run: all that it does ends but Slurm's own servers, which are told."""
+        spared = {self.daemons[name].pid for name in ("munged", "slurmctld")}
+        for pid in map(int, subprocess.check_output(["ip", "netns", "pids", self.nodes[0]]).split()):
+            if pid not in spared:
+                os.kill(pid, signal.SIGKILL)
+        self.tell("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=power")
+        for folder in Path("/tmp").glob(f"ray-{os.getuid()}-{job}-*"):
+            shutil.rmtree(folder)
+
     def start_again(self, job: str) -> None:
         """Start it at once when it is queued again: Slurm itself waits two minutes."""
         self.until(job, lambda found: found["JobState"] == "PENDING" and found["Reason"] == "BeginTime", 240)
@@ -160,20 +170,21 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     here = Slurm(folder, nodes)
     munge = [f"--socket={sockets}/munge.socket", f"--key-file={key}"]
     munge += [f"--{kind}-file={folder}/munged.{kind}" for kind in ("pid", "log", "seed")]
-    daemons = [
-        here.on(0, "munged", "--foreground", "--force", *munge),
-        here.on(0, "slurmctld", "-D", "-c"),
-        here.on(0, "slurmd", "-D", "-N", "n1"),
-        here.on(1, "slurmd", "-D", "-N", "n2"),
-    ]
-    started: list[subprocess.Popen[bytes]] = []
+    commands = {
+        "munged": here.on(0, "munged", "--foreground", "--force", *munge),
+        "slurmctld": here.on(0, "slurmctld", "-D", "-c"),
+        "n1": here.on(0, "slurmd", "-D", "-N", "n1"),
+        "n2": here.on(1, "slurmd", "-D", "-N", "n2"),
+    }
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, sockets)
         stack.enter_context(cabled(dict(zip(nodes, addresses, strict=True))))
-        stack.callback(_end, started)
-        for command in daemons:
-            with (folder / f"{len(started)}.screen").open("wb") as screen:
-                started.append(subprocess.Popen(command, env=here.environment, stdout=screen, stderr=subprocess.STDOUT))
+        stack.callback(_end, here.daemons)
+        for name, command in commands.items():
+            with (folder / f"{name}.screen").open("wb") as screen:
+                here.daemons[name] = subprocess.Popen(
+                    command, env=here.environment, stdout=screen, stderr=subprocess.STDOUT
+                )
             time.sleep(0.5)
         until = time.monotonic() + 60
         while here.tell("sinfo", "--noheader", "--format=%t %D").split() != ["idle", "2"]:
@@ -182,8 +193,10 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         yield here
 
 
-def _end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
-    for daemon in reversed(daemons):
+def _end(daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    for daemon in reversed(daemons.values()):
+        if daemon.poll() is not None:
+            continue
         below = psutil.Process(daemon.pid).children(recursive=True)
         daemon.terminate()
         for process in psutil.wait_procs(below, 20)[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,9 @@ def last_line(said: str, run_dir: Path) -> str:
 
 
 def on_disk(run_dir: Path) -> str:
+    if (study := run_dir / "study.json").exists():
+        runs = json.loads(study.read_text())["runs"]
+        return f"{sum(run['status'] == 'done' for run in runs)} of {len(runs)} runs, report"
     steps = [int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*") if not path.suffix]
     parts = [f"checkpoint of step {max(steps)}" if steps else "no checkpoint", f"{steps_done(run_dir)} steps logged"]
     there = {"report": run_dir / "report.html", "export": run_dir / "export" / "config.json"}
@@ -68,5 +72,7 @@ def on_disk(run_dir: Path) -> str:
 
 def goes_on(said: str) -> str:
     """Where the run that said so began."""
+    if runs := re.findall(r"^(\S+): started", said, re.MULTILINE):
+        return "starts afresh" if "base" in runs else "goes on with the runs that are left"
     resumed = re.search(r"^resuming (after step \d+)", said, re.MULTILINE)
     return f"goes on {resumed[1]}" if resumed else "starts afresh"

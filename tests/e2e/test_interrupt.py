@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
     assert "interrupted" in rest, screen
     assert "Traceback" not in screen and "Aborted" not in screen and "*** SIG" not in screen, screen
     assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)
+
+
+def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    ended = ended_by(signal.SIGKILL, cache, tmp_path)
+    assert ended.status == -9, ended.screen
+    assert "stopped: the driver's process is gone without a word" in ended.screen
+    assert "report of what was done" in ended.screen
+
+
+def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    """Its raylet ends with it, in good order, on which Ray exits the driver within a tenth of a second."""
+
+    def kill(run: psutil.Process) -> None:
+        [agent] = [one for one in run.children(recursive=True) if "ray::DashboardAgent" in one.cmdline()]
+        agent.kill()
+
+    ended = ended_by(kill, cache, tmp_path)
+    assert ended.status == 1, ended.screen
+    assert re.search("stopped: (Ray's raylet on this node|the driver's process is gone)", ended.screen), ended.screen
+    assert "report of what was done" in ended.screen
 
 
 @pytest.mark.parametrize(("name", "what"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])

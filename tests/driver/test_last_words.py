@@ -1,0 +1,90 @@
+"""What is told when a driver ends without a word, and what when it does not."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from othink_ray.driver.last_words import LastWords
+from tests.driver.test_last_words import write_a_report
+with LastWords(Path(sys.argv[1]), "metrics.jsonl", write_a_report) as last_words:
+    print("at work", flush=True)
+    exec(sys.stdin.read())
+"""
+
+
+def write_a_report(folder: Path) -> Path:
+    (folder / "report.html").write_text("")
+    return folder / "report.html"
+
+
+def driver(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DRIVER, str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "at work\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: the driver's process is gone without a word: killed, "),
+        ("os._exit(1)", "stopped: the driver's process is gone without a word: killed, "),
+        ("last_words.tell('Ray is gone')\nlast_words.wait()\nos._exit(1)", "stopped: Ray is gone\n"),
+        ("last_words.tell('Ray is gone')", "stopped: Ray is gone\n"),
+    ],
+)
+@pytest.mark.parametrize("has_steps", [True, False])
+def test_an_end_without_a_word_has_its_line_and_its_report(
+    how: str, line: str, has_steps: bool, tmp_path: Path
+) -> None:
+    if has_steps:
+        (tmp_path / "metrics.jsonl").write_text("")
+    said, _ = driver(tmp_path).communicate(how, timeout=60)
+    assert said.startswith(line), said
+    assert (tmp_path / "report.html").exists() == has_steps == (f"report of what was done: {tmp_path}" in said)
+
+
+@pytest.mark.parametrize("how", ["pass", "sys.exit(3)", "1 / 0"])
+def test_whoever_ends_with_a_word_of_its_own_is_left_alone(how: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    said, _ = driver(tmp_path).communicate(how, timeout=60)
+    assert "stopped" not in said
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_signals_to_all_of_a_job_do_not_end_it(tmp_path: Path) -> None:
+    process = driver(tmp_path)
+    [beside] = psutil.Process(process.pid).children()
+    while not _ignores(beside.pid, signal.SIGHUP):
+        time.sleep(0.01)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        beside.send_signal(number)
+    assert process.communicate("last_words.tell('told')", timeout=60)[0] == "stopped: told\n"
+
+
+def _ignores(pid: int, number: int) -> bool:
+    ignored = re.search(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert ignored is not None
+    return bool(int(ignored[1], 16) >> (number - 1) & 1)
+
+
+def test_a_driver_does_not_mind_its_loss(tmp_path: Path) -> None:
+    process = driver(tmp_path)
+    [beside] = psutil.Process(process.pid).children()
+    beside.kill()
+    assert process.communicate("last_words.tell('told')", timeout=60)[0] == ""
+    assert process.returncode == 0

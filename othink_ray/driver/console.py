@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from othink_ray.driver.stopping import raise_if_terminated
+from othink_ray.driver.stopping import raise_if_interrupted
 from othink_ray.driver.views import (
     Evaluation,
     Sample,
@@ -97,7 +97,7 @@ class Console:
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
         """Name what goes on now, and how long it took once it is over; inside training it is a bar of its own."""
-        raise_if_terminated()
+        raise_if_interrupted()
         if self._live is not None:
             outer, self._task = self._task, self._progress.add_task(title, total=None, text="")
             try:
@@ -123,7 +123,7 @@ class Console:
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """How far the present phase is."""
-        raise_if_terminated()
+        raise_if_interrupted()
         if self._live is not None:
             self._progress.update(self._task, completed=done, total=total, text=printable(text))
             return

@@ -5,24 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from threading import Thread
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.folder import FolderError, own_folder
 from othink_ray.driver.last_words import LastWords
-from othink_ray.driver.stopping import Stopped, interrupted_status, interruptible
+from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
-from othink_ray.runtime.watch import kill_own_ray, watching
+from othink_ray.runtime.watch import kill_children, kill_own_ray, watching
 
 WriteReport = Callable[[Path], Path]
+_IMPORTS = "imports beside Ray's start"
 
 
 def run(config: Config, write_report: WriteReport) -> int:
@@ -31,10 +32,16 @@ def run(config: Config, write_report: WriteReport) -> int:
     with Console() as console:
         try:
             with own_folder(run_dir):  # before anything starts, and before anything is written into another run's
-                return _run(config, run_dir, console, write_report)
+                status = _run(config, run_dir, console, write_report)
         except FolderError as error:
             console.say(f"stopped: {error}")
             return 1
+    if any(thread.name == _IMPORTS for thread in threading.enumerate()):
+        # An interrupt while Ray started. It can leave one of Python's locks held for good; exit hooks would wait for it.
+        kill_children()
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> int:
@@ -45,16 +52,22 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
                 if notice:
                     console.say(notice)
             _work(config, run_dir, console, write_report, last_words)
-    except KeyboardInterrupt:
-        console.say("interrupted")
-        return _leave(run_dir, console, write_report, made_of, interrupted_status())
     except Stopped as error:
         console.say(f"ended as asked: {error}")
-        return _leave(run_dir, console, write_report, made_of, status=143)
-    except _told_in_a_line() as error:
-        console.say(f"stopped: {error}{_remedy(error, run_dir)}")
-        return _leave(run_dir, console, write_report, made_of, status=1)
-    return 0
+        status = 143
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupted() or isinstance(error, KeyboardInterrupt):
+            console.say("interrupted")
+            status = interrupted_status()
+        elif isinstance(error, _told_in_a_line()):
+            console.say(f"stopped: {error}{_remedy(error, run_dir)}")
+            status = 1
+        else:
+            raise
+    else:
+        return 0
+    _report_what_there_is(run_dir, console, write_report, made_of)
+    return status
 
 
 def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport, last_words: LastWords) -> None:
@@ -62,9 +75,7 @@ def _work(config: Config, run_dir: Path, console: Console, write_report: WriteRe
     prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
         with console.phase("starting Ray"):
-            # A daemon, which nothing waits for after an interrupt: raised within an import of this thread, that can
-            # leave Python's import lock held for good.
-            imports = Thread(target=_import_beside, daemon=True)
+            imports = threading.Thread(target=_import_beside, name=_IMPORTS, daemon=True)
             imports.start()
             stack.enter_context(ray_session(config.cluster))
             imports.join()
@@ -122,11 +133,10 @@ def _end_without_ray(what: str, console: Console, last_words: LastWords) -> None
         os._exit(1)
 
 
-def _leave(run_dir: Path, console: Console, write_report: WriteReport, made_of: str, status: int) -> int:
-    """Make a report of what there is, so that a run that failed can be read like one that did not."""
+def _report_what_there_is(run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
+    """So that a run that failed can be read like one that did not."""
     try:
         if (run_dir / made_of).is_file():
             console.say(f"report of what was done: {write_report(run_dir)}")
     except OSError as error:  # where the disk is full there is no room for a report either
         console.say(f"no report could be written: {error}")
-    return status

@@ -13,16 +13,16 @@ class Stopped(Exception):
     """The run was asked to end, and has saved what it has."""
 
 
-_terminated = threading.Event()
+_asked: list[int] = []  # signals that interrupted this process
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C, `kill` and a closed terminal raise KeyboardInterrupt in it; under `nohup` it outlives the terminal."""
-    answers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        answers[signal.SIGHUP] = signal.default_int_handler
-    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -30,21 +30,28 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, answer)
 
 
-def terminate(number: int, frame: FrameType | None) -> None:
-    """A handler of SIGTERM where no step can be finished first: it ends the run in good order, as Ctrl-C does."""
-    _terminated.set()  # Ray makes an interrupt of its own from what is raised in its calls
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler of these signals."""
+    _asked.append(number)
     raise KeyboardInterrupt
 
 
-def raise_if_terminated() -> None:
-    """For work that goes on: Python drops what a signal handler raises in a destructor or in a callback."""
-    if _terminated.is_set():
+def interrupted() -> bool:
+    """Whether a signal came, whatever became of what its handler raised.
+
+    Python drops it in a destructor or a callback, and libraries make other exceptions of it.
+    """
+    return bool(_asked)
+
+
+def raise_if_interrupted() -> None:
+    if interrupted():
         raise KeyboardInterrupt
 
 
 def interrupted_status() -> int:
-    """The exit status after a KeyboardInterrupt: that of a process that SIGTERM or SIGINT ended."""
-    return 128 + (signal.SIGTERM if _terminated.is_set() else signal.SIGINT)
+    """The exit status after an interrupt: that of a process that SIGTERM or SIGINT ended."""
+    return 128 + (signal.SIGTERM if signal.SIGTERM in _asked else signal.SIGINT)
 
 
 class StopRequest:
@@ -57,7 +64,7 @@ class StopRequest:
 def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
     """While steps are made, the first SIGTERM is a request; the second one, and Ctrl-C, interrupt at once."""
     request = StopRequest()
-    raise_if_terminated()
+    raise_if_interrupted()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -65,7 +72,7 @@ def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def asked(number: int, frame: FrameType | None) -> None:
         if request.made:
-            terminate(number, frame)
+            interrupt(number, frame)
         request.made = True
         tell("asked to end: this step is finished and saved first; ask again to end at once")
 

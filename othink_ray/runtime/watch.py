@@ -47,6 +47,13 @@ def kill_own_ray() -> None:
                     process.kill()
 
 
+def kill_children() -> None:
+    """Kill all processes that this one started, and theirs."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def _watch(raylet: socket.socket, gcs: str, over: socket.socket, lost: Callable[[str], None]) -> None:
     """A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed."""
     host, _, port = gcs.rpartition(":")

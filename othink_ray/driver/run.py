@@ -37,7 +37,7 @@ def run(config: Config, write_report: WriteReport) -> int:
             console.say(f"stopped: {error}")
             return 1
     if any(thread.name == _IMPORTS for thread in threading.enumerate()):
-        # An interrupt while Ray started. It can leave one of Python's locks held for good; exit hooks would wait for it.
+        # An interrupt while Ray started: it can leave one of Python's locks held, for which exit hooks would wait.
         kill_children()
         sys.stdout.flush()
         os._exit(status)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -85,13 +87,25 @@ def why_no_endings() -> str | None:
     """The reason why this machine cannot run the drill, or None."""
     if why := why_no_slurm():
         return why
-    return None if _FAKETIME else "libfaketime is not here: apt-get install libfaketime"
+    missing = [name for name, is_here in (("libfaketime", _FAKETIME), ("gcc", shutil.which("cc"))) if not is_here]
+    return f"{' and '.join(missing)} missing: apt-get install {' '.join(missing)}" if missing else None
 
 
 def _clock(run_dir: Path) -> Path:
     return run_dir.parent / f"{run_dir.name}.clock"
 
 
+# libfaketime 0.9.10 refuses what Python's time.sleep asks for where the monotonic clock is the real one.
+_REAL_SLEEP = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left) {
+    return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0;
+}
+"""
 _FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 _TERM, _INT, _KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 _LOADING = "loading the rollout engines"
@@ -188,8 +202,10 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
 def _faked_clock(run_dir: Path) -> Iterator[Mapping[str, str]]:
     """The environment of a process whose wall clock is what a file says; its monotonic clock is the real one."""
     _clock(run_dir).write_text("+0\n")
+    sleep = run_dir.parent / "sleep.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", sleep], input=_REAL_SLEEP, text=True, check=True)
     yield {
-        "LD_PRELOAD": str(_FAKETIME[0]),
+        "LD_PRELOAD": f"{sleep}:{_FAKETIME[0]}",
         "FAKETIME_TIMESTAMP_FILE": str(_clock(run_dir)),
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",

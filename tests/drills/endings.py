@@ -95,15 +95,22 @@ def _clock(run_dir: Path) -> Path:
     return run_dir.parent / f"{run_dir.name}.clock"
 
 
-# libfaketime 0.9.10 refuses what Python's time.sleep asks for where the monotonic clock is the real one.
-_REAL_SLEEP = """
+# libfaketime 0.9.10 mistakes waits by the monotonic clock where that is the real one: these go to the C library itself.
+_REAL_WAITS = """
 #define _GNU_SOURCE
-#include <errno.h>
-#include <sys/syscall.h>
+#include <dlfcn.h>
+#include <pthread.h>
 #include <time.h>
-#include <unistd.h>
+static void *real(const char *name) { return dlsym(dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD), name); }
 int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left) {
-    return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0;
+    static int (*wait)(clockid_t, int, const struct timespec *, struct timespec *);
+    if (!wait) wait = real("clock_nanosleep");
+    return wait(clock, flags, until, left);
+}
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *until) {
+    static int (*wait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!wait) wait = real("pthread_cond_timedwait");
+    return wait(condition, mutex, until);
 }
 """
 _FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
@@ -202,10 +209,10 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
 def _faked_clock(run_dir: Path) -> Iterator[Mapping[str, str]]:
     """The environment of a process whose wall clock is what a file says; its monotonic clock is the real one."""
     _clock(run_dir).write_text("+0\n")
-    sleep = run_dir.parent / "sleep.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", sleep], input=_REAL_SLEEP, text=True, check=True)
+    waits = run_dir.parent / "waits.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", waits], input=_REAL_WAITS, text=True, check=True)
     yield {
-        "LD_PRELOAD": f"{sleep}:{_FAKETIME[0]}",
+        "LD_PRELOAD": f"{waits}:{_FAKETIME[0]}",
         "FAKETIME_TIMESTAMP_FILE": str(_clock(run_dir)),
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",

@@ -26,6 +26,7 @@ _SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
     ),
     "Slurm: `scancel`": (lambda here, job: here.tell("scancel", job), "CANCELLED"),
     "Slurm: `scontrol requeue`": (lambda here, job: here.tell("scontrol", "requeue", job), "PENDING"),
+    "Slurm: the node loses power": (Slurm.cut_power, "PENDING"),  # the last: it stays down
 }
 _RAY = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
 

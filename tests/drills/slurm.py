@@ -201,7 +201,7 @@ def _end(daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
         daemon.terminate()
         for process in psutil.wait_procs(below, 20)[1]:
             process.kill()
-        daemon.wait(20)
+        daemon.wait(60)  # slurmctld tells its nodes, of which one may be down
 
 
 def let_time_run_out(ground: Ground) -> list[Outcome]:

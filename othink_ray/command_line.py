@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from othink_ray.config.check import machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
-from othink_ray.config.paths import in_job
+from othink_ray.config.paths import in_job, written
 from othink_ray.config.problem import ConfigError, Problem
 from othink_ray.config.schema import Config
 from othink_ray.config.strict import convert
@@ -72,14 +72,14 @@ def run_command(arguments: Sequence[str]) -> int:
 def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
     if config is None:
         return _report(found)
-    if in_job():
-        print(f"in a job what is written starts at home: run.dir is {socket.gethostname()}:{config.run.dir}")
     machine = machine_for(config)
     found = found + problems(config, machine)
     if config.mode == "study" and not found:
         config, found = _study_of(config, overrides)
     if found:
         return _report(found)
+    if in_job():
+        print(f"in a job what is written starts at home: run.dir is {socket.gethostname()}:{config.run.dir}")
     if config.mode == "check":
         return _check(config, plan(config, machine))
     if config.mode == "study":
@@ -114,7 +114,7 @@ def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Pr
     from othink_ray.study.plan import base_overrides, for_runs, key_of, planned
 
     if "run.dir" not in map(key_of, overrides):
-        folder = f"runs/study_{config.study.name}_{config.study.size}"
+        folder = written(f"runs/study_{config.study.name}_{config.study.size}")
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
     extra = for_runs(overrides)
     runs = [run.overrides for run in planned(config.study, extra) if run.seed == 0]

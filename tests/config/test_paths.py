@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from othink_ray.command_line import _study_of
 from othink_ray.config import paths
 from othink_ray.config.load import load
 
@@ -67,3 +68,10 @@ def test_all_paths_of_a_configuration_follow_the_rule(job: Path, home: Path) -> 
     assert config.model.path == config.run.resume == config.eval.models[0] == str(home / "runs/a")
     assert (config.run.dir, config.run.cache_dir) == (str(home / "runs/b"), str(home / "kept"))
     assert load(["run.resume=auto"]).run.resume == "auto"
+
+
+def test_a_study_without_a_folder_is_made_at_home(job: Path, home: Path) -> None:
+    asked = ["mode=study", "study=beta"]
+    config, found = _study_of(load(asked), asked)
+    assert not found
+    assert config.run.dir == str(home / "runs/study_beta_full")

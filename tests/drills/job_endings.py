@@ -18,7 +18,7 @@ from tests.drills.slurm import MINUTES, OVER, ROOT, Slurm, slurm
 from tests.drills.witnessed import OWN, Ended, goes_on, last_line, on_disk
 
 _AT = 9  # steps done
-_SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
+SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
     "Slurm: its time is up": (Slurm.run_out, "PENDING"),
     "Slurm: `scancel --batch --signal=TERM`": (
         lambda here, job: here.tell("scancel", "--batch", "--signal=TERM", job),
@@ -28,13 +28,13 @@ _SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
     "Slurm: `scontrol requeue`": (lambda here, job: here.tell("scontrol", "requeue", job), "PENDING"),
     "Slurm: the node loses power": (Slurm.cut_power, "PENDING"),  # the last: it stays down
 }
-_RAY = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
+RAY_JOBS = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
 
 
 def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
     """On one node, each in the midst of a step; what Slurm queues again goes on by itself."""
     with slurm(ground.folder / "slurm_endings") as here:
-        for number, (what, (strike, state)) in enumerate(_SLURM.items()):
+        for number, (what, (strike, state)) in enumerate(SLURM.items()):
             run_dir, log = ground.folder / f"slurm_ending_{number}", ground.folder / f"slurm_ending_{number}.txt"
             own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}")
             options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
@@ -86,7 +86,7 @@ def end_ray_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, End
     for place in places.values():
         place.mkdir()
     with two_hosts(cpus=2, head_only=places["jobs_head_only"], home=places["jobs_home"]) as hosts:
-        for number, (what, notice) in enumerate(_RAY.items()):
+        for number, (what, notice) in enumerate(RAY_JOBS.items()):
             run_dir = ground.folder / f"ray_ending_{number}"
             job = _submit(ground, hosts, run_dir, f"job_{number}", notice=notice)
             while steps_done(run_dir) < _AT and job.poll() is None:

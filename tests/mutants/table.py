@@ -125,7 +125,7 @@ _HEAVY = {
     "runtime/reward_pool.py": ("runtime/test_pools.py",),
     "runtime/rollout_pool.py": (*_POOLS, "runtime/test_loading.py"),
     "runtime/seating.py": ("runtime/test_seating.py",),
-    "runtime/watch.py": ("e2e/test_interrupt.py",),
+    "runtime/watch.py": ("e2e/test_interrupt.py", "driver/test_stopping.py"),
     "runtime/team.py": ("runtime/test_team.py", "driver/test_small_data.py", "runtime/test_replacing.py"),
 }
 

@@ -1,0 +1,16 @@
+"""docs/faults.md has the table of endings as the drill makes it."""
+
+from __future__ import annotations
+
+import re
+
+from tests.drills.endings import ENDINGS
+from tests.drills.job_endings import RAY_JOBS, SLURM
+from tests.drills.slurm import ROOT
+
+
+def test_the_page_has_a_row_for_each_ending_with_its_exit_status() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| `", page.partition("## How a run can end")[2], re.MULTILINE)
+    assert [what for what, _ in rows] == [*(ending.what for ending in ENDINGS), *SLURM, *RAY_JOBS]
+    assert [status for _, status in rows][: len(ENDINGS)] == [str(ending.status) for ending in ENDINGS]

@@ -16,11 +16,13 @@ from othink_ray.config.paths import in_job, written
 from othink_ray.config.problem import ConfigError, Problem
 from othink_ray.config.schema import Config
 from othink_ray.config.strict import convert
+from othink_ray.driver.exit_reporter import ExitReporter
+from othink_ray.driver.stopping import interrupted_status, interruptible, stop_requested
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_SIGNALLED = 128  # exit statuses above it are those of signals
+_GOES_ON = "the same command goes on with what is left"
 HELP = """\
 othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed.
 
@@ -126,20 +128,23 @@ def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Pr
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Many runs, each a process of its own."""
     from othink_ray.driver.console import Console
-    from othink_ray.driver.stopping import interrupted_status, interruptible
     from othink_ray.report import write_study_report
     from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
 
     with Console() as console:
         try:
-            with interruptible(), console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"):
+            with (
+                interruptible(),
+                ExitReporter(Path(config.run.dir), "study.json", write_study_report, _GOES_ON),
+                console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"),
+            ):
                 return Study(config, overrides).conduct(console, write_study_report)
         except StudyError as error:
             console.say(f"stopped: {error}")
             return 1
         except KeyboardInterrupt:
-            console.say("interrupted: the same command goes on with what is left")
+            console.say(f"interrupted: {_GOES_ON}")
             return interrupted_status()
 
 
@@ -176,8 +181,8 @@ def _through_hydra(arguments: Sequence[str]) -> int:
             folder = Path(config.run.dir) / str(settings.job.num)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
         status = _launch(config, found, settings.overrides.task)
-        if status > _SIGNALLED:  # a signal ends the whole sweep
-            sys.exit(status)
+        if stop_requested():  # that is for the whole sweep
+            sys.exit(status or 143)
         codes.append(status)
 
     sys.argv[1:] = [*overrides, *words]  # Hydra's parser takes overrides only in one piece

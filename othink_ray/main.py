@@ -11,15 +11,17 @@ from types import FrameType
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status of what the command line says; 2 for a configuration that is not sound."""
-    from othink_ray.command_line import run_command  # after Ctrl-C has its answer
+    from othink_ray.command_line import run_command  # imported after the signal handlers are installed
 
     return run_command(arguments)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """A signal handler for as long as nothing has started that would have to be cleaned up."""
-    os.write(1, b"interrupted\n")
-    os._exit(128 + number)
+    """Handle a signal while nothing has started yet that would have to be cleaned up."""
+    try:
+        os.write(1, b"interrupted\n")
+    finally:
+        os._exit(128 + number)
 
 
 if __name__ == "__main__":

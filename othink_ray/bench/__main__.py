@@ -16,7 +16,7 @@ from othink_ray.bench.machine import machine
 from othink_ray.bench.page import write_bench_page
 from othink_ray.bench.times import PARTS, spread, spreads
 from othink_ray.bench.work import MODELS, Work
-from othink_ray.driver.stopping import interruptible
+from othink_ray.driver.stopping import interrupted_status, interruptible
 
 TWO_RANKS = "overlapped_2_ranks"
 WAYS = {
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return interrupted_status()
     print(f"figures {folder / 'bench.json'}\npage    {folder / 'report.html'}")
     return 0
 

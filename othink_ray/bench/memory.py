@@ -31,7 +31,7 @@ from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.driver.memory_check import measure
 from othink_ray.driver.memory_plan import GIB, PROCESS, memory_plan
-from othink_ray.driver.stopping import interruptible
+from othink_ray.driver.stopping import interrupted_status, interruptible
 from othink_ray.families import open_family
 from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return interrupted_status()
     finally:
         if asked.dir is None:
             shutil.rmtree(passing, ignore_errors=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console as Terminal
 from rich.console import Group as Stack
@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from othink_ray.driver.output import Output
 from othink_ray.driver.stopping import raise_if_interrupted
 from othink_ray.driver.views import (
     Evaluation,
@@ -61,10 +62,10 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        stream = sys.stdout if stream is None else stream
-        self.interactive = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        output = Output(sys.stdout if stream is None else stream)
+        self.interactive = output.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._terminal = Terminal(
-            file=stream,
+            file=cast("TextIO", output),
             force_terminal=self.interactive,
             color_system="auto" if self.interactive else None,
             highlight=False,
@@ -147,6 +148,7 @@ class Console:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step, by the names they have in metrics.jsonl."""
+        raise_if_interrupted()
         self._history.append(metrics)
         if self._live is not None:
             self._progress.update(self._task, completed=step, text=self._time_left(step))

@@ -12,46 +12,51 @@ from contextlib import ExitStack, suppress
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
+from shutil import disk_usage
+from tempfile import gettempdir
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
+from othink_ray.driver.exit_reporter import ExitReporter
 from othink_ray.driver.folder import FolderError, own_folder
-from othink_ray.driver.last_words import LastWords
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
 from othink_ray.runtime.watch import kill_children, kill_own_ray, watching
 
 WriteReport = Callable[[Path], Path]
-_IMPORTS = "imports beside Ray's start"
+_GOES_ON = "the same command with run.resume=auto goes on"
+_FULL_BYTES = 2**24  # less than this free: the disk is as good as full
 
 
 def run(config: Config, write_report: WriteReport) -> int:
     """Its exit status. What a user can mend is told in a line, not in a traceback."""
     run_dir = Path(config.run.dir)
+    imports = threading.Thread(target=_import_beside, daemon=True)
     with Console() as console:
         try:
             with own_folder(run_dir):  # before anything starts, and before anything is written into another run's
-                status = _run(config, run_dir, console, write_report)
+                status = _run(config, run_dir, console, write_report, imports)
         except FolderError as error:
             console.say(f"stopped: {error}")
             return 1
-    if any(thread.name == _IMPORTS for thread in threading.enumerate()):
-        # An interrupt while Ray started: it can leave one of Python's locks held, for which exit hooks would wait.
+    if interrupted() and imports.is_alive():
+        # An interrupt while Ray started can leave one of Python's locks held, for which exit hooks would wait.
         kill_children()
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
     return status
 
 
-def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport) -> int:
-    made_of = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
+def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport, imports: threading.Thread) -> int:
+    records_file = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
-        with interruptible(), LastWords(run_dir, made_of, write_report) as last_words:
+        with interruptible(), ExitReporter(run_dir, records_file, write_report, _GOES_ON) as reporter:
             for notice in (short_notice(), close_token_file()):
                 if notice:
                     console.say(notice)
-            _work(config, run_dir, console, write_report, last_words)
+            _work(config, run_dir, console, write_report, imports, reporter)
     except Stopped as error:
         console.say(f"ended as asked: {error}")
         status = 143
@@ -59,27 +64,33 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
         if interrupted() or isinstance(error, KeyboardInterrupt):
             console.say("interrupted")
             status = interrupted_status()
-        elif isinstance(error, _told_in_a_line()):
+        elif isinstance(error, _expected_errors()):
             console.say(f"stopped: {error}{_remedy(error, run_dir)}")
             status = 1
         else:
             raise
     else:
         return 0
-    _report_what_there_is(run_dir, console, write_report, made_of)
+    _report_what_there_is(run_dir, console, write_report, records_file)
     return status
 
 
-def _work(config: Config, run_dir: Path, console: Console, write_report: WriteReport, last_words: LastWords) -> None:
+def _work(
+    config: Config,
+    run_dir: Path,
+    console: Console,
+    write_report: WriteReport,
+    imports: threading.Thread,
+    reporter: ExitReporter,
+) -> None:
     started = time.monotonic()
     prepare(config.cluster)  # before the imports beside it: they bring Ray with them
     with ExitStack() as stack:
         with console.phase("starting Ray"):
-            imports = threading.Thread(target=_import_beside, name=_IMPORTS, daemon=True)
             imports.start()
             stack.enter_context(ray_session(config.cluster))
             imports.join()
-        stack.enter_context(watching(lambda what: _end_without_ray(what, console, last_words)))
+        stack.enter_context(watching(lambda what: _end_without_ray(what, console, reporter)))
         if config.mode == "eval":
             from othink_ray.driver.examine import examine
 
@@ -97,7 +108,7 @@ def _import_beside() -> None:
             import_module(f"othink_ray.{room}")
 
 
-def _told_in_a_line() -> tuple[type[Exception], ...]:
+def _expected_errors() -> tuple[type[Exception], ...]:
     from othink_ray.data import BadRow, SourceError
     from othink_ray.driver.checkpoint import ResumeError
     from othink_ray.driver.guards import RunawayError
@@ -115,28 +126,30 @@ def _told_in_a_line() -> tuple[type[Exception], ...]:
 
 
 def _remedy(error: Exception, run_dir: Path) -> str:
-    """For errors of the system, which have none in their text; other processes hand them on in theirs."""
-    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-        return f"; make room for {run_dir}, then the same command with run.resume=auto goes on"
-    return ""
+    """The remedy for a full disk, which is known by the text of the error: actors forward theirs as text."""
+    if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        return ""
+    disks = (run_dir, Path(gettempdir()), Path("/dev/shm"))
+    full = [str(disk) for disk in disks if disk.exists() and disk_usage(disk).free < _FULL_BYTES]
+    return f"; make room in {' and '.join(full) or 'it'}, then {_GOES_ON}"
 
 
-def _end_without_ray(what: str, console: Console, last_words: LastWords) -> None:
+def _end_without_ray(what: str, console: Console, reporter: ExitReporter) -> None:
     """Runs in the watching thread: the main thread may be blocked in a Ray call until Ray exits the process."""
     try:
         console.close()
         sys.stdout = StringIO()  # of Ray, which prints the last lines of the raylet's log
-        last_words.tell(f"{what}; the same command with run.resume=auto goes on when Ray is there again")
+        reporter.report(what)
         kill_own_ray()
-        last_words.wait()
+        reporter.wait()
     finally:
         os._exit(1)
 
 
-def _report_what_there_is(run_dir: Path, console: Console, write_report: WriteReport, made_of: str) -> None:
+def _report_what_there_is(run_dir: Path, console: Console, write_report: WriteReport, records_file: str) -> None:
     """So that a run that failed can be read like one that did not."""
     try:
-        if (run_dir / made_of).is_file():
+        if (run_dir / records_file).is_file():
             console.say(f"report of what was done: {write_report(run_dir)}")
     except OSError as error:  # where the disk is full there is no room for a report either
         console.say(f"no report could be written: {error}")

@@ -30,7 +30,7 @@ from othink_ray.driver.evaluate import exams
 from othink_ray.driver.folder import set_aside_older, written_down
 from othink_ray.driver.journal import Journal
 from othink_ray.driver.metrics import RunRecords
-from othink_ray.driver.stopping import finishing_steps
+from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
 from othink_ray.driver.timeline import Timeline, TracedTeam
 from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.calls import ProcessLost
@@ -59,6 +59,8 @@ def train_model(
             incidents.restart("learner_restarts", error)
         own, own_state = find(run_dir, "auto", config.train.seed, tell)
         resumed, state = (own, own_state) if own else (resumed, state)
+        if stop_requested():
+            raise Stopped(f"a process was lost in this step; the next run goes on after step {state.step}")
         tell(f"all processes start again; training goes on after step {state.step}")
     with console.phase("writing the report"):
         report = write_report(run_dir)

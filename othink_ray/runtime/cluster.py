@@ -80,8 +80,8 @@ def private_folder() -> Path:
 
 
 @contextmanager
-def _same_answer_to_sigterm() -> Iterator[None]:
-    """Ray puts handlers of its own in the place of the run's: they exit in the midst of anything."""
+def _restore_sigterm_handler() -> Iterator[None]:
+    """Ray installs handlers of its own while it starts: they exit the process in the midst of anything."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -97,23 +97,23 @@ def _same_answer_to_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_answer_to_sigterm() -> Iterator[None]:
+def _hold_sigterm_handler() -> Iterator[None]:
     """Ray's C++ part resets SIGTERM to its default action when it ends, a second before ray.shutdown returns."""
-    libc, answer, over = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES), threading.Event()
-    libc.sigaction(signal.SIGTERM, None, answer)
+    libc, handler, over = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES), threading.Event()
+    libc.sigaction(signal.SIGTERM, None, handler)
 
-    def keep() -> None:
-        while not over.wait(0.005):
-            libc.sigaction(signal.SIGTERM, answer, None)
+    def hold() -> None:
+        while not over.wait(0.0005):
+            libc.sigaction(signal.SIGTERM, handler, None)
 
-    keeper = threading.Thread(target=keep)
-    keeper.start()
+    holding = threading.Thread(target=hold, daemon=True)
     try:
+        holding.start()
         yield
     finally:
         over.set()
-        keeper.join()
-        libc.sigaction(signal.SIGTERM, answer, None)
+        holding.join()
+        libc.sigaction(signal.SIGTERM, handler, None)
 
 
 def _address(cluster: ClusterConfig) -> str | None:
@@ -148,14 +148,14 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     else:
         settings["address"] = address
     try:
-        with _same_answer_to_sigterm():
+        with _restore_sigterm_handler():
             ray.init(**settings)
     except Exception as error:  # Ray has no kind of its own for this
         raise ClusterError(_why_not_up(address, error)) from error
     try:
         yield
     finally:
-        with _kept_answer_to_sigterm():
+        with _hold_sigterm_handler():
             ray.shutdown()
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from othink_ray.whole_file import write_whole
 LAST_LINES = 3  # of a failed run's output, as its reason
 STOP_SECONDS = 60  # for an interrupted run to clean up
 POLL_SECONDS = 0.2
-_LIBC = ctypes.CDLL(None)
-_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that created it ends
+_prctl = ctypes.CDLL(None).prctl
 
 
 class StudyError(RuntimeError):
@@ -122,7 +123,7 @@ class Workshop:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # so that Ctrl-C reaches it once, from here
-                preexec_fn=_end_with_the_study,  # one system call, of a library that is loaded
+                preexec_fn=partial(_end_with, os.getpid()),
             )
         self._write(job, Outcome(status="running", reason=None, seconds=None), pid=process.pid)
         return process
@@ -176,9 +177,11 @@ def assigned(key: str, path: Path) -> str:
     return f'{key}="{escaped}"'
 
 
-def _end_with_the_study() -> None:
-    """Called in a new process: it gets SIGTERM when the study's process ends, in whatever way."""
-    _LIBC.prctl(_SIGNAL_AT_PARENTS_DEATH, signal.SIGTERM)
+def _end_with(parent: int) -> None:
+    """Called in a new process, which gets SIGTERM when its parent ends in whatever way."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(143)
 
 
 def _set_aside(folder: Path) -> None:

@@ -35,6 +35,7 @@ class Ending:
     when: str
     strike: Strike
     status: int
+    at_once: bool = False  # else at a random moment of the next second
     keys: tuple[str, ...] = ()
     faked_clock: bool = False
     small_disk: bool = False
@@ -71,6 +72,14 @@ def kill_role(role: str) -> Strike:
         processes_of(role, run)[0].kill()
 
     return strike
+
+
+def insist(run: psutil.Process, run_dir: Path) -> None:
+    """SIGTERM twice, while a rollout process hangs and the step cannot be finished."""
+    processes_of("rollout", run)[0].suspend()
+    run.terminate()
+    time.sleep(2.5)
+    run.terminate()
 
 
 def fill(run: psutil.Process, run_dir: Path) -> None:
@@ -131,9 +140,9 @@ ENDINGS = (
     Ending(what="SIGTERM in the warm start", when="base model", strike=tell(_TERM), status=143, keys=_NEW_BASE),
     Ending(what="SIGTERM while loading", when=_LOADING, strike=tell(_TERM), status=143),
     Ending(what="SIGTERM in a step", when=_IN_A_STEP, strike=tell(_TERM), status=143),
-    Ending(what="SIGTERM twice in a step", when=_IN_A_STEP, strike=tell(_TERM, _TERM), status=143),
-    Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=0),
-    Ending(what="SIGTERM, mode=sft", when=_IN_A_STEP, strike=tell(_TERM), status=143, keys=("mode=sft",)),
+    Ending(what="SIGTERM twice in a step that hangs", when=_IN_A_STEP, strike=insist, status=143),
+    Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=0, at_once=True),
+    Ending(what="SIGTERM, mode=sft", when=_IN_A_STEP, strike=tell(_TERM), status=143, at_once=True, keys=("mode=sft",)),
     Ending(what="SIGTERM, mode=eval", when="asking", strike=tell(_TERM), status=143, keys=("mode=eval",)),
     Ending(what="Ctrl-C, mode=study", when=_ITS_RUN, strike=tell(_INT), status=130, keys=_STUDY),
     Ending(what="SIGTERM, mode=study", when=_ITS_RUN, strike=tell(_TERM), status=143, keys=_STUDY),
@@ -152,7 +161,9 @@ ENDINGS = (
     Ending(what="disk full while Ray starts", when="starting Ray", strike=fill, status=1, small_disk=True),
     Ending(what="disk full while loading", when=_LOADING, strike=fill, status=1, small_disk=True),
     Ending(what="disk full from a step on", when=_IN_A_STEP, strike=fill, status=1, small_disk=True),
-    Ending(what="disk full after the last step", when=_AT_THE_END, strike=fill, status=1, small_disk=True),
+    Ending(
+        what="disk full after the last step", when=_AT_THE_END, strike=fill, status=1, at_once=True, small_disk=True
+    ),
     Ending(what="the clock jumps a day ahead", when=_IN_A_STEP, strike=jump, status=0, faked_clock=True),
 )
 
@@ -179,7 +190,7 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
         screen = ground.screen(run_dir)
         while run.poll() is None and not re.search(f"^{re.escape(ending.when)}", screen.read_text(), re.MULTILINE):
             time.sleep(0.01)
-        time.sleep(0 if ending.when == _AT_THE_END else after_s)
+        time.sleep(0 if ending.at_once else after_s)
         driver = psutil.Process(run.pid)
         below = driver.children(recursive=True)
         if run.poll() is None:

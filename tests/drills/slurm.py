@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -137,7 +137,8 @@ class Slurm:
         spared = {self.daemons[name].pid for name in ("munged", "slurmctld")}
         for pid in map(int, subprocess.check_output(["ip", "netns", "pids", self.nodes[0]]).split()):
             if pid not in spared:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.tell("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=power")
         for folder in Path("/tmp").glob(f"ray-{os.getuid()}-{job}-*"):
             shutil.rmtree(folder)

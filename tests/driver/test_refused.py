@@ -36,7 +36,7 @@ def said(*overrides: str, status: int) -> str:
 
 
 @pytest.mark.parametrize("mode", ["train", "sft", "eval"])
-def test_a_folder_that_another_run_has_is_refused_and_its_files_stay_as_they_are(mode: str, tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_refused_and_left_as_it_is(mode: str, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "evaluation.json", "report.html", "config.yaml"):
         (tmp_path / name).write_text("the other run's")
     with own_folder(tmp_path):
@@ -77,7 +77,7 @@ def test_an_early_signal_ends_it_without_a_traceback(number: signal.Signals, mod
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as command:
-        while not _answers(command.pid):
+        while command.poll() is None and not _answers(command.pid):
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.3 if mode == "check" else 1.5))
         command.send_signal(number)
@@ -91,7 +91,7 @@ def test_a_signal_ends_all_runs_of_a_sweep(tmp_path: Path) -> None:
     with _started("-m", "train.seed=0,1", f"run.dir={tmp_path / 'runs'}", f"run.cache_dir={tmp_path}") as command:
         assert command.stdout is not None
         output = b""
-        while b"starting Ray" not in output:
+        while b"starting Ray" not in output and command.poll() is None:
             output += command.stdout.readline()
         command.send_signal(signal.SIGTERM)
         output += command.communicate(timeout=90)[0]
@@ -101,11 +101,21 @@ def test_a_signal_ends_all_runs_of_a_sweep(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["0"]
 
 
-def _started(*overrides: str) -> subprocess.Popen[bytes]:
+@pytest.mark.parametrize(("terminal", "number"), [(False, signal.SIGINT), (True, signal.SIGHUP)])
+def test_a_closed_pipe_or_terminal_does_not_change_the_end(terminal: bool, number: int, tmp_path: Path) -> None:
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    with _started(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}", stdout=theirs) as command:
+        os.close(theirs)
+        while b"starting Ray" not in os.read(ours, 1000):
+            pass
+        os.close(ours)
+        command.send_signal(number)
+        assert command.wait(90) == 130
+
+
+def _started(*overrides: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "othink_ray.main", *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"CI": "true"}
-    )
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"CI": "true"})
 
 
 def _answers(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -145,10 +146,10 @@ def test_rays_answer_to_sigterm_does_not_take_the_place_of_the_runs(monkeypatch:
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with cluster._same_answer_to_sigterm():
+        with cluster._restore_sigterm_handler():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) is end
-        with pytest.raises(Ended), cluster._same_answer_to_sigterm():
+        with pytest.raises(Ended), cluster._restore_sigterm_handler():
             sys.exit(15)  # as Ray does while it starts
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -160,13 +161,9 @@ def test_a_sigterm_while_ray_ends_or_later_has_the_runs_answer() -> None:
     ) as run:
         assert run.stdin and run.stdout
         assert run.stdout.readline() == b"up\n"
-        os.set_blocking(run.stdout.fileno(), False)
-        said = b""
-        until = time.monotonic() + 60
-        while b"down" not in said and run.poll() is None and time.monotonic() < until:
-            run.send_signal(signal.SIGTERM)
-            time.sleep(0.03)
-            said += run.stdout.read() or b""
+        time.sleep(random.uniform(0.0, 1.0))
+        run.send_signal(signal.SIGTERM)
+        said = run.stdout.readline()
         run.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         run.communicate(b"\n", timeout=60)

@@ -1,4 +1,4 @@
-"""What is told when a driver ends without a word, and what when it does not."""
+"""What is reported when a driver cannot report its end, and that nothing is when it can."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from othink_ray.driver.last_words import LastWords
-from tests.driver.test_last_words import write_a_report
-with LastWords(Path(sys.argv[1]), "metrics.jsonl", write_a_report) as last_words:
+from othink_ray.driver.exit_reporter import ExitReporter
+from tests.driver.test_exit_reporter import write_a_report
+with ExitReporter(Path(sys.argv[1]), "metrics.jsonl", write_a_report, "try again") as reporter:
     print("at work", flush=True)
     exec(sys.stdin.read())
 """
@@ -41,14 +41,14 @@ def driver(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: the driver's process is gone without a word: killed, "),
-        ("os._exit(1)", "stopped: the driver's process is gone without a word: killed, "),
-        ("last_words.tell('Ray is gone')\nlast_words.wait()\nos._exit(1)", "stopped: Ray is gone\n"),
-        ("last_words.tell('Ray is gone')", "stopped: Ray is gone\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: its process died without an error message (killed, "),
+        ("os._exit(1)", "stopped: its process died without an error message (killed, "),
+        ("reporter.report('Ray is gone')\nreporter.wait()\nos._exit(1)", "stopped: Ray is gone; try again\n"),
+        ("reporter.report('Ray is gone')", "stopped: Ray is gone; try again\n"),
     ],
 )
 @pytest.mark.parametrize("has_steps", [True, False])
-def test_an_end_without_a_word_has_its_line_and_its_report(
+def test_the_end_of_a_driver_that_cannot_say_so_is_reported(
     how: str, line: str, has_steps: bool, tmp_path: Path
 ) -> None:
     if has_steps:
@@ -59,7 +59,7 @@ def test_an_end_without_a_word_has_its_line_and_its_report(
 
 
 @pytest.mark.parametrize("how", ["pass", "sys.exit(3)", "1 / 0"])
-def test_whoever_ends_with_a_word_of_its_own_is_left_alone(how: str, tmp_path: Path) -> None:
+def test_nothing_is_reported_where_the_driver_exits_itself(how: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     said, _ = driver(tmp_path).communicate(how, timeout=60)
     assert "stopped" not in said
@@ -69,11 +69,11 @@ def test_whoever_ends_with_a_word_of_its_own_is_left_alone(how: str, tmp_path: P
 def test_signals_to_all_of_a_job_do_not_end_it(tmp_path: Path) -> None:
     process = driver(tmp_path)
     [beside] = psutil.Process(process.pid).children()
-    while not _ignores(beside.pid, signal.SIGHUP):
+    while not all(_ignores(beside.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         time.sleep(0.01)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         beside.send_signal(number)
-    assert process.communicate("last_words.tell('told')", timeout=60)[0] == "stopped: told\n"
+    assert process.communicate("reporter.report('told')", timeout=60)[0] == "stopped: told; try again\n"
 
 
 def _ignores(pid: int, number: int) -> bool:
@@ -86,5 +86,5 @@ def test_a_driver_does_not_mind_its_loss(tmp_path: Path) -> None:
     process = driver(tmp_path)
     [beside] = psutil.Process(process.pid).children()
     beside.kill()
-    assert process.communicate("last_words.tell('told')", timeout=60)[0] == ""
+    assert process.communicate("reporter.report('told')", timeout=60)[0] == ""
     assert process.returncode == 0

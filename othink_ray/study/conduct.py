@@ -74,10 +74,10 @@ class Study:
 
         try:
             if self.base:
-                self.workshop.make([self.base], 1, seen)
+                self.workshop.make([self.base], 1, seen, screen.say)
             if self.base is None or self.workshop.outcome(self.base).status == "done":
                 jobs = [entry.job for entry in self.entries]
-                self.workshop.make(jobs, self.config.study.parallel, seen, self.start_from)
+                self.workshop.make(jobs, self.config.study.parallel, seen, screen.say, self.start_from)
         finally:
             self._write(before + time.monotonic() - started, at_rest=True)
             screen.say(f"report: {write_report(self.folder)}")

@@ -21,7 +21,8 @@ from typing import Any
 from othink_ray.whole_file import write_whole
 
 LAST_LINES = 3  # of a failed run's output, as its reason
-STOP_SECONDS = 60  # for an interrupted run to clean up
+STOP_SECONDS = 60  # for a process to clean up
+SAVE_SECONDS = 600  # for a run to finish its step and save it, as launch/job.yaml gives a job
 POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that created it ends
 _prctl = ctypes.CDLL(None).prctl
@@ -91,6 +92,7 @@ class Workshop:
         jobs: Sequence[Job],
         parallel: int,
         watch: Callable[[Job, Outcome], None],
+        say: Callable[[str], None],
         start_from: Path | None = None,
     ) -> None:
         """Runs those that are not done; a failed one does not stop the others, an interrupt stops all."""
@@ -98,7 +100,7 @@ class Workshop:
         for job in waiting:
             self._refuse_a_living_one(job)
         running: Running = {}
-        with _stopping(running):
+        with _stopping(running, say):
             while waiting or running:
                 while waiting and len(running) < parallel:
                     job = waiting.pop(0)
@@ -200,21 +202,33 @@ def _command_line(pid: int) -> str:
 
 
 @contextmanager
-def _stopping(running: Running) -> Iterator[None]:
+def _stopping(running: Running, say: Callable[[str], None]) -> Iterator[None]:
     """Leaves no run behind, whatever ends the study."""
     try:
         yield
     finally:
-        end([process for process, _ in running.values()])
+        if running:
+            names = ", ".join(job.name for job in running)
+            say(f"ending {names}: each finishes its step and saves it; Ctrl-C again ends them at once")
+            end([process for process, _ in running.values()], SAVE_SECONDS)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Those that lead a session of their own: asked to stop, then killed with all that they started."""
-    for process in processes:
-        process.terminate()
+def end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = STOP_SECONDS) -> None:
+    """End processes that lead sessions of their own: SIGTERM, and again at an interrupt, then kill them with theirs."""
+    for _ in range(2):
+        for process in processes:
+            process.terminate()
+        try:
+            return _wait(processes, patience_s)
+        except KeyboardInterrupt:
+            patience_s = STOP_SECONDS
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> None:
+    until = time.monotonic() + patience_s
     for process in processes:
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

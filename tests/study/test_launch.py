@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from othink_ray.study import launch
 from othink_ray.study.launch import Job, Outcome, StudyError, Workshop
 
 SOUND = Job(name="sound", overrides=("mode=check", "run.cache_dir=none"), leaves="screen.txt")
@@ -20,7 +23,7 @@ BROKEN = Job(name="broken", overrides=("mode=check", "algo.group_size=1"), leave
 
 def made(workshop: Workshop, jobs: list[Job], parallel: int = 2) -> list[tuple[str, str]]:
     seen: list[tuple[str, str]] = []
-    workshop.make(jobs, parallel, lambda job, outcome: seen.append((job.name, outcome.status)))
+    workshop.make(jobs, parallel, lambda job, outcome: seen.append((job.name, outcome.status)), print)
     return seen
 
 
@@ -99,7 +102,7 @@ def test_an_interrupted_study_leaves_no_process_and_goes_on_later(tmp_path: Path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        workshop.make([SOUND], 1, interrupt)
+        workshop.make([SOUND], 1, interrupt, print)
     record = json.loads((workshop.path(SOUND) / "outcome.json").read_text())
     assert record["status"] == "running"
     assert not Path(f"/proc/{record['pid']}").exists()
@@ -111,7 +114,7 @@ import sys
 from pathlib import Path
 from othink_ray.study.launch import Job, Workshop
 job = Job(name="long", overrides=("train.steps=100000",), leaves="screen.txt")
-Workshop(Path(sys.argv[1])).make([job], 1, lambda job, outcome: print(outcome.status, flush=True))
+Workshop(Path(sys.argv[1])).make([job], 1, lambda job, outcome: print(outcome.status, flush=True), print)
 """
 
 
@@ -124,3 +127,32 @@ def test_the_runs_of_a_study_that_is_killed_are_asked_to_end(tmp_path: Path) -> 
     for process in alive:
         os.killpg(process.pid, 9)
     assert gone, (tmp_path / "runs" / "long" / "screen.txt").read_text()
+
+
+SLOW = """
+import signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *of: asked.append(1))
+print("up", flush=True)
+while len(asked) < int(sys.argv[1]):
+    time.sleep(0.05)
+"""
+
+
+def slow(requests: int) -> subprocess.Popen[bytes]:
+    """A process that ends at so many SIGTERMs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(requests)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    return process
+
+
+def test_a_second_interrupt_ends_runs_at_once_and_a_stubborn_one_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "STOP_SECONDS", 5.0)
+    processes = [slow(1), slow(2), slow(3)]
+    main = threading.get_ident()
+    interrupt = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
+    interrupt.start()
+    launch.end(processes, patience_s=60)
+    assert [process.returncode for process in processes] == [0, 0, -9]

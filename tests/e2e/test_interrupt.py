@@ -74,7 +74,7 @@ def ended_by(
     screen, _ = run.communicate(timeout=60)
     assert "Traceback" not in screen
     assert (folder / "report.html").is_file()
-    assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)
+    assert wait_until(lambda: not processes_with(mark), 60), processes_with(mark)
     return Ended(run.returncode, screen)
 
 
@@ -130,7 +130,7 @@ def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
     assert run.returncode == 143, screen
     assert "interrupted" in rest, screen
     assert "Traceback" not in screen and "Aborted" not in screen and "*** SIG" not in screen, screen
-    assert wait_until(lambda: not processes_with(mark), 20), processes_with(mark)
+    assert wait_until(lambda: not processes_with(mark), 60), processes_with(mark)
 
 
 def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:

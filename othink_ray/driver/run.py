@@ -65,7 +65,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
             console.say("interrupted")
             status = interrupted_status()
         elif isinstance(error, _expected_errors()):
-            console.say(f"stopped: {error}{_remedy(error, run_dir)}")
+            console.say(f"stopped: {_message(error, run_dir)}")
             status = 1
         else:
             raise
@@ -125,13 +125,14 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _remedy(error: Exception, run_dir: Path) -> str:
-    """The remedy for a full disk, which is known by the text of the error: actors forward theirs as text."""
-    if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-        return ""
+def _message(error: Exception, run_dir: Path) -> str:
+    """The text of the error; of a full disk, which actors forward as text with a traceback, one line and the remedy."""
+    text = str(error)
+    if not any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
+        return text
     disks = (run_dir, Path(gettempdir()), Path("/dev/shm"))
     full = [str(disk) for disk in disks if disk.exists() and disk_usage(disk).free < _FULL_BYTES]
-    return f"; make room in {' and '.join(full) or 'it'}, then {_GOES_ON}"
+    return f"{text.splitlines()[0]}; make room in {' and '.join(full) or 'it'}, then {_GOES_ON}"
 
 
 def _end_without_ray(what: str, console: Console, reporter: ExitReporter) -> None:

@@ -203,7 +203,7 @@ def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ende
         again = ground.finish(ground.start(run_dir, *keys))
     faults = {
         f"exit status {status}, not {ending.status}": status != ending.status,
-        "a traceback": "Traceback" in said,
+        "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
         f"left behind: {left}": bool(left),
         f"the next command ended with {again}": again != 0,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, E
             again = here.wait(job, 600)["JobState"]
             faults = {
                 f"{ended['JobState']}, not {state}": ended["JobState"] != state,
-                "a traceback": "Traceback" in said,
+                "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
                 f"left behind: {left}": bool(left),
                 f"the next one is {again}": again != "COMPLETED",
             }
@@ -99,7 +100,7 @@ def end_ray_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, End
             again = ground.finish(_submit(ground, hosts, run_dir, f"job_{number}_again", notice=notice))
             faults = {
                 status: "was stopped" not in status,
-                "a traceback": "Traceback" in said,
+                "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
                 f"the next command ended with {again}": again != 0,
             }
             yield (

@@ -13,8 +13,10 @@ import torch
 
 from othink_ray.driver import checkpoint
 from othink_ray.driver.checkpoint import Checkpoints
+from othink_ray.driver.run import _message
 from othink_ray.driver.step_lines import StepLines
 from othink_ray.engines.learner_state import StoredState, Writing
+from othink_ray.runtime.calls import WorkerFailed
 from tests.drills.places import full, small_disk
 
 STATE = replace(checkpoint.fresh(0), step=1)
@@ -79,6 +81,15 @@ def test_lines_without_room_wait_for_it_and_none_is_torn_or_lost(disk: Path) -> 
     assert (disk / "metrics.jsonl").read_text().splitlines() == records
     assert len(told) == 2
     assert "has no room on the disk" in told[0] and "is written again" in told[1]
+
+
+def test_a_full_disk_is_named_with_its_remedy_and_without_a_traceback(disk: Path) -> None:
+    failed = WorkerFailed("the learner (export) failed: OSError(28, 'No space left on device')\n  File ...\n  ^^^^")
+    with full(disk):
+        text = _message(failed, disk)
+    assert text.startswith("the learner (export) failed: ") and "\n" not in text
+    assert f"; make room in {disk}, then the same command with run.resume=auto goes on" in text
+    assert _message(WorkerFailed("another\nfailure"), disk) == "another\nfailure"
 
 
 def test_lines_do_not_wait_for_ever(disk: Path) -> None:

@@ -57,7 +57,8 @@ class Table:
 def last_line(said: str, run_dir: Path) -> str:
     """The last line that tells how it ended; else the last of all."""
     lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or said.splitlines()
-    return re.sub(r"\d+(\.\d+)? s\b", "... s", lines[-1].replace(str(run_dir), "RUN")) if lines else ""
+    last = lines[-1].replace(str(run_dir), "RUN") if lines else ""
+    return re.sub(r"\d+(\.\d+)? s\b", "... s", re.sub(r"\d+(\.\d+){3}:\d+", "ADDRESS", last))
 
 
 def on_disk(run_dir: Path) -> str:

@@ -174,8 +174,9 @@ def end_in_every_way(ground: Ground) -> list[Outcome]:
     table = Table(ground.folder / "endings.md")
     for number, ending in enumerate(ENDINGS):
         table.add(ending.what, witness(ground, number, ending, dice.uniform(0.0, 1.0)))
-    for what, ended in (*end_slurm_jobs(ground, dice), *end_ray_jobs(ground, dice)):
-        table.add(what, ended)
+    for jobs in (end_slurm_jobs, end_ray_jobs):
+        for what, ended in jobs(ground, dice):
+            table.add(what, ended)
     return table.outcomes
 
 

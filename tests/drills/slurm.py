@@ -202,7 +202,11 @@ def _end(daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
         daemon.terminate()
         for process in psutil.wait_procs(below, 20)[1]:
             process.kill()
-        daemon.wait(60)  # slurmctld tells its nodes, of which one may be down
+        try:
+            daemon.wait(20)
+        except subprocess.TimeoutExpired:  # slurmctld waits for a node that has no power
+            daemon.kill()
+            daemon.wait()
 
 
 def let_time_run_out(ground: Ground) -> list[Outcome]:

@@ -18,7 +18,7 @@ import psutil
 from tests.drills.faults import processes_of
 from tests.drills.ground import Ground, Outcome
 from tests.drills.job_endings import end_ray_jobs, end_slurm_jobs
-from tests.drills.places import fill_up, small_disk
+from tests.drills.places import keep_full, small_disk
 from tests.drills.slurm import why_no_slurm
 from tests.drills.witnessed import OWN, STEPS, Ended, Table, goes_on, last_line, on_disk
 
@@ -84,7 +84,7 @@ def insist(run: psutil.Process, run_dir: Path) -> None:
 
 def fill(run: psutil.Process, run_dir: Path) -> None:
     """It stays full."""
-    fill_up(run_dir.parent)
+    keep_full(run_dir.parent)
 
 
 def jump(run: psutil.Process, run_dir: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,12 +39,31 @@ def full(disk: Path) -> Iterator[None]:
 def fill_up(disk: Path) -> Path:
     """Take all of it but a part of a page; returns the file that does."""
     ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
+    ballast.touch()
+    _grow(ballast)
+    return ballast
+
+
+def keep_full(disk: Path) -> None:
+    """Until its `ballast` is removed, whatever else is."""
+    ballast = fill_up(disk)
+
+    def keep() -> None:
+        with suppress(FileNotFoundError):
+            while True:
+                _grow(ballast)
+                time.sleep(0.02)
+
+    threading.Thread(target=keep, daemon=True).start()
+
+
+def _grow(ballast: Path) -> None:
+    with ballast.open("r+b", buffering=0) as file:
+        file.seek(0, os.SEEK_END)
         for size in (2**20, 2**12):
             with suppress(OSError):
                 while True:
                     file.write(bytes(size))
-    return ballast
 
 
 def fill_the_disk(ground: Ground) -> list[Outcome]:

@@ -65,6 +65,8 @@ def on_disk(run_dir: Path) -> str:
     if (study := run_dir / "study.json").exists():
         runs = json.loads(study.read_text())["runs"]
         return f"{sum(run['status'] == 'done' for run in runs)} of {len(runs)} runs, report"
+    if answers := list(run_dir.glob("answers/*/*.jsonl")):
+        return f"{sum(len(file.read_text().splitlines()) - 1 for file in answers)} answers"  # below a line of settings
     steps = [int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*") if not path.suffix]
     parts = [f"checkpoint of step {max(steps)}" if steps else "no checkpoint", f"{steps_done(run_dir)} steps logged"]
     there = {"report": run_dir / "report.html", "export": run_dir / "export" / "config.json"}
@@ -75,5 +77,7 @@ def goes_on(said: str) -> str:
     """Where the run that said so began."""
     if runs := re.findall(r"^(\S+): started", said, re.MULTILINE):
         return "starts afresh" if "base" in runs else "goes on with the runs that are left"
+    if asked := re.search(r"^asking (\d+) questions", said, re.MULTILINE):
+        return f"asks the {asked[1]} questions that are left"
     resumed = re.search(r"^resuming (after step \d+)", said, re.MULTILINE)
     return f"goes on {resumed[1]}" if resumed else "starts afresh"

@@ -12,7 +12,7 @@ from tests.drills.ground import Outcome
 
 STEPS = 20  # so few that each has its line on the screen
 OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
-_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "held-out", "[slurm] ")
+_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "report: ", "[slurm] ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,9 @@ class Table:
 
 
 def last_line(said: str, run_dir: Path) -> str:
-    """The last line that tells how it ended; else the last of all."""
-    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or said.splitlines()
-    last = lines[-1].replace(str(run_dir), "RUN") if lines else ""
+    """The last line that tells how it ended."""
+    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or ["nothing of its end"]
+    last = lines[-1].replace(str(run_dir), "RUN")
     return re.sub(r"\d+(\.\d+)? s\b", "... s", re.sub(r"\d+(\.\d+){3}:\d+", "ADDRESS", last))
 
 

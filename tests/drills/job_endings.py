@@ -116,10 +116,11 @@ def end_ray_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, End
 
 
 def _submit(ground: Ground, hosts: Hosts, run_dir: Path, name: str, *, notice: bool) -> subprocess.Popen[bytes]:
+    """So many steps that it is not over before Ray's command has started."""
     own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"cluster.address={hosts.address}")
     with ground.screen(run_dir).open("ab") as screen:
         return subprocess.Popen(
-            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, *own],
+            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, "train.steps=60", *own],
             stdout=screen,
             stderr=subprocess.STDOUT,
             cwd=ROOT,

@@ -97,7 +97,7 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
 
 
 def _check(config: Config, planned: str) -> int:
-    """What can be known before any actor starts."""
+    """Print the plan, or the problems found in data, model and disk; return the exit status. No actor starts."""
     from othink_ray.driver.foresee import foresee
 
     found = foresee(config)

@@ -29,7 +29,7 @@ class Output:
         return getattr(self._stream, name)
 
     def _silence(self) -> None:
-        """What is still buffered goes nowhere too: Python flushes it again at exit."""
+        """Redirect the descriptor to /dev/null, for Python flushes what is still buffered again at exit."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -23,7 +23,7 @@ BASE = "base"
 
 
 class Screen(Protocol):
-    """What a person sees of it."""
+    """The console of a study."""
 
     def say(self, text: str) -> None: ...
 
@@ -163,7 +163,7 @@ class Study:
 
 
 def _read_seconds(folder: Path) -> float:
-    """What earlier sittings of the same study took."""
+    """Seconds that earlier commands of this study took."""
     try:
         return float(json.loads((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError):

@@ -43,7 +43,7 @@ class Job:
 
     @property
     def identity(self) -> list[str]:
-        """What makes it this run: the same overrides in any order, on the same base."""
+        """The sorted overrides of the run and of its base; equal lists mean the same run."""
         return [*sorted(self.overrides), *(f"base {one}" for one in sorted(self.stands_on))]
 
 
@@ -79,7 +79,7 @@ class Workshop:
         return shlex.join(["python", *self.command(job, start_from)[1:]])
 
     def outcome(self, job: Job) -> Outcome:
-        """What an earlier or the present study made of it; other overrides make it another run."""
+        """The recorded outcome of the job; waiting where there is none, or it is of a run with other overrides."""
         record = self._record_of(job)
         if record is None or record["identity"] != job.identity:
             return NOT_YET

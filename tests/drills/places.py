@@ -1,4 +1,4 @@
-"""What goes wrong around a run, as drills: its disk is full for a while, the cable between its hosts is pulled."""
+"""Drills of faults around a run: a disk that is full for a while, a network cable that is pulled."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def fill_the_disk(ground: Ground) -> list[Outcome]:
 
 
 def pull_the_cable(ground: Ground) -> list[Outcome]:
-    """Of the host that one of two rollout actors is on; the run waits until it is back. Once, it goes on without it."""
+    """Disconnect the host of one of two rollout actors; the run waits for it, or once goes on without it."""
     with ExitStack() as stack:
         places = {name: ground.folder / name for name in ("head_only", "home")}
         for place in places.values():

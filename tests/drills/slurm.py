@@ -133,7 +133,7 @@ class Slurm:
         self.tell("scancel", "--batch", "--signal=USR1", job)
 
     def cut_power(self, job: str) -> None:
-        """Of the first node, where one-node jobs run: all that it does ends but Slurm's own servers, which are told."""
+        """Kill all processes of the first node but munged and slurmctld, and tell Slurm that the node is down."""
         spared = {self.daemons[name].pid for name in ("munged", "slurmctld")}
         for pid in map(int, subprocess.check_output(["ip", "netns", "pids", self.nodes[0]]).split()):
             if pid not in spared:

@@ -1,4 +1,4 @@
-"""What is reported when a driver cannot report its end, and that nothing is when it can."""
+"""The exit reporter prints a line when the driver dies, and nothing when the driver exits by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says before Ray starts: refusals, rows with unprintable names, an early Ctrl-C."""
+"""The command line before Ray starts: refused folders, unprintable names of rows, early signals."""
 
 from __future__ import annotations
 

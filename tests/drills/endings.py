@@ -20,10 +20,9 @@ from tests.drills.ground import Ground, Outcome
 from tests.drills.job_endings import end_ray_jobs, end_slurm_jobs
 from tests.drills.places import keep_full, small_disk
 from tests.drills.slurm import why_no_slurm
-from tests.drills.witnessed import OWN, STEPS, Ended, Table, goes_on, last_line, on_disk
+from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STEPS, STUDY, Ended, Table, goes_on, last_line, on_disk
 
 Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
-_IN_A_STEP = f"step  9/{STEPS}"
 _AT_THE_END = f"held-out accuracy after step {STEPS}"
 
 
@@ -126,45 +125,40 @@ _FAKETIME = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 _TERM, _INT, _KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 _LOADING = "loading the rollout engines"
 _NEW_BASE = ("run.cache_dir={folder}/fresh",)  # so that the tiny model is pretrained first
-_STUDY = (
-    *("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small"),
-    *("study.geometry.data=counting", "study.counting.data=both"),
-)
-_ITS_RUN = "GR-grpo-alpha1-beta0.02-seed0: started"
 ENDINGS = (
-    Ending(what="nothing", when=_IN_A_STEP, strike=nothing, status=0),
-    Ending(what="Ctrl-C in a step", when=_IN_A_STEP, strike=tell(_INT), status=130),
-    Ending(what="Ctrl-C twice in a step", when=_IN_A_STEP, strike=tell(_INT, _INT), status=130),
+    Ending(what="nothing", when=IN_A_STEP, strike=nothing, status=0),
+    Ending(what="Ctrl-C in a step", when=IN_A_STEP, strike=tell(_INT), status=130),
+    Ending(what="Ctrl-C twice in a step", when=IN_A_STEP, strike=tell(_INT, _INT), status=130),
     Ending(what="Ctrl-C while loading", when=_LOADING, strike=tell(_INT), status=130),
     Ending(what="SIGTERM while Ray starts", when="starting Ray", strike=tell(_TERM), status=143),
     Ending(what="SIGTERM in the warm start", when="base model", strike=tell(_TERM), status=143, keys=_NEW_BASE),
     Ending(what="SIGTERM while loading", when=_LOADING, strike=tell(_TERM), status=143),
-    Ending(what="SIGTERM in a step", when=_IN_A_STEP, strike=tell(_TERM), status=143),
-    Ending(what="SIGTERM twice in a step that hangs", when=_IN_A_STEP, strike=insist, status=143),
+    Ending(what="SIGTERM in a step", when=IN_A_STEP, strike=tell(_TERM), status=143),
+    Ending(what="SIGTERM twice in a step that hangs", when=IN_A_STEP, strike=insist, status=143),
     Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=0, at_once=True),
-    Ending(what="SIGTERM, mode=sft", when=_IN_A_STEP, strike=tell(_TERM), status=143, at_once=True, keys=("mode=sft",)),
+    Ending(what="SIGTERM, mode=sft", when=IN_A_STEP, strike=tell(_TERM), status=143, at_once=True, keys=("mode=sft",)),
     Ending(what="SIGTERM, mode=eval", when="asking", strike=tell(_TERM), status=143, keys=("mode=eval",)),
-    Ending(what="Ctrl-C, mode=study", when=_ITS_RUN, strike=tell(_INT), status=130, keys=_STUDY),
-    Ending(what="SIGTERM, mode=study", when=_ITS_RUN, strike=tell(_TERM), status=143, keys=_STUDY),
-    Ending(what="kill -9 of a study", when=_ITS_RUN, strike=tell(_KILL), status=-9, keys=_STUDY),
-    Ending(what="kill -9 of the driver", when=_IN_A_STEP, strike=tell(_KILL), status=-9),
-    Ending(what="kill -9 of Ray's raylet", when=_IN_A_STEP, strike=kill("raylet"), status=1),
-    Ending(what="kill -9 of Ray's GCS", when=_IN_A_STEP, strike=kill("gcs_server"), status=1),
-    Ending(what="kill -9 of Ray's dashboard", when=_IN_A_STEP, strike=kill("dashboard.py"), status=0),
-    Ending(what="kill -9 of Ray's log monitor", when=_IN_A_STEP, strike=kill("log_monitor.py"), status=0),
-    Ending(what="kill -9 of Ray's autoscaler", when=_IN_A_STEP, strike=kill("monitor.py"), status=0),
-    Ending(what="kill -9 of Ray's dashboard agent", when=_IN_A_STEP, strike=kill("ray::DashboardAgent"), status=1),
-    Ending(what="kill -9 of Ray's runtime env agent", when=_IN_A_STEP, strike=kill("ray::RuntimeEnvAgent"), status=1),
-    Ending(what="kill -9 of a rollout actor", when=_IN_A_STEP, strike=kill_role("rollout"), status=0),
-    Ending(what="kill -9 of a learner rank", when=_IN_A_STEP, strike=kill_role("learner"), status=0),
-    Ending(what="kill -9 of a reward actor", when=_IN_A_STEP, strike=kill_role("reward"), status=0),
+    Ending(what="Ctrl-C, mode=study", when=IN_A_STUDY, strike=tell(_INT), status=130, keys=STUDY),
+    Ending(what="SIGTERM, mode=study", when=IN_A_STUDY, strike=tell(_TERM), status=143, keys=STUDY),
+    Ending(what="kill -9 of a study", when=IN_A_STUDY, strike=tell(_KILL), status=-9, keys=STUDY),
+    Ending(what="kill -9 of the driver", when=IN_A_STEP, strike=tell(_KILL), status=-9),
+    Ending(what="kill -9 of Ray's raylet", when=IN_A_STEP, strike=kill("raylet"), status=1),
+    Ending(what="kill -9 of Ray's GCS", when=IN_A_STEP, strike=kill("gcs_server"), status=1),
+    Ending(what="kill -9 of Ray's dashboard", when=IN_A_STEP, strike=kill("dashboard.py"), status=0),
+    Ending(what="kill -9 of Ray's log monitor", when=IN_A_STEP, strike=kill("log_monitor.py"), status=0),
+    Ending(what="kill -9 of Ray's autoscaler", when=IN_A_STEP, strike=kill("monitor.py"), status=0),
+    Ending(what="kill -9 of Ray's dashboard agent", when=IN_A_STEP, strike=kill("ray::DashboardAgent"), status=1),
+    Ending(what="kill -9 of Ray's runtime env agent", when=IN_A_STEP, strike=kill("ray::RuntimeEnvAgent"), status=1),
+    Ending(what="kill -9 of a rollout actor", when=IN_A_STEP, strike=kill_role("rollout"), status=0),
+    Ending(what="kill -9 of a learner rank", when=IN_A_STEP, strike=kill_role("learner"), status=0),
+    Ending(what="kill -9 of a reward actor", when=IN_A_STEP, strike=kill_role("reward"), status=0),
     Ending(what="disk full while Ray starts", when="starting Ray", strike=fill, status=1, small_disk=True),
     Ending(what="disk full while loading", when=_LOADING, strike=fill, status=1, small_disk=True),
-    Ending(what="disk full from a step on", when=_IN_A_STEP, strike=fill, status=1, small_disk=True),
+    Ending(what="disk full from a step on", when=IN_A_STEP, strike=fill, status=1, small_disk=True),
     Ending(
         what="disk full after the last step", when=_AT_THE_END, strike=fill, status=1, at_once=True, small_disk=True
     ),
-    Ending(what="the clock jumps a day ahead", when=_IN_A_STEP, strike=jump, status=0, faked_clock=True),
+    Ending(what="the clock jumps a day ahead", when=IN_A_STEP, strike=jump, status=0, faked_clock=True),
 )
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,68 +17,91 @@ from tests.drills.faults import steps_done
 from tests.drills.ground import SMALL, Ground
 from tests.drills.hosts import Hosts, two_hosts
 from tests.drills.slurm import MINUTES, OVER, ROOT, Slurm, slurm
-from tests.drills.witnessed import OWN, Ended, goes_on, last_line, on_disk
+from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STUDY, Ended, goes_on, last_line, on_disk
 
+Strike = Callable[[Slurm, str], object]  # (Slurm, job)
 _AT = 9  # steps done
-SLURM: dict[str, tuple[Callable[[Slurm, str], object], str]] = {
-    "Slurm: its time is up": (Slurm.run_out, "PENDING"),
-    "Slurm: `scancel --batch --signal=TERM`": (
-        lambda here, job: here.tell("scancel", "--batch", "--signal=TERM", job),
-        "FAILED",
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmEnding:
+    """A fault, the start of the output line after which it is injected, and the job's expected state."""
+
+    what: str
+    strike: Strike
+    state: str
+    when: str = IN_A_STEP
+    keys: tuple[str, ...] = ()
+
+
+def tell(*command: str) -> Strike:
+    return lambda here, job: here.tell(*command, job)
+
+
+SLURM = (
+    SlurmEnding(what="Slurm: its time is up", strike=Slurm.run_out, state="PENDING"),
+    SlurmEnding(what="Slurm: a study's time is up", strike=Slurm.run_out, state="PENDING", when=IN_A_STUDY, keys=STUDY),
+    SlurmEnding(
+        what="Slurm: `scancel --batch --signal=TERM`",
+        strike=tell("scancel", "--batch", "--signal=TERM"),
+        state="FAILED",
     ),
-    "Slurm: `scancel`": (lambda here, job: here.tell("scancel", job), "CANCELLED"),
-    "Slurm: `scontrol requeue`": (lambda here, job: here.tell("scontrol", "requeue", job), "PENDING"),
-    "Slurm: the node loses power": (Slurm.cut_power, "PENDING"),  # the last: it stays down
-}
+    SlurmEnding(what="Slurm: `scancel`", strike=tell("scancel"), state="CANCELLED"),
+    SlurmEnding(what="Slurm: `scontrol requeue`", strike=tell("scontrol", "requeue"), state="PENDING"),
+    # The last: the node stays down.
+    SlurmEnding(what="Slurm: the node loses power", strike=Slurm.cut_power, state="PENDING"),
+)
 RAY_JOBS = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
 
 
 def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
-    """On one node, each in the midst of a step; what Slurm queues again goes on by itself."""
+    """On one node, each in the midst of its work; what Slurm queues again goes on by itself."""
     with slurm(ground.folder / "slurm_endings") as here:
-        for number, (what, (strike, state)) in enumerate(SLURM.items()):
-            run_dir, log = ground.folder / f"slurm_ending_{number}", ground.folder / f"slurm_ending_{number}.txt"
-            own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}")
-            options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
+        for number, ending in enumerate(SLURM):
+            yield ending.what, _end_slurm_job(ground, here, number, ending, dice.uniform(0, 1))
 
-            def submit(log: Path = log, own: tuple[str, ...] = own, options: tuple[str, ...] = options) -> str:
-                return here.submit(*options, settings=(*SMALL, *OWN, *own), log=log)
 
-            job = submit()
-            here.until(job, lambda _, run_dir=run_dir: steps_done(run_dir) >= _AT, 240)
-            time.sleep(dice.uniform(0, 1))
-            strike(here, job)
-            ended = here.until(job, lambda found: found["JobState"] in ("PENDING", *OVER), 240)
-            left = _left_of(job)
-            said, there = log.read_text(), on_disk(run_dir)
-            if ended["JobState"] == "PENDING":
-                here.start_again(job)
-            else:
-                job = submit()
-            again = here.wait(job, 600)["JobState"]
-            faults = {
-                f"{ended['JobState']}, not {state}": ended["JobState"] != state,
-                "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
-                f"left behind: {left}": bool(left),
-                f"the next one is {again}": again != "COMPLETED",
-            }
-            status = f"{ended['JobState']}, {ended['ExitCode'].partition(':')[0]}"
-            yield (
-                what,
-                Ended(
-                    status="queued again" if ended["JobState"] == "PENDING" else status,
-                    last_line=last_line(said, run_dir),
-                    on_disk=there,
-                    next_command=goes_on(log.read_text()[len(said) :]),
-                    wrong="; ".join(text for text, is_so in faults.items() if is_so),
-                ),
-            )
+def _end_slurm_job(ground: Ground, here: Slurm, number: int, ending: SlurmEnding, after_s: float) -> Ended:
+    run_dir, log = ground.folder / f"slurm_ending_{number}", ground.folder / f"slurm_ending_{number}.txt"
+    own = (*ending.keys, f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}")
+
+    def submit() -> str:
+        options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
+        return here.submit(*options, settings=(*SMALL, *OWN, *own), log=log)
+
+    job = submit()
+    here.until(job, lambda _: log.exists() and f"\n{ending.when}" in log.read_text(), 240)
+    time.sleep(after_s)
+    ending.strike(here, job)
+    ended = here.until(job, lambda found: found["JobState"] in ("PENDING", *OVER), 240)
+    left = _left_of(job)
+    said, there = log.read_text(), on_disk(run_dir)
+    if ended["JobState"] == "PENDING":
+        here.start_again(job)
+    else:
+        job = submit()
+    again = here.wait(job, 600)["JobState"]
+    faults = {
+        f"{ended['JobState']}, not {ending.state}": ended["JobState"] != ending.state,
+        "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
+        f"left behind: {left}": bool(left),
+        f"the next one is {again}": again != "COMPLETED",
+    }
+    status = f"{ended['JobState']}, {ended['ExitCode'].partition(':')[0]}"
+    return Ended(
+        status="queued again" if ended["JobState"] == "PENDING" else status,
+        last_line=last_line(said, run_dir),
+        on_disk=there,
+        next_command=goes_on(log.read_text()[len(said) :]),
+        wrong="; ".join(text for text, is_so in faults.items() if is_so),
+    )
 
 
 def _left_of(job: str) -> list[psutil.Process]:
-    """Processes of the job's Ray that are alive 30 s later."""
-    folder = f"/tmp/ray-{os.getuid()}-{job}-"
-    processes = [one for one in psutil.process_iter(["cmdline"]) if folder in " ".join(one.info["cmdline"] or ())]
+    """Processes of the job's Ray and of its script that are alive 30 s later."""
+    marks = (f"/tmp/ray-{os.getuid()}-{job}-", f"/job{int(job):05d}/slurm_script")
+    commands = ((one, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"]))
+    processes = [one for one, command in commands if any(mark in command for mark in marks)]
     return psutil.wait_procs(processes, timeout=30)[1]
 
 

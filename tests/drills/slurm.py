@@ -146,6 +146,8 @@ class Slurm:
     def start_again(self, job: str) -> None:
         """Start it at once when it is queued again: Slurm itself waits two minutes."""
         self.until(job, lambda found: found["JobState"] == "PENDING" and found["Reason"] == "BeginTime", 240)
+        # slurmd compares times in whole seconds: a start in the second in which the job ended has a revoked credential.
+        time.sleep(2)
         self.tell("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={MINUTES}")
 
 

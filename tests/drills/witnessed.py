@@ -12,6 +12,12 @@ from tests.drills.ground import Outcome
 
 STEPS = 20  # so few that each has its line on the screen
 OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
+IN_A_STEP = f"step  9/{STEPS}"
+STUDY = (
+    *("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small"),
+    *("study.geometry.data=counting", "study.counting.data=both"),
+)
+IN_A_STUDY = "GR-grpo-alpha1-beta0.02-seed0: started"
 _TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "report: ", "[slurm] ")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from othink_ray.core import flex
+from othink_ray.core.flex import BLOCK, OPTIONS, block_mask, compiled
 
 
 class PackedImages:
@@ -31,7 +31,7 @@ class PackedImages:
         patches = len(image_of)
         # The bounds of all patches as if they were one image; no tensor, as it is to be read in every layer.
         self.whole = np.array([0, patches])
-        self.mask = flex.block_mask(*_blocks(image_of, len(lengths)), sees, patches)
+        self.mask = block_mask(*_blocks(image_of, len(lengths)), sees, patches)
         self.attend = _kernel(device.type)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -46,8 +46,8 @@ def _blocks(image_of: Tensor, images: int) -> tuple[Tensor, Tensor]:
     Images lie in order, so those of a block are a range: it takes no mask of all pairs of patches to compare two.
     """
     # What the last block lacks belongs to no image, and so it is never one in which all see all.
-    filled = pad(image_of, (0, -len(image_of) % flex.BLOCK), value=images)
-    first, last = filled[:: flex.BLOCK], filled[flex.BLOCK - 1 :: flex.BLOCK]
+    filled = pad(image_of, (0, -len(image_of) % BLOCK), value=images)
+    first, last = filled[:: BLOCK], filled[BLOCK - 1 :: BLOCK]
     meet = (first[:, None] <= last) & (first <= last[:, None])
     alike = (first[:, None] == last) & (first == last[:, None])
     return meet & ~alike, alike
@@ -58,6 +58,6 @@ def _kernel(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Any:
-        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=flex.OPTIONS)
+        return flex_attention(query, key, value, block_mask=mask, scale=scale, kernel_options=OPTIONS)
 
-    return flex.compiled(attend, device_type)
+    return compiled(attend, device_type)

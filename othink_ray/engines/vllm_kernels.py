@@ -35,7 +35,7 @@ def _suits(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
     supported=current_platform.is_cpu(),
     supports_args=lambda x, weight, epsilon, variance_size=None: _suits(x, weight, variance_size),
 )
-def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+def _rms_norm_kernel(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     normalized = torch.empty(x.shape, dtype=x.dtype)
     _custom_ops.rms_norm(normalized, x.contiguous(), weight, epsilon)
     return normalized
@@ -49,7 +49,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: i
     ),
     inplace=True,
 )
-def _add_rms_norm(
+def _add_rms_norm_kernel(
     x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     _custom_ops.fused_add_rms_norm(x, x_residual, weight, epsilon)

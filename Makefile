@@ -19,7 +19,7 @@ study:  ## set up, then the paper's experiments on the embedded model; ARGS="stu
 bench:  ## set up, then the same work here and in TRL, in turn; ARGS="--cells 4 --no-peer" chooses
 	@launch/setup_env.sh auto
 	@$(if $(findstring --no-peer,$(ARGS)),,launch/setup_peer.sh)
-	@$(python) -m othink_ray.bench $(ARGS)
+	@$(python) -m benchmarks $(ARGS)
 
 test:  ## set up, then all tests, two at a time; ARGS="tests/core -k kl" chooses some, ARGS="-n 0" one at a time
 	@launch/setup_env.sh auto dev

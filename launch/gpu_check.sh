@@ -15,4 +15,4 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 export HF_HUB_OFFLINE=1 # everything is made here
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$PYTHON" -m othink_ray.bench.gpu "$@"
+exec "$PYTHON" -m benchmarks.gpu "$@"

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from othink_ray.config.check import machine_for, plan, problems
+from othink_ray.config.errors import ConfigError, Problem
 from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
 from othink_ray.config.paths import in_job, written
-from othink_ray.config.problem import ConfigError, Problem
 from othink_ray.config.schema import Config
 from othink_ray.config.strict import convert
+from othink_ray.config.validate import machine_for, plan, problems
 from othink_ray.driver.exit_reporter import ExitReporter
 from othink_ray.driver.stopping import interrupted_status, interruptible, stop_requested
 
@@ -98,9 +98,9 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
 
 def _check(config: Config, planned: str) -> int:
     """Print the plan, or the problems found in data, model and disk; return the exit status. No actor starts."""
-    from othink_ray.driver.foresee import foresee
+    from othink_ray.driver.preflight import preflight
 
-    found = foresee(config)
+    found = preflight(config)
     if found.problems:
         return _report(list(found.problems))
     from othink_ray.driver.views import printable
@@ -128,9 +128,9 @@ def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Pr
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Many runs, each a process of its own."""
     from othink_ray.driver.console import Console
-    from othink_ray.report import write_study_report
     from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
+    from othink_ray.study.page import write_study_report
 
     with Console() as console:
         try:

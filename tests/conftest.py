@@ -14,9 +14,9 @@ import torch
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.data import open_source, worked_answer
+from othink_ray.engines.demonstrations import Demonstrations
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
-from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
@@ -98,7 +98,7 @@ def policy(family: Family) -> Policy:
 def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
     """The same after a few seconds of supervised training: it answers in the format, ends, and is sure of much."""
     pupil = copy.deepcopy(policy)
-    lessons = [row_of(group) for group in Teacher(family).generate(scenes)]
+    lessons = [row_of(group) for group in Demonstrations(family).generate(scenes)]
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(40):
         start = step * 16 % len(lessons)

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from othink_ray.config.problem import ConfigError as ConfigError
-from othink_ray.config.problem import Problem as Problem
+from othink_ray.config.errors import ConfigError as ConfigError
+from othink_ray.config.errors import Problem as Problem
 from othink_ray.config.schema import Config, DataConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from othink_ray.config.problem import Problem, broken
+from othink_ray.config.errors import Problem, broken
 from othink_ray.config.schema import Config
 
 VISION_HEAD = 32  # head size of the tiny model's vision tower

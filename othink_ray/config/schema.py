@@ -35,7 +35,7 @@ class TrainConfig:
 class KLConfig:
     """The KL weight beta(s) of GRPO-D (Eq. 3) and how the KL is estimated (Eq. 5)."""
 
-    schedule: str  # a key of othink_ray.core.kl.SCHEDULES or of othink_ray.core.schedules.ADAPTIVE
+    schedule: str  # a key of othink_ray.core.kl.SCHEDULES or of othink_ray.core.kl.ADAPTIVE
     beta_min: float
     beta_max: float
     explore_frac: float  # w / t
@@ -73,7 +73,7 @@ class AlgoConfig:
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
-    correction: str  # auto | a key of othink_ray.core.correction.CORRECTIONS: sampler against learner
+    correction: str  # auto | a key of othink_ray.core.losses.CORRECTIONS: sampler against learner
     correction_cap: float  # the highest ratio that is trusted: above it a gain is truncated or masked
     correction_low: float  # the lowest one, for icepop
     kl: KLConfig
@@ -228,7 +228,7 @@ class LearnerConfig:
     gpus_per_rank: float
     threads: int | None  # OpenMP threads of one rank on CPU; null: the cores divided by the ranks
     lr: float  # at its peak
-    lr_schedule: str  # a key of othink_ray.core.rates.LR_SCHEDULES
+    lr_schedule: str  # a key of othink_ray.core.lr_schedule.LR_SCHEDULES
     warmup_frac: float  # share of the steps in which the rate rises to lr
     weight_decay: float
     adam_beta1: float

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from othink_ray.config import paths
-from othink_ray.config.problem import Problem
+from othink_ray.config.errors import Problem
 from othink_ray.config.schema import Config, PartConfig
 
 if TYPE_CHECKING:  # omegaconf is imported where it is used, so that importing this stays quick

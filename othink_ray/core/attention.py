@@ -13,8 +13,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from othink_ray.core import flex, fused
-from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_line, worth_it
-from othink_ray.core.line import Line, seen_spans, stretches, visibility
+from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_sequence, worth_it
+from othink_ray.core.packed_sequence import PackedSequence, seen_spans, stretches, visibility
 
 
 class Attention(ABC):
@@ -32,7 +32,7 @@ class Attention(ABC):
 class DenseAttention(Attention):
     """One mask over the whole line: plain to read, and quadratic in all answers of all rows together."""
 
-    def __init__(self, line: Line, device: torch.device) -> None:
+    def __init__(self, line: PackedSequence, device: torch.device) -> None:
         self.mask = visibility(line)[None, None].to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -46,7 +46,7 @@ class GroupedAttention(Attention):
     Short prompts and answers are padded at their end, where causality hides the padding from all others.
     """
 
-    def __init__(self, line: Line, device: torch.device) -> None:
+    def __init__(self, line: PackedSequence, device: torch.device) -> None:
         (rows, segments), lengths = torch.stack([line.rows, line.segments]).unique_consecutive(
             dim=1, return_counts=True
         )
@@ -124,9 +124,9 @@ def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
 class BlockAttention(Attention):
     """Long prompts: block by block, which pads nothing and gathers nothing."""
 
-    def __init__(self, line: Line, device: torch.device) -> None:
-        self.blocks = blocks_of_line(line)
-        self.last_blocks = blocks_of_line(line, in_last_layer=True)
+    def __init__(self, line: PackedSequence, device: torch.device) -> None:
+        self.blocks = blocks_of_sequence(line)
+        self.last_blocks = blocks_of_sequence(line, in_last_layer=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self._attended(query, key, value, scale, self.blocks)
@@ -146,8 +146,8 @@ class BlockAttention(Attention):
 class FusedAttention(Attention):
     """This package's own kernel for CPUs."""
 
-    def __init__(self, line: Line, device: torch.device) -> None:
-        self.blocks, self.last_blocks = (fused.blocks_of_line(line, in_last_layer=last) for last in (False, True))
+    def __init__(self, line: PackedSequence, device: torch.device) -> None:
+        self.blocks, self.last_blocks = (fused.blocks_of_sequence(line, in_last_layer=last) for last in (False, True))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self._attended(query, key, value, scale, self.blocks)
@@ -167,7 +167,7 @@ class FlexAttention(Attention):
     Nothing is read back from the device, and what is made there grows with the tokens, and with pairs of blocks.
     """
 
-    def __init__(self, line: Line, device: torch.device) -> None:
+    def __init__(self, line: PackedSequence, device: torch.device) -> None:
         rows, segments = (own.to(device, non_blocking=True) for own in (line.rows, line.segments))
 
         def sees(_batch: Tensor, _head: Tensor, viewer: Tensor, seen: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class FlexAttention(Attention):
         return attended.transpose(1, 2)
 
 
-def _blocks(line: Line, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blocks(line: PackedSequence, device: torch.device) -> tuple[Tensor, Tensor]:
     """Twice (B, B): pairs of blocks in which some tokens see each other but not all, and pairs in which all do.
 
     Of the tokens before it, one sees its prompt and its own segment from their starts. These places only grow along
@@ -212,7 +212,7 @@ def _flex_kernel(device_type: str) -> Callable[..., Any]:
     return flex.compiled(attend, device_type)
 
 
-ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
+ATTENTIONS: dict[str, Callable[[PackedSequence, torch.device], Attention]] = {
     "dense": DenseAttention,
     "grouped": GroupedAttention,
     "blocks": BlockAttention,
@@ -221,7 +221,7 @@ ATTENTIONS: dict[str, Callable[[Line, torch.device], Attention]] = {
 }
 
 
-def attention_for(name: str, device: torch.device) -> Callable[[Line, torch.device], Attention]:
+def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, torch.device], Attention]:
     """`auto`: flex on GPUs; on CPUs fused where that is quick, else as suits the length of a line.
 
     Once a line's attention is fused, so is an image's.
@@ -240,6 +240,35 @@ def packs_images(attention: Attention, device: torch.device) -> bool:
     return isinstance(attention, FlexAttention) and device.type == "cuda"
 
 
-def _by_length(line: Line, device: torch.device) -> Attention:
+def _by_length(line: PackedSequence, device: torch.device) -> Attention:
     prompts = [stop - start for start, stop, of_answer in stretches(line) if not of_answer]
     return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(line, device)
+
+
+class _Kernel(torch.autograd.Function):
+    """Saves what flash attention, FlexAttention and this package's CPU kernel save: inputs, output, log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def kernel_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, heads, N, D) and twice (B, key heads, N, D) -> (B, N, heads, D), without values."""
+    out: Tensor = _Kernel.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
+
+
+class KernelShape(Attention):
+    """The attention of a packed sequence of any length, for `kernel_shape`."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        return kernel_shape(query, key, value)

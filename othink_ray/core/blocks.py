@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from othink_ray.core.line import Line, stretches
+from othink_ray.core.packed_sequence import PackedSequence, stretches
 
 ENOUGH = 512  # tokens seen; with fewer, the many calls cost more than the products save
 _GAIN = 1.5  # torch's own kernel spares the calls, and reading the scores again
@@ -40,7 +40,7 @@ def blocks_of_image(tokens: int) -> list[Block]:
     return [Block(asking, (slice(0, tokens),), causal=False) for asking in _cut(0, tokens, height)]
 
 
-def blocks_of_line(line: Line, *, in_last_layer: bool = False) -> list[Block]:
+def blocks_of_sequence(line: PackedSequence, *, in_last_layer: bool = False) -> list[Block]:
     """A prompt sees its past, an answer its prompt and its own past; of prompts the last layer's last tokens ask."""
     blocks: list[Block] = []
     prompt = slice(0)

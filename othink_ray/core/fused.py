@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from othink_ray.core.line import Line, stretches
+from othink_ray.core.packed_sequence import PackedSequence, stretches
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FOR_THIS_PROCESSOR = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -82,7 +82,7 @@ def blocks_of_image(tokens: int) -> Tensor:
     return torch.tensor([[0, tokens, 0, 0, 0, tokens, False]])
 
 
-def blocks_of_line(line: Line, *, in_last_layer: bool) -> Tensor:
+def blocks_of_sequence(line: PackedSequence, *, in_last_layer: bool) -> Tensor:
     """A prompt sees its past, an answer its prompt and its own past; of prompts the last layer's last tokens ask."""
     blocks = []
     prompt = (0, 0)

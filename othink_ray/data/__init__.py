@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from othink_ray.config.schema import DataConfig
-from othink_ray.data.both_scenes import BothScenes
-from othink_ray.data.geometry_scenes import GeometryScenes
-from othink_ray.data.passing import PassingRows
+from othink_ray.data.mixture import BothScenes
+from othink_ray.data.prompt_stream import LengthFilter, PassingRows, PromptStream
 from othink_ray.data.prompts import BadRow, Source, Split, validate, worked_answer
-from othink_ray.data.scenes import SceneCounting
+from othink_ray.data.scenes.counting import SceneCounting
+from othink_ray.data.scenes.geometry import GeometryScenes
 from othink_ray.data.sources import FileRows
-from othink_ray.data.stream import PromptStream, Screen
 from othink_ray.data.tables import SourceError
 
 SOURCES: dict[str, Callable[[DataConfig, Split], Source]] = {
@@ -43,8 +42,8 @@ def open_training(data: DataConfig) -> Source | PassingRows:
 __all__ = [
     "SOURCES",
     "BadRow",
+    "LengthFilter",
     "PromptStream",
-    "Screen",
     "Source",
     "SourceError",
     "Split",

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from othink_ray.data.pixels import decoded, size_of
+from othink_ray.data.images import decoded, size_of
 from othink_ray.types import Prompt
 
 Split = Literal["train", "test"]

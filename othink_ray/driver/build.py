@@ -9,40 +9,39 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from othink_ray.config.rules import paired, transport_of
 from othink_ray.config.schema import Config
-from othink_ray.config.seat_rules import paired, transport_of
 from othink_ray.core.advantages import ADVANTAGES
+from othink_ray.core.kl import BetaSchedule
+from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
-from othink_ray.core.rates import learning_rate
-from othink_ray.core.schedules import BetaSchedule
-from othink_ray.data import Screen
+from othink_ray.data import LengthFilter
+from othink_ray.driver.async_loop import SIDES, train_overlapped
 from othink_ray.driver.loop import Recipe, train
-from othink_ray.driver.overlap import SIDES, train_overlapped
-from othink_ray.driver.supervised import NO_KL, Class, ExaminedClass, Teaches, supervised
-from othink_ray.engines.base import OPENED, LearnerEngine, Place, RolloutEngine, ServedAdapters, share_of_cores
-from othink_ray.runtime.incidents import Incidents
+from othink_ray.driver.sft import NO_KL, Class, ExaminedClass, Teaches, supervised
+from othink_ray.engines.base import OPENED, LearnerEngine, RendezvousInfo, RolloutEngine, ServedAdapters, share_of_cores
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, fits
-from othink_ray.runtime.push import AuditedPush, open_transport
+from othink_ray.runtime.monitoring import Incidents
+from othink_ray.runtime.placement import Placement, all_bundles, fits, learner_bundles, rollout_bundles
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import learner_bundles, rollout_bundles, team_bundles
-from othink_ray.runtime.team import Examiners, Team
+from othink_ray.runtime.weight_sync import AuditedPush, open_transport
+from othink_ray.runtime.worker_group import EvalWorkers, WorkerGroup
 from othink_ray.types import Prompt
 from othink_ray.weights.audit import Tolerance
 
 
-def screen(config: Config, path: str) -> Screen:
+def length_filter(config: Config, path: str) -> LengthFilter:
     """Refuses prompts that the engines have no room for, before any answer is sampled."""
     from othink_ray.families import open_family
-    from othink_ray.families.fits import check_fits
+    from othink_ray.families.base import check_fits
 
     return partial(check_fits, open_family(config.model, path), config.rollout)
 
 
 def require_targets(config: Config, path: str) -> None:
     """Refuses adapters for which the model or its engine has no place, before any process is started."""
-    from othink_ray.engines.trained import require_servable
+    from othink_ray.engines.lora import require_servable
     from othink_ray.families import open_family
 
     if config.learner.lora.rank:
@@ -92,8 +91,8 @@ def beta_schedule(config: Config) -> BetaSchedule:
     )
 
 
-def rate(config: Config) -> Callable[[int], float]:
-    """Step -> learning rate."""
+def lr_schedule(config: Config) -> Callable[[int], float]:
+    """Step -> learning lr_schedule."""
     learner = config.learner
     return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_frac)
 
@@ -146,10 +145,10 @@ def cores_shared(config: Config) -> Config:
     )
 
 
-def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
+def shrink_to_cluster(config: Config, tell: Callable[[str], None]) -> Config:
     """After a node is lost: fewer engines, then fewer ranks, until the run fits; at least one of each."""
     fewer = config
-    while not fits(team_bundles(fewer.learner, fewer.rollout)):
+    while not fits(all_bundles(fewer.learner, fewer.rollout)):
         rollout, learner = fewer.rollout, fewer.learner
         more_engines, more_ranks = rollout.num_actors > 1, learner.world_size > 1
         if not (more_engines or more_ranks):
@@ -167,21 +166,21 @@ def on_what_is_left(config: Config, tell: Callable[[str], None]) -> Config:
 
 
 @contextmanager
-def open_team(
+def open_workers(
     config: Config,
     path: str,
     probe_prompts: Sequence[Prompt],
     incidents: Incidents,
     say: Callable[[str], None],
-    coming: Callable[[], Sequence[Prompt]],
-) -> Iterator[Team]:
+    upcoming: Callable[[], Sequence[Prompt]],
+) -> Iterator[WorkerGroup]:
     """Rollout, reward and learner processes, with their models loaded."""
     if incidents.restarts and config.faults.lost_node == "continue":
-        config = on_what_is_left(config, incidents.tell)
+        config = shrink_to_cluster(config, incidents.tell)
     config = cores_shared(config)
-    bundles = team_bundles(config.learner, config.rollout)
+    bundles = all_bundles(config.learner, config.rollout)
     with Placement(bundles, config.cluster, say, forever=incidents.restarts > 0) as placement:
-        say(placement.picture())
+        say(placement.describe())
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(
             partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
@@ -192,7 +191,7 @@ def open_team(
         load_models(config, rollout, learner)
         rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
-        yield Team(
+        yield WorkerGroup(
             rollout=rollout,
             rewards=rewards,
             incidents=incidents,
@@ -207,7 +206,7 @@ def open_team(
             loss=config.algo.loss,
             correction=correction(config, stale=False),
             stale_correction=correction(config, stale=True),
-            coming=coming,
+            upcoming=upcoming,
         )
 
 
@@ -227,20 +226,22 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> N
         learner.wait(loading)
 
 
-def students(config: Config, path: str, team: Team) -> Team | ExaminedClass:
+def students(config: Config, path: str, team: WorkerGroup) -> WorkerGroup | ExaminedClass:
     """Who goes through the loop: the team itself, or under supervised training its learner with a teacher."""
     return team if config.mode == "train" else ExaminedClass(_teacher(config, path), team.learner, team)
 
 
 @contextmanager
-def open_examiners(config: Config, path: str, incidents: Incidents, say: Callable[[str], None]) -> Iterator[Examiners]:
+def open_eval_workers(
+    config: Config, path: str, incidents: Incidents, say: Callable[[str], None]
+) -> Iterator[EvalWorkers]:
     """Rollout and reward processes alone, with the weights of the folder."""
     with Placement(rollout_bundles(config.rollout), config.cluster, say) as placement:
         rollout = RolloutPool(partial(examined_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         rollout.wait()
         rewards.wait()
-        yield Examiners(
+        yield EvalWorkers(
             rollout=rollout,
             rewards=rewards,
             incidents=incidents,
@@ -251,7 +252,7 @@ def open_examiners(config: Config, path: str, incidents: Incidents, say: Callabl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classroom:
+class SFTWorkers:
     """A learner with its teacher, for one model folder."""
 
     students: Class
@@ -259,25 +260,25 @@ class Classroom:
 
 
 @contextmanager
-def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[Classroom]:
+def open_sft_workers(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[SFTWorkers]:
     """A learner alone, for supervised training of the model in `folder`."""
     with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
         learner.wait(learner.start())
-        yield Classroom(students=Class(_teacher(config, str(folder)), learner), learner=learner)
+        yield SFTWorkers(students=Class(_teacher(config, str(folder)), learner), learner=learner)
 
 
 def _teacher(config: Config, path: str) -> Teaches:
-    from othink_ray.engines.teacher import Teacher
+    from othink_ray.engines.demonstrations import Demonstrations
     from othink_ray.families import open_family
 
-    return Teacher(open_family(config.model, path), reasoning=config.sft.reasoning)
+    return Demonstrations(open_family(config.model, path), reasoning=config.sft.reasoning)
 
 
 def rollout_engine(config: Config, path: str) -> RolloutEngine:
     """One that is given by pushes what the learner trains."""
-    from othink_ray.engines.trained import served_adapters
+    from othink_ray.engines.lora import served_adapters
     from othink_ray.families import open_family
 
     adapters = served_adapters(open_family(config.model, path), config.learner)
@@ -286,7 +287,7 @@ def rollout_engine(config: Config, path: str) -> RolloutEngine:
 
 def examined_engine(config: Config, path: str) -> RolloutEngine:
     """One with the policy of a folder: of a run's export with adapters in bfloat16 as the run served it."""
-    from othink_ray.engines.exported import read_exported
+    from othink_ray.engines.learner_checkpoint import read_exported
 
     make_engine, exported = ROLLOUT_ENGINES[config.rollout.engine], read_exported(path, config.model.dtype)
     if exported is None:
@@ -299,7 +300,7 @@ def examined_engine(config: Config, path: str) -> RolloutEngine:
 
 
 def _vllm_engine(config: Config, path: str, adapters: ServedAdapters | None) -> RolloutEngine:
-    from othink_ray.engines.trained import trains_all
+    from othink_ray.engines.lora import trains_all
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 
@@ -329,7 +330,7 @@ ROLLOUT_ENGINES: dict[str, Callable[[Config, str, ServedAdapters | None], Rollou
 }
 
 
-def learner_engine(config: Config, path: str, place: Place, *, with_reference: bool) -> LearnerEngine:
+def learner_engine(config: Config, path: str, place: RendezvousInfo, *, with_reference: bool) -> LearnerEngine:
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from othink_ray.spans import span
+from othink_ray.atomic_write import atomic_write
+from othink_ray.config.load import to_yaml
+from othink_ray.config.schema import Config
+from othink_ray.tracing import span
 from othink_ray.types import TrainState
-from othink_ray.whole_file import write_whole
 
 _STATE, _DIGESTS, _UNFINISHED = "state.json", "digests.json", ".partial"
 
@@ -54,7 +56,7 @@ class Checkpoints:
         aside = self.folder / f"step_{state.step}{_UNFINISHED}"
         with self._going_on_without(aside):
             aside.mkdir(parents=True)
-            write_whole(aside / _STATE, json.dumps(asdict(state), indent=2) + "\n")
+            atomic_write(aside / _STATE, json.dumps(asdict(state), indent=2) + "\n")
             self.learner.save(aside)
             self.begun = aside
 
@@ -68,7 +70,7 @@ class Checkpoints:
         aside, self.begun = self.begun, None
         with span("finish a checkpoint"), self._going_on_without(aside):
             digests = self.learner.saved() | {_STATE: _digest(aside / _STATE)}
-            write_whole(aside / _DIGESTS, json.dumps(digests, indent=2) + "\n")
+            atomic_write(aside / _DIGESTS, json.dumps(digests, indent=2) + "\n")
             folder = aside.with_suffix("")
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
@@ -165,3 +167,43 @@ def _state_of(folder: Path) -> TrainState:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_ANYWHERE = ("run.", "wandb.", "cluster.")  # where a run is made and kept, not what it is
+_OF_ADAPTERS = ("model.path", "model.tiny.", "learner.lora.")
+
+
+def compare_settings(checkpoint: Path, config: Config, tell: Callable[[str], None]) -> None:
+    """With those that lie beside the checkpoint, where they do."""
+    file = checkpoint.parent.parent / "config.yaml"
+    if not file.exists():
+        return
+    changed = dict(differences(file.read_text(), to_yaml(config)))
+    if config.learner.lora.rank:
+        for key in changed:
+            if key.startswith(_OF_ADAPTERS):
+                raise ResumeError(
+                    f"run.resume: {checkpoint} holds adapters, which mean something else with another {key} "
+                    f"({changed[key]}): set it as it was, or go on from the run's export by model.path"
+                )
+    if changed:
+        told = ", ".join(f"{key} {change}" for key, change in changed.items())
+        tell(f"it goes on with other settings than before: {told}")
+
+
+def differences(before: str, now: str) -> Iterator[tuple[str, str]]:
+    """Keys of both, and what became of their values; a key that only one version of the program knows is none."""
+    from omegaconf import OmegaConf
+
+    old, new = (dict(_flat(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now))
+    for key in new:
+        if key in old and old[key] != new[key] and not key.startswith(_ANYWHERE):
+            yield key, f"{old[key]} -> {new[key]}"
+
+
+def _flat(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value

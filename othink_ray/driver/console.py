@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live view in a terminal, one plain line a step everywhere else."""
+"""The stream that a console prints to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from othink_ray.driver.output import Output
 from othink_ray.driver.stopping import raise_if_interrupted
 from othink_ray.driver.views import (
     Evaluation,
@@ -42,6 +41,36 @@ from othink_ray.driver.views import (
     sample_panel,
 )
 from othink_ray.types import ScoredGroup
+
+
+class Output:
+    """A stream that becomes silent, and raises nothing, when its terminal is closed or its pipe has no reader."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._silence()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _silence(self) -> None:
+        """Redirect the descriptor to /dev/null, for Python flushes what is still buffered again at exit."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
 
 PLAIN_PROGRESS_LINES = 10
 LINES_FOR_EVERY_STEP = 20

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from othink_ray.core.advantages import Advantages, rewards_differ
-from othink_ray.core.schedules import BetaSchedule, Measured
-from othink_ray.driver.clock import Clock
+from othink_ray.core.kl import BetaSchedule, Measured
+from othink_ray.tracing import Clock
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 
@@ -29,7 +29,7 @@ class Stream(Protocol):
         ...
 
 
-class Team(Protocol):
+class Workers(Protocol):
     """The four verbs, and a hint that they go without."""
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
@@ -66,7 +66,7 @@ class Recipe:
 class Sampled:
     """The groups of one step, in the order of asking: all of them, and those that are trained."""
 
-    asked: Sequence[ScoredGroup]
+    requested: Sequence[ScoredGroup]
     trained: Sequence[ScoredGroup]
 
 
@@ -78,7 +78,7 @@ class Step:
     beta: float
     schedule_state: Mapping[str, float]  # for the step after this one
     data_position: int  # where the questions of that step begin
-    asked: Sequence[ScoredGroup]
+    requested: Sequence[ScoredGroup]
     scored: Sequence[ScoredGroup]  # those of them that were trained
     advantages: Sequence[NDArray[np.float64]]  # of `scored`
     stats: UpdateStats
@@ -87,7 +87,7 @@ class Step:
     hidden_s: float  # of sampling for the step after this one, while this one was learned
 
 
-class Watches(Protocol):
+class Callbacks(Protocol):
     """Sees a run go by."""
 
     def begin(self, step: int) -> None:
@@ -98,7 +98,7 @@ class Watches(Protocol):
 
 
 def train(
-    team: Team,
+    team: Workers,
     stream: Stream,
     *,
     steps: range,
@@ -106,7 +106,7 @@ def train(
     schedule: BetaSchedule,
     schedule_state: Mapping[str, float],
     lr: Callable[[int], float],
-    journal: Watches,
+    journal: Callbacks,
 ) -> None:
     """Runs `steps`; the journal sees each one when it is done: it logs, evaluates and saves."""
     team.push(steps.start)
@@ -128,7 +128,7 @@ def train(
                 beta=beta,
                 schedule_state=schedule_state,
                 data_position=stream.position,
-                asked=sampled.asked,
+                requested=sampled.requested,
                 scored=sampled.trained,
                 advantages=advantages,
                 stats=stats,
@@ -139,27 +139,29 @@ def train(
         )
 
 
-def sample(team: Team, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
+def sample(team: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
     """The scored groups that `step` trains on, all of them answered by the weights after `version` steps.
 
     DAPO's dynamic sampling: a group of equal rewards teaches nothing, so as many new questions as there are such groups
-    are asked, in up to `sampling_rounds` rounds. Those still missing then are made up from the first groups of equal
+    are requested, in up to `sampling_rounds` rounds. Those still missing then are made up from the first groups of equal
     rewards. Over small data a question comes back within a step: under an id of its own, so that it is another sample.
     """
-    asked: list[ScoredGroup] = []
+    requested: list[ScoredGroup] = []
     missing = recipe.prompts_per_step
     for sampling_round in range(recipe.sampling_rounds):
-        prompts = stream.take(missing, beside=[one.group.prompt for one in asked])
+        prompts = stream.take(missing, beside=[one.group.prompt for one in requested])
         groups = clock.lap_at_end("generate", team.generate(prompts, step, sampling_round))
         scored = in_order(team.score(groups), prompts)
         clock.lap("score")
         assert all(one.group.version == version for one in scored), f"sampled with other weights than version {version}"
-        asked += scored
+        requested += scored
         missing -= sum(map(teaches, scored))
         if not missing:
             break
-    fillers = [place for place, one in enumerate(asked) if not teaches(one)][:missing]
-    return Sampled(asked=asked, trained=[one for place, one in enumerate(asked) if teaches(one) or place in fillers])
+    fillers = [place for place, one in enumerate(requested) if not teaches(one)][:missing]
+    return Sampled(
+        requested=requested, trained=[one for place, one in enumerate(requested) if teaches(one) or place in fillers]
+    )
 
 
 def compared(scored: Sequence[ScoredGroup], recipe: Recipe) -> list[NDArray[np.float64]]:
@@ -175,7 +177,7 @@ def teaches(scored: ScoredGroup) -> bool:
 
 def measured(sampled: Sampled, stats: UpdateStats) -> Measured:
     """What a schedule may steer by."""
-    graded = [one.parts["accuracy"][one.valid] for one in sampled.asked if "accuracy" in one.parts]
+    graded = [one.parts["accuracy"][one.valid] for one in sampled.requested if "accuracy" in one.parts]
     right = np.concatenate(graded) if graded else np.empty(0)
     return Measured(
         kl=stats.kl_mean if stats.tokens else float("nan"),
@@ -184,6 +186,6 @@ def measured(sampled: Sampled, stats: UpdateStats) -> Measured:
 
 
 def in_order(scored: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-    """As the prompts were asked: a run must not depend on which engine was quicker."""
+    """As the prompts were requested: a run must not depend on which engine was quicker."""
     by_id = {one.group.prompt.id: one for one in scored}
     return [by_id[prompt.id] for prompt in prompts]

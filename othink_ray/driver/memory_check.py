@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from othink_ray.config.problem import Problem, value_of
+from othink_ray.config.errors import Problem, value_of
 from othink_ray.config.schema import Config
 from othink_ray.driver.memory_plan import ENGINE_TOKENS, GIB, MemoryPlan, memory_plan
 from othink_ray.engines.network_memory import (

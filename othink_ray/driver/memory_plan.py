@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from othink_ray.config.rules import paired
 from othink_ray.config.schema import Config
-from othink_ray.config.seat_rules import paired
 from othink_ray.engines.network_memory import Activations, NetworkShape
 from othink_ray.engines.zero_settings import REDUCE_BUCKET
 
@@ -18,7 +18,7 @@ GIB = 2**30
 CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here
 GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which stay while it sleeps; typical, not measured here
 PROCESS = 0.9 * GIB  # of a process on a CPU with torch and its libraries, before any model
-DRIVER = 0.5 * GIB  # measured, as the next two, by `python -m othink_ray.bench.memory`
+DRIVER = 0.5 * GIB  # measured, as the next two, by `python -m benchmarks.memory`
 RAY = 0.8 * GIB  # its daemons and idle workers, on the driver's node
 GRADER = 0.1 * GIB
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: gathered at a time, at most

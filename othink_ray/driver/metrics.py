@@ -1,12 +1,14 @@
-"""The run's folder: what is written while a run goes on, so that nothing is lost when it stops."""
+"""JSONL files of a run, a line a step: without gap or double even where it stops or its disk is full for a while."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -17,11 +19,163 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
-from othink_ray.driver.step_lines import StepLines
-from othink_ray.driver.tracking import Tracker, open_tracker
+from othink_ray.driver.loop import Step, teaches
+from othink_ray.driver.trackers import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
-from othink_ray.whole_file import write_whole
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_MOST_WAITING = 1000  # lines; those of samples.jsonl hold images
+
+
+class StepLines:
+    """Appends whole lines or none: what finds no room waits for it in memory."""
+
+    def __init__(self, path: Path, last_kept_step: int, tell: Callable[[str], None]) -> None:
+        """The file goes on after `last_kept_step`; later and torn lines are set aside in `*.discarded.jsonl`."""
+        self._path, self._tell = path, tell
+        _cut_after(path, last_kept_step)
+        self._file = path.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._waiting: deque[bytes] = deque()
+
+    def append(self, line: str) -> None:
+        waited = len(self._waiting)
+        self._waiting.append(line.encode() + b"\n")
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            self._file.truncate(self._size)
+            if error.errno not in _NO_ROOM or waited >= _MOST_WAITING:
+                raise
+            if not waited:
+                self._tell(f"{self._path.name} has no room on the disk: its lines wait in memory until there is some")
+            return
+        if waited:
+            self._tell(f"{self._path.name} is written again, lines that waited first ({waited})")
+
+    def _write(self, line: bytes) -> None:
+        written = 0
+        while written < len(line):
+            written += self._file.write(line[written:])
+        self._size += written
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cut_after(path: Path, last_kept_step: int) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in text.split("\n") if line]
+    discarded = [line for line in lines if _step_of(line) > last_kept_step]
+    if discarded:
+        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as aside:
+            aside.writelines(line + "\n" for line in discarded)
+    kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
+    if kept != text:
+        atomic_write(path, kept)
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSONL line; infinity for a torn one, which is beyond every step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else math.inf
+
+
+# Which layer of grading decided how many answers of the step.
+_GRADED = {
+    "rules": "reward/graded_by_rules",
+    "symbolic": "reward/graded_symbolically",
+    "timeout": "reward/grader_timeouts",
+    "crash": "reward/grader_crashes",
+    "untagged": "reward/untagged",
+}
+
+
+def taught_measures(step: Step) -> dict[str, float]:
+    """The metrics of one step of supervised training: what has no meaning for worked answers is left out."""
+    lengths = [len(answer.token_ids) for one in step.scored for answer in one.group.completions]
+    seconds = sum(step.times.values())
+    return {
+        "loss": step.stats.loss,
+        "entropy": step.stats.entropy,
+        "grad_norm": step.stats.grad_norm,
+        "lr": step.stats.lr,
+        "tokens/completion_mean": float(np.mean(lengths)),
+        "vision/encodes": float(step.stats.vision_encodes),
+        "throughput/samples_per_s": len(lengths) / seconds,
+        "throughput/tokens_per_s": float(sum(lengths)) / seconds,
+        "time/step_s": seconds,
+    } | {f"time/{name}_s": lap for name, lap in step.times.items()}
+
+
+def measures(step: Step) -> dict[str, float]:
+    """The metrics of one step. Rewards, lengths and groups are those of all that was asked, trained or not.
+
+    Means of rewards are over valid answers; a masked answer counts only in `groups/masked`.
+    """
+    asked = step.requested
+    valid = np.concatenate([one.valid for one in asked])
+    answers = [completion for one in asked for completion in one.group.completions]
+    lengths = np.array([len(answer.token_ids) for answer in answers])
+    seconds = sum(step.times.values())
+    found = {
+        "reward/mean": _mean(np.concatenate([one.rewards for one in asked]), valid),
+        "kl/beta": step.beta,
+        "kl/mean": step.stats.kl_mean,
+        "loss": step.stats.loss,
+        "audit/logp_gap_mean": step.audit.gap_mean,
+        "audit/logp_gap_max": step.audit.gap_max,
+        "audit/tolerance": step.audit.tolerance,
+        "audit/verified_weights": float(step.audit.verified),
+        "push/mb": step.audit.sent_bytes / 2**20,
+        "sampler/logp_gap_mean": step.stats.logp_gap_mean,
+        "sampler/logp_gap_max": step.stats.logp_gap_max,
+        "sampler/staleness": float(np.mean([step.step - one.group.version for one in step.scored])),
+        "ratio/raw_mean": step.stats.ratio_raw_mean,
+        "ratio/raw_max": step.stats.ratio_raw_max,
+        "ratio/clip_frac": step.stats.ratio_clip_frac,
+        "ratio/used_mean": step.stats.ratio_used_mean,
+        "ratio/truncated_mean": step.stats.ratio_truncated_mean,
+        "ratio/truncated_frac": step.stats.ratio_truncated_frac,
+        "ratio/masked_frac": step.stats.ratio_masked_frac,
+        "ratio/sequence_raw_mean": step.stats.ratio_sequence_raw_mean,
+        "ratio/sequence_truncated_mean": step.stats.ratio_sequence_truncated_mean,
+        "ratio/sequence_truncated_frac": step.stats.ratio_sequence_truncated_frac,
+        "entropy": step.stats.entropy,
+        "grad_norm": step.stats.grad_norm,
+        "lr": step.stats.lr,
+        "tokens/completion_mean": float(lengths.mean()),
+        "tokens/cut_frac": float(np.mean([answer.finish == "length" for answer in answers])),
+        "groups/constant_frac": float(np.mean([not teaches(one) for one in asked])),
+        "groups/asked": float(len(asked)),
+        "groups/masked": float((~valid).sum()),
+        "rollout/image_encodes": float(sum(one.group.image_encodes for one in asked)),
+        "vision/encodes": float(step.stats.vision_encodes),
+        "throughput/samples_per_s": len(answers) / seconds,
+        "throughput/tokens_per_s": float(lengths.sum()) / seconds,
+        "time/step_s": seconds,
+        "time/hidden_s": step.hidden_s,
+    }
+    for layer, name in _GRADED.items():
+        found[name] = float(sum(one.graded.get(layer, 0) for one in asked))
+    for part in sorted({name for one in asked for name in one.parts}):
+        scored = [one for one in asked if part in one.parts]
+        values = np.concatenate([one.parts[part] for one in scored])
+        found[f"reward/{part}"] = _mean(values, np.concatenate([one.valid for one in scored]))
+    return found | {f"time/{name}_s": lap for name, lap in step.times.items()}
+
+
+def _mean(values: np.ndarray, valid: np.ndarray) -> float:
+    return float(values[valid].mean()) if valid.any() else float("nan")
+
 
 THUMBNAIL_PX = 256
 
@@ -60,8 +214,8 @@ class RunRecords:
 
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(self._run_dir / "config.yaml", self._config_yaml)
-        write_whole(self._run_dir / "environment.json", json.dumps(jsonable(self._environment), indent=2) + "\n")
+        atomic_write(self._run_dir / "config.yaml", self._config_yaml)
+        atomic_write(self._run_dir / "environment.json", json.dumps(jsonable(self._environment), indent=2) + "\n")
         self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._keep_up_to, self._tell)
         self._samples = StepLines(self._run_dir / "samples.jsonl", self._keep_up_to, self._tell)
         resumed = self._keep_up_to >= 0
@@ -93,7 +247,7 @@ class RunRecords:
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
-        write_whole(self._run_dir / "summary.json", json.dumps(jsonable(values), indent=2) + "\n")
+        atomic_write(self._run_dir / "summary.json", json.dumps(jsonable(values), indent=2) + "\n")
 
 
 def _number(name: str, value: object) -> float:

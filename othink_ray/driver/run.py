@@ -18,11 +18,17 @@ from tempfile import gettempdir
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.exit_reporter import ExitReporter
-from othink_ray.driver.folder import FolderError, own_folder
+from othink_ray.driver.run_dir import FolderError, lock_run_dir
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
-from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
-from othink_ray.runtime.job import short_notice
-from othink_ray.runtime.watch import kill_children, kill_own_ray, watching
+from othink_ray.runtime.cluster import (
+    close_token_file,
+    kill_children,
+    kill_local_ray,
+    prepare,
+    ray_session,
+    short_notice,
+    watching,
+)
 
 WriteReport = Callable[[Path], Path]
 _GOES_ON = "the same command with run.resume=auto goes on"
@@ -35,7 +41,7 @@ def run(config: Config, write_report: WriteReport) -> int:
     imports = threading.Thread(target=_import_beside, daemon=True)
     with Console() as console:
         try:
-            with own_folder(run_dir):  # before anything starts, and before anything is written into another run's
+            with lock_run_dir(run_dir):  # before anything starts, and before anything is written into another run's
                 status = _run(config, run_dir, console, write_report, imports)
         except FolderError as error:
             console.say(f"stopped: {error}")
@@ -92,9 +98,9 @@ def _work(
             imports.join()
         stack.enter_context(watching(lambda what: _end_without_ray(what, console, reporter)))
         if config.mode == "eval":
-            from othink_ray.driver.examine import examine
+            from othink_ray.driver.evaluate import evaluate_models
 
-            examine(config, run_dir, console, write_report, started)
+            evaluate_models(config, run_dir, console, write_report, started)
         else:
             from othink_ray.driver.training import train_model
 
@@ -110,13 +116,13 @@ def _import_beside() -> None:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     from othink_ray.data import BadRow, SourceError
+    from othink_ray.driver.callbacks import RunawayError
     from othink_ray.driver.checkpoint import ResumeError
-    from othink_ray.driver.guards import RunawayError
-    from othink_ray.engines.adapters import AdapterError
-    from othink_ray.engines.learner_state import StateError
+    from othink_ray.engines.learner_checkpoint import StateError
+    from othink_ray.engines.lora import AdapterError
     from othink_ray.families.base import ModelError
-    from othink_ray.runtime.calls import WorkerFailed
     from othink_ray.runtime.cluster import ClusterError
+    from othink_ray.runtime.futures import WorkerFailed
     from othink_ray.weights.audit import AuditError
 
     return (
@@ -141,7 +147,7 @@ def _end_without_ray(what: str, console: Console, reporter: ExitReporter) -> Non
         console.close()
         sys.stdout = StringIO()  # of Ray, which prints the last lines of the raylet's log
         reporter.report(what)
-        kill_own_ray()
+        kill_local_ray()
         reporter.wait()
     finally:
         os._exit(1)

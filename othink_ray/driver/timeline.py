@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from othink_ray.driver.loop import Step, Team, Watches
-from othink_ray.spans import Span, Spans, keep, span, take
+from othink_ray.driver.loop import Callbacks, Step, Workers
+from othink_ray.tracing import Span, Spans, keep, span, take
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 _END = "\n]\n"
@@ -27,12 +27,12 @@ class Processes(Protocol):
 
 
 class Timeline:
-    """Watches a run and passes on what it sees; trace.json is whole after every step, and is left alone after `steps`.
+    """Callbacks a run and passes on what it sees; trace.json is whole after every step, and is left alone after `steps`.
 
     So its cost ends there, and so does the file's growth.
     """
 
-    def __init__(self, path: Path, processes: Processes, journal: Watches, *, steps: int) -> None:
+    def __init__(self, path: Path, processes: Processes, journal: Callbacks, *, steps: int) -> None:
         self.path, self.processes, self.journal, self.left = path, processes, journal, steps
         self.trace: Trace | None = None
 
@@ -143,10 +143,10 @@ class Trace:
             self._end = file.tell() - len(_END)
 
 
-class TracedTeam:
+class TracedWorkers:
     """The four verbs as the driver sees them; `score` has `generate` in it, for it takes groups as they come."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Workers) -> None:
         self.team = team
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:

@@ -13,29 +13,26 @@ from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import (
     beta_schedule,
-    open_classroom,
+    length_filter,
+    lr_schedule,
     open_loop,
-    open_team,
-    rate,
+    open_sft_workers,
+    open_workers,
     recipe,
     require_targets,
-    screen,
     students,
 )
-from othink_ray.driver.checkpoint import Checkpoints, ResumeError, find
+from othink_ray.driver.callbacks import RunCallbacks
+from othink_ray.driver.checkpoint import Checkpoints, ResumeError, compare_settings, find
 from othink_ray.driver.console import Console
-from othink_ray.driver.continued import compare_settings
-from othink_ray.driver.environment import environment
-from othink_ray.driver.evaluate import exams
-from othink_ray.driver.folder import set_aside_older, written_down
-from othink_ray.driver.journal import Journal
+from othink_ray.driver.evaluate import eval_sets
 from othink_ray.driver.metrics import RunRecords
+from othink_ray.driver.run_dir import environment, set_aside_older, written_down
 from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
-from othink_ray.driver.timeline import Timeline, TracedTeam
+from othink_ray.driver.timeline import Timeline, TracedWorkers
 from othink_ray.driver.warm_start import base_model
-from othink_ray.runtime.calls import ProcessLost
-from othink_ray.runtime.gauges import Gauges
-from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.futures import ProcessLost
+from othink_ray.runtime.monitoring import Gauges, Incidents
 from othink_ray.types import TrainState
 
 
@@ -84,9 +81,9 @@ def _train(
     """From `state` to the end; what summary.json says."""
     training = open_training(config.data)
     with ExitStack() as stack:
-        path = base_model(config, console, open_classroom)
+        path = base_model(config, console, open_sft_workers)
         require_targets(config, path)
-        fits = screen(config, path)
+        fits = length_filter(config, path)
         stream = PromptStream(
             training,
             seed=config.train.seed,
@@ -96,7 +93,7 @@ def _train(
             ahead=config.train.prompts_per_step if config.train.read_ahead else 0,
         )
         stack.callback(stream.close)
-        held_out = exams(config, fits)
+        held_out = eval_sets(config, fits)
         unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
         if unasked:
             raise ResumeError(
@@ -109,7 +106,7 @@ def _train(
         loop = stack.enter_context(open_loop(config))
         probes = held_out[0].prompts[: config.weights.audit_prompts]
         with console.phase("loading the rollout engines and the learner"):
-            team = stack.enter_context(open_team(config, path, probes, incidents, console.say, stream.coming))
+            team = stack.enter_context(open_workers(config, path, probes, incidents, console.say, stream.upcoming))
             if resumed:
                 team.learner.load(resumed)
         records = stack.enter_context(
@@ -128,7 +125,7 @@ def _train(
         )
         present = students(config, path, team)
         request = stack.enter_context(finishing_steps(incidents.tell))
-        journal = Journal(
+        journal = RunCallbacks(
             config,
             present,
             stream,
@@ -145,13 +142,13 @@ def _train(
         timeline = stack.enter_context(Timeline(run_dir / "trace.json", team, journal, steps=config.run.trace_steps))
         schedule = beta_schedule(config)
         loop(
-            TracedTeam(present),
+            TracedWorkers(present),
             stream,
             steps=range(state.step, config.train.steps),
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
-            lr=rate(config),
+            lr=lr_schedule(config),
             journal=timeline,
         )
         with console.phase("exporting the model"):

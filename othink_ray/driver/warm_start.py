@@ -12,11 +12,11 @@ from typing import Protocol
 
 from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.schema import Config, DataConfig, LearnerConfig
-from othink_ray.core.rates import learning_rate
+from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.supervised import NO_KL, Class, supervised
+from othink_ray.driver.sft import NO_KL, Class, supervised
 
 _TOKENIZER_ROWS = 256
 

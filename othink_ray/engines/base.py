@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, device, get_num_threads, set_num_threads  # by name: vLLM has torch's own setter do nothing
 from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
 from torch.distributed.constants import default_pg_timeout
 
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
-from othink_ray.weights.arrival import Held, mismatches
-from othink_ray.weights.digest import TensorDigest
+from othink_ray.weights.digest import Held, TensorDigest, mismatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def on_one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RendezvousInfo:
     """Where a learner process stands: its rank among how many, and the address at which they meet."""
 
     rank: int
@@ -63,7 +63,7 @@ class Place:
     master_address: str
     master_port: int
 
-    def meet(self, on: device) -> None:
+    def rendezvous(self, on: device) -> None:
         """Wait for the other ranks. A process meets them once, whatever it makes of it."""
         if is_initialized():
             return
@@ -77,7 +77,7 @@ class Place:
         )
 
 
-def meeting_place(address: str = "127.0.0.1") -> TCPStore:
+def rendezvous_info(address: str = "127.0.0.1") -> TCPStore:
     """Where the ranks of a learner meet, for as long as the caller keeps it; it listens at `address` alone.
 
     It listens from the start: a port that only was free when somebody looked is another's by the time the ranks come.
@@ -248,3 +248,9 @@ class LearnerEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, on however many ranks."""
         ...
+
+
+def release_cache(device: torch.device) -> None:
+    """Return freed blocks to the device. torch's allocator keeps them otherwise, and no other process can have them."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

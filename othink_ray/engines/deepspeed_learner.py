@@ -21,33 +21,30 @@ from torch import Tensor
 from othink_ray.config.model_rules import ADAPTER_FOLDER
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
-from othink_ray.core.correction import importance
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import LOSSES, importance
 from othink_ray.core.packing import pack
-from othink_ray.engines.adapters import (
+from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache, share_of_cores
+from othink_ray.engines.collate import LaidOut, MicroBatch, lay_out, to_device
+from othink_ray.engines.compiled import compile_layers
+from othink_ray.engines.learner_checkpoint import StoredState, Writing, ZeroState, replace_export
+from othink_ray.engines.lora import (
     WithoutAdapters,
     adapter_weights,
+    choose_trained,
+    features_stay,
+    parameter_groups,
     plain_weights,
     trained_weights,
     write_adapter,
 )
-from othink_ray.engines.ahead import Ahead, Kept, Made, MadeAhead, Prepared
-from othink_ray.engines.base import Place, on_one_thread, share_of_cores
-from othink_ray.engines.compiled import compile_layers
-from othink_ray.engines.device_memory import release_cache
-from othink_ray.engines.exported import replace_export
-from othink_ray.engines.inputs import pixel_digest, pixels_as
-from othink_ray.engines.learner_state import StoredState, Writing, ZeroState
-from othink_ray.engines.micro_batch import LaidOut, MicroBatch, lay_out, to_device
-from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.policy import DTYPES, Policy, checkpoint_layers, train_without_dropout
+from othink_ray.engines.prefetch import Kept, Made, Prefetched, Prefetcher, Prepared, pixel_digest, pixels_as
 from othink_ray.engines.products import onednn_is_there, products_by_onednn
-from othink_ray.engines.totals import Totals
-from othink_ray.engines.trained import choose_trained, features_stay, parameter_groups
-from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
+from othink_ray.engines.update_stats import Totals
 from othink_ray.engines.zero_settings import linear_over_rows, zero_settings
 from othink_ray.families.base import Family
-from othink_ray.families.last_layer import narrow
-from othink_ray.spans import span
+from othink_ray.families.hugging_face import prune_last_layer
+from othink_ray.tracing import span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, ScoredGroup, UpdateStats
 
 
@@ -66,7 +63,7 @@ class DeepSpeedLearner:
         correction_bounds: tuple[float, float],
         with_reference: bool,
         seed: int,
-        place: Place,
+        place: RendezvousInfo,
         shares_gpu: bool,
     ) -> None:
         """`shares_gpu`: engines sleep while this one works, and need its memory when they wake."""
@@ -90,7 +87,7 @@ class DeepSpeedLearner:
         self.deepspeed = deepspeed
         # DeepSpeed would compile collectives of its own for CPU ranks, a minute at the first start; gloo has them all.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        place.meet(self.device)
+        place.rendezvous(self.device)
         deepspeed.init_distributed()
         torch.manual_seed(seed)
         self.attend = attention_for(learner.attention, self.device)
@@ -111,7 +108,7 @@ class DeepSpeedLearner:
         )
         self.reference = self._open_reference(DTYPES[dtype], temperature) if with_reference else None
         self.reference_beside = self._open_beside(temperature)
-        self.ahead = Ahead(self._make_ahead)
+        self.ahead = Prefetcher(self._make_ahead)
 
     def _open_reference(self, dtype: torch.dtype, temperature: float) -> Any:
         """What the policy was when training began."""
@@ -135,7 +132,7 @@ class DeepSpeedLearner:
     def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
         network = self.family.load_network(dtype)
         if self.learner.narrow_last_layer:
-            narrow(self.family.layers(network)[-1])
+            prune_last_layer(self.family.layers(network)[-1])
         if self.learner.compile:
             compile_layers(self.family, network, by_onednn=self.by_onednn)
         return Policy(network, self.family, temperature, self.learner.logit_rows)
@@ -259,23 +256,23 @@ class DeepSpeedLearner:
 
     def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None = None) -> Prepared:
         own = made.of(rows) if kept is None else None
-        own = own or MadeAhead(laid_out=self._lay_out(rows), kept=kept or Kept())
+        own = own or Prefetched(laid_out=self._lay_out(rows), kept=kept or Kept())
         one = own.kept.with_batch(rows, self._to_device(own.laid_out))
         if self.features_shared and one.features is None:
             return replace(one, features=self._features(self.engine, one.batch))
         return one
 
     @span("prepare ahead")
-    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
+    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> Prefetched:
         laid_out, beside = self._lay_out(rows), self.reference_beside
         if beside is None or not with_reference:
-            return MadeAhead(laid_out=laid_out, kept=Kept())
+            return Prefetched(laid_out=laid_out, kept=Kept())
         one = Prepared(rows=rows, batch=self._to_device(laid_out))
         if self.features_shared:
             one = replace(one, features=self._features(beside, one.batch))
         reference = self._no_grad(beside, one)
         encodes, beside.encoded_images = beside.encoded_images, 0
-        return MadeAhead(laid_out=laid_out, kept=Kept(features=one.features, reference=reference, encodes=encodes))
+        return Prefetched(laid_out=laid_out, kept=Kept(features=one.features, reference=reference, encodes=encodes))
 
     @on_one_thread()
     def _lay_out(self, packs: Sequence[Pack]) -> LaidOut:

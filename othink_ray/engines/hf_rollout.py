@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.adapters import add_adapters, trained_weights
 from othink_ray.engines.base import Receiver, Sampling, ServedAdapters, require_room, share_of_cores
-from othink_ray.engines.inputs import Inputs, pixel_digest
+from othink_ray.engines.lora import add_adapters, trained_weights
 from othink_ray.engines.policy import DTYPES, logit_bias
+from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.arrival import Held, HeldPart
-from othink_ray.weights.digest import TensorDigest, digests
+from othink_ray.weights.digest import Held, HeldPart, TensorDigest, digests
 
 HFInput = tuple[list[int], ImageTensors, Tensor]
 
@@ -42,10 +41,10 @@ class HFRollout(Receiver):
             self.pushed = {weight.name: weight.parameter for weight in trained_weights(self.network)}
         self.network.to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
-        self.coming = Inputs(self._input)
+        self.upcoming = Inputs(self._input)
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.coming.prepare(prompts)
+        self.upcoming.prepare(prompts)
 
     def sleep(self) -> None:
         """Its weights are all that it has, and they stay."""
@@ -70,7 +69,7 @@ class HFRollout(Receiver):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         for prompt in prompts:
-            yield self._answer(prompt, self.coming.take(prompt), sampling)[0]
+            yield self._answer(prompt, self.upcoming.take(prompt), sampling)[0]
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         self._require_whole()

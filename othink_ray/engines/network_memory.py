@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from othink_ray.config.schema import LearnerConfig
-from othink_ray.core.kernel_memory import KernelShape
-from othink_ray.engines.trained import choose_trained, features_stay
+from othink_ray.core.attention import KernelShape
+from othink_ray.engines.lora import choose_trained, features_stay
 from othink_ray.families.base import Family, ImageTensors
-from othink_ray.families.last_layer import narrow
+from othink_ray.families.hugging_face import prune_last_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype)
     """The network as a learner rank trains it, on the meta device."""
     network: Any = family.skeleton().to(dtype)
     if learner.narrow_last_layer:
-        narrow(family.layers(network)[-1])
+        prune_last_layer(family.layers(network)[-1])
     choose_trained(family, network, learner)
     network.to(dtype)
     if learner.gradient_checkpointing:

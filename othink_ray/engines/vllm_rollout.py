@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.data.pixels import decoded
+from othink_ray.data.images import decoded
 from othink_ray.engines.base import (
     Receiver,
     Sampling,
@@ -22,12 +22,11 @@ from othink_ray.engines.base import (
     require_room,
     share_of_cores,
 )
-from othink_ray.engines.inputs import Inputs, pixel_digest
 from othink_ray.engines.policy import BANNED_BIAS
+from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
-from othink_ray.weights.arrival import Held
-from othink_ray.weights.digest import TensorDigest
+from othink_ray.weights.digest import Held, TensorDigest
 
 _ADAPTER = 1  # vLLM's number of the only one
 
@@ -86,7 +85,7 @@ class VLLMRollout(Receiver):
         self.engine.collective_rpc("open_network")
         self.adapter: Any = None  # asked for with every request, once it is there
         self.asleep = False
-        self.coming, self.probed = Inputs(self._input), Inputs(self._input)
+        self.upcoming, self.probed = Inputs(self._input), Inputs(self._input)
 
     @staticmethod
     def arguments(
@@ -124,7 +123,7 @@ class VLLMRollout(Receiver):
             "load_format": "safetensors",  # other files of weights can run code when they are read
         }
         if model.dtype != "float32":
-            from othink_ray.engines.vllm_rounding import rounding_arguments
+            from othink_ray.engines.vllm_patches import rounding_arguments
 
             arguments |= rounding_arguments()
         if adapters is not None:
@@ -139,18 +138,20 @@ class VLLMRollout(Receiver):
             # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
             if model.dtype == "float32" and rollout.enforce_eager:
-                from othink_ray.engines.vllm_kernels import kernel_arguments
+                from othink_ray.engines.vllm_patches import kernel_arguments
 
                 arguments |= kernel_arguments()
         return arguments
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.coming.prepare(prompts)
+        self.upcoming.prepare(prompts)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         encodes = self._images_encoded()
-        inputs = [self.coming.take(prompt) for prompt in prompts]  # what can be refused is refused before anything runs
+        inputs = [
+            self.upcoming.take(prompt) for prompt in prompts
+        ]  # what can be refused is refused before anything runs
         for index, output in self._outputs(prompts, inputs, sampling, logprobs=0):
             before, encodes = encodes, self._images_encoded()
             yield self._group(prompts[index], output, encodes - before)

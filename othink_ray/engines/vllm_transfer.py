@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from othink_ray.engines.base import Place
+from othink_ray.engines.base import RendezvousInfo
 
 
 class Engines(Protocol):
@@ -36,7 +36,7 @@ def open_sender(
     backend: str,
     named_weights: NamedWeights,
     engines: Engines,
-    place: Place,
+    place: RendezvousInfo,
     *,
     port: int,
     receivers: int,

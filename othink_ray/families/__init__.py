@@ -11,8 +11,7 @@ from transformers.utils import cached_file
 from othink_ray.config.schema import ModelConfig
 from othink_ray.families.base import Family, ModelError
 from othink_ray.families.internvl import InternVL
-from othink_ray.families.qwen3_vl import Qwen3VL
-from othink_ray.families.qwen_vl import QwenVL
+from othink_ray.families.qwen_vl import Qwen3VL, QwenVL
 
 # By the name that transformers gives them in a folder's config.json.
 FAMILIES: dict[str, Callable[..., Family]] = {

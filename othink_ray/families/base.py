@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from othink_ray.config.schema import RolloutConfig
 from othink_ray.core.attention import Attention
-from othink_ray.types import Prompt
+from othink_ray.data.prompts import BadRow
+from othink_ray.types import Message, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,3 +139,61 @@ class Family(Protocol):
         taken one by one and written in files of about a GiB, so that no more than that of them is held at a time.
         """
         ...
+
+
+_ASKED = Message(role="user", text="?")
+_ANSWERED = Message(role="assistant", text="§past answer§")
+
+
+def opened_by(render: Callable[[Sequence[Message], bool], str]) -> str:
+    """The text that the template's generation prompt adds to the header of an answer; empty for most models.
+
+    `render` writes a chat, with the generation prompt or without. The header is what stands before a past answer, one
+    that another question follows: of the last answer a template may show more (Qwen3 adds an empty thought).
+    """
+    prompt = render([_ASKED], True)
+    if prompt == render([_ASKED], False):
+        return ""
+    header = render([_ASKED, _ANSWERED, _ASKED], False).partition(_ANSWERED.text)[0]
+    if prompt.startswith(header):
+        return prompt[len(header) :]
+    if header.startswith(prompt) and header[len(prompt) :].isspace():
+        return ""
+    # Past answers are shown after something else, such as an empty thought in each: an open thought is what is left.
+    opened = prompt[prompt.rfind("<think>") :] if "<think>" in prompt else ""
+    return "" if "</think>" in opened else opened
+
+
+def modules_by_part(family: Family, network: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Each module with its part (text, vision or projector) and its path."""
+    projector = {id(module) for each in family.projectors(network) for module in each.modules()}
+    tower = {id(module) for module in family.vision_tower(network).modules()}
+    for path, module in network.named_modules():
+        part = "projector" if id(module) in projector else "vision" if id(module) in tower else "text"
+        yield part, path, module
+
+
+def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
+    """BadRow when the prompt, its images and an answer of full length are more than the engines take."""
+    if len(prompt.images) > rollout.max_images:
+        reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
+        raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
+    text_tokens, image_tokens = lengths(family, prompt)
+    needed = text_tokens + image_tokens + rollout.max_tokens
+    if needed > rollout.max_model_len:
+        reason = (
+            f"{text_tokens} tokens of text, {image_tokens} of images and rollout.max_tokens = {rollout.max_tokens} "
+            f"are {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
+        )
+        raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
+
+
+def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
+    """How many tokens of text and of images the network sees; BadRow when the text has placeholders of its own."""
+    token_ids = family.prompt_token_ids(prompt)
+    places = token_ids.count(family.image_token_id)
+    if places != len(prompt.images):
+        reason = f"its text spells {places - len(prompt.images)} image placeholder(s) of the model out"
+        raise BadRow(prompt.id, reason, "take them out of the question")
+    counts = family.image_token_counts(prompt.images)
+    return len(family.expand(token_ids, counts)) - sum(counts), sum(counts)

@@ -1,4 +1,7 @@
-"""What families have in common whose network, tokenizer and image processor are those of transformers."""
+"""How transformers' models attend: text the way a line asks, images in blocks where that is quicker.
+
+Text models hand the keyword `line`, the attention itself, down to every layer.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,108 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from othink_ray.core.attention import Attention
-from othink_ray.families.base import ImageTensors
-from othink_ray.families.last_layer import is_narrow
-from othink_ray.families.line_attention import IMAGE_ATTENTION, LINE_ATTENTION
-from othink_ray.families.opened import opened_by
+from othink_ray.core import fused
+from othink_ray.core.attention import Attention, kernel_shape
+from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
+from othink_ray.core.flex import PackedImages
+from othink_ray.families.base import ImageTensors, opened_by
 from othink_ray.types import Message, Prompt
+
+LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    line: Attention | None = None,
+    in_last_layer: bool = False,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Without a line the network is the unmodified one, mask and all."""
+    if line is not None:
+        attend = line.in_last_layer if in_last_layer else line
+        return attend(query, key, value, scaling), None
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    return attended, None
+
+
+def _attend_image(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    images: PackedImages | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """All patches of an image, or of a tile, among themselves; there may be several of the same size, or `images`."""
+    if query.is_meta:
+        return kernel_shape(query, key, value), None
+    if images is not None:
+        return images(query, key, value, scaling), None
+    by_kernel = fused.is_chosen() and fused.suits(query)
+    # In half precision torch's kernel, which is vLLM's too: it rounds the softmax's shares, and others do not.
+    by_torch = query.device.type != "cpu" or query.dtype != torch.float32
+    if by_torch or not (by_kernel or worth_it(query.shape[2])):
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+        return attended, None
+    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
+    if by_kernel:
+        attended = fused.attend_fused(asked, seen, shown, fused.blocks_of_image(query.shape[2]), scaling)
+        return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
+    attended = attend_in_blocks(asked, seen, shown, blocks_of_image(query.shape[2]), scaling)
+    return attended.view_as(query).transpose(1, 2), None
+
+
+# Not for torch's compiler: a line is different each time, and an image is many small products.
+AttentionInterface.register(LINE_ATTENTION, torch.compiler.disable(_attend))
+AttentionInterface.register(IMAGE_ATTENTION, torch.compiler.disable(_attend_image))
+AttentionMaskInterface.register(LINE_ATTENTION, sdpa_mask)
+
+
+class _Pruned:
+    """Before a layer of any of the text models here, which are alike but for their attention."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
+    def forward(self, hidden_states: Tensor, asked: Tensor | None = None, **settings: Any) -> Tensor:
+        """(1, N, H), and the K places asked for -> (1, K, H); all N where nothing is said of them, as in sampling."""
+        if asked is None:
+            whole: Tensor = super().forward(hidden_states, **settings)  # type: ignore[misc]
+            return whole
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), in_last_layer=True, **settings)
+        kept = hidden_states.index_select(1, asked) + attended.index_select(1, asked)
+        read: Tensor = kept + self.mlp(self.post_attention_layernorm(kept))
+        return read
+
+
+def prune_last_layer(layer: nn.Module) -> None:
+    """Make it go on only where it is asked to."""
+    plain = type(layer)
+    layer.__class__ = type(f"Narrow{plain.__name__}", (_Pruned, plain), {})
+
+
+def is_pruned(layer: nn.Module) -> bool:
+    return isinstance(layer, _Pruned)
+
 
 _ATTENTION = {"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION}
 PART_BYTES = 2**30  # of weights in one file of a saved model, beside its last weight
@@ -123,7 +220,7 @@ class HuggingFaceFamily:
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden if is_narrow(body.language_model.layers[-1]) else hidden[asked]
+        return hidden if is_pruned(body.language_model.layers[-1]) else hidden[asked]
 
     def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
         """What the text model is given for embedded tokens (N, H) and the features of the images among them."""

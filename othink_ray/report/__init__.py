@@ -2,6 +2,5 @@
 
 from othink_ray.report.evaluation import write_evaluation_report
 from othink_ray.report.page import write_report
-from othink_ray.report.study import write_study_report
 
-__all__ = ["write_evaluation_report", "write_report", "write_study_report"]
+__all__ = ["write_evaluation_report", "write_report"]

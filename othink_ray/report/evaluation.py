@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from othink_ray.report.cards import PICTURE, pieces_of
+from othink_ray.report.page import PICTURE, pieces_of
 from othink_ray.report.records import read_environment
 from othink_ray.report.rendering import date, duration, write_page
 

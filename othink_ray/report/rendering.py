@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from othink_ray.atomic_write import atomic_write
 from othink_ray.report.axes import short, signed
 from othink_ray.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH
-from othink_ray.whole_file import write_whole
 
 PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HEIGHT - BOTTOM}
 
@@ -20,7 +20,7 @@ def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values
     style = "\n".join(map(_package_text, styles))
     html = render(template, style=style, **values)
     path = folder / "report.html"
-    write_whole(path, html)
+    atomic_write(path, html)
     return path
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from othink_ray.atomic_write import atomic_write
 from othink_ray.config.load import load
 from othink_ray.core.kl import SCHEDULES, schedule
 from othink_ray.report.charts import Chart, Scale, Series, line_chart
 from othink_ray.report.rendering import render
-from othink_ray.whole_file import write_whole
 
 STEPS = 100
 
@@ -38,4 +38,4 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    write_whole(Path(sys.argv[1]), picture())
+    atomic_write(Path(sys.argv[1]), picture())

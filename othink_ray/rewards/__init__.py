@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from othink_ray.rewards.grade import accuracy
-from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.layout import format_reward
-from othink_ray.rewards.scorer import REWARDS, score_group
+from othink_ray.rewards.grader import REWARDS, Grader, accuracy, score_group
+from othink_ray.rewards.parse import format_reward
 
 __all__ = ["REWARDS", "Grader", "accuracy", "format_reward", "score_group"]

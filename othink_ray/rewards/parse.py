@@ -1,9 +1,44 @@
-"""From a model's text to the answer it states; the text is untrusted, so every function here takes any str."""
+"""A sentence that states an answer: `The degree of angle OAB is 25.0`, `There are 5 objects left`, `B is correct`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+
+from othink_ray.rewards.text import is_harmless
+
+_VERBS = (
+    "is|are|was|were|equals|has|have|had|contains?|shows?|counts?|counted|sees?|gets?|got|gives?|remains?|measures?"
+)
+# The subject has letters only, but in the name of an angle: another number would be a second answer. It is as long as
+# can be: the last verb counts.
+_SENTENCE = re.compile(
+    rf"""
+    (?: (?:so|thus|hence|therefore|then|finally|in\s+(?:total|all)) \b,?\s* )?
+    (?! (?:option|choice|answer)\s+[(\[]?[A-J]\b )
+    (?P<subject> (?: [A-Za-z'’∠△\- ] | \\(?:angle|triangle)(?![A-Za-z]) | (?:(?<=∠)|(?<=angle\s))[1-9] )* )
+    (?: \b(?:{_VERBS})\s+ | ['’]s\s+ | \s*(?P<mark>[:=])\s* )
+    (?P<stated>\S.*)""",
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+_CONFIRMED = re.compile(
+    r"(?!(?:the|it|this|that|my)\b)(?P<stated>.+?)\s+is\s+"
+    r"(?:correct|right|the\s+(?:(?:final|correct|right)\s+)?(?:answer|option|choice|one|result|value))",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def stated_in(sentence: str) -> str | None:
+    """What a sentence says its subject is, or None where it is no such sentence, or denies, hedges or asks."""
+    if confirmed := _CONFIRMED.fullmatch(sentence):
+        return confirmed["stated"]
+    match = _SENTENCE.fullmatch(sentence)
+    if match is None or not is_harmless(match["subject"]):
+        return None
+    if match["mark"] and not re.search("[A-Za-z]{3}", match["subject"]):  # x = 3, and the 3 : 4 of a ratio
+        return None
+    return match["stated"]
+
 
 OPEN, CLOSE = "<answer>", "</answer>"
 _TAGS = ("<think>", "</think>", OPEN, CLOSE)
@@ -50,3 +85,19 @@ def stated_text(text: str, without_tag: str = "strict") -> str | None:
     """The text to grade: inside the tag, or what the policy `without_tag` makes of a text that has none."""
     inside = answer_text(text)
     return WITHOUT_TAG[without_tag](text) if inside is None else inside
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format_reward(text: str) -> float:
+    """1.0 if the whole text is <think>…</think> and then <answer>…</answer>, each tag once, else 0.0.
+
+    White space may stand around and between the two; their content may be empty and may span lines.
+    """
+    body = text.strip()
+    # Counted, not matched: this stays linear on any text.
+    if any(body.count(tag) != 1 for tag in TAGS):
+        return 0.0
+    thought, _, rest = body.partition("</think>")
+    return float(thought.startswith("<think>") and rest.lstrip().startswith("<answer>") and rest.endswith("</answer>"))

@@ -16,18 +16,18 @@ import ray
 from numpy.typing import NDArray
 from torch import Tensor
 
-from othink_ray.engines.base import LearnerEngine, Place, RolloutEngine, Sampling, meeting_place
+from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
-from othink_ray.runtime.recorded import Recorded
-from othink_ray.spans import keep, span
+from othink_ray.runtime.futures import TraceRecorder
+from othink_ray.tracing import keep, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
-from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
 from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 
 BESIDE = "beside"
 
 
-class RolloutActor(Recorded):
+class RolloutActor(TraceRecorder):
     """One sampling engine."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
@@ -77,7 +77,7 @@ class RolloutActor(Recorded):
         return self.engine.probe(prompts, sampling, candidates)
 
 
-class LearnerActor(Recorded):
+class LearnerActor(TraceRecorder):
     """One rank of the learner: one call after the other, and `prepare` beside them."""
 
     concurrency_groups: ClassVar = {BESIDE: 1}
@@ -88,7 +88,7 @@ class LearnerActor(Recorded):
     def open_meeting(self) -> tuple[str, int]:
         """Where the ranks can meet: here."""
         address = ray.util.get_node_ip_address()
-        self.meeting = meeting_place(address)
+        self.meeting = rendezvous_info(address)
         return address, self.meeting.port
 
     def free_port(self) -> int:
@@ -97,7 +97,7 @@ class LearnerActor(Recorded):
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    def start(self, make_engine: Callable[[Place], LearnerEngine], place: Place) -> int:
+    def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], place: RendezvousInfo) -> int:
         # gloo would ask what the host's own name means, which often is 127.0.0.1: a rank elsewhere cannot go there.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_with(ray.util.get_node_ip_address()))
         self.engine = make_engine(place)

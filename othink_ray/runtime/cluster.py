@@ -1,4 +1,4 @@
-"""Ray, started here or joined; left as it was found."""
+"""A run that was handed in with `ray job submit`: how long it has when it is told to stop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,33 @@ import ctypes
 import logging
 import os
 import secrets
+import select
 import signal
+import socket
 import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from othink_ray.config.schema import ClusterConfig
+
+
+def short_notice() -> str | None:
+    """What to say of a job that would be killed seconds after it was told to stop."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or "RAY_JOB_STOP_WAIT_TIME_S" in os.environ:
+        return None
+    return (
+        "`ray job stop` kills this run 3 seconds after it asks it to end, which may be too soon to finish a step and "
+        "save it; submit it with --runtime-env launch/job.yaml for 10 minutes"
+    )
+
 
 _OF_OUR_OWN = {
     # It dies with the run: what is left when that is killed looks for it no longer than this.
@@ -185,3 +201,64 @@ def _why_not_up(address: str | None, error: Exception) -> str:
         f"cluster.address = {address}: no Ray cluster answers there ({first_line}). Start one with `ray start --head`, "
         "or set cluster.address=null to start Ray on this machine."
     )
+
+
+_EVERY_S = 1.0
+_MARGIN_S = 3.0  # before Ray's own patience with its GCS ends
+_RAY_WAITS_S = 60.0  # Ray's default of the setting named next
+_RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+
+@contextmanager
+def watching(lost: Callable[[str], None]) -> Iterator[None]:
+    """Run a thread that calls `lost` once, with the reason, when this node's raylet or the GCS is gone."""
+    import ray
+
+    context = ray.get_runtime_context()
+    sockets = {node["NodeID"]: node["RayletSocketName"] for node in ray.nodes()}
+    with socket.socket(socket.AF_UNIX) as raylet:
+        raylet.connect(sockets[context.get_node_id()])
+        over, end = socket.socketpair()
+        watch = threading.Thread(target=_watch, args=(raylet, context.gcs_address, over, lost), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            end.close()
+            watch.join()
+            over.close()
+
+
+def kill_local_ray() -> None:
+    """Kill the raylet that this process started, and its children: they outlive a dead GCS by minutes."""
+    for raylet in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if raylet.name() == "raylet":
+                for process in (*raylet.children(recursive=True), raylet):
+                    process.kill()
+
+
+def kill_children() -> None:
+    """Kill all processes that this one started, and theirs."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _watch(raylet: socket.socket, gcs: str, over: socket.socket, lost: Callable[[str], None]) -> None:
+    """A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed."""
+    host, _, port = gcs.rpartition(":")
+    patience = float(os.environ.get(_RAY_WAITS, _RAY_WAITS_S)) - _MARGIN_S
+    seen = time.monotonic()
+    while True:
+        readable = select.select([raylet, over], [], [], _EVERY_S)[0]
+        if over in readable:
+            return
+        if raylet in readable:
+            return lost("Ray's raylet on this node has ended, or was killed")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_EVERY_S).close()
+            seen = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - seen > patience:
+                return lost(f"Ray's GCS at {gcs} has not answered for {patience:.0f} s ({error})")

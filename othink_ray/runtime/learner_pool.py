@@ -10,10 +10,10 @@ from typing import Any
 
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.packing import plan
-from othink_ray.engines.base import LearnerEngine, Place
+from othink_ray.engines.base import LearnerEngine, RendezvousInfo
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.actors import LearnerActor
-from othink_ray.runtime.calls import ProcessLost, Streams, WorkersLost, gather
+from othink_ray.runtime.futures import ProcessLost, Streams, WorkersLost, gather
 from othink_ray.runtime.placement import Placement
 from othink_ray.types import Pack, UpdateStats
 
@@ -26,7 +26,7 @@ class LearnerPool:
     """Every method is all ranks' together."""
 
     def __init__(
-        self, make_engine: Callable[[Place], LearnerEngine], learner: LearnerConfig, placement: Placement
+        self, make_engine: Callable[[RendezvousInfo], LearnerEngine], learner: LearnerConfig, placement: Placement
     ) -> None:
         self.learner = learner
         self.ranks = [placement.start(LearnerActor, "learner", rank) for rank in range(learner.world_size)]
@@ -36,7 +36,7 @@ class LearnerPool:
         """Begin loading; wait for the references to know that it is done."""
         [(address, port)] = self.wait_for([self.ranks[0].open_meeting.remote()], "loading", self.learner.load_timeout_s)
         self.places = [
-            Place(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
+            RendezvousInfo(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
         ]
         return [
@@ -116,7 +116,7 @@ class LearnerPool:
         """One reference to each rank's digests of all weights that are never pushed, which are the same."""
         return [actor.frozen_digests.remote() for actor in self.ranks]
 
-    def open_senders(self, make_sender: Callable[[Place, int, NamedWeights], Sender]) -> None:
+    def open_senders(self, make_sender: Callable[[RendezvousInfo, int, NamedWeights], Sender]) -> None:
         """Meet the engines on a port of their own."""
         [port] = self.wait_for([self.ranks[0].free_port.remote()], "opening the weight transfer")
         opened = [

@@ -1,9 +1,12 @@
-"""Who sits where: one bundle a process, asked for in one piece, so that a run never waits half-started."""
+"""Who sits beside whom: what is asked of Ray in one piece, how equal pieces are assign_bundles, and a describe of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,10 +19,88 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from othink_ray.config.schema import ClusterConfig
+from othink_ray.config.rules import paired
+from othink_ray.config.schema import ClusterConfig, LearnerConfig, RolloutConfig
 from othink_ray.runtime.cluster import ClusterError
-from othink_ray.runtime.recorded import Recorded
-from othink_ray.runtime.seating import Bundle, dealt, picture, shortage, wanted
+from othink_ray.runtime.futures import TraceRecorder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """What one process gets."""
+
+    role: str
+    cpus: float
+    gpus: float
+
+
+Bundle = tuple[ProcessSpec, ...]
+"""Seats on one node; those that take a part of a GPU each take it of the same one."""
+
+
+def learner_bundles(learner: LearnerConfig) -> list[Bundle]:
+    return [(ProcessSpec(role="learner", cpus=learner.cpus_per_rank, gpus=learner.gpus_per_rank),)] * learner.world_size
+
+
+def rollout_bundles(rollout: RolloutConfig) -> list[Bundle]:
+    return [
+        (ProcessSpec(role="rollout", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor),)
+    ] * rollout.num_actors
+
+
+def all_bundles(learner: LearnerConfig, rollout: RolloutConfig) -> list[Bundle]:
+    ranks, engines = learner_bundles(learner), rollout_bundles(rollout)
+    if paired(learner, rollout):
+        return [rank + engine for rank, engine in zip_longest(ranks, engines, fillvalue=())]
+    return ranks + engines
+
+
+def wanted(bundles: Sequence[Bundle]) -> dict[str, float]:
+    """Ray's resources of all of them together."""
+    seats = [seat for bundle in bundles for seat in bundle]
+    gpus = sum(seat.gpus for seat in seats)
+    return {"CPU": sum(seat.cpus for seat in seats)} | ({"GPU": gpus} if gpus else {})
+
+
+def assign_bundles(bundles: Sequence[Hashable], nodes: Sequence[str]) -> list[int]:
+    """For each bundle the place of one of its size, of which `nodes` says where Ray put it: neighbours share nodes.
+
+    Ray keeps no order among equal ones, but ranks that talk to each other most should talk inside a node.
+    """
+    crowd = Counter(nodes)
+    free: dict[Hashable, list[int]] = defaultdict(list)
+    for place in sorted(range(len(nodes)), key=lambda place: (-crowd[nodes[place]], nodes[place], place)):
+        free[bundles[place]].append(place)
+    return [free[bundle].pop(0) for bundle in bundles]
+
+
+_LETTERS = {"learner": "L", "rollout": "R"}
+
+
+def describe(bundles: Sequence[Bundle], nodes: Sequence[str], driver: str) -> str:
+    """Each node with its bundles: [L0] is learner rank 0, [R1 4 GPUs] an engine on four, [L0 R0] both on one GPU."""
+    numbers: Counter[str] = Counter()
+    rows: dict[str, list[str]] = {driver: []}
+    for bundle, node in zip(bundles, nodes, strict=True):
+        names = []
+        for seat in bundle:
+            names.append(f"{_LETTERS[seat.role]}{numbers[seat.role]}")
+            numbers[seat.role] += 1
+        gpus = sum(seat.gpus for seat in bundle)
+        rows.setdefault(node, []).append(f"[{' '.join(names)}{f' {gpus:g} GPUs' if gpus > 1 else ''}]")
+    width = max(map(len, rows))
+    lines = [f"  {node:<{width}}  {' '.join(['[driver]'] * (node == driver) + row)}" for node, row in rows.items()]
+    return "\n".join(["who sits where (L: learner rank, R: rollout engine)", *lines])
+
+
+def shortage(needed: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]) -> str:
+    """What a run asks for, and what the cluster has of it."""
+    parts = [
+        f"{amount:g} {name}s (has {there.get(name, 0):g}, free {free.get(name, 0):g})"
+        for name, amount in needed.items()
+    ]
+    return f"it needs {' and '.join(parts)}"
+
 
 # Set before a process starts, since malloc and OpenMP read them only then. Freed memory is kept for the next step: also
 # that of threads, to which malloc otherwise gives heaps of their own that it returns, 19,000 page faults a step. Blocks
@@ -66,7 +147,7 @@ class Placement:
             self._wait(float("inf") if forever else cluster.wait_s, tell)
             found = placement_group_table(self.group)["bundles_to_node_id"]
             nodes = [found[place] for place in range(len(bundles))]
-            self.places = dealt(bundles, nodes)
+            self.places = assign_bundles(bundles, nodes)
             self.nodes = [nodes[place] for place in self.places]
         except BaseException:
             remove_placement_group(self.group)
@@ -84,17 +165,17 @@ class Placement:
             tell(f"waiting for the cluster: {missing}")
             patience = _TOLD_EVERY_S
 
-    def picture(self) -> str:
+    def describe(self) -> str:
         """Who sits where."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         here = addresses[ray.get_runtime_context().get_node_id()]
-        return picture(self.bundles, [addresses[node] for node in self.nodes], here)
+        return describe(self.bundles, [addresses[node] for node in self.nodes], here)
 
     def has_lost_a_node(self) -> bool:
         """Ray moves the seats of a node that is gone, when there is room elsewhere."""
         return bool(placement_group_table(self.group)["state"] != "CREATED")
 
-    def start(self, actor: type[Recorded], role: str, index: int, *arguments: Any) -> Any:
+    def start(self, actor: type[TraceRecorder], role: str, index: int, *arguments: Any) -> Any:
         """The index-th process of a role, on its seat."""
         seats = [(place, seat) for place, own in zip(self.places, self.bundles, strict=True) for seat in own]
         place, seat = [(place, seat) for place, seat in seats if seat.role == role][index]
@@ -102,7 +183,7 @@ class Placement:
         return _start(actor, arguments, num_cpus=seat.cpus, num_gpus=seat.gpus, scheduling_strategy=strategy)
 
     @staticmethod
-    def start_unseated(actor: type[Recorded], *arguments: Any) -> Any:
+    def start_unseated(actor: type[TraceRecorder], *arguments: Any) -> Any:
         """A process whose work takes milliseconds: nothing is reserved for it."""
         return _start(actor, arguments, num_cpus=0)
 
@@ -116,6 +197,6 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _start(actor: type[Recorded], arguments: tuple[Any, ...], **options: Any) -> Any:
+def _start(actor: type[TraceRecorder], arguments: tuple[Any, ...], **options: Any) -> Any:
     remote: Any = ray.remote(concurrency_groups=dict(actor.concurrency_groups))(actor)
     return remote.options(runtime_env={"env_vars": PROCESS_ENVIRONMENT}, **options).remote(*arguments)

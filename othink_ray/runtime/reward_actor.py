@@ -7,18 +7,17 @@ import resource
 import psutil
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.own import OwnReward
-from othink_ray.rewards.scorer import opened, score_group
-from othink_ray.runtime.recorded import Recorded
-from othink_ray.spans import span
+from othink_ray.rewards.custom import CustomReward
+from othink_ray.rewards.grader import Grader, opened, score_group
+from othink_ray.runtime.futures import TraceRecorder
+from othink_ray.tracing import span
 from othink_ray.types import Group, ScoredGroup
 
 
-class RewardActor(Recorded):
+class RewardActor(TraceRecorder):
     """Scores one group a call."""
 
-    def __init__(self, reward: RewardConfig, own: OwnReward | None) -> None:
+    def __init__(self, reward: RewardConfig, own: CustomReward | None) -> None:
         _limit_memory(reward.actor_memory_mb)
         self.reward, self.grader = reward, Grader(reward)
         self.own = {} if own is None else opened(own)

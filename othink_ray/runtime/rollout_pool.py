@@ -1,4 +1,4 @@
-"""The sampling engines as one; those that die or hang are replaced, and what they owed is asked again."""
+"""Prompts dealt to engines by how much work each is likely to be: the step ends when the last engine does."""
 
 from __future__ import annotations
 
@@ -7,23 +7,66 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
 from othink_ray.config.schema import RolloutConfig
 from othink_ray.engines.base import RolloutEngine, Sampling
 from othink_ray.runtime.actors import RolloutActor
-from othink_ray.runtime.balance import AnswerLengths, deal
-from othink_ray.runtime.calls import ProcessLost, Streams, WorkersLost, gather
-from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.futures import ProcessLost, Streams, WorkersLost, gather
+from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement
 from othink_ray.types import Group, Prompt
+
+_KEPT = 2**17  # prompts whose lengths are remembered; those not seen for longest are forgotten first
+_CHARACTERS_A_TOKEN = 4
+_TOKENS_AN_IMAGE = 256
+# A prompt's tokens go through the network side by side, an answer's one after the other.
+_PROMPT_TOKENS_AN_ANSWER_TOKEN = 8
+
+
+class AnswerLengths:
+    """How long answers were, by prompt: what the next ones are likely to be."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+        self._tokens = 0
+        self._answers = 0
+
+    def note(self, group: Group) -> None:
+        lengths = [len(answer.token_ids) for answer in group.completions]
+        self._seen.pop(group.prompt.id, None)
+        self._seen[group.prompt.id] = float(np.mean(lengths))
+        if len(self._seen) > _KEPT:
+            del self._seen[next(iter(self._seen))]
+        self._tokens += sum(lengths)
+        self._answers += len(lengths)
+
+    def work(self, prompt: Prompt, answers: int) -> float:
+        """In answer tokens: those of its last answers, or of an average one; its text and images count a little."""
+        length = self._seen.get(prompt.id, self._tokens / max(self._answers, 1))
+        text = sum(len(message.text) for message in prompt.messages) / _CHARACTERS_A_TOKEN
+        images = len(prompt.images) * _TOKENS_AN_IMAGE
+        return answers * length + (text + images) / _PROMPT_TOKENS_AN_ANSWER_TOKEN
+
+
+def balance(work: Sequence[float], hands: int) -> list[list[int]]:
+    """Indices for each hand: the most work first, each to the hand with the least so far."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    load = [0.0] * hands
+    for index in sorted(range(len(work)), key=lambda index: -work[index]):
+        hand = load.index(min(load))
+        dealt[hand].append(index)
+        load[hand] += work[index]
+    return dealt
+
 
 _WHO = "a rollout actor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hand:
+class Shard:
     """An actor's prompts, and what it is given: these, or a reference to them."""
 
     prompts: Sequence[Prompt]
@@ -45,8 +88,8 @@ class RolloutPool:
         self.sleeps, self.processes_per_actor = rollout.sleep, rollout.tensor_parallel
         self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [self._start(index) for index in range(rollout.num_actors)]
-        self.expected: tuple[Sequence[Prompt], list[Hand]] = ([], [])
-        self.equip: Callable[[Sequence[int]], None] | None = None
+        self.expected: tuple[Sequence[Prompt], list[Shard]] = ([], [])
+        self.sync_new_engines: Callable[[Sequence[int]], None] | None = None
         """Gives new actors the weights that the others have; without it those of the folder are the right ones."""
 
     def _start(self, index: int) -> Any:
@@ -75,10 +118,10 @@ class RolloutPool:
                 if left:
                     self.incidents.tell(f"{len(left)} of {len(prompts)} questions are asked again")
 
-    def expect(self, prompts: Sequence[Prompt], answers: int) -> None:
+    def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None:
         """These will be asked next: the engines get ready for them while the learner is at work."""
         shares = self._shares(prompts, answers)
-        self.expected = list(prompts), [Hand(prompts=own, given=ray.put(own)) for own in shares]
+        self.expected = list(prompts), [Shard(prompts=own, given=ray.put(own)) for own in shares]
         if not self.sleeps:
             self._prepare()
 
@@ -88,18 +131,18 @@ class RolloutPool:
             if hand.prompts:
                 actor.prepare.remote(hand.given)
 
-    def _hands(self, prompts: Sequence[Prompt], answers: int) -> list[Hand]:
+    def _hands(self, prompts: Sequence[Prompt], answers: int) -> list[Shard]:
         expected, hands = self.expected
         if expected == prompts:
             return hands
-        return [Hand(prompts=own, given=own) for own in self._shares(prompts, answers)]
+        return [Shard(prompts=own, given=own) for own in self._shares(prompts, answers)]
 
     def _shares(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
         """The prompts of each actor; answers do not depend on where they are sampled."""
         if self.lengths is None or len(self.actors) == 1:
             return [prompts[index :: len(self.actors)] for index in range(len(self.actors))]
         work = [self.lengths.work(prompt, answers) for prompt in prompts]
-        return [[prompts[index] for index in own] for own in deal(work, len(self.actors))]
+        return [[prompts[index] for index in own] for own in balance(work, len(self.actors))]
 
     def replace(self, failure: WorkersLost, *, equipped: bool) -> None:
         """Others in the places of those that are lost; `equipped`: with the weights that the others have."""
@@ -112,8 +155,8 @@ class RolloutPool:
             self.actors[index] = self._start(index)
         new = list(failure.lost)
         gather([self.actors[index].ready.remote() for index in new], f"{_WHO} (restarting)", self.load_timeout_s)
-        if equipped and self.equip is not None:
-            self.equip(new)
+        if equipped and self.sync_new_engines is not None:
+            self.sync_new_engines(new)
         self.incidents.tell(f"{_WHO} is back after {time.monotonic() - began:.1f} s")
 
     def note(self, groups: Iterable[Group]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
 from othink_ray.study.plan import GR, VC
+from othink_ray.study.results import Value, difference
 from othink_ray.study.tables import Tables
-from othink_ray.study.values import Value, difference
 
 HELD, NOT_HELD, OPEN, NOT_RUN = "held", "did not hold", "not settled", "not run"
 SENTENCES = {

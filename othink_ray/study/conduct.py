@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from othink_ray.atomic_write import atomic_write
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.study.claims import claims
@@ -17,7 +18,6 @@ from othink_ray.study.launch import NOT_YET, Job, Outcome, Workshop
 from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, compared_seeds, for_runs, planned
 from othink_ray.study.results import FinishedRun, read
 from othink_ray.study.tables import Tables
-from othink_ray.whole_file import write_whole
 
 BASE = "base"
 
@@ -62,7 +62,7 @@ class Study:
     def conduct(self, screen: Screen, write_report: Callable[[Path], Path]) -> int:
         """Its exit status: 0 when every run is done."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(self.folder / "config.yaml", to_yaml(self.config))
+        atomic_write(self.folder / "config.yaml", to_yaml(self.config))
         started = time.monotonic()
         before = _read_seconds(self.folder)
 
@@ -142,7 +142,7 @@ class Study:
             **tables.all(),
             "claims": claims(tables),
         }
-        write_whole(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
+        atomic_write(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
 
     def _record(self, job: Job, accuracy: float | None, *, at_rest: bool) -> dict[str, Any]:
         outcome = self.workshop.outcome(job)

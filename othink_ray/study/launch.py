@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from othink_ray.whole_file import write_whole
+from othink_ray.atomic_write import atomic_write
 
 LAST_LINES = 3  # of a failed run's output, as its reason
 STOP_SECONDS = 60  # for a process to clean up
@@ -148,7 +148,7 @@ class Workshop:
             "pid": pid,
             "identity": job.identity,
         }
-        write_whole(self.path(job) / "outcome.json", json.dumps(record, indent=2) + "\n")
+        atomic_write(self.path(job) / "outcome.json", json.dumps(record, indent=2) + "\n")
 
     def _record_of(self, job: Job) -> dict[str, Any] | None:
         try:

@@ -9,8 +9,7 @@ from typing import Any
 from othink_ray.config.schema import StudyConfig
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
 from othink_ray.study.plan import GR, METHODS, VC, own_beta, swept_seeds
-from othink_ray.study.results import FinishedRun, held_out_curve, mean_curve, over_seeds
-from othink_ray.study.values import Value
+from othink_ray.study.results import FinishedRun, Value, held_out_curve, mean_curve, over_seeds
 
 Row = dict[str, Any]
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.bench.__main__ import main, table, ways_of
-from othink_ray.bench.ours import BenchError, run
-from othink_ray.bench.peer import _questions
-from othink_ray.bench.times import spread
-from othink_ray.bench.work import Work
-from othink_ray.config.check import machine_for, problems
+from benchmarks.__main__ import main, table, ways_of
+from benchmarks.ours import BenchError, run
+from benchmarks.peer import _questions
+from benchmarks.times import spread
+from benchmarks.work import Work
 from othink_ray.config.load import read
+from othink_ray.config.validate import machine_for, problems
 
 
 def work(cells: int, model: str = "bench") -> Work:

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from othink_ray.bench.gpu import __main__ as gpu_check
-from othink_ray.bench.gpu import colocated, generating, learning
-from othink_ray.bench.gpu.demo import curve
-from othink_ray.bench.gpu.learner import PASSES, PlainLearner
-from othink_ray.bench.gpu.parts import PARTS, Part
-from othink_ray.bench.gpu.peaks import mfu, peak
-from othink_ray.bench.gpu.rows import Row, each, judged
-from othink_ray.bench.gpu.setup import Setup
-from othink_ray.bench.gpu.shapes import SHAPES, VOCABULARY, Shape, questions, random_answers
-from othink_ray.bench.gpu.table import table
+from benchmarks.gpu import __main__ as gpu_check
+from benchmarks.gpu import colocated, generating, learning
+from benchmarks.gpu.demo import curve
+from benchmarks.gpu.learner import PASSES, PlainLearner
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.peaks import mfu, peak
+from benchmarks.gpu.rows import Row, each, judged
+from benchmarks.gpu.setup import Setup
+from benchmarks.gpu.shapes import SHAPES, VOCABULARY, Shape, questions, random_answers
+from benchmarks.gpu.table import table
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, INNER, LAYERS, VISION = 64, 96, 2, 64
@@ -154,7 +154,7 @@ def test_an_unknown_device_is_measured(setup: Setup) -> None:
 def test_the_networks_have_the_sizes_of_the_public_ones(name: str, weights: float, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from othink_ray.bench.gpu.shapes import _config
+    from benchmarks.gpu.shapes import _config
     from othink_ray.families.tiny import train_tokenizer
 
     with torch.device("meta"):
@@ -187,7 +187,7 @@ def in_a_process(setup: Setup, module: str, function: str) -> list[dict[str, Any
 def _records(setup: Setup, module: str, function: str) -> list[dict[str, Any]]:
     from importlib import import_module
 
-    run = getattr(import_module(f"othink_ray.bench.gpu.{module}"), function)
+    run = getattr(import_module(f"benchmarks.gpu.{module}"), function)
     return [row.record() for row in run(setup)]
 
 
@@ -316,7 +316,7 @@ def test_the_script_takes_the_python_and_the_arguments_that_it_is_given(tmp_path
         check=True,
         env={**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
-    assert script.stdout == "-m othink_ray.bench.gpu --only device 1\n"
+    assert script.stdout == "-m benchmarks.gpu --only device 1\n"
 
 
 def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,5 +329,5 @@ def test_every_part_names_a_function_that_is_there() -> None:
     from importlib import import_module
 
     for part in PARTS.values():
-        assert callable(getattr(import_module(f"othink_ray.bench.gpu.{part.module}"), part.function))
+        assert callable(getattr(import_module(f"benchmarks.gpu.{part.module}"), part.function))
         assert part.model in SHAPES

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from othink_ray.bench import lines, ours
-from othink_ray.bench.bare import Products
-from othink_ray.bench.lines import SWITCHES, USUAL, Line, Runs, loop
-from othink_ray.bench.page import write_bench_page
-from othink_ray.bench.times import spread
-from othink_ray.bench.work import Work
-from othink_ray.config.check import machine_for, problems
+from benchmarks import lines, ours
+from benchmarks.bare import Products
+from benchmarks.lines import SWITCHES, USUAL, Line, Runs, loop
+from benchmarks.page import write_bench_page
+from benchmarks.times import spread
+from benchmarks.work import Work
 from othink_ray.config.load import read
+from othink_ray.config.validate import machine_for, problems
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

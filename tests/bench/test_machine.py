@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from othink_ray.bench.machine import machine
+from benchmarks.machine import machine
 
 TWO_CPUS = """processor\t: 0
 vendor_id\t: AuthenticAMD

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from othink_ray.bench import memory
-from othink_ray.bench.gpu.shapes import VOCABULARY, write_model
-from othink_ray.bench.memory import _windows, counted, planned, settings, shape_of, table
-from othink_ray.bench.ours import BenchError
-from othink_ray.bench.processes import TOGETHER, Watch, _processes, _proportional
-from othink_ray.config.check import machine_for, problems
+from benchmarks import memory
+from benchmarks.gpu.shapes import VOCABULARY, write_model
+from benchmarks.memory import _windows, counted, planned, settings, shape_of, table
+from benchmarks.ours import BenchError
+from benchmarks.processes import TOGETHER, Watch, _processes, _proportional
 from othink_ray.config.load import load
+from othink_ray.config.validate import machine_for, problems
 
 MIB = 2**20
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from othink_ray.bench.ours import BenchError
-from othink_ray.bench.turns import Program, Timed, in_turn
+from benchmarks.ours import BenchError
+from benchmarks.turns import Program, Timed, in_turn
 
 STEPS = """
 import json, subprocess, sys, time

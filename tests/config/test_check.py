@@ -9,9 +9,9 @@ import pytest
 
 from othink_ray.config import bounds
 from othink_ray.config.bounds import SCHEDULES
-from othink_ray.config.check import Machine, detect_machine, machine_for, plan, problems
 from othink_ray.config.load import conf_dir, groups, load
-from othink_ray.core import advantages, correction, kl, losses, packing, rates, schedules
+from othink_ray.config.validate import Machine, detect_machine, machine_for, plan, problems
+from othink_ray.core import advantages, kl, losses, lr_schedule, packing
 
 NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # theirs are the user's to put there
 LARGE = Machine(cpus=1024, gpus=64)
@@ -329,8 +329,8 @@ def test_gpus_are_counted_and_the_visible_ones_kept(tmp_path: Path, monkeypatch:
 
 def test_schedules_known_here_are_those_of_the_core() -> None:
     assert set(SCHEDULES) == set(kl.SCHEDULES)
-    assert tuple(rates.LR_SCHEDULES) == bounds.LR_SCHEDULES
-    assert set(bounds.ADAPTIVE_SCHEDULES) == set(schedules.ADAPTIVE)
+    assert tuple(lr_schedule.LR_SCHEDULES) == bounds.LR_SCHEDULES
+    assert set(bounds.ADAPTIVE_SCHEDULES) == set(kl.ADAPTIVE)
 
 
 def test_parts_of_an_algorithm_known_here_are_those_of_the_core() -> None:
@@ -338,7 +338,7 @@ def test_parts_of_an_algorithm_known_here_are_those_of_the_core() -> None:
     assert set(bounds.LOSSES) == set(losses.LOSSES) - {"sft"}  # sft is a mode, not an algorithm
     assert tuple(packing.LOSS_WEIGHTS) == bounds.LOSS_WEIGHTS
     assert tuple(kl.ESTIMATORS) == bounds.ESTIMATORS
-    assert tuple(correction.CORRECTIONS) == bounds.CORRECTIONS
+    assert tuple(losses.CORRECTIONS) == bounds.CORRECTIONS
 
 
 @pytest.mark.parametrize("schedule", ["target", "accuracy"])

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
-from othink_ray.engines.adapters import AdapterError, trained_weights
 from othink_ray.engines.hf_rollout import HFRollout
+from othink_ray.engines.lora import AdapterError, choose_trained, require_servable, served_adapters, trained_weights
 from othink_ray.engines.policy import DTYPES, Policy
-from othink_ray.engines.trained import choose_trained, require_servable, served_adapters
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
-from othink_ray.weights.chunks import from_chunks, to_chunks
+from othink_ray.weights.buckets import from_chunks, to_chunks
 from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, live
 from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint
@@ -83,9 +82,9 @@ def small_steps(case: Case, learner: LearnerConfig, steps: int, size: float) -> 
 
 
 def _answers(case: Case) -> list:  # type: ignore[type-arg]
-    from othink_ray.engines.teacher import Teacher
+    from othink_ray.engines.demonstrations import Demonstrations
 
-    return list(Teacher(case.policy.family).generate(case.prompts[:8]))
+    return list(Demonstrations(case.policy.family).generate(case.prompts[:8]))
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import torch
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.core import fused
 from othink_ray.core.attention import attention_for
-from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.collate import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import compare, repeated
-from othink_ray.weights.chunks import to_chunks
+from othink_ray.weights.buckets import to_chunks
 from tests.contracts.family_engine import probe_before_and_after
 from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint
@@ -125,12 +125,12 @@ def _gap(policy: Policy, probes: Sequence[Probe]) -> Audit:
 
 
 def used_kernels(chosen: Sequence[str]) -> list[str]:
-    from othink_ray.engines import vllm_rounding
+    from othink_ray.engines import vllm_patches
 
     used = []
     for name in chosen:
-        vllm_rounding._choose_kernel = lambda *shape, name=name: name
-        used.append(vllm_rounding._choose_vector_kernel(torch.bfloat16, 32, 64))
+        vllm_patches._choose_kernel = lambda *shape, name=name: name
+        used.append(vllm_patches._choose_vector_kernel(torch.bfloat16, 32, 64))
     return used
 
 

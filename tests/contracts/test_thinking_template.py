@@ -14,8 +14,8 @@ import torch
 from othink_ray.config.schema import Config
 from othink_ray.data import worked_answer
 from othink_ray.engines.base import RolloutEngine, Sampling
+from othink_ray.engines.demonstrations import Demonstrations
 from othink_ray.engines.policy import Policy
-from othink_ray.engines.teacher import Teacher
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.rewards import Grader, format_reward, score_group
@@ -48,7 +48,7 @@ def thinking(config: Config, model_folder: Path, opened: str, tmp_path_factory: 
 def pupil(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
     """A model that has seen, by some steps of SFT, what the teacher demonstrates under this template."""
     pupil = copy.deepcopy(taught)
-    lessons = [row_of(group) for group in Teacher(thinking).generate(scenes)]
+    lessons = [row_of(group) for group in Demonstrations(thinking).generate(scenes)]
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(12):
         start = step * 16 % len(lessons)
@@ -69,7 +69,7 @@ def test_the_prompt_ends_with_what_the_template_opens(thinking: Family, scenes: 
 def test_a_demonstration_goes_on_where_the_prompt_ends(
     thinking: Family, scenes: Sequence[Prompt], opened: str, reasoning: bool
 ) -> None:
-    for group in Teacher(thinking, reasoning=reasoning).generate(scenes[:4]):
+    for group in Demonstrations(thinking, reasoning=reasoning).generate(scenes[:4]):
         [completion] = group.completions
         own = completion.token_ids.tolist()
         [whole] = thinking.decode([[*group.prompt_token_ids.tolist(), *own]])

@@ -14,18 +14,22 @@ from othink_ray.core.blocks import (
     Block,
     attend_in_blocks,
     blocks_of_image,
-    blocks_of_line,
+    blocks_of_sequence,
     products_gain,
     worth_it,
 )
-from othink_ray.core.line import line_up
+from othink_ray.core.packed_sequence import build_packed_sequence
 
 SCALE = 0.3
 
 
 def blocks_of(tokens: int, causal: bool) -> list[Block]:
     """Of a line that is a prompt alone, or of an image."""
-    return blocks_of_line(line_up([np.zeros(tokens, dtype=np.int32)])) if causal else blocks_of_image(tokens)
+    return (
+        blocks_of_sequence(build_packed_sequence([np.zeros(tokens, dtype=np.int32)]))
+        if causal
+        else blocks_of_image(tokens)
+    )
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from othink_ray.core.advantages import group_advantages
-from othink_ray.core.correction import CORRECTIONS, RatioTerms, importance
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import CORRECTIONS, LOSSES, RatioTerms, importance
 from tests.reference import correction as slow
 from tests.reference.grpo_d import Answer
 from tests.reference.variants import Variant

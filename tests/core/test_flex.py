@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from othink_ray.bench.allocations import Allocations
-from othink_ray.core import attention, packed_images
+from benchmarks.allocations import Allocations
+from othink_ray.core import attention, flex
 from othink_ray.core.attention import FlexAttention
-from othink_ray.core.line import Line, line_up, predicting
-from othink_ray.core.packed_images import PackedImages
+from othink_ray.core.flex import PackedImages
+from othink_ray.core.packed_sequence import PackedSequence, build_packed_sequence, predicting
 from tests.gpu.flex_kernels import IMAGES, TABLES
 
 CPU = torch.device("cpu")
@@ -58,13 +58,13 @@ def test_blocks_of_images_are_those_of_all_pairs(lengths: list[int]) -> None:
 # ---- blocks of lines
 
 
-def line_of(rows: Rows) -> Line:
-    return line_up(
+def line_of(rows: Rows) -> PackedSequence:
+    return build_packed_sequence(
         [np.repeat(np.arange(1 + len(answers), dtype=np.int32), [prompt, *answers]) for prompt, answers in rows]
     )
 
 
-def drawn_line(seed: int) -> Line:
+def drawn_line(seed: int) -> PackedSequence:
     """Up to 3 rows of up to 4 answers, some of them empty; short ones, long ones, and some that end beside a block."""
     rng = np.random.default_rng(seed)
     longest = (8, 40, 150, 300, 2)[seed % 5]
@@ -122,7 +122,7 @@ def test_a_lines_blocks_are_never_read_back() -> None:
 
 # ---- kernels
 
-KERNELS = pytest.mark.parametrize("kernel", [attention._flex_kernel, packed_images._kernel], ids=["line", "images"])
+KERNELS = pytest.mark.parametrize("kernel", [attention._flex_kernel, flex._kernel], ids=["line", "images"])
 
 
 @KERNELS

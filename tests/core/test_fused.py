@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from othink_ray.core import fused
 from othink_ray.core.attention import DenseAttention, FusedAttention
-from othink_ray.core.line import Line
+from othink_ray.core.packed_sequence import PackedSequence
 from tests.core.test_line import CPU, REPEATABLE, ROWS, line_of, needed
 
 SCALE = 0.4
@@ -32,7 +32,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def states(line: Line, heads: int, key_heads: int, width: int) -> list[Tensor]:
+def states(line: PackedSequence, heads: int, key_heads: int, width: int) -> list[Tensor]:
     """Query, key and value, token by token in memory as a network makes them."""
     rng = torch.Generator().manual_seed(len(line))
     return [
@@ -41,7 +41,7 @@ def states(line: Line, heads: int, key_heads: int, width: int) -> list[Tensor]:
     ]
 
 
-def assert_as_dense(line: Line, heads: tuple[int, int, int]) -> None:
+def assert_as_dense(line: PackedSequence, heads: tuple[int, int, int]) -> None:
     """In all layers and in the last one, forward and backward, to the rounding of float32."""
     own, plain = FusedAttention(line, CPU), DenseAttention(line, CPU)
     kept = needed(line)[None, :, None, None]

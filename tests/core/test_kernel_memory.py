@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from othink_ray.core.kernel_memory import KernelShape, kernel_shape
+from othink_ray.core.attention import KernelShape, kernel_shape
 
 HEADS, KEY_HEADS, TOKENS, WIDTH = 6, 2, 11, 8
 

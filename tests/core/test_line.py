@@ -24,10 +24,10 @@ from othink_ray.core.attention import (
     attention_for,
 )
 from othink_ray.core.blocks import ENOUGH
-from othink_ray.core.line import (
-    Line,
+from othink_ray.core.packed_sequence import (
+    PackedSequence,
     answer_index,
-    line_up,
+    build_packed_sequence,
     offsets,
     predicting,
     predictors,
@@ -49,8 +49,8 @@ def segments_of(prompt: int, answers: list[int]) -> list[int]:
     return [0] * prompt + [k for k, length in enumerate(answers, start=1) for _ in range(length)]
 
 
-def line_of(rows: list[tuple[int, list[int]]]) -> Line:
-    return line_up([np.array(segments_of(*row), dtype=np.int32) for row in rows])
+def line_of(rows: list[tuple[int, list[int]]]) -> PackedSequence:
+    return build_packed_sequence([np.array(segments_of(*row), dtype=np.int32) for row in rows])
 
 
 def test_visibility_of_a_small_line_is_the_one_drawn_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_visibility_of_a_small_line_is_the_one_drawn_by_hand() -> None:
 @pytest.mark.parametrize("segments", [[[0], []], [[0, 1], [1]], [[1], [0]]])
 def test_a_row_without_a_prompt_in_front_is_refused(segments: list[list[int]]) -> None:
     with pytest.raises(AssertionError):
-        line_up([np.array(own, dtype=np.int32) for own in segments])
+        build_packed_sequence([np.array(own, dtype=np.int32) for own in segments])
 
 
 def test_a_line_is_of_numbers_that_tensors_are_indexed_with() -> None:
@@ -147,7 +147,7 @@ def attended(own: Attention, length: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     return out.detach(), torch.autograd.grad((out * direction).sum(), inputs)
 
 
-def slow_attention(line: Line) -> Tensor:
+def slow_attention(line: PackedSequence) -> Tensor:
     """Token by token, head by head."""
     query, key, value = (own.detach() for own in states(len(line)))
     seen = visibility(line)
@@ -178,7 +178,7 @@ def test_every_attention_has_the_same_gradients(rows: list[tuple[int, list[int]]
         torch.testing.assert_close(attended(ATTENTIONS[name](line, CPU), len(line))[1], expected)
 
 
-def needed(line: Line) -> Tensor:
+def needed(line: PackedSequence) -> Tensor:
     """(N,): the tokens whose last hidden states predict something: answers, and the last one of each prompt."""
     segments = line.segments.tolist()
     return torch.tensor(

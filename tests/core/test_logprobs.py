@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from othink_ray.bench.allocations import Allocations
+from benchmarks.allocations import Allocations
 from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from tests.reference import grpo_d
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from othink_ray.core.attention import DenseAttention, FlexAttention, packs_images
-from othink_ray.core.line import line_up
-from othink_ray.core.packed_images import PackedImages
+from othink_ray.core.flex import PackedImages
+from othink_ray.core.packed_sequence import build_packed_sequence
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_each_image_is_attended_to_as_if_alone(width: int, dtype: torch.dtype, n
 
 
 def test_images_are_packed_beside_a_line_of_flex_on_cuda_alone() -> None:
-    line = line_up([torch.tensor([0, 0, 1], dtype=torch.int32).numpy()])
+    line = build_packed_sequence([torch.tensor([0, 0, 1], dtype=torch.int32).numpy()])
     flex, dense = FlexAttention(line, CPU), DenseAttention(line, CPU)
     assert packs_images(flex, torch.device("cuda", 0))
     assert not packs_images(flex, CPU)

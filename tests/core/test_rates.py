@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from othink_ray.core.rates import LR_SCHEDULES, learning_rate
+from othink_ray.core.lr_schedule import LR_SCHEDULES, learning_rate
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)

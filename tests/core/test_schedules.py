@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from othink_ray.core.kl import SCHEDULES, schedule
-from othink_ray.core.schedules import ADAPTIVE, BetaSchedule, Measured
+from othink_ray.core.kl import ADAPTIVE, SCHEDULES, BetaSchedule, Measured, schedule
 from tests.reference import golden, variants
 
 REPEATABLE = settings(deadline=None, derandomize=True)
@@ -128,5 +127,5 @@ def test_the_state_of_another_schedule_is_not_taken() -> None:
 
 
 def test_stateful_schedules_load_without_torch() -> None:
-    code = "import sys; import othink_ray.core.schedules; sys.exit('torch' in sys.modules)"
+    code = "import sys; import othink_ray.core.kl; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

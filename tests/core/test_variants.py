@@ -13,8 +13,8 @@ import torch
 from othink_ray.config.load import conf_dir, groups, load
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import ESTIMATORS
-from othink_ray.core.line import answer_index, line_up
 from othink_ray.core.losses import LOSSES
+from othink_ray.core.packed_sequence import answer_index, build_packed_sequence
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
 from tests.reference import golden, variants
@@ -87,7 +87,7 @@ def loss_of(
         flat(step, "ref")[places],
         torch.from_numpy(advantages),
         torch.from_numpy(weights),
-        answers=answer_index(line_up([packs[row].segments for row in rows])),
+        answers=answer_index(build_packed_sequence([packs[row].segments for row in rows])),
         beta=golden.BETA,
         clip_eps=(variant.low, variant.high),
         estimator=variant.estimator,

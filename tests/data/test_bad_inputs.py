@@ -19,11 +19,10 @@ from PIL import Image, PngImagePlugin
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, PromptStream, SourceError, open_source
-from othink_ray.data.rows import RowReader
+from othink_ray.data.sources import RowReader
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.vllm_rollout import VLLMRollout
-from othink_ray.families.base import Family
-from othink_ray.families.fits import check_fits
+from othink_ray.families.base import Family, check_fits
 from tests.data.files import own_data, picture, write_jsonl, write_parquet
 from tests.engines.samples import ask
 

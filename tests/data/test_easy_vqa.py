@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.config.check import problems
 from othink_ray.config.load import load
+from othink_ray.config.validate import problems
 from othink_ray.data import SourceError, open_source
 from othink_ray.data.wheels import WheelError, fetch_wheel
 

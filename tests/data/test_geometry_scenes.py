@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 
 from othink_ray.config.load import load
 from othink_ray.data import worked_answer
-from othink_ray.data.geometry_scenes import (
+from othink_ray.data.prompts import Split
+from othink_ray.data.scenes.counting import BACKGROUND, CELL, TINT
+from othink_ray.data.scenes.geometry import (
     ANGLES,
     COLOURS,
     COLUMNS,
@@ -35,8 +37,6 @@ from othink_ray.data.geometry_scenes import (
     split_of,
     write,
 )
-from othink_ray.data.prompts import Split
-from othink_ray.data.scenes import BACKGROUND, CELL, TINT
 from othink_ray.rewards import accuracy, format_reward
 
 DATA = load(["data=geometry"]).data

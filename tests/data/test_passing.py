@@ -7,7 +7,7 @@ import pytest
 
 from othink_ray.config.schema import DataConfig
 from othink_ray.data import PromptStream, SourceError, open_training
-from othink_ray.data.passing import PassingRows
+from othink_ray.data.prompt_stream import PassingRows
 from tests.data.files import own_data, picture, with_files, write_parquet
 
 pytestmark = pytest.mark.usefixtures("no_network")

@@ -77,11 +77,11 @@ def test_what_is_coming_is_what_the_next_take_begins_with(ahead: Make, bad: froz
     rows = Watched(7)
     rows.bad = bad
     stream = ahead(rows, ahead=7)
-    assert stream.coming() == []
+    assert stream.upcoming() == []
     for count in (1, 4, 9, 3):
         stream.take(count)
         wait_until(lambda: len(rows.read) == stream.position + 7)
-        coming = stream.coming()
+        coming = stream.upcoming()
         assert len(coming) >= 7 - 2 * len(bad)  # two epochs may meet here
         assert stream.take(len(coming)) == coming
 
@@ -91,14 +91,14 @@ def test_what_is_not_read_yet_is_not_waited_for(ahead: Make) -> None:
     stream = ahead(rows, ahead=4)
     stream.take(3)
     wait_until(lambda: len(rows.read) == 5)
-    assert len(stream.coming()) == 2
+    assert len(stream.upcoming()) == 2
     rows.let_go.set()
 
 
 def test_a_stream_that_does_not_read_ahead_knows_of_nothing_to_come() -> None:
     stream = PromptStream(Rows(7), seed=5, on_bad_row="drop")
     stream.take(1)
-    assert stream.coming() == []
+    assert stream.upcoming() == []
 
 
 def test_a_take_does_not_wait_for_rows_that_it_was_not_asked_for(ahead: Make) -> None:

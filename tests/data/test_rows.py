@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from othink_ray.data import BadRow, worked_answer
-from othink_ray.data.rows import RowReader, solution
+from othink_ray.data.sources import RowReader, solution
 from tests.data.files import own_data, picture
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from othink_ray.config.schema import DataConfig, PartConfig, ScenesConfig
 from othink_ray.data import open_source, validate, worked_answer
 from othink_ray.data.prompts import Split
-from othink_ray.data.scenes import (
+from othink_ray.data.scenes.counting import (
     BACKGROUND,
     CELL,
     COLOURS,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from othink_ray.data import BadRow, PromptStream
-from othink_ray.data.stream import told_apart
+from othink_ray.data.prompt_stream import told_apart
 from othink_ray.types import Message, Prompt
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.config.check import Machine, problems
 from othink_ray.config.load import load, sweep_jobs
+from othink_ray.config.validate import Machine, problems
 from othink_ray.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ SHORT = (
 NOT_RUN = {
     "launch/setup_env.sh": "installs an environment; tests/launch/test_setup_env.py",
     "launch/gpu_check.sh": "needs a GPU; tests/bench/test_gpu_check.py",
-    ".venv/bin/python -m othink_ray.bench.memory": "takes most of 24 GiB; tests/bench/test_memory.py",
+    ".venv/bin/python -m benchmarks.memory": "takes most of 24 GiB; tests/bench/test_memory.py",
     "launch/local.sh": "sets up first; tests/launch/test_launchers.py",
     "make": "sets up first, and most of it takes minutes or hours: a dry run",
     ".venv/bin/python -m tests.drills.unguarded": "takes a quarter of an hour; tests/drills/test_unguarded.py",

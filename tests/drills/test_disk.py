@@ -13,10 +13,10 @@ import torch
 
 from othink_ray.driver import checkpoint
 from othink_ray.driver.checkpoint import Checkpoints
+from othink_ray.driver.metrics import StepLines
 from othink_ray.driver.run import _message
-from othink_ray.driver.step_lines import StepLines
-from othink_ray.engines.learner_state import StoredState, Writing
-from othink_ray.runtime.calls import WorkerFailed
+from othink_ray.engines.learner_checkpoint import StoredState, Writing
+from othink_ray.runtime.futures import WorkerFailed
 from tests.drills.places import full, small_disk
 
 STATE = replace(checkpoint.fresh(0), step=1)

@@ -1,4 +1,4 @@
-"""A team that only remembers what it was asked, endless numbered questions, and a diary of the steps."""
+"""A team that only remembers what it was requested, endless numbered questions, and a diary of the steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from othink_ray.core.advantages import ADVANTAGES
+from othink_ray.core.kl import BetaSchedule
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
-from othink_ray.core.schedules import BetaSchedule
 from othink_ray.driver.loop import Recipe, Step
 from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup, UpdateStats
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.answers import Answers, belongs_to
 from othink_ray.driver.checkpoint import ResumeError
-from othink_ray.driver.evaluate import exams
+from othink_ray.driver.evaluate import Answers, belongs_to, eval_sets
 
 CONFIG = load(["eval.questions=2"])
-[EXAM] = exams(CONFIG, lambda prompt: None)
+[EXAM] = eval_sets(CONFIG, lambda prompt: None)
 
 
 def test_what_was_answered_is_there_again_and_a_torn_line_is_not(tmp_path: Path) -> None:

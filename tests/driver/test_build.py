@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.core.correction import CORRECTIONS
+from othink_ray.core.losses import CORRECTIONS
 from othink_ray.driver.build import correction, temperature
 
 

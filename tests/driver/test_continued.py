@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from othink_ray.config.load import load, to_yaml
-from othink_ray.driver.checkpoint import ResumeError
-from othink_ray.driver.continued import compare_settings
+from othink_ray.driver.checkpoint import ResumeError, compare_settings
 
 
 def told(folder: Path, before: list[str], now: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.driver.environment import commit_of, environment
+from othink_ray.driver.run_dir import commit_of, environment
 
 
 def git(folder: Path, *words: str) -> str:

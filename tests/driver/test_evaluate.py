@@ -11,8 +11,8 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
-from othink_ray.data.pixels import decoded, size_of
-from othink_ray.driver.evaluate import exams, graded, held_out_prompts, pass_at, summarise
+from othink_ray.data.images import decoded, size_of
+from othink_ray.driver.evaluate import eval_sets, graded, held_out_prompts, pass_at, summarise
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 from tests.engines.samples import picture
 
@@ -91,21 +91,23 @@ def test_all_held_out_questions_are_asked_unless_fewer_are_asked_for(tmp_path: P
         "mode=eval",
     ]
     for overrides, count in (([], 754), (["eval.questions=256"], 256), (["eval.questions=1000"], 754)):
-        [exam] = exams(load([*geoqa, *overrides]), lambda prompt: None)
+        [exam] = eval_sets(load([*geoqa, *overrides]), lambda prompt: None)
         assert len(exam.prompts) == count
-    [demo] = exams(load([]), lambda prompt: None)
+    [demo] = eval_sets(load([]), lambda prompt: None)
     assert len(demo.prompts) == 256
 
 
 def test_the_runs_own_exam_comes_first_and_further_data_sets_follow() -> None:
     config = load(["eval.also=[geometry]", "eval.questions=3"])
-    found = exams(config, lambda prompt: None)
+    found = eval_sets(config, lambda prompt: None)
     assert [exam.name for exam in found] == ["counting", "geometry"]
     assert [{prompt.task for prompt in exam.prompts} for exam in found] == [{"counting"}, {"geometry"}]
 
 
 def test_a_blind_data_set_is_asked_once_more_with_grey_images_of_the_same_size() -> None:
-    seen, unseen, other = exams(load(["data.blind=true", "eval.questions=4", "eval.also=[geometry]"]), lambda _: None)
+    seen, unseen, other = eval_sets(
+        load(["data.blind=true", "eval.questions=4", "eval.also=[geometry]"]), lambda _: None
+    )
     assert [exam.name for exam in (seen, unseen, other)] == ["counting", "counting-blind", "geometry"]
     for shown, hidden in zip(seen.prompts, unseen.prompts, strict=True):
         assert (hidden.id, hidden.messages, hidden.answer) == (shown.id, shown.messages, shown.answer)

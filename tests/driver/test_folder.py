@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.driver.folder import FolderError, own_folder, set_aside_older, written_down
+from othink_ray.driver.run_dir import FolderError, lock_run_dir, set_aside_older, written_down
 
 HOLD = """
 import sys, pathlib
-from othink_ray.driver.folder import own_folder
-with own_folder(pathlib.Path(sys.argv[1])):
+from othink_ray.driver.run_dir import lock_run_dir
+with lock_run_dir(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     sys.stdin.read()
 """
@@ -27,10 +27,10 @@ def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_p
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"mine\n"
-        with pytest.raises(FolderError, match="another run is at work in it"), own_folder(tmp_path):
+        with pytest.raises(FolderError, match="another run is at work in it"), lock_run_dir(tmp_path):
             pass
         other.kill()
-    with own_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
 
 
@@ -38,13 +38,13 @@ def test_a_new_folder_is_its_owners_alone_and_one_that_was_there_keeps_its_mode(
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o755)
     for name, mode in (("new", 0o700), ("shared", 0o755)):
-        with own_folder(tmp_path / name):
+        with lock_run_dir(tmp_path / name):
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FolderError, match="cannot be written"), own_folder(tmp_path / "file" / "run"):
+    with pytest.raises(FolderError, match="cannot be written"), lock_run_dir(tmp_path / "file" / "run"):
         pass
 
 

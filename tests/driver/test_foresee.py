@@ -9,14 +9,14 @@ from shutil import disk_usage
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.config.seat_rules import transport_of
-from othink_ray.driver import foresee as room
-from othink_ray.driver.foresee import foresee
+from othink_ray.config.rules import transport_of
+from othink_ray.driver import preflight as room
+from othink_ray.driver.preflight import preflight
 from tests.data.files import picture, write_jsonl
 
 
 def test_a_sound_run_is_told_in_numbers(model_folder: Path) -> None:
-    found = foresee(load([f"model.path={model_folder}"]))
+    found = preflight(load([f"model.path={model_folder}"]))
     assert not found.problems
     assert found.lines["data.train"].endswith("of 32 looked at 0 bad")
     assert "million weights" in found.lines["model files"]
@@ -26,7 +26,7 @@ def test_a_sound_run_is_told_in_numbers(model_folder: Path) -> None:
 
 
 def test_a_model_that_is_still_to_be_made_is_not_looked_at(tmp_path: Path) -> None:
-    found = foresee(load([f"run.cache_dir={tmp_path}"]))
+    found = preflight(load([f"run.cache_dir={tmp_path}"]))
     assert not found.problems
     assert found.lines["model files"] == "made at the first start: not looked at, so no memory is planned either"
 
@@ -35,8 +35,8 @@ def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
-    asked = load(["model=qwen2_vl_2b", "model.path=someone/small", "model.dtype=float32"])
-    missing = foresee(asked).lines
+    requested = load(["model=qwen2_vl_2b", "model.path=someone/small", "model.dtype=float32"])
+    missing = preflight(requested).lines
     assert missing["model files"].endswith("hf download someone/small") and "memory" not in missing
     copy = tmp_path / "models--someone--small"
     shutil.copytree(model_folder, copy / "snapshots" / "0123abc")
@@ -44,9 +44,9 @@ def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
     (copy / "refs" / "main").write_text("0123abc")
     weights = copy / "snapshots" / "0123abc" / "model.safetensors"
     weights.rename(copy / "elsewhere")  # the configuration alone
-    assert foresee(asked).lines["model files"] == missing["model files"]
+    assert preflight(requested).lines["model files"] == missing["model files"]
     (copy / "elsewhere").rename(weights)
-    found = foresee(asked)
+    found = preflight(requested)
     assert not found.problems
     assert "million weights" in found.lines["model files"] and "a learner rank" in found.lines["memory"]
 
@@ -54,37 +54,37 @@ def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
 def test_weights_that_are_not_safetensors_are_refused(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    [problem] = foresee(load([f"model.path={folder}"])).problems
+    [problem] = preflight(load([f"model.path={folder}"])).problems
     assert "could run code" in str(problem)
 
 
 def test_a_model_that_cannot_be_opened_is_a_problem(model_folder: Path) -> None:
-    [problem] = foresee(load([f"model.path={model_folder}", "model.family=internvl"])).problems
+    [problem] = preflight(load([f"model.path={model_folder}", "model.family=internvl"])).problems
     assert "set model.family=qwen2_vl" in " ".join(str(problem).split())
 
 
 def test_questions_without_room_are_a_problem(model_folder: Path) -> None:
-    [problem] = foresee(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
+    [problem] = preflight(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
     assert "no question fits" in str(problem)
 
 
 def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=2**20)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage)
-    [problem] = foresee(load([f"model.path={model_folder}", "train.keep_last=3"])).problems
+    [problem] = preflight(load([f"model.path={model_folder}", "train.keep_last=3"])).problems
     assert "5 checkpoints" in str(problem)
     assert "train.keep_last" in str(problem)
 
 
 def test_adapters_need_less_memory_and_less_disk(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, adapted = f"model.path={model_folder}", "learner.lora.rank=4"
-    whole, few = (foresee(load([path, *more])).lines for more in ([], [adapted]))
+    whole, few = (preflight(load([path, *more])).lines for more in ([], [adapted]))
     assert whole["trained"] == whole["model files"].partition(",")[0]
     assert few["trained"] == "29184 weights"  # 4 x (in + out) of seven matrices in each of three layers
     assert "float32 weights" in whole["memory"]
     assert "reference" not in few["memory"]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: disk_usage("/")._replace(free=20 * 2**20))
-    assert [len(foresee(load([path, *more])).problems) for more in ([], [adapted])] == [1, 0]
+    assert [len(preflight(load([path, *more])).problems) for more in ([], [adapted])] == [1, 0]
 
 
 @pytest.mark.parametrize("cluster", ["local", "one_node", "one_gpu", "one_node_colocated"])
@@ -95,8 +95,8 @@ def test_adapters_travel_in_shared_memory_on_every_cluster(cluster: str) -> None
 
 
 def test_adapters_without_a_place_are_a_problem_with_the_nearest_name(model_folder: Path) -> None:
-    asked = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
-    [problem] = foresee(load([f"model.path={model_folder}", *asked])).problems
+    requested = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
+    [problem] = preflight(load([f"model.path={model_folder}", *requested])).problems
     assert problem.subject == "learner.lora.targets = [q_porj]"
     assert problem.remedy.startswith("Did you mean q_proj? It has: ")
 
@@ -112,7 +112,7 @@ def test_bad_rows_are_counted_and_a_data_set_without_any_good_one_is_a_problem(t
         settings = {"source": "jsonl", "files.path": tmp_path / f"{name}.jsonl"}
         settings |= {f"files.columns.{use}": column for use, column in columns.items()}
         parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
-        return foresee(load(["data=own", f"run.cache_dir={tmp_path}", *parts]))
+        return preflight(load(["data=own", f"run.cache_dir={tmp_path}", *parts]))
 
     assert "1 bad, such as own/train/000001: image file" in seen("some").lines["data.train"]
     assert ["all 3 rows of the data source are bad" in str(one) for one in seen("none").problems] == [True, True]

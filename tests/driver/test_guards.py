@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.guards import Guards, RunawayError
+from othink_ray.driver.callbacks import Guards, RunawayError
 from othink_ray.driver.loop import Step
 from othink_ray.types import Audit, Completion, Group, Prompt, ScoredGroup, UpdateStats
 from tests.driver.fakes import Numbers, stats_of
@@ -33,7 +33,7 @@ def step_of(stats: UpdateStats, *, number: int = 0, audited: int = 1) -> Step:
         beta=0.04,
         schedule_state={},
         data_position=0,
-        asked=groups,
+        requested=groups,
         scored=groups,
         advantages=[np.zeros(2)] * 3,
         stats=stats,

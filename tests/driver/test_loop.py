@@ -1,4 +1,4 @@
-"""The loop, with a team that only remembers what it was asked: order of the verbs, betas, versions, shares."""
+"""The loop, with a team that only remembers what it was requested: order of the verbs, betas, versions, shares."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from othink_ray.core.kl import schedule
-from othink_ray.core.schedules import BetaSchedule
+from othink_ray.core.kl import BetaSchedule, schedule
 from othink_ray.driver.loop import Sampled, measured, train
-from othink_ray.driver.measures import measures
+from othink_ray.driver.metrics import measures
 from othink_ray.types import Group, Prompt
 from tests.driver.fakes import PAPER, Diary, Numbers, ScriptedTeam, recipe_of
 
@@ -102,9 +101,9 @@ def test_masked_answers_do_not_count_in_the_means_but_are_counted() -> None:
 
 def test_a_mean_of_rewards_is_over_valid_answers_alone() -> None:
     [seen] = run(ScriptedTeam(), range(1)).steps
-    [first, *rest] = seen.asked  # answers are rewarded 0, 1, 2
+    [first, *rest] = seen.requested  # answers are rewarded 0, 1, 2
     partly = replace(first, valid=np.array([True, True, False]))
-    found = measures(replace(seen, asked=[partly, *rest]))
+    found = measures(replace(seen, requested=[partly, *rest]))
     assert found["reward/mean"] == found["reward/accuracy"] == pytest.approx((1 + 3 * 3) / 11)
     assert found["groups/masked"] == 1
 
@@ -118,7 +117,7 @@ def test_the_layers_of_grading_are_counted_over_all_groups() -> None:
 
 def test_images_that_the_engines_looked_at_are_counted_over_all_groups() -> None:
     [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
-    assert measures(seen)["rollout/image_encodes"] == 2 * len(seen.asked) == 14
+    assert measures(seen)["rollout/image_encodes"] == 2 * len(seen.requested) == 14
 
 
 def test_the_laps_of_a_step_add_up_to_its_time() -> None:
@@ -147,7 +146,7 @@ def test_groups_of_equal_rewards_are_replaced_by_new_questions() -> None:
     ]
     assert team.rounds == [0, 1, 2]
     assert trained(team) == ["p0", "p3", "p5", "p6"]
-    assert [one.group.prompt.id for one in seen.asked] == [f"p{number}" for number in range(7)]
+    assert [one.group.prompt.id for one in seen.requested] == [f"p{number}" for number in range(7)]
     assert len(seen.advantages) == 4 and all(own.any() for own in seen.advantages)
 
 
@@ -165,13 +164,13 @@ def test_a_single_round_trains_every_group_in_order() -> None:
     team = ScriptedTeam(dull=frozenset({0, 2}))
     [seen] = run(team, range(1)).steps
     assert trained(team) == ["p0", "p1", "p2", "p3"]
-    assert list(seen.asked) == list(seen.scored)
+    assert list(seen.requested) == list(seen.scored)
 
 
 def test_metrics_are_of_all_that_was_asked_not_only_of_what_was_kept() -> None:
     [seen] = run(ScriptedTeam(dull=frozenset({1, 2, 4})), range(1), rounds=5).steps
     found = measures(seen)
-    assert found["groups/asked"] == 7
+    assert found["groups/requested"] == 7
     assert found["groups/constant_frac"] == pytest.approx(3 / 7)
     assert found["reward/mean"] == pytest.approx(4 / 7)
     assert found["reward/accuracy"] == pytest.approx(4 / 7)
@@ -201,10 +200,10 @@ def test_the_accuracy_that_steers_is_that_of_all_answers_asked() -> None:
 
 def test_rewards_without_an_accuracy_are_no_accuracy() -> None:
     [seen] = run(ScriptedTeam(), range(1)).steps
-    others = [replace(one, parts={"format": one.rewards}) for one in seen.asked]
-    assert np.isnan(measured(Sampled(asked=others, trained=others), seen.stats).accuracy)
-    partly = [replace(others[0], rewards=np.ones(3)), *seen.asked[1:]]
-    assert measured(Sampled(asked=partly, trained=partly), seen.stats).accuracy == pytest.approx(1.0)
+    others = [replace(one, parts={"format": one.rewards}) for one in seen.requested]
+    assert np.isnan(measured(Sampled(requested=others, trained=others), seen.stats).accuracy)
+    partly = [replace(others[0], rewards=np.ones(3)), *seen.requested[1:]]
+    assert measured(Sampled(requested=partly, trained=partly), seen.stats).accuracy == pytest.approx(1.0)
 
 
 def test_a_step_without_graded_answers_leaves_the_accuracy_alone() -> None:

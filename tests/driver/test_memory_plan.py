@@ -10,7 +10,6 @@ import pytest
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.driver import memory_check
-from othink_ray.driver.idle import idle
 from othink_ray.driver.memory_check import (
     Measured,
     Memory,
@@ -23,6 +22,7 @@ from othink_ray.driver.memory_check import (
     with_settings,
 )
 from othink_ray.driver.memory_plan import GIB
+from othink_ray.driver.preflight import idle_gpus
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from tests.driver.real_shapes import write_public
@@ -140,12 +140,12 @@ def test_a_card_that_is_not_80_gb_is_named(measured: Callable[[str], tuple[Famil
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_no_gpu_of_a_cluster_file_stands_still(cluster: str) -> None:
-    assert idle(config_of("2b", cluster)) == []
+    assert idle_gpus(config_of("2b", cluster)) == []
 
 
 def test_what_stands_still_is_said_with_the_key_to_turn() -> None:
     before = ["train.overlap=false", "train.prompts_per_step=64", "learner.zero_stage=3"]
-    waiting, few, gathering = idle(config_of("2b", "many_nodes", *before))
+    waiting, few, gathering = idle_gpus(config_of("2b", "many_nodes", *before))
     assert "32 GPUs of engines wait" in waiting
     assert "train.overlap=true" in waiting
     assert "samples 16 answers a step, and has room for 256" in few
@@ -153,7 +153,7 @@ def test_what_stands_still_is_said_with_the_key_to_turn() -> None:
 
 
 def test_engines_without_a_prompt_are_counted() -> None:
-    said = idle(config_of("2b", "many_nodes", "train.prompts_per_step=8", "learner.world_size=8"))
+    said = idle_gpus(config_of("2b", "many_nodes", "train.prompts_per_step=8", "learner.world_size=8"))
     assert any("24 engines get no prompt" in one for one in said)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from othink_ray.config.load import load
+from othink_ray.driver.async_loop import SIDES, train_overlapped
 from othink_ray.driver.build import cores_shared, open_loop
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.measures import measures
-from othink_ray.driver.overlap import SIDES, train_overlapped
+from othink_ray.driver.metrics import measures
 from othink_ray.types import Audit, Group, Pack, Prompt, ScoredGroup, UpdateStats
 from tests.driver.fakes import PAPER, Diary, Numbers, ScriptedTeam, recipe_of
 
@@ -49,11 +49,11 @@ def settings(steps: range, rounds: int = 1) -> dict[str, Any]:
 
 
 def versions(seen: Step) -> set[int]:
-    return {one.group.version for one in seen.asked}
+    return {one.group.version for one in seen.requested}
 
 
-def asked(seen: Step) -> list[str]:
-    return [one.group.prompt.id for one in seen.asked]
+def requested(seen: Step) -> list[str]:
+    return [one.group.prompt.id for one in seen.requested]
 
 
 # ---- what is sampled, and with which weights
@@ -100,7 +100,7 @@ def test_questions_betas_and_rates_are_those_of_the_plain_loop() -> None:
     team, plain, diary = ScriptedTeam(), ScriptedTeam(), Diary()
     steps = run(team, range(6))
     train(plain, Numbers(), journal=diary, **settings(range(6)))
-    assert [asked(seen) for seen in steps] == [asked(seen) for seen in diary.steps]
+    assert [requested(seen) for seen in steps] == [requested(seen) for seen in diary.steps]
     assert [call for call in team.calls if call[0] == "update"] == [call for call in plain.calls if call[0] == "update"]
     assert team.rates == plain.rates
 
@@ -122,7 +122,7 @@ def test_a_run_of_one_step_is_the_plain_loop() -> None:
 
 def test_groups_of_equal_rewards_are_replaced_by_new_questions_here_too() -> None:
     steps = run(ScriptedTeam(dull=frozenset({1, 2, 4, 8})), range(2), rounds=5)
-    assert [asked(seen) for seen in steps] == [[f"p{n}" for n in range(7)], [f"p{n}" for n in range(7, 12)]]
+    assert [requested(seen) for seen in steps] == [[f"p{n}" for n in range(7)], [f"p{n}" for n in range(7, 12)]]
     assert [len(seen.scored) for seen in steps] == [4, 4]
     assert [versions(seen) for seen in steps] == [{0}, {0}]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.driver.folder import own_folder
+from othink_ray.driver.run_dir import lock_run_dir
 from tests.data.files import picture, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def said(*overrides: str, status: int) -> str:
 def test_the_folder_of_another_run_is_refused_and_left_as_it_is(mode: str, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "evaluation.json", "report.html", "config.yaml"):
         (tmp_path / name).write_text("the other run's")
-    with own_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         lines = said(f"mode={mode}", f"run.dir={tmp_path}", status=1).splitlines()
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"} == {

@@ -14,16 +14,16 @@ import pytest
 from othink_ray.config.load import load, to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import open_source
-from othink_ray.data.stream import PromptStream
+from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver import checkpoint
-from othink_ray.driver.build import beta_schedule, open_loop, rate, recipe
+from othink_ray.driver.build import beta_schedule, lr_schedule, open_loop, recipe
+from othink_ray.driver.callbacks import RunCallbacks
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
-from othink_ray.driver.evaluate import Evaluation, Exam
-from othink_ray.driver.journal import Journal
+from othink_ray.driver.evaluate import EvalSet, Evaluation
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import StopRequest
-from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.monitoring import Incidents
 from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
 from tests.driver.fakes import stats_of
 
@@ -36,10 +36,10 @@ class Pupil:
 
     version: int = -1
     drift: float = 0.0
-    asked: dict[int, list[str]] = field(default_factory=dict)  # by step
+    requested: dict[int, list[str]] = field(default_factory=dict)  # by step
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
-        self.asked.setdefault(step, []).extend(prompt.id for prompt in prompts)
+        self.requested.setdefault(step, []).extend(prompt.id for prompt in prompts)
         return self._answers(prompts)
 
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Group]:
@@ -97,7 +97,7 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
     """Steps from `state` on, as the real run makes them; the lines of metrics.jsonl."""
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop", position=state.data_position)
     schedule = beta_schedule(config)
-    exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
+    exam = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
         RunRecords(
             run_dir,
@@ -117,7 +117,7 @@ def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: i
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
-            lr=rate(config),
+            lr=lr_schedule(config),
             journal=journal_of(config, run_dir, team, stream, exam, records, console, state),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -128,13 +128,13 @@ def journal_of(
     run_dir: Path,
     team: Pupil,
     stream: PromptStream,
-    exam: Exam,
+    exam: EvalSet,
     records: RunRecords,
     console: Console,
     state: TrainState,
-) -> Journal:
+) -> RunCallbacks:
     checkpoints = Checkpoints(run_dir, team, keep_last=9, keep_best=False, tell=console.say)
-    return Journal(
+    return RunCallbacks(
         config,
         team,
         stream,
@@ -174,7 +174,7 @@ def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, s
     rest = live(config, tmp_path / "rest", Pupil(drift=float((folder / "drift").read_text())), state, STEPS)
     assert [line["step"] for line in rest] == [3, 4, 5]
     assert [line["kl/beta"] for line in rest] == betas[3:]
-    for name in ("reward/mean", "groups/asked", "kl/mean"):
+    for name in ("reward/mean", "groups/requested", "kl/mean"):
         assert [line[name] for line in rest] == [line[name] for line in whole[3:]]
 
 
@@ -188,18 +188,18 @@ def test_a_resumed_overlapped_run_asks_again_what_was_asked_ahead(tmp_path: Path
     live(load([*overrides, f"run.dir={tmp_path / 'whole'}"]), tmp_path / "whole", whole, checkpoint.fresh(0), STEPS)
     state = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step_3", 0)
     lines = live(load([*overrides, f"run.dir={tmp_path / 'rest'}"]), tmp_path / "rest", rest, state, STEPS)
-    assert rest.asked.keys() == {3, 4, 5}
-    assert rest.asked[3][:4] == whole.asked[3][:4]
+    assert rest.requested.keys() == {3, 4, 5}
+    assert rest.requested[3][:4] == whole.requested[3][:4]
     assert [line["sampler/staleness"] for line in lines] == [0, 1, 1]
     if algo == "grpo_d":
-        assert rest.asked == {step: whole.asked[step] for step in (3, 4, 5)}
+        assert rest.requested == {step: whole.requested[step] for step in (3, 4, 5)}
 
 
 def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tmp_path: Path) -> None:
     config = load([f"train.steps={STEPS}", "train.prompts_per_step=4", f"run.dir={tmp_path}"])
     live(config, tmp_path, Pupil(), checkpoint.fresh(0), STEPS)
     state = checkpoint.read(tmp_path / "checkpoints" / f"step_{STEPS}", 0)
-    exam = Exam(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
+    exam = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop")
     with (
         RunRecords(

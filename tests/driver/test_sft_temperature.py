@@ -12,7 +12,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import Place, meeting_place
+from othink_ray.engines.base import RendezvousInfo, rendezvous_info
 from tests.conftest import OVERRIDES
 from tests.engines.samples import ask, batch_of, distributions, group_of, picture, scored
 
@@ -33,16 +33,16 @@ def learn(folder: Path, port: int, lives: Sequence[Sequence[str]]) -> list[Learn
     from othink_ray.engines.policy import Policy
     from othink_ray.families import open_family
 
-    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=port)
+    place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=port)
     found = []
     for overrides in lives:
         config = load([*OVERRIDES, "learner.weight_decay=0", *overrides])
         family = open_family(config.model, str(folder))
-        asked = group_of(family, ask("only", picture(56, 56, 0)), [1] * sum(SHARES), seed=0)
-        words = [asked.completions[0].token_ids + k for k in range(len(SHARES))]
+        requested = group_of(family, ask("only", picture(56, 56, 0)), [1] * sum(SHARES), seed=0)
+        words = [requested.completions[0].token_ids + k for k in range(len(SHARES))]
         said = [word for word, times in zip(words, SHARES, strict=True) for _ in range(times)]
-        completions = tuple(replace(one, token_ids=own) for one, own in zip(asked.completions, said, strict=True))
-        row = pack(scored(replace(asked, completions=completions), [1.0] * len(said)), np.ones(len(said)), 1)
+        completions = tuple(replace(one, token_ids=own) for one, own in zip(requested.completions, said, strict=True))
+        row = pack(scored(replace(requested, completions=completions), [1.0] * len(said)), np.ones(len(said)), 1)
 
         learner = learner_engine(config, str(folder), place, with_reference=False)
         steps = [learner.update([[[row]]], beta=0.0, lr=2e-3, loss="sft", correction="none") for _ in range(STEPS)]
@@ -61,7 +61,7 @@ def learn(folder: Path, port: int, lives: Sequence[Sequence[str]]) -> list[Learn
 @pytest.fixture(scope="module")
 def learned(model_folder: Path) -> list[Learned]:
     """In a process of their own, which DeepSpeed keeps for itself."""
-    meeting = meeting_place()
+    meeting = rendezvous_info()
     lives = [(f"mode={mode}", f"rollout.temperature={at}") for mode, at in (("sft", 0.5), ("sft", 1.0), ("train", 0.5))]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(learn, (model_folder, meeting.port, lives))

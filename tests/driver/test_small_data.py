@@ -16,11 +16,11 @@ import pytest
 
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step, plan
-from othink_ray.data.stream import PromptStream
+from othink_ray.data.prompt_stream import PromptStream
+from othink_ray.driver.async_loop import SIDES, train_overlapped
 from othink_ray.driver.loop import Recipe, Step, train
-from othink_ray.driver.overlap import SIDES, train_overlapped
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup
 from tests.driver.fakes import PAPER, Diary, stats_of
 
@@ -97,7 +97,7 @@ class Pools:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A configuration drawn at random: often more is asked in a step than there are rows."""
+    """A configuration drawn at random: often more is requested in a step than there are rows."""
 
     rows: int
     prompts: int
@@ -134,7 +134,7 @@ def live(own: Setting, steps: range, position: int = 0) -> tuple[list[Step], Poo
         position=position,
         ahead=own.prompts if own.read_ahead else 0,
     )
-    team = Team(
+    team = WorkerGroup(
         rollout=pools,
         rewards=pools,
         incidents=pools,
@@ -147,7 +147,7 @@ def live(own: Setting, steps: range, position: int = 0) -> tuple[list[Step], Poo
         loss="grpo",
         correction="none",
         stale_correction="none",
-        coming=stream.coming,
+        upcoming=stream.upcoming,
     )
     recipe = Recipe(
         prompts_per_step=own.prompts,
@@ -193,18 +193,18 @@ def test_every_group_of_a_step_is_a_sample_of_its_own(seed: int) -> None:
     assert len(steps) == STEPS
     seeds = iter(pools.seeds)
     for seen in steps:
-        asked, trained = [[one.group.prompt.id for one in groups] for groups in (seen.asked, seen.scored)]
-        assert len(set(asked)) == len(asked)
+        requested, trained = [[one.group.prompt.id for one in groups] for groups in (seen.requested, seen.scored)]
+        assert len(set(requested)) == len(requested)
         assert len(trained) == own.prompts and len(set(trained)) == own.prompts
-        assert len({next(seeds) for _ in asked}) == len(asked)
-        assert len({str(own) for own in answers(seen.asked)}) == len(asked)
+        assert len({next(seeds) for _ in requested}) == len(requested)
+        assert len({str(own) for own in answers(seen.requested)}) == len(requested)
     assert len(pools.update_weights) == STEPS
     assert np.array(pools.update_weights) == pytest.approx(np.ones((STEPS, own.updates)))
 
 
 def test_the_settings_drawn_ask_questions_again_within_a_step() -> None:
     def repeats(seen: Step) -> int:
-        questions = [one.group.prompt.messages[0].text for one in seen.asked]
+        questions = [one.group.prompt.messages[0].text for one in seen.requested]
         return len(questions) - len(set(questions))
 
     for overlap in (False, True):
@@ -219,7 +219,7 @@ def test_a_resumed_run_repeats_all_rounds_token_by_token(seed: int) -> None:
     for after in (1, 4):
         rest, _ = live(own, range(after, STEPS), whole[after - 1].data_position)
         for one, other in zip(rest, whole[after:], strict=True):
-            assert answers(one.asked) == answers(other.asked)
+            assert answers(one.requested) == answers(other.requested)
             assert answers(one.scored) == answers(other.scored)
-            assert [own.group.prompt for own in one.asked] == [own.group.prompt for own in other.asked]
+            assert [own.group.prompt for own in one.requested] == [own.group.prompt for own in other.requested]
             assert one.data_position == other.data_position

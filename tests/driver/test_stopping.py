@@ -13,7 +13,7 @@ import pytest
 from othink_ray.config.load import load
 from othink_ray.driver import stopping, training
 from othink_ray.driver.console import Console
-from othink_ray.runtime.calls import ProcessLost
+from othink_ray.runtime.futures import ProcessLost
 
 
 class Dropped:

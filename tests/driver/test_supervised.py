@@ -1,11 +1,11 @@
-"""Supervised training beside engines that are asked now and then."""
+"""Supervised training beside engines that are requested now and then."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from othink_ray.driver.supervised import ExaminedClass
+from othink_ray.driver.sft import ExaminedClass
 from othink_ray.types import Audit, Group, Prompt, ScoredGroup
 
 

@@ -1,4 +1,4 @@
-"""The timeline of a loop, with a team that only remembers what it was asked."""
+"""The timeline of a loop, with a team that only remembers what it was requested."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.timeline import Timeline, TracedTeam
-from othink_ray.spans import Spans, keep, span, take
+from othink_ray.driver.timeline import Timeline, TracedWorkers
+from othink_ray.tracing import Spans, keep, span, take
 from tests.driver.fakes import PAPER, Diary, Numbers, ScriptedTeam, recipe_of
 from tests.driver.trace_events import spans_in
 
@@ -25,7 +25,7 @@ class Gone:
     """Processes that were there at first."""
 
     def spans(self, *, go_on: bool) -> dict[str, Spans]:
-        assert go_on, "they are not asked at the end"
+        assert go_on, "they are not requested at the end"
         return {}
 
 
@@ -46,7 +46,7 @@ def run(path: Path, *, steps: int, traced: int) -> Reader:
     reader = Reader(path)
     with Timeline(path, Alone(), reader, steps=traced) as timeline:
         train(
-            TracedTeam(ScriptedTeam()),
+            TracedWorkers(ScriptedTeam()),
             Numbers(),
             steps=range(steps),
             recipe=recipe_of(),

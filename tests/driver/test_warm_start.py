@@ -50,15 +50,15 @@ class _Opened(Exception):
 
 def _first_room(config: Config) -> Config:
     """With what the first lessons are given."""
-    asked: list[Config] = []
+    requested: list[Config] = []
 
     def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Classroom]:
-        asked.append(config)
+        requested.append(config)
         raise _Opened
 
     with Console() as console, pytest.raises(_Opened):
         warm_started(config, console, open_classroom)
-    [room] = asked
+    [room] = requested
     return room
 
 

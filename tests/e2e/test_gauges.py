@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from othink_ray.runtime.gauges import gauge_name
+from othink_ray.runtime.monitoring import gauge_name
 from tests.e2e.conftest import StartRun
 from tests.runtime.scraping import gauges_of, scraped_until
 

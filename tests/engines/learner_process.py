@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from othink_ray import spans
+from othink_ray import tracing
 from othink_ray.config.schema import LearnerConfig, ModelConfig
-from othink_ray.engines.base import meeting_place
-from othink_ray.engines.micro_batch import MicroBatch
+from othink_ray.engines.base import rendezvous_info
+from othink_ray.engines.collate import MicroBatch
 from othink_ray.types import Pack, Probe, UpdateStats
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def run_ranks(
 ) -> list[dict[str, Outcome]]:
     """The outcomes by rank; a rank that fails takes its log with it into the message."""
     scratch.mkdir(parents=True)
-    meeting = meeting_place()
+    meeting = rendezvous_info()
     job = Job(model=model, folder=folder, world_size=world_size, port=meeting.port, scenarios=scenarios)
     (scratch / "job").write_bytes(pickle.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -155,13 +155,13 @@ def counted() -> Iterator[Cost]:
         return tensor
 
     deepspeed_learner.to_device = counting
-    spans.take(go_on=True)
+    tracing.take(go_on=True)
     try:
         with saved_tensors_hooks(keep, lambda kept: kept):
             yield cost
     finally:
         deepspeed_learner.to_device = to_device
-        cost.read = [one.about["tokens"] for one in spans.take(go_on=False).spans if one.name == "forward"]
+        cost.read = [one.about["tokens"] for one in tracing.take(go_on=False).spans if one.name == "forward"]
 
 
 def watch(learner: Any, cost: Cost) -> None:
@@ -178,7 +178,7 @@ def watch(learner: Any, cost: Cost) -> None:
 
 
 def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
-    from othink_ray.engines.base import Place
+    from othink_ray.engines.base import RendezvousInfo
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
     from tests.engines.slow_training import CLIP_EPS, CORRECTION_BOUNDS
@@ -193,7 +193,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         correction_bounds=CORRECTION_BOUNDS,
         with_reference=scenario.with_reference,
         seed=0,
-        place=Place(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
+        place=RendezvousInfo(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
         shares_gpu=scenario.shares_gpu,
     )
     watch(learner, cost)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from othink_ray.core.attention import attention_for
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RolloutEngine
-from othink_ray.engines.micro_batch import MicroBatch, collate
+from othink_ray.engines.collate import MicroBatch, collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig
-from othink_ray.engines.adapters import AdapterError
-from othink_ray.engines.exported import read_exported
-from othink_ray.engines.trained import choose_trained
+from othink_ray.engines.learner_checkpoint import read_exported
+from othink_ray.engines.lora import AdapterError, choose_trained
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, run_ranks

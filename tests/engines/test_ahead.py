@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from othink_ray.engines.ahead import Ahead, Kept, Made, MadeAhead
+from othink_ray.engines.prefetch import Kept, Made, Prefetched, Prefetcher
 from othink_ray.types import Pack
 
 PATIENCE_S = 30
@@ -30,9 +30,9 @@ def row(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
     )
 
 
-def prepared(rows: Sequence[Pack], with_reference: bool = True) -> MadeAhead:
+def prepared(rows: Sequence[Pack], with_reference: bool = True) -> Prefetched:
     named: Any = rows
-    return MadeAhead(laid_out=named, kept=Kept(encodes=int(with_reference)))
+    return Prefetched(laid_out=named, kept=Kept(encodes=int(with_reference)))
 
 
 UPDATES = [[[row("a")], [row("b"), row("c")]], [[row("d")]]]
@@ -43,7 +43,7 @@ def names(made: Made) -> list[list[str]]:
 
 
 def test_one_micro_batch_more_than_last_time_is_made_in_their_order() -> None:
-    ahead = Ahead(prepared)
+    ahead = Prefetcher(prepared)
     found = []
     for _ in range(5):
         found.append(names(ahead.take()))
@@ -53,7 +53,7 @@ def test_one_micro_batch_more_than_last_time_is_made_in_their_order() -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_reference_is_asked_as_it_was_told(wanted: bool) -> None:
-    ahead = Ahead(prepared)
+    ahead = Prefetcher(prepared)
     ahead.prepare(UPDATES, with_reference=wanted)
     found = ahead.take().of(UPDATES[0][0])
     assert found is not None
@@ -63,13 +63,13 @@ def test_the_reference_is_asked_as_it_was_told(wanted: bool) -> None:
 def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -> None:
     begun, finish = threading.Event(), threading.Event()
 
-    def slowly(rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
+    def slowly(rows: Sequence[Pack], with_reference: bool) -> Prefetched:
         if rows[0].prompt_id == "b":
             begun.set()
             assert finish.wait(PATIENCE_S)
         return prepared(rows)
 
-    ahead = Ahead(slowly)
+    ahead = Prefetcher(slowly)
     ahead._most = 2
     with ThreadPoolExecutor() as beside:
         preparing = beside.submit(ahead.prepare, UPDATES, with_reference=True)
@@ -89,10 +89,10 @@ def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -
 
 
 def test_what_goes_wrong_is_told_by_whoever_wants_the_rows() -> None:
-    def fails(rows: Sequence[Pack], with_reference: bool) -> MadeAhead:
+    def fails(rows: Sequence[Pack], with_reference: bool) -> Prefetched:
         raise ValueError("no such image")
 
-    ahead = Ahead(fails)
+    ahead = Prefetcher(fails)
     with pytest.raises(ValueError, match="no such image"):
         ahead.prepare(UPDATES, with_reference=True)
     made = ahead.take()
@@ -102,7 +102,7 @@ def test_what_goes_wrong_is_told_by_whoever_wants_the_rows() -> None:
 
 
 def test_only_what_was_made_of_exactly_these_rows_is_used() -> None:
-    ahead = Ahead(prepared)
+    ahead = Prefetcher(prepared)
     ahead._most = 1
     ahead.prepare([[[row("a"), row("b")], []]], with_reference=True)
     made = ahead.take()

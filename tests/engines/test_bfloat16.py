@@ -15,10 +15,10 @@ from torch import Tensor
 from othink_ray.config.schema import Config, LearnerConfig
 from othink_ray.core.losses import LOSSES
 from othink_ray.core.packing import pack
-from othink_ray.engines.learner_state import StoredState
+from othink_ray.engines.learner_checkpoint import StoredState
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
-from othink_ray.families.last_layer import narrow
+from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.types import Pack
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
 from tests.engines.nearness import assert_same_stats, distance
@@ -128,7 +128,7 @@ class SlowStep:
 def slow_steps(learner: LearnerConfig, family: Family, steps: Sequence[Sequence[Pack]]) -> list[SlowStep]:
     """torch's AdamW on float32 weights; the network's are those, rounded."""
     network = family.load_network(torch.bfloat16)
-    narrow(family.layers(network)[-1])
+    prune_last_layer(family.layers(network)[-1])
     policy = Policy(network, family, TEMPERATURE, logit_rows=1024)
     masters = {name: one.detach().float().requires_grad_() for name, one in network.named_parameters()}
     optimizer = torch.optim.AdamW(

@@ -16,7 +16,7 @@ from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
-from othink_ray.families.last_layer import is_narrow
+from othink_ray.families.hugging_face import is_pruned
 
 
 class _EnoughError(Exception):
@@ -28,7 +28,7 @@ class Nowhere:
 
     rank, world_size = 0, 2
 
-    def meet(self, on: torch.device) -> None:
+    def rendezvous(self, on: torch.device) -> None:
         raise _EnoughError
 
     def load_network(self, dtype: torch.dtype) -> None:
@@ -87,7 +87,7 @@ def test_a_policys_layers_are_compiled_and_the_last_one_narrowed_where_that_is_a
     learner: Any = SimpleNamespace(learner=settings, family=policy.family, by_onednn=True)
     opened = DeepSpeedLearner._open_policy(learner, torch.float32, 1.0)
     *others, last = policy.family.layers(opened.network)
-    assert is_narrow(last) == asked and not any(map(is_narrow, others))
+    assert is_pruned(last) == asked and not any(map(is_pruned, others))
     assert compiled == ([True] if asked else [])
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from othink_ray.engines import deepspeed_learner
-from othink_ray.engines.adapters import add_adapters
 from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
-from othink_ray.engines.exported import replace_export
+from othink_ray.engines.learner_checkpoint import replace_export
+from othink_ray.engines.lora import add_adapters
 from othink_ray.families import hugging_face
 from othink_ray.families.base import Family
 

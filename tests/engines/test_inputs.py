@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from othink_ray.engines.inputs import Inputs
+from othink_ray.engines.prefetch import Inputs
 from othink_ray.types import Prompt
 from tests.engines.samples import MIXED
 

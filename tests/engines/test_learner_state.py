@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from othink_ray.config.schema import Config
-from othink_ray.engines.learner_state import StateError, StoredState, Writing
+from othink_ray.engines.learner_checkpoint import StateError, StoredState, Writing
 from othink_ray.types import Group
 from tests.engines.learner_process import Outcome, run_ranks
 from tests.engines.lives import training

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from othink_ray.engines.adapters import Weight, trained_weights
+from othink_ray.engines.lora import Weight, trained_weights
 
 
 def test_without_adapters_every_trained_weight_is_pushed_under_its_own_name() -> None:

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from othink_ray.bench.allocations import Allocations
+from benchmarks.allocations import Allocations
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.core.attention import Attention
 from othink_ray.core.losses import LOSSES
 from othink_ray.driver.memory_plan import learner_memory
-from othink_ray.engines.micro_batch import collate
+from othink_ray.engines.collate import collate
+from othink_ray.engines.lora import choose_trained
 from othink_ray.engines.network_memory import activations, learner_skeleton, network_shape
 from othink_ray.engines.policy import DTYPES, Policy
-from othink_ray.engines.trained import choose_trained
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
-from othink_ray.families.last_layer import narrow
+from othink_ray.families.hugging_face import prune_last_layer
 from tests.driver.real_shapes import write_public, write_shapes
 from tests.engines.samples import ask, group_of, picture, row_of
 
@@ -57,7 +57,7 @@ def mid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counted(config: Config, family: Family, row: Any, dtype: torch.dtype) -> int:
     """Bytes that an update's forward, loss and backward allocate at their peak, beside weights and gradients."""
     network: Any = family.load_network(dtype)
-    narrow(family.layers(network)[-1])
+    prune_last_layer(family.layers(network)[-1])
     choose_trained(family, network, config.learner)
     network.to(dtype).train()
     if config.learner.gradient_checkpointing:

@@ -12,18 +12,18 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
 from othink_ray.engines import base
-from othink_ray.engines.base import Place, meeting_place, share_of_cores
+from othink_ray.engines.base import RendezvousInfo, rendezvous_info, share_of_cores
 
 
 def test_it_listens_where_it_was_told_and_nowhere_else() -> None:
     for address in ("127.0.0.1", "127.0.0.2"):
-        meeting = meeting_place(address)
+        meeting = rendezvous_info(address)
         listening = {one.laddr for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN}
         assert [found.ip for found in listening if found.port == meeting.port] == [address]
 
 
 def test_nobody_else_gets_the_port_before_the_ranks_come() -> None:
-    meeting = meeting_place()
+    meeting = rendezvous_info()
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", meeting.port))
 
@@ -40,7 +40,7 @@ def test_cores_are_shared_out(
 
 
 def test_ranks_come_when_they_like_and_find_each_other() -> None:
-    meeting = meeting_place()
+    meeting = rendezvous_info()
 
     def come(rank: int) -> bytes:
         store = TCPStore("127.0.0.1", meeting.port)
@@ -61,10 +61,10 @@ def test_ranks_meet_once_over_what_their_device_has(
     met: list[dict[str, Any]] = []
     monkeypatch.setattr(base, "init_process_group", lambda name, **how: met.append(how | {"backend": name}))
     monkeypatch.setattr(base, "is_initialized", lambda: bool(met))
-    meeting = meeting_place()
-    place = Place(rank=ranks - 1, world_size=ranks, master_address="127.0.0.1", master_port=meeting.port)
+    meeting = rendezvous_info()
+    place = RendezvousInfo(rank=ranks - 1, world_size=ranks, master_address="127.0.0.1", master_port=meeting.port)
     for _ in range(2):
-        place.meet(torch.device(device))
+        place.rendezvous(torch.device(device))
     [how] = met
     assert (how["backend"], how["rank"], how["world_size"]) == (backend, ranks - 1, ranks)
     assert how["device_id"] == (device_id and torch.device(device_id))

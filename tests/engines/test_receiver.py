@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, set_num_threads  # by name: an engine of another test may have made torch's own do nothing
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
-from othink_ray.weights.arrival import Held
-from othink_ray.weights.digest import TensorDigest
+from othink_ray.weights.digest import Held, TensorDigest
 
 
 class Engine(Receiver):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from othink_ray.engines.learner_state import StateError, StoredState, Writing
+from othink_ray.engines.learner_checkpoint import StateError, StoredState, Writing
 
 SHARES = [
     {"a/weight": torch.arange(6.0).reshape(2, 3), "a/exp_avg": torch.ones(2, 3)},

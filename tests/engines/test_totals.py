@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from othink_ray.core.correction import RatioTerms
-from othink_ray.core.losses import LossTerms
-from othink_ray.engines import totals
-from othink_ray.engines.totals import Totals
+from othink_ray.core.losses import LossTerms, RatioTerms
+from othink_ray.engines import update_stats
+from othink_ray.engines.update_stats import Totals
 from othink_ray.types import Pack, UpdateStats
 
 RATIOS = ("used", "truncated", "cut", "masked", "sequence_raw", "sequence_truncated", "sequence_cut", "answers")
@@ -31,7 +30,7 @@ def two_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         all_reduce=all_reduce,
         ReduceOp=SimpleNamespace(MAX="max"),
     )
-    monkeypatch.setattr(totals, "dist", alike)
+    monkeypatch.setattr(update_stats, "dist", alike)
 
 
 def added(values: Sequence[float], *, referenced: bool = True) -> Totals:

@@ -12,9 +12,8 @@ import torch
 from othink_ray.config.schema import Config, LoraConfig
 from othink_ray.driver import build
 from othink_ray.engines import deepspeed_learner
-from othink_ray.engines.base import Place
-from othink_ray.engines.device_memory import release_cache
-from othink_ray.engines.micro_batch import lay_out
+from othink_ray.engines.base import RendezvousInfo, release_cache
+from othink_ray.engines.collate import lay_out
 from othink_ray.families import open_family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Cost, Outcome, Scenario, run_ranks
@@ -146,7 +145,7 @@ def test_a_learner_is_told_whether_engines_sleep_on_its_gpu(
 ) -> None:
     told: list[bool] = []
     monkeypatch.setattr(deepspeed_learner, "DeepSpeedLearner", lambda *_, **given: told.append(given["shares_gpu"]))
-    place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=0)
+    place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=0)
     for sleep in (True, False):
         config = replace(small, rollout=replace(small.rollout, sleep=sleep))
         build.learner_engine(config, str(small_folder), place, with_reference=False)

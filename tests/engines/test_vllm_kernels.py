@@ -57,7 +57,7 @@ def test_positions_of_several_axes_rotate_as_in_vllm(
 def test_norms_are_those_of_vllm(shape: tuple[int, ...], vllm_engine: VLLMRollout) -> None:
     from vllm import ir
 
-    from othink_ray.engines.vllm_kernels import kernel_arguments
+    from othink_ray.engines.vllm_patches import kernel_arguments
 
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(*shape[:-1], 2 * shape[-1], generator=draw)[..., : shape[-1]]  # part of something wider

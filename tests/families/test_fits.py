@@ -8,8 +8,7 @@ import pytest
 
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow
-from othink_ray.families.base import Family
-from othink_ray.families.fits import check_fits
+from othink_ray.families.base import Family, check_fits
 from tests.engines.samples import ask, picture
 
 

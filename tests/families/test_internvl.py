@@ -13,9 +13,8 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.data import BadRow
 from othink_ray.families import ModelError, open_family
-from othink_ray.families.base import Family
-from othink_ray.families.fits import check_fits
-from othink_ray.families.line_attention import IMAGE_ATTENTION
+from othink_ray.families.base import Family, check_fits
+from othink_ray.families.hugging_face import IMAGE_ATTENTION
 from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
 

@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.schema import Config
-from othink_ray.core import packed_images
+from othink_ray.core import flex
 from othink_ray.families import open_family
 from othink_ray.families.base import Family, ImageTensors
-from othink_ray.families.packed_tower import accept_packed, tower_inputs
+from othink_ray.families.qwen_vl import accept_packed, tower_inputs
 from tests.engines.samples import picture
 from tests.families.checkpoints import build_checkpoint
 
@@ -91,7 +91,7 @@ def test_gradients_of_pixels_are_the_loops(
     family: Family, images: ImageTensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the same mask, dense."""
-    monkeypatch.setattr(packed_images, "_kernel", lambda _device_type: dense)
+    monkeypatch.setattr(flex, "_kernel", lambda _device_type: dense)
     exact = with_gradient(images, lambda own: loops_features(family, own, dtype=torch.float32, rounded=True))
     for dtype in (torch.float32, torch.bfloat16):
         network = family.load_network(dtype)

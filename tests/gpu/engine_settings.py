@@ -77,7 +77,7 @@ def resolved(path: str, overrides: list[str]) -> dict[str, Any]:
     from vllm.usage.usage_lib import UsageContext
 
     from othink_ray.config.load import load
-    from othink_ray.config.seat_rules import transport_of
+    from othink_ray.config.rules import transport_of
     from othink_ray.engines.vllm_rollout import VLLMRollout
 
     config = load(overrides)

@@ -169,10 +169,10 @@ def packed_line(heads: int, key_heads: int, prompt: int, answer: int) -> Case:
     import torch
 
     from othink_ray.core import attention as ours
-    from othink_ray.core.line import line_up
+    from othink_ray.core.packed_sequence import build_packed_sequence
 
     segments = [0] * prompt + [1 + place // answer for place in range(ANSWERS * answer)]
-    line = line_up([np.array(segments, dtype=np.int32)])
+    line = build_packed_sequence([np.array(segments, dtype=np.int32)])
     made = ours.FlexAttention(line, torch.device("cpu"))
     return Case(made, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
 
@@ -181,7 +181,7 @@ def packed_images(heads: int, width: int, patches: Sequence[int]) -> Case:
     """`core.packed_images.PackedImages` over images, or windows, of so many patches each."""
     import torch
 
-    from othink_ray.core import packed_images as ours
+    from othink_ray.core import flex as ours
 
     made = ours.PackedImages(torch.tensor([0, *itertools.accumulate(patches)]), torch.device("cpu"))
     return Case(made, ours._kernel("cuda"), ("image_of",), heads, heads, width)

@@ -194,7 +194,7 @@ def with_transfer(arguments: dict[str, Any], transport: str) -> dict[str, Any]:
 def serve(pipe: Any, setup: Any, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
     """The GPU check's process of an engine, with a device to pretend."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from othink_ray.bench.gpu import engine_process
+    from benchmarks.gpu import engine_process
     from othink_ray.engines.vllm_rollout import VLLMRollout
 
     plain = VLLMRollout.arguments

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from othink_ray.bench.gpu import colocated, engine_process
-from othink_ray.bench.gpu.rows import Row
-from othink_ray.bench.gpu.setup import Setup
-from othink_ray.bench.work import BETA
+from benchmarks.gpu import colocated, engine_process
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.setup import Setup
+from benchmarks.work import BETA
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import Place, meeting_place
+from othink_ray.engines.base import RendezvousInfo, rendezvous_info
 from othink_ray.types import Pack, Probe, ScoredGroup
 from tests.gpu import pretend
 
@@ -33,7 +33,7 @@ class RunsLearner:
         model = setup.model()
         assert model.path is not None
         self.lr = lr
-        self.meeting = meeting_place()
+        self.meeting = rendezvous_info()
         self.engine = DeepSpeedLearner(
             load(["learner.threads=1", f"learner.lr={lr}"]).learner,
             open_family(model, model.path),
@@ -44,7 +44,7 @@ class RunsLearner:
             correction_bounds=(0.5, 2.0),
             with_reference=True,
             seed=0,
-            place=Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.meeting.port),
+            place=RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.meeting.port),
             shares_gpu=shares_gpu,
         )
 

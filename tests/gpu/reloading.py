@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.engines.base import Place, Sampling
+from othink_ray.engines.base import RendezvousInfo, Sampling
 from othink_ray.types import Prompt
 from tests.gpu import pretend
 
@@ -100,7 +100,7 @@ class Life:
         from othink_ray.engines.vllm_transfer import open_sender
 
         self.version += 1
-        place = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
+        place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
         open_sender("ipc", named, self.engines, place, port=0, receivers=1, bucket_bytes=BUCKET).send_weights()
         self.engine.finish_push(self.version, 0)
 

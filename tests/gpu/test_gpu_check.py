@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from othink_ray.bench.gpu import colocated, engine_process
-from othink_ray.bench.gpu.rows import Row
-from othink_ray.bench.gpu.setup import Setup
+from benchmarks.gpu import colocated, engine_process
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.setup import Setup
 from tests.bench.test_gpu_check import TOY
 from tests.gpu import pretend
 from tests.gpu.rehearsal import rehearse

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from othink_ray.engines.base import Place
+from othink_ray.engines.base import RendezvousInfo
 from othink_ray.engines.vllm_transfer import open_sender
-from othink_ray.runtime import push
+from othink_ray.runtime import weight_sync
 from tests.gpu import pretend
 
 WEIGHTS = [(str(number), torch.full((100,), float(number))) for number in range(7)]
@@ -67,7 +67,7 @@ def wait(calls: Sequence[list[Future[None]]]) -> None:
 def test_every_process_of_every_engine_has_a_rank_and_all_weights(
     engines: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push, "ray", SimpleNamespace(get=wait))
+    monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(get=wait))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -77,8 +77,8 @@ def test_every_process_of_every_engine_has_a_rank_and_all_weights(
         sender = open_sender(
             "nccl",
             lambda: iter(WEIGHTS),
-            push.TransferClient(opened, processes),
-            Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=1),
+            weight_sync.TransferClient(opened, processes),
+            RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1),
             port=port,
             receivers=receivers,
             bucket_bytes=1000,

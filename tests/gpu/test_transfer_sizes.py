@@ -13,13 +13,13 @@ import yaml
 from torch import Tensor, nn
 
 from othink_ray.config.load import load
-from othink_ray.engines.base import Place
+from othink_ray.engines.base import RendezvousInfo
 from othink_ray.engines.vllm_transfer import open_sender
 from tests.gpu import pretend
 from tests.gpu.public_models import PUBLIC, WEIGHTS, public_network
 
 CONF = Path(__file__).parents[2] / "conf/model"
-PLACE = Place(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
+PLACE = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
 BUCKET = load([]).weights.bucket_mb * 2**20
 EMBEDDINGS = {  # bytes in bfloat16, vocabulary times width times 2
     "qwen2_vl_2b": 151_936 * 1536 * 2,

@@ -16,7 +16,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from othink_ray.config.load import load
-from othink_ray.runtime.job import short_notice
+from othink_ray.runtime.cluster import short_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

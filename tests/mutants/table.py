@@ -31,29 +31,73 @@ class Table:
 
 
 _PURE = {
-    "core/advantages.py": ("core/test_advantages.py", "core/test_variants.py"),
-    "core/attention.py": ("core/test_line.py", "core/test_flex.py", "core/test_packed_images.py", "core/test_fused.py"),
-    "core/blocks.py": ("core/test_blocks.py", "core/test_line.py", "core/test_fused.py"),
-    "core/correction.py": ("core/test_correction.py",),
-    "core/flex.py": ("core/test_flex.py", "core/test_packed_images.py"),
+    "core/advantages.py": (
+        "core/test_advantages.py",
+        "core/test_variants.py",
+    ),
+    "core/attention.py": (
+        "core/test_line.py",
+        "core/test_flex.py",
+        "core/test_packed_images.py",
+        "core/test_fused.py",
+        "core/test_kernel_memory.py",
+        "engines/test_network_memory.py",
+    ),
+    "core/blocks.py": (
+        "core/test_blocks.py",
+        "core/test_line.py",
+        "core/test_fused.py",
+    ),
+    "core/flex.py": (
+        "core/test_flex.py",
+        "core/test_packed_images.py",
+    ),
     "core/fused.py": ("core/test_fused.py",),
     "core/intervals.py": ("core/test_intervals.py",),
-    "core/kernel_memory.py": ("core/test_kernel_memory.py", "engines/test_network_memory.py"),
-    "core/kl.py": ("core/test_kl.py", "core/test_schedules.py", "core/test_variants.py"),
-    "core/line.py": ("core/test_line.py", "core/test_flex.py", "core/test_variants.py", "core/test_blocks.py"),
+    "core/kl.py": (
+        "core/test_kl.py",
+        "core/test_schedules.py",
+        "core/test_variants.py",
+        "driver/test_loop.py",
+    ),
     "core/logprobs.py": ("core/test_logprobs.py",),
-    "core/losses.py": ("core/test_losses.py", "core/test_correction.py", "core/test_variants.py"),
-    "core/packed_images.py": ("core/test_packed_images.py", "core/test_flex.py"),
-    "core/packing.py": ("core/test_packing.py", "core/test_variants.py"),
-    "core/rates.py": ("core/test_rates.py",),
-    "core/schedules.py": ("core/test_schedules.py", "driver/test_loop.py"),
-    "core/tokens.py": ("core/test_losses.py", "core/test_correction.py"),
-    "weights/arrival.py": ("weights/test_arrival.py",),
-    "weights/audit.py": ("weights/test_compare.py", "weights/test_audit.py"),
-    "weights/chunks.py": ("weights/test_chunks.py",),
-    "weights/digest.py": ("weights/test_digest.py", "weights/test_arrival.py"),
-    "driver/loop.py": ("driver/test_loop.py", "driver/test_small_data.py", "driver/test_overlap.py"),
-    "driver/overlap.py": ("driver/test_overlap.py", "driver/test_small_data.py", "driver/test_resume.py"),
+    "core/losses.py": (
+        "core/test_correction.py",
+        "core/test_losses.py",
+        "core/test_variants.py",
+    ),
+    "core/lr_schedule.py": ("core/test_rates.py",),
+    "core/packed_sequence.py": (
+        "core/test_line.py",
+        "core/test_flex.py",
+        "core/test_variants.py",
+        "core/test_blocks.py",
+        "core/test_losses.py",
+        "core/test_correction.py",
+    ),
+    "core/packing.py": (
+        "core/test_packing.py",
+        "core/test_variants.py",
+    ),
+    "driver/async_loop.py": (
+        "driver/test_overlap.py",
+        "driver/test_small_data.py",
+        "driver/test_resume.py",
+    ),
+    "driver/loop.py": (
+        "driver/test_loop.py",
+        "driver/test_small_data.py",
+        "driver/test_overlap.py",
+    ),
+    "weights/audit.py": (
+        "weights/test_compare.py",
+        "weights/test_audit.py",
+    ),
+    "weights/buckets.py": ("weights/test_chunks.py",),
+    "weights/digest.py": (
+        "weights/test_arrival.py",
+        "weights/test_digest.py",
+    ),
 }
 
 _LEARNER = ("engines/test_update.py", "engines/test_learner.py", "engines/test_learner_state.py")
@@ -63,36 +107,68 @@ _POOLS = ("runtime/test_pools.py", "runtime/test_expecting.py")
 
 # Ray and vLLM do not survive a fork.
 _HEAVY = {
-    "engines/adapters.py": ("engines/test_merging.py", "engines/test_adapters.py", "contracts/test_adapters.py"),
-    "engines/ahead.py": ("engines/test_ahead.py", "engines/test_learner.py"),
-    "engines/base.py": ("engines/test_place.py", *_ENGINE),
+    "engines/base.py": (
+        "engines/test_place.py",
+        *_ENGINE,
+        "engines/test_update.py",
+    ),
+    "engines/collate.py": (
+        "engines/test_policy.py",
+        "engines/test_learner.py",
+    ),
     "engines/compiled.py": ("engines/test_compiled.py",),
-    "engines/deepspeed_learner.py": ("engines/test_devices.py", *_LEARNER),
-    "engines/device_memory.py": ("engines/test_update.py",),
-    "engines/exported.py": ("engines/test_export.py", "engines/test_adapters.py", "engines/test_learner.py"),
+    "engines/deepspeed_learner.py": (
+        "engines/test_devices.py",
+        *_LEARNER,
+    ),
+    "engines/demonstrations.py": (
+        "contracts/test_thinking_template.py",
+        "weights/test_audit.py",
+    ),
     "engines/hf_rollout.py": (
         *("engines/test_devices.py", "contracts/test_adapters.py"),
         *("contracts/test_rollout.py", "contracts/test_rollout_push.py"),
     ),
-    "engines/inputs.py": ("engines/test_inputs.py", "engines/test_policy.py"),
-    "engines/learner_state.py": ("engines/test_stored_state.py", "engines/test_learner_state.py"),
-    "engines/micro_batch.py": ("engines/test_policy.py", "engines/test_learner.py"),
-    "engines/network_memory.py": ("engines/test_network_memory.py",),
-    "engines/policy.py": ("engines/test_policy.py", "engines/test_learner.py"),
-    "engines/products.py": ("engines/test_products.py",),
-    "engines/teacher.py": ("contracts/test_thinking_template.py", "weights/test_audit.py"),
-    "engines/totals.py": ("engines/test_totals.py", "engines/test_learner.py"),
-    "engines/trained.py": (
-        "engines/test_trained.py",
+    "engines/learner_checkpoint.py": (
+        "engines/test_export.py",
         "engines/test_adapters.py",
         "engines/test_learner.py",
-        "contracts/test_adapters.py",
+        "engines/test_stored_state.py",
+        "engines/test_learner_state.py",
     ),
-    "engines/training_mode.py": ("contracts/families/test_families.py", "engines/test_update.py"),
-    "engines/vllm_kernels.py": ("engines/test_vllm_kernels.py",),
-    "engines/vllm_regions.py": ("contracts/test_rollout_push.py", "runtime/test_bfloat16_push.py"),
-    "engines/vllm_rollout.py": (*_ENGINE, "contracts/test_vllm_work.py"),
-    "engines/vllm_rounding.py": ("contracts/test_rounding.py",),
+    "engines/lora.py": (
+        "engines/test_merging.py",
+        "engines/test_adapters.py",
+        "contracts/test_adapters.py",
+        "engines/test_trained.py",
+        "engines/test_learner.py",
+    ),
+    "engines/network_memory.py": ("engines/test_network_memory.py",),
+    "engines/policy.py": (
+        "engines/test_policy.py",
+        "engines/test_learner.py",
+        "contracts/families/test_families.py",
+        "engines/test_update.py",
+    ),
+    "engines/prefetch.py": (
+        "engines/test_ahead.py",
+        "engines/test_learner.py",
+        "engines/test_inputs.py",
+        "engines/test_policy.py",
+    ),
+    "engines/products.py": ("engines/test_products.py",),
+    "engines/update_stats.py": (
+        "engines/test_totals.py",
+        "engines/test_learner.py",
+    ),
+    "engines/vllm_patches.py": (
+        "engines/test_vllm_kernels.py",
+        "contracts/test_rounding.py",
+    ),
+    "engines/vllm_rollout.py": (
+        *_ENGINE,
+        "contracts/test_vllm_work.py",
+    ),
     "engines/vllm_transfer.py": (
         "gpu/test_rendezvous.py",
         "gpu/test_transfer_sizes.py",
@@ -100,33 +176,62 @@ _HEAVY = {
         "runtime/test_push.py",
     ),
     "engines/vllm_worker.py": (
+        "contracts/test_rollout_push.py",
+        "runtime/test_bfloat16_push.py",
         *("contracts/test_rollout_push.py", "contracts/test_vllm_work.py", "contracts/test_adapters.py"),
     ),
-    "engines/zero_settings.py": _LEARNER,
-    "runtime/actors.py": ("runtime/test_transports.py", *_POOLS, "runtime/test_push.py"),
-    "runtime/balance.py": ("runtime/test_balance.py",),
-    "runtime/calls.py": ("runtime/test_calls.py", "runtime/test_streams.py", "runtime/test_pools.py"),
-    "runtime/cluster.py": ("runtime/test_cluster.py",),
-    "runtime/gauges.py": ("runtime/test_gauges.py",),
-    "runtime/incidents.py": ("runtime/test_incidents.py",),
-    "runtime/job.py": ("runtime/test_job.py",),
+    "engines/zero_settings.py": (*_LEARNER,),
+    "runtime/actors.py": (
+        "runtime/test_transports.py",
+        *_POOLS,
+        "runtime/test_push.py",
+    ),
+    "runtime/cluster.py": (
+        "runtime/test_cluster.py",
+        "runtime/test_job.py",
+        "e2e/test_interrupt.py",
+        "driver/test_stopping.py",
+    ),
+    "runtime/futures.py": (
+        "runtime/test_calls.py",
+        "runtime/test_streams.py",
+        "runtime/test_pools.py",
+        "e2e/test_timeline.py",
+    ),
     "runtime/learner_pool.py": (
         "runtime/test_transports.py",
         "runtime/test_preparing.py",
         "runtime/test_loading.py",
         "runtime/test_push.py",
     ),
+    "runtime/monitoring.py": (
+        "runtime/test_gauges.py",
+        "runtime/test_incidents.py",
+    ),
     "runtime/placement.py": (
         *("runtime/test_seating.py", "runtime/test_malloc.py", "runtime/test_loading.py", "runtime/test_pools.py"),
+        "runtime/test_seating.py",
     ),
-    "runtime/push.py": ("runtime/test_transports.py", *_PUSH, "gpu/test_rendezvous.py"),
-    "runtime/recorded.py": ("e2e/test_timeline.py",),
-    "runtime/reward_actor.py": ("runtime/test_reward_memory.py", "runtime/test_pools.py"),
+    "runtime/reward_actor.py": (
+        "runtime/test_reward_memory.py",
+        "runtime/test_pools.py",
+    ),
     "runtime/reward_pool.py": ("runtime/test_pools.py",),
-    "runtime/rollout_pool.py": (*_POOLS, "runtime/test_loading.py"),
-    "runtime/seating.py": ("runtime/test_seating.py",),
-    "runtime/watch.py": ("e2e/test_interrupt.py", "driver/test_stopping.py"),
-    "runtime/team.py": ("runtime/test_team.py", "driver/test_small_data.py", "runtime/test_replacing.py"),
+    "runtime/rollout_pool.py": (
+        "runtime/test_balance.py",
+        *_POOLS,
+        "runtime/test_loading.py",
+    ),
+    "runtime/weight_sync.py": (
+        "runtime/test_transports.py",
+        *_PUSH,
+        "gpu/test_rendezvous.py",
+    ),
+    "runtime/worker_group.py": (
+        "runtime/test_team.py",
+        "driver/test_small_data.py",
+        "runtime/test_replacing.py",
+    ),
 }
 
 TABLE = Table(root=ROOT, pure=_PURE, heavy=_HEAVY, sample=200, explained=Path(__file__).with_name("explained.txt"))

@@ -303,7 +303,7 @@ def test_every_file_of_core_weights_engines_and_runtime_and_both_loops_is_in_the
         found = (path for folder in folders for path in (package / folder).rglob("*.py"))
         return {str(path.relative_to(package)) for path in found if path.name != "__init__.py"}
 
-    assert TABLE.pure.keys() == files("core", "weights") | {"driver/loop.py", "driver/overlap.py"}
+    assert TABLE.pure.keys() == files("core", "weights") | {"driver/loop.py", "driver/async_loop.py"}
     assert TABLE.heavy.keys() == files("engines", "runtime")
 
 

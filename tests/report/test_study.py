@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from othink_ray.report import write_study_report
 from othink_ray.report.axes import level_axis, tick_labels
 from othink_ray.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH
-from othink_ray.report.study_figures import figures, seeds_note
-from othink_ray.report.study_records import Value, read_study
-from othink_ray.report.study_tables import run_lines, table_1, transfers
+from othink_ray.study.figures import figures, seeds_note
+from othink_ray.study.page import run_lines, table_1, transfers, write_study_report
+from othink_ray.study.records import Value, read_study
 from tests.report.test_page import Page
 
 METHODS = ("base", "grpo", "sft", "grpo_d")

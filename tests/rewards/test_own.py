@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from othink_ray.config.check import problems
 from othink_ray.config.load import load
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.own import read_own
-from othink_ray.rewards.scorer import opened, score_group
+from othink_ray.config.validate import problems
+from othink_ray.rewards.custom import load_custom_reward
+from othink_ray.rewards.grader import Grader, opened, score_group
 from othink_ray.types import Completion, Group, Prompt
 
 FILE = """
@@ -48,7 +47,7 @@ def group() -> Group:
 
 
 def scored(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, list[float]], list[bool]]:
-    own = read_own(reward.own)
+    own = load_custom_reward(reward.own)
     assert own is not None
     with Grader(reward) as grader:
         found = score_group(group, reward, grader, opened(own))

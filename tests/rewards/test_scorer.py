@@ -8,7 +8,7 @@ import pytest
 
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards import REWARDS, Grader, score_group
-from othink_ray.rewards.symbolic import GradingFailed
+from othink_ray.rewards.sandbox import GradingFailed
 from othink_ray.types import Completion, Group, Message, Prompt
 from tests.rewards.conftest import REWARD
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from othink_ray.rewards import Grader, accuracy, format_reward
-from othink_ray.rewards.symbolic import GradingFailed, SymbolicProcess
+from othink_ray.rewards.sandbox import GradingFailed, SymbolicProcess
 from tests.rewards.conftest import REWARD, living
 
 CPU_S = 0.5
@@ -201,7 +201,7 @@ def test_a_process_that_was_ended_from_outside_is_replaced() -> None:
 
 def test_a_bomb_outlives_its_killed_owner_by_no_more_than_its_time() -> None:
     program = (
-        "from othink_ray.rewards.symbolic import SymbolicProcess\n"
+        "from othink_ray.rewards.sandbox import SymbolicProcess\n"
         "process = SymbolicProcess(answer_cpu_s=1, memory_mb=1024)\n"
         "process.equal('x+1', '1+x')\n"
         "print(process.pid, flush=True)\n"

@@ -14,11 +14,11 @@ from othink_ray.config.schema import Config
 from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack
 from othink_ray.data import open_source
-from othink_ray.driver.build import open_team
+from othink_ray.driver.build import open_workers
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
-from othink_ray.runtime.incidents import Incidents
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.monitoring import Incidents
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt
 
 
@@ -26,7 +26,7 @@ def incidents(max_restarts: int = 3) -> Incidents:
     return Incidents(max_restarts, tell=print)
 
 
-def train_one_step(team: Team, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:
+def train_one_step(team: WorkerGroup, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:
     """One real step with rewards that differ, so that all weights move as in training."""
     scored = team.score(team.generate(prompts, step))
     rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
@@ -53,6 +53,6 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(team_config, str(taught_folder), asked, incidents(), print, tuple) as team:
+def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[WorkerGroup]:
+    with open_workers(team_config, str(taught_folder), asked, incidents(), print, tuple) as team:
         yield team

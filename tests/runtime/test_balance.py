@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from othink_ray.runtime import balance
-from othink_ray.runtime.balance import AnswerLengths, deal
+from othink_ray.runtime import rollout_pool
+from othink_ray.runtime.rollout_pool import AnswerLengths, balance
 from othink_ray.types import Completion, Group, Prompt
 from tests.engines.samples import ask, picture
 
@@ -24,18 +24,18 @@ def answered(prompt: Prompt, *lengths: int) -> Group:
 
 
 def loads(work: list[float], hands: int) -> list[float]:
-    return [sum(work[index] for index in own) for own in deal(work, hands)]
+    return [sum(work[index] for index in own) for own in balance(work, hands)]
 
 
 def test_every_index_is_dealt_once() -> None:
     work = [random.Random(3).random() for _ in range(50)]
     for hands in (1, 2, 3, 7):
-        assert sorted(index for own in deal(work, hands) for index in own) == list(range(50))
-        assert deal(work, hands) == deal(work, hands)
+        assert sorted(index for own in balance(work, hands) for index in own) == list(range(50))
+        assert balance(work, hands) == balance(work, hands)
 
 
 def test_equal_work_is_dealt_in_turn() -> None:
-    assert deal([1.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert balance([1.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_no_hand_has_a_third_more_than_the_best_deal() -> None:
@@ -54,12 +54,12 @@ def test_ragged_lengths_are_dealt_better_than_in_turn() -> None:
 
 
 def test_fewer_prompts_than_hands_leave_some_empty() -> None:
-    assert deal([2.0], 3) == [[0], [], []]
-    assert deal([], 2) == [[], []]
+    assert balance([2.0], 3) == [[0], [], []]
+    assert balance([], 2) == [[], []]
 
 
 def test_an_image_counts_as_a_text_of_its_usual_length() -> None:
-    text = "x" * (balance._TOKENS_AN_IMAGE * balance._CHARACTERS_A_TOKEN)
+    text = "x" * (rollout_pool._TOKENS_AN_IMAGE * rollout_pool._CHARACTERS_A_TOKEN)
     work = AnswerLengths().work
     assert work(ask("q", picture(28, 28, seed=0), text=""), 1) == pytest.approx(work(ask("q", text=text), 1))
 
@@ -90,7 +90,7 @@ def test_a_long_text_is_a_little_work() -> None:
 
 
 def test_lengths_of_more_prompts_than_are_kept_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("othink_ray.runtime.balance._KEPT", 2)
+    monkeypatch.setattr("othink_ray.runtime.rollout_pool._KEPT", 2)
     lengths = AnswerLengths()
     for name, length in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):
         lengths.note(answered(ask(name), length))

@@ -17,17 +17,16 @@ import pytest
 import ray
 import torch
 
-import othink_ray.runtime.push as push_module
+import othink_ray.runtime.weight_sync as push_module
 from othink_ray.config.schema import Config
-from othink_ray.driver.build import learner_engine, open_team
+from othink_ray.driver.build import learner_engine, open_workers
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement
-from othink_ray.runtime.push import AuditedPush, SharedMemoryPush
-from othink_ray.runtime.seating import learner_bundles
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.placement import Placement, learner_bundles
+from othink_ray.runtime.weight_sync import AuditedPush, SharedMemoryPush
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt
 from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.chunks import from_chunks, to_chunks
+from othink_ray.weights.buckets import from_chunks, to_chunks
 from tests.engines.samples import worker_of
 from tests.runtime.conftest import incidents, train_one_step
 from tests.runtime.test_push import keep_packed_head, on_engine, pack_again
@@ -51,15 +50,15 @@ def bf16_config(team_config: Config) -> Config:
 
 
 @pytest.fixture(scope="module")
-def first(ray_here: None, bf16_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[Team]:
-    with open_team(bf16_config, str(taught_folder), asked, incidents(), print, tuple) as team:
+def first(ray_here: None, bf16_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[WorkerGroup]:
+    with open_workers(bf16_config, str(taught_folder), asked, incidents(), print, tuple) as team:
         yield team
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero_{stage}")
 def team(
-    request: pytest.FixtureRequest, first: Team, bf16_config: Config, taught_folder: Path, asked: list[Prompt]
-) -> Iterator[Team]:
+    request: pytest.FixtureRequest, first: WorkerGroup, bf16_config: Config, taught_folder: Path, asked: list[Prompt]
+) -> Iterator[WorkerGroup]:
     """One engine; the learner of each stage pushes to it in turn."""
     if request.param == 1:
         yield first
@@ -75,12 +74,12 @@ def team(
         yield replace(first, learner=pool, pusher=pusher)
 
 
-def sent(team: Team) -> dict[str, Any]:
+def sent(team: WorkerGroup) -> dict[str, Any]:
     [digests] = ray.get(list(team.pusher.pushed))
     return digests
 
 
-def test_each_stage_pushes_every_weight_and_passes_both_proofs(team: Team, asked: list[Prompt]) -> None:
+def test_each_stage_pushes_every_weight_and_passes_both_proofs(team: WorkerGroup, asked: list[Prompt]) -> None:
     audits, digests = [], []
     for version in range(3):
         audits.append(team.push(version))
@@ -113,7 +112,7 @@ def swapped(weights: Weights, first: str, second: str) -> Weights:
     return found.items()
 
 
-def changed_on_its_way(team: Team, fault: Callable[[Weights], Weights]) -> AuditedPush:
+def changed_on_its_way(team: WorkerGroup, fault: Callable[[Weights], Weights]) -> AuditedPush:
     """Of what was gathered since the update: a second gathering would wait for the first one for ever."""
     push = copy.copy(team.pusher)
     push.transport = SharedMemoryPush(team.learner, team.rollout, bucket_mb=1)
@@ -134,7 +133,7 @@ ON_THE_WAY: dict[str, Callable[[Weights], Weights]] = {
 
 
 @pytest.mark.parametrize("fault", ON_THE_WAY)
-def test_what_changes_on_its_way_is_caught(first: Team, asked: list[Prompt], fault: str) -> None:
+def test_what_changes_on_its_way_is_caught(first: WorkerGroup, asked: list[Prompt], fault: str) -> None:
     first.push(10)
     train_one_step(first, asked, 10, lr=LR)
     with pytest.raises(AuditError, match=r"digests of [12] weights are wrong: .* differs from what the learner sent"):
@@ -163,7 +162,7 @@ def loaded_again(engine: Any) -> None:
 
 def other_pixels(engine: Any) -> None:
     """One level of brightness less in one channel of one pixel."""
-    from othink_ray.engines.inputs import Inputs
+    from othink_ray.engines.prefetch import Inputs
 
     def darker(prompt: Prompt) -> Any:
         given = engine._input(prompt)
@@ -175,7 +174,7 @@ def other_pixels(engine: Any) -> None:
 
 
 def same_pixels(engine: Any) -> None:
-    from othink_ray.engines.inputs import Inputs
+    from othink_ray.engines.prefetch import Inputs
 
     engine.probed = Inputs(engine._input)
 
@@ -202,7 +201,9 @@ IN_THE_ENGINE: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], str
 
 
 @pytest.mark.parametrize("fault", IN_THE_ENGINE)
-def test_an_engine_that_computes_with_something_else_is_caught(first: Team, asked: list[Prompt], fault: str) -> None:
+def test_an_engine_that_computes_with_something_else_is_caught(
+    first: WorkerGroup, asked: list[Prompt], fault: str
+) -> None:
     break_it, mend_it, message = IN_THE_ENGINE[fault]
     first.push(20)
     on_engine(first, break_it)
@@ -213,7 +214,7 @@ def test_an_engine_that_computes_with_something_else_is_caught(first: Team, aske
     first.push(22)
 
 
-def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: Team, asked: list[Prompt]) -> None:
+def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: WorkerGroup, asked: list[Prompt]) -> None:
     first.push(50)
     on_engine(first, partial(not_loaded, lost="layers.1.mlp"))
     train_one_step(first, asked, 50, lr=LR)
@@ -225,7 +226,9 @@ def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: Team, asked: 
     first.push(52)
 
 
-def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(first: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(
+    first: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No weight that is sent lands there; an engine is looked at whole when it is new."""
     monkeypatch.setattr(first.pusher, "prompts", first.pusher.first_prompts)
     on_engine(first, untied_head)
@@ -236,7 +239,7 @@ def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(first: Team, mo
 
 
 def test_logprobs_alone_would_let_old_weights_pass(
-    first: Team, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    first: WorkerGroup, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first.push(40)
     on_engine(first, partial(not_loaded, lost=""))

@@ -13,9 +13,8 @@ import ray
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.placement import Placement
+from othink_ray.runtime.placement import Placement, ProcessSpec
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import Seat
 from othink_ray.types import Completion, Group, Prompt
 from tests.runtime.conftest import incidents
 
@@ -62,7 +61,7 @@ Pools = Callable[..., RolloutPool]
 @pytest.fixture
 def pools(ray_here: None, team_config: Config) -> Iterator[Pools]:
     """Two engines each."""
-    seats = [(Seat(role="rollout", cpus=0.1, gpus=0),)] * 2
+    seats = [(ProcessSpec(role="rollout", cpus=0.1, gpus=0),)] * 2
     with Placement(seats, team_config.cluster, print) as placement:
 
         def pool(**settings: Any) -> RolloutPool:
@@ -96,7 +95,7 @@ def test_each_engine_prepares_what_it_will_be_asked(pools: Pools, balance: bool)
     pool = pools(balance=balance)
     for start in (0, 10):
         coming = questions(range(start, start + 7))
-        pool.expect(coming, SAMPLING.answers)
+        pool.prefetch(coming, SAMPLING.answers)
         pool.note(answered(pool, coming))  # balance learns more before the next step than it knew when this was dealt
         for [(first, prepared), (second, asked)] in told(pool):
             assert (first, second, prepared) == ("prepare", "generate", asked)
@@ -105,7 +104,7 @@ def test_each_engine_prepares_what_it_will_be_asked(pools: Pools, balance: bool)
 
 def test_others_than_were_expected_are_answered_too(pools: Pools) -> None:
     pool = pools()
-    pool.expect(questions(range(4)), SAMPLING.answers)
+    pool.prefetch(questions(range(4)), SAMPLING.answers)
     answered(pool, questions(range(2, 9)))
     assert sorted(name for own in told(pool) for what, names in own if what == "generate" for name in names) == [
         str(number) for number in range(2, 9)
@@ -116,7 +115,7 @@ def test_engines_that_leave_the_device_prepare_after_that(pools: Pools) -> None:
     """The learner waits for the device, and not for what an engine does beside it."""
     pool = pools(sleep=True)
     coming = questions(range(6))
-    pool.expect(coming, SAMPLING.answers)
+    pool.prefetch(coming, SAMPLING.answers)
     pool.sleep()
     answered(pool, coming)
     assert [[what for what, _ in own] for own in told(pool)] == [["sleep", "prepare", "generate"]] * 2
@@ -125,14 +124,14 @@ def test_engines_that_leave_the_device_prepare_after_that(pools: Pools) -> None:
 def test_what_cannot_be_prepared_is_no_failure_until_it_is_asked(pools: Pools) -> None:
     pool = pools()
     coming = questions(range(4), task="refuse")
-    pool.expect(coming, SAMPLING.answers)
+    pool.prefetch(coming, SAMPLING.answers)
     answered(pool, coming)
 
 
 def test_an_engine_that_died_meanwhile_is_replaced_and_asked_the_same(pools: Pools) -> None:
     pool = pools()
     coming = questions(range(6))
-    pool.expect(coming, SAMPLING.answers)
+    pool.prefetch(coming, SAMPLING.answers)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(pool.actors[1].__ray_call__.remote(lambda self: os._exit(1)))
     answered(pool, coming)

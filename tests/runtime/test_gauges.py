@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from othink_ray.runtime import gauges
-from othink_ray.runtime.gauges import Gauges
+from othink_ray.runtime import monitoring
+from othink_ray.runtime.monitoring import Gauges
 from tests.runtime.scraping import gauges_of, scraped_until
 
 FORGOTTEN_S = 25.0  # Ray's agent keeps a value for 20 s
@@ -19,7 +19,7 @@ FORGOTTEN_S = 25.0  # Ray's agent keeps a value for 20 s
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_the_file_goes_with_the_run_or_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
-    monkeypatch.setattr(gauges, "ray", SimpleNamespace(nodes=list))
+    monkeypatch.setattr(monitoring, "ray", SimpleNamespace(nodes=list))
     file = tmp_path / "prometheus.json"
     with Gauges(tmp_path):
         assert file.exists()

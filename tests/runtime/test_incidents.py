@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from othink_ray.runtime.calls import WorkerFailed
-from othink_ray.runtime.incidents import Incidents
+from othink_ray.runtime.futures import WorkerFailed
+from othink_ray.runtime.monitoring import Incidents
 
 
 def test_restarts_are_told_and_counted_until_there_were_too_many() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from othink_ray.runtime.job import short_notice
+from othink_ray.runtime.cluster import short_notice
 
 
 def test_only_a_job_with_seconds_to_end_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,14 @@ import pytest
 
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import load_models
-from othink_ray.engines.base import Place
+from othink_ray.engines.base import RendezvousInfo
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement
+from othink_ray.runtime.placement import Placement, ProcessSpec
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import Seat
 from tests.runtime.conftest import incidents
 
 LOADING_S = 0.5
-SEATS = [(Seat(role="learner", cpus=0.1, gpus=0), Seat(role="rollout", cpus=0.1, gpus=0))]
+SEATS = [(ProcessSpec(role="learner", cpus=0.1, gpus=0), ProcessSpec(role="rollout", cpus=0.1, gpus=0))]
 
 
 def note(diary: Path, event: str) -> None:
@@ -42,7 +41,7 @@ class Diarist:
         note(self.diary, "engine sleeps")
 
 
-def learner_engine(diary: Path, place: Place) -> None:
+def learner_engine(diary: Path, place: RendezvousInfo) -> None:
     note(diary, "learner loads")
     time.sleep(2 * LOADING_S)
     note(diary, "learner is ready")

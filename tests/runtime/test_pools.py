@@ -18,13 +18,12 @@ from othink_ray.config.schema import Config
 from othink_ray.driver.loop import in_order
 from othink_ray.engines.base import Sampling
 from othink_ray.runtime import placement
-from othink_ray.runtime.calls import ProcessLost, WorkerFailed
 from othink_ray.runtime.cluster import ClusterError
-from othink_ray.runtime.placement import Placement
+from othink_ray.runtime.futures import ProcessLost, WorkerFailed
+from othink_ray.runtime.placement import Placement, ProcessSpec
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import Seat
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Completion, Group, Prompt
 from tests.runtime.conftest import incidents
 
@@ -59,7 +58,7 @@ class Echo:
 
 @pytest.fixture
 def echoes(ray_here: None, team_config: Config, tmp_path: Path) -> Iterator[RolloutPool]:
-    seats = [(Seat(role="rollout", cpus=0.1, gpus=0),)] * 2
+    seats = [(ProcessSpec(role="rollout", cpus=0.1, gpus=0),)] * 2
     rollout = replace(team_config.rollout, num_actors=2, step_timeout_s=3)
     with Placement(seats, team_config.cluster, print) as placement:
         pool = RolloutPool(partial(Echo, tmp_path), rollout, placement, incidents(max_restarts=2))  # type: ignore[arg-type]
@@ -92,7 +91,7 @@ def test_an_engine_that_is_lost_is_replaced_and_its_prompts_asked_again(
     """In the place 2 it is lost after its first group, which is not asked for again."""
     before = echoes.actors.copy()
     equipped: list[Sequence[int]] = []
-    echoes.equip = equipped.append
+    echoes.sync_new_engines = equipped.append
     prompts = asked_for(asked, task, place)
     started = time.monotonic()
     groups: list[Group] = ray.get(list(echoes.generate(prompts, SAMPLING)))
@@ -173,7 +172,7 @@ def test_a_group_of_bombs_is_over_in_its_time_and_counted(
     assert scored.graded == {"timeout": 2, "symbolic": 1}
 
 
-def test_scores_come_back_in_the_order_of_the_prompts(team: Team, asked: list[Prompt]) -> None:
+def test_scores_come_back_in_the_order_of_the_prompts(team: WorkerGroup, asked: list[Prompt]) -> None:
     scored = team.score(team.generate(asked, 0))
     assert [one.group.prompt.id for one in in_order(scored, asked)] == [prompt.id for prompt in asked]
 
@@ -187,7 +186,7 @@ def test_an_engine_that_cannot_start_is_named_with_its_cause_and_not_started_aga
     ray_here: None, team_config: Config
 ) -> None:
     watched = incidents()
-    with Placement([(Seat(role="rollout", cpus=0.1, gpus=0),)], team_config.cluster, print) as placement:
+    with Placement([(ProcessSpec(role="rollout", cpus=0.1, gpus=0),)], team_config.cluster, print) as placement:
         pool = RolloutPool(Unfit, team_config.rollout, placement, watched)  # type: ignore[arg-type]
         with pytest.raises(WorkerFailed, match="could not start: ValueError: no such model") as raised:
             pool.wait()
@@ -200,7 +199,7 @@ def test_a_run_that_does_not_fit_waits_and_says_once_for_what(
     """Once in a minute, after its first moments."""
     monkeypatch.setattr(placement, "_PATIENCE_S", 0.5)
     said: list[str] = []
-    large = [(Seat(role="learner", cpus=1000, gpus=0),)]
+    large = [(ProcessSpec(role="learner", cpus=1000, gpus=0),)]
     with pytest.raises(ClusterError, match=r"within 2 s \(cluster.wait_s\): it needs 1000 CPUs \(has 4, free \d"):
         Placement(large, replace(team_config.cluster, wait_s=2), said.append)
     [told] = said

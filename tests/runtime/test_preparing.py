@@ -13,8 +13,7 @@ import pytest
 
 from othink_ray.config.schema import Config
 from othink_ray.runtime.learner_pool import LearnerLost, LearnerPool
-from othink_ray.runtime.placement import Placement
-from othink_ray.runtime.seating import learner_bundles
+from othink_ray.runtime.placement import Placement, learner_bundles
 from othink_ray.types import Pack
 
 PATIENCE_S = 60

@@ -16,20 +16,18 @@ import torch
 from PIL import Image
 
 from othink_ray.config.schema import Config
-from othink_ray.engines.base import Place, Receiver, Sampling
+from othink_ray.engines.base import Receiver, RendezvousInfo, Sampling
 from othink_ray.engines.policy import Policy
-from othink_ray.runtime.calls import WorkerFailed
+from othink_ray.runtime.futures import WorkerFailed
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement
-from othink_ray.runtime.push import AuditedPush, Sent, SharedMemoryPush
+from othink_ray.runtime.placement import Placement, ProcessSpec
 from othink_ray.runtime.rollout_pool import RolloutPool
-from othink_ray.runtime.seating import Seat
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.weight_sync import AuditedPush, Sent, SharedMemoryPush
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.arrival import Held
 from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
-from othink_ray.weights.digest import TensorDigest
+from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
+from othink_ray.weights.digest import Held, TensorDigest
 from tests.engines.samples import ask, picture, sent_weights, worker_of
 from tests.runtime.conftest import incidents, train_one_step
 
@@ -63,13 +61,13 @@ def version() -> Iterator[Callable[[], int]]:
     yield lambda: next(count)
 
 
-def tampered(team: Team, fault: Callable[[Weights], Weights]) -> AuditedPush:
+def tampered(team: WorkerGroup, fault: Callable[[Weights], Weights]) -> AuditedPush:
     push = copy.copy(team.pusher)
     push.transport = TamperedPush(team.learner, team.rollout, fault)
     return push
 
 
-def on_engine(team: Team, change: Callable[[Any], object]) -> None:
+def on_engine(team: WorkerGroup, change: Callable[[Any], object]) -> None:
     """Changes the one engine where it runs."""
     [actor] = team.rollout.actors
     ray.get(actor.__ray_call__.remote(lambda self: (change(self.engine), None)[1]))
@@ -87,7 +85,7 @@ def pack_again(engine: Any) -> None:
 
 
 def test_a_clean_push_leaves_a_gap_of_rounding_only(
-    team: Team, taught: Policy, asked: list[Prompt], version: Callable[[], int]
+    team: WorkerGroup, taught: Policy, asked: list[Prompt], version: Callable[[], int]
 ) -> None:
     for _ in range(2):
         audit = team.push(version())
@@ -98,7 +96,7 @@ def test_a_clean_push_leaves_a_gap_of_rounding_only(
     assert team.push(version()).gap_mean < 1e-4
 
 
-def test_a_stale_lm_head_is_caught(team: Team, asked: list[Prompt], version: Callable[[], int]) -> None:
+def test_a_stale_lm_head_is_caught(team: WorkerGroup, asked: list[Prompt], version: Callable[[], int]) -> None:
     """The embedding looks up in the new matrix; the head multiplies by its packed copy of the old one."""
     team.push(version())
     train_one_step(team, asked, version())
@@ -118,7 +116,7 @@ def test_a_stale_lm_head_is_caught(team: Team, asked: list[Prompt], version: Cal
         "model.visual.merger.mlp.2.weight",
     ],
 )
-def test_a_layer_scaled_by_one_percent_is_caught(team: Team, version: Callable[[], int], layer: str) -> None:
+def test_a_layer_scaled_by_one_percent_is_caught(team: WorkerGroup, version: Callable[[], int], layer: str) -> None:
     scaled = tampered(team, lambda weights: ((n, w * 1.01 if n == layer else w) for n, w in weights))
     with pytest.raises(AuditError, match=rf"digests of 1 weights are wrong: {layer} differs from what the learner"):
         scaled(version())
@@ -127,7 +125,7 @@ def test_a_layer_scaled_by_one_percent_is_caught(team: Team, version: Callable[[
 
 @pytest.mark.parametrize("cache", ["reset_prefix_cache", "reset_encoder_cache"])
 def test_what_was_cached_before_a_push_is_caught(
-    team: Team, asked: list[Prompt], version: Callable[[], int], cache: str
+    team: WorkerGroup, asked: list[Prompt], version: Callable[[], int], cache: str
 ) -> None:
     team.push(version())
     on_engine(team, lambda engine: setattr(engine.engine, cache, lambda: True))
@@ -138,7 +136,7 @@ def test_what_was_cached_before_a_push_is_caught(
     team.push(version())
 
 
-def test_images_are_small_after_the_first_push(team: Team, version: Callable[[], int]) -> None:
+def test_images_are_small_after_the_first_push(team: WorkerGroup, version: Callable[[], int]) -> None:
     large = ask("large", picture(280, 200, 0))
     push = AuditedPush(team.pusher.transport, team.learner, team.rollout, team.pusher.weights, [large], 1.0, FLOAT32)
     first, second = push(version()), push(version())
@@ -146,7 +144,7 @@ def test_images_are_small_after_the_first_push(team: Team, version: Callable[[],
     assert max(first.gap_mean, second.gap_mean) < 1e-4
     [small] = ray.get(push.quick_prompts)
     assert Image.open(io.BytesIO(small.images[0])).size == (112, 80)
-    team.rollout.equip = team.pusher.equip
+    team.rollout.sync_new_engines = team.pusher.sync_new_engines
     team.push(version())
 
 
@@ -161,7 +159,7 @@ class AskedAgain(AuditedPush):
 
 
 def test_where_engines_answer_otherwise_than_last_time_the_learner_is_asked_again(
-    team: Team, asked: list[Prompt], version: Callable[[], int]
+    team: WorkerGroup, asked: list[Prompt], version: Callable[[], int]
 ) -> None:
     weights = team.pusher.weights
     push = AskedAgain(team.pusher.transport, team.learner, team.rollout, weights, asked, 1.0, FLOAT32)
@@ -176,11 +174,11 @@ def test_where_engines_answer_otherwise_than_last_time_the_learner_is_asked_agai
     audit = push(version())
     assert (push.asked, audit.tokens) == (5, every)
     assert max(audit.gap_mean, as_last_time.gap_mean) < 1e-4
-    team.rollout.equip = team.pusher.equip
+    team.rollout.sync_new_engines = team.pusher.sync_new_engines
     team.push(version())
 
 
-def test_engines_that_report_another_version_are_named(team: Team, version: Callable[[], int]) -> None:
+def test_engines_that_report_another_version_are_named(team: WorkerGroup, version: Callable[[], int]) -> None:
     class Deaf(TamperedPush):
         def send(self, version: int) -> Sent:
             return super().send(version - 1)
@@ -192,7 +190,7 @@ def test_engines_that_report_another_version_are_named(team: Team, version: Call
     team.push(version())
 
 
-def test_a_push_in_many_buckets_is_as_good_as_one(team: Team, version: Callable[[], int]) -> None:
+def test_a_push_in_many_buckets_is_as_good_as_one(team: WorkerGroup, version: Callable[[], int]) -> None:
     push = copy.copy(team.pusher)
     push.transport = SharedMemoryPush(team.learner, team.rollout, bucket_mb=1)
     assert len(list(team.learner.chunks(2**20, ahead=2))) > 3
@@ -200,7 +198,7 @@ def test_a_push_in_many_buckets_is_as_good_as_one(team: Team, version: Callable[
 
 
 def test_after_half_a_push_nobody_answers_until_the_next_whole_one(
-    team: Team, asked: list[Prompt], version: Callable[[], int]
+    team: WorkerGroup, asked: list[Prompt], version: Callable[[], int]
 ) -> None:
     cut = tampered(team, lambda weights: ((name, weight[:-1]) for name, weight in weights))
     with pytest.raises(WorkerFailed, match="loading weights"):
@@ -221,7 +219,7 @@ WEIGHT_BYTES = 2**20
 class NotingLearner:
     """Gathers slowly: a megabyte at a time."""
 
-    def __init__(self, place: Place, seconds: float = 0.0, fails_at: int = WEIGHTS) -> None:
+    def __init__(self, place: RendezvousInfo, seconds: float = 0.0, fails_at: int = WEIGHTS) -> None:
         self.seconds, self.fails_at = seconds, fails_at
         self.gathered: list[float] = []
 
@@ -265,10 +263,10 @@ Noting = tuple[LearnerPool, RolloutPool]
 @pytest.fixture
 def noting(ray_here: None, team_config: Config) -> Iterator[Callable[..., Noting]]:
     """Pools of one noting learner and two noting engines."""
-    seats = [(Seat(role=role, cpus=0.1, gpus=0),) for role in ("learner", "rollout", "rollout")]
+    seats = [(ProcessSpec(role=role, cpus=0.1, gpus=0),) for role in ("learner", "rollout", "rollout")]
     with Placement(seats, team_config.cluster, print) as placement:
 
-        def pools(engine: Callable[[], Any], learner: Callable[[Place], Any]) -> Noting:
+        def pools(engine: Callable[[], Any], learner: Callable[[RendezvousInfo], Any]) -> Noting:
             several = replace(team_config.rollout, num_actors=2, step_timeout_s=20)
             rollout = RolloutPool(engine, several, placement, incidents())
             learning = LearnerPool(learner, replace(team_config.learner, step_timeout_s=20), placement)

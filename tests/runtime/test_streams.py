@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from othink_ray.runtime.calls import Streams
+from othink_ray.runtime.futures import Streams
 
 
 class Giver:

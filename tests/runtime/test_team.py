@@ -13,9 +13,9 @@ from unittest.mock import create_autospec
 import pytest
 
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime import team
+from othink_ray.runtime import worker_group
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.team import Team
+from othink_ray.runtime.worker_group import WorkerGroup
 from tests.engines.samples import ask
 
 
@@ -41,13 +41,13 @@ class Recorder:
         self.sampling = sampling
         yield from prompts
 
-    def expect(self, coming: Any, answers: int) -> None:
+    def prefetch(self, coming: Any, answers: int) -> None:
         self.asked.append("expect")
 
 
-def team_of(recorder: Any) -> Team:
+def team_of(recorder: Any) -> WorkerGroup:
     unused: Any = None
-    return Team(
+    return WorkerGroup(
         rollout=recorder,
         rewards=unused,
         incidents=unused,
@@ -60,7 +60,7 @@ def team_of(recorder: Any) -> Team:
         loss="gspo",
         correction="icepop",
         stale_correction="sequence",
-        coming=tuple,
+        upcoming=tuple,
     )
 
 
@@ -111,7 +111,7 @@ def test_what_can_be_prepared_is_the_learners_to_prepare() -> None:
 
 @pytest.mark.parametrize("go_on", [True, False])
 def test_each_process_is_asked_for_its_spans_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "spans_of", lambda actors, *, go_on: (actors, go_on))
+    monkeypatch.setattr(worker_group, "spans_of", lambda actors, *, go_on: (actors, go_on))
     pools: Any = {
         "rollout": SimpleNamespace(actors=["r0", "r1"]),
         "rewards": SimpleNamespace(actors=["w0"]),

@@ -14,11 +14,11 @@ import torch
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.vllm_transfer import open_sender
-from othink_ray.runtime import actors, push
+from othink_ray.runtime import actors, weight_sync
 from othink_ray.runtime.actors import LearnerActor, _interface_with
-from othink_ray.runtime.calls import ProcessLost
+from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.push import Asked, AuditedPush, Sent, TransferPush
+from othink_ray.runtime.weight_sync import AuditedPush, Requested, Sent, TransferPush
 from othink_ray.weights.audit import Tolerance
 from tests.driver.fakes import stats_of
 
@@ -102,7 +102,7 @@ def test_a_sender_is_opened_for_all_processes_of_all_engines(monkeypatch: pytest
         opened.update(more, backend=backend, weights=weights, engines=engines.actors, place=place)
         return "sender"
 
-    monkeypatch.setattr(push, "open_sender", create_autospec(open_sender, side_effect=opener))
+    monkeypatch.setattr(weight_sync, "open_sender", create_autospec(open_sender, side_effect=opener))
     assert made[0]("place", 1234, "weights") == "sender"
     assert [opened.pop(name) for name in ("backend", "weights", "place", "port")] == ["nccl", "weights", "place", 1234]
     assert opened == {"engines": ["one", "other"], "receivers": 4, "bucket_bytes": 64 * 2**20}
@@ -130,22 +130,22 @@ def test_a_learners_memory_is_given_back_before_its_push_is_over() -> None:
 def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
     nothing: Any = None
     rollout: Any = SimpleNamespace()
     AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
-    rollout.equip([0])
+    rollout.sync_new_engines([0])
 
 
 def test_an_engine_that_is_new_after_the_first_push_is_sent_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
     nothing: Any = None
     rollout: Any = SimpleNamespace()
     transport: Any = SimpleNamespace(send_again=Mock(side_effect=ProcessLost("sent")))
     audited = AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.transport, audited.version = transport, 0
     with pytest.raises(ProcessLost, match="sent"):
-        rollout.equip([1])
+        rollout.sync_new_engines([1])
     transport.send_again.assert_called_once_with(0, [1])
 
 
@@ -153,7 +153,7 @@ def test_a_learner_that_is_lost_while_it_digests_is_not_taken_for_an_engine(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engines' checks take its digests, and fail with it."""
-    monkeypatch.setattr(push, "ray", SimpleNamespace(put=lambda given: given))
+    monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
     nothing: Any = None
     learner: Any = SimpleNamespace(wait_for=Mock(side_effect=ProcessLost("the learner died")))
     rollout: Any = SimpleNamespace(
@@ -162,7 +162,7 @@ def test_a_learner_that_is_lost_while_it_digests_is_not_taken_for_an_engine(
     audited = AuditedPush(nothing, learner, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.version = 0
     with pytest.raises(ProcessLost, match="the learner died"):
-        audited._arrived(Asked(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
+        audited._arrived(Requested(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
 
 
 def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:

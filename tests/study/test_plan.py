@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from othink_ray.config.bounds import EXPERIMENTS
-from othink_ray.config.check import Machine, problems
 from othink_ray.config.load import load
+from othink_ray.config.validate import Machine, problems
 from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, for_runs, merged, planned
 
 STUDY = load([]).study

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from othink_ray.core.intervals import mean_and_half, wilson
-from othink_ray.study.values import Value, difference, value
+from othink_ray.study.results import Value, difference, value
 
 
 def of(*shares: float, questions: int = 100, first_seed: int = 0) -> Value:

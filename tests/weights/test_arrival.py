@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from othink_ray.weights.arrival import Held, HeldPart, mismatches, require_arrived
 from othink_ray.weights.audit import AuditError
-from othink_ray.weights.digest import digests, piece_digest
+from othink_ray.weights.digest import Held, HeldPart, digests, mismatches, piece_digest, require_arrived
 
 WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
 SENT = digests([("w", WEIGHT)])

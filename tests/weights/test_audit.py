@@ -15,9 +15,9 @@ from torch import Tensor
 from othink_ray.config.schema import Config
 from othink_ray.data import open_source
 from othink_ray.engines.base import Sampling
+from othink_ray.engines.demonstrations import Demonstrations
 from othink_ray.engines.hf_rollout import HFRollout
 from othink_ray.engines.policy import Policy
-from othink_ray.engines.teacher import Teacher
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, PixelDigest, Probe, Prompt
@@ -169,7 +169,7 @@ def audit(config: Config, family: Family) -> Auditor:
 def stepped(taught: Policy, family: Family, scenes: Sequence[Prompt], config: Config) -> Policy:
     """`taught` after Adam's first step, which is as long as any: every weight moves by the learning rate."""
     moved = copy.deepcopy(taught)
-    logprobs, _ = moved(batch_of([row_of(group) for group in Teacher(family).generate(scenes[:8])], family))
+    logprobs, _ = moved(batch_of([row_of(group) for group in Demonstrations(family).generate(scenes[:8])], family))
     moved.zero_grad()
     (-logprobs.mean()).backward()
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from othink_ray.engines.policy import Policy
-from othink_ray.weights.chunks import Chunk, from_chunks, to_chunks
+from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
 from tests.engines.samples import sent_weights
 
 MIXED: dict[str, Tensor] = {

@@ -12,12 +12,12 @@ import torch
 
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.inputs import pixel_digest, pixels_as
 from othink_ray.engines.policy import Policy
+from othink_ray.engines.prefetch import pixel_digest, pixels_as
 from othink_ray.families.base import Family
 from othink_ray.types import PixelDigest
 from othink_ray.weights.audit import Tolerance, compare, repeated
-from othink_ray.weights.chunks import to_chunks
+from othink_ray.weights.buckets import to_chunks
 from tests.contracts.family_engine import SAMPLING, Lived, live
 from tests.engines.samples import (
     MIXED,

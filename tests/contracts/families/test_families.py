@@ -24,12 +24,10 @@ from othink_ray.config.bounds import CHOICES
 from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import ModelConfig
 from othink_ray.core import fused
-from othink_ray.engines.policy import Policy
-from othink_ray.engines.training_mode import checkpoint_layers, train_without_dropout
+from othink_ray.engines.policy import Policy, checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, hugging_face, open_family
-from othink_ray.families.base import Family, ImageTensors
-from othink_ray.families.last_layer import narrow
-from othink_ray.families.parts import modules_by_part
+from othink_ray.families.base import Family, ImageTensors, modules_by_part
+from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.types import Prompt
 from tests.engines.nearness import assert_same_gradients, gradients
 from tests.engines.plain_rows import plain_logprobs
@@ -134,14 +132,14 @@ def test_shared_prefix_rows_equal_plain_rows_of_the_untouched_network(
 @pytest.mark.parametrize("attention", ["grouped", "dense", "blocks", "fused"])
 def test_a_narrow_last_layer_changes_nothing(policy: Policy, untouched: Any, attention: str) -> None:
     learner = copy.deepcopy(policy)
-    narrow(policy.family.layers(learner.network)[-1])
+    prune_last_layer(policy.family.layers(learner.network)[-1])
     _assert_equals_plain_rows(learner, untouched, MIXED, attention)
 
 
 def test_a_narrow_last_layer_is_as_narrow_as_what_is_predicted(policy: Policy) -> None:
     learner = copy.deepcopy(policy)
     last: Any = policy.family.layers(learner.network)[-1]
-    narrow(last)
+    prune_last_layer(last)
     seen: list[int] = []
     last.mlp.register_forward_hook(lambda _module, given, _out: seen.append(given[0].shape[1]))
     batch = batch_of([row_of(group_of(policy.family, prompt, [1, 7, 3], 0)) for prompt in MIXED], policy.family)
@@ -162,10 +160,10 @@ def test_images_of_many_patches_look_the_same_to_the_untouched_network(
 
 
 def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
-    """Each layer runs once more in backward, the narrow one too."""
+    """Each layer runs once more in backward, the prune_last_layer one too."""
     learner = copy.deepcopy(policy)
     layers: Any = policy.family.layers(learner.network)
-    narrow(layers[-1])
+    prune_last_layer(layers[-1])
     begun: list[int] = []
     for number, layer in enumerate(layers):
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: begun.append(number))

@@ -1,0 +1,48 @@
+"""The arithmetic of a learner step, and this machine's rate of it:  python -m benchmarks.limits OVERRIDE ...
+
+Its last line is JSON: floating-point operations of one step's matrix products, and how many of them a second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bare import learning, opened
+from othink_ray.engines.base import share_of_cores
+from othink_ray.engines.products import multiply
+
+_SIDE = 1024
+_TRIES = 30
+
+
+def main(overrides: Sequence[str]) -> None:
+    config, path, stream = opened(overrides)
+    # The counter sees torch's own products, and no fused attention.
+    plain = replace(config.learner, onednn=False, compile=False, attention="blocks")
+    turn = learning(replace(config, learner=plain), path)
+    with FlopCounterMode(display=False) as counter:
+        turn(stream.take(config.train.prompts_per_step))
+    torch.set_num_threads(share_of_cores(config.learner.threads, 1))
+    print(json.dumps({"operations": counter.get_total_flops(), "a_second": yardstick()}))
+
+
+def yardstick() -> float:
+    """Of the best of some products of two square matrices."""
+    left, right = torch.rand(_SIDE, _SIDE), torch.rand(_SIDE, _SIDE)
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        multiply(left, right, None)
+        seconds.append(time.perf_counter() - start)
+    return float(2 * _SIDE**3 / min(seconds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

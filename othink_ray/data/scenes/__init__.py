@@ -1,0 +1,1 @@
+"""Generated tasks: counting shapes in a grid, and geometry drawn to scale."""

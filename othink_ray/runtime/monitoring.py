@@ -1,0 +1,107 @@
+"""What went wrong and was mended: told at once, counted for the records, and not for ever."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import ray
+from ray.util.metrics import Gauge
+
+from othink_ray.atomic_write import atomic_write
+from othink_ray.runtime.futures import WorkerFailed
+
+KINDS = ("rollout_restarts", "learner_restarts", "reward_restarts", "masked_answers")
+
+
+class Incidents:
+    """Of one run. The first cause is kept: what comes after it may be its consequence."""
+
+    def __init__(self, max_restarts: int, tell: Callable[[str], None]) -> None:
+        self.max_restarts, self.tell = max_restarts, tell
+        self.first_cause = ""
+        self.restarts = 0
+        self.counts: Counter[str] = Counter()
+
+    def restart(self, kind: str, error: WorkerFailed | str) -> None:
+        """Tell and count one; raise when there were too many."""
+        cause = str(error).strip()
+        self.first_cause = self.first_cause or cause
+        if self.restarts >= self.max_restarts:
+            raise WorkerFailed(
+                f"{_first_line(cause)}; there were {self.restarts} restarts before, and faults.max_restarts = "
+                f"{self.max_restarts}. The first cause was: {self.first_cause}"
+            )
+        self.restarts += 1
+        self.note(kind, f"{_first_line(cause)}: restarting it ({self.restarts} of at most {self.max_restarts})")
+
+    def note(self, kind: str, text: str, count: int = 1) -> None:
+        self.counts[kind] += count
+        self.tell(text)
+
+    def take(self) -> dict[str, float]:
+        """The counts since they were asked for last."""
+        counts = {f"faults/{kind}": float(self.counts[kind]) for kind in KINDS}
+        self.counts.clear()
+        return counts
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+AGAIN_S = 5.0  # Ray's agent forgets what was not set for two of its reports, 20 s
+
+
+def gauge_name(metric: str) -> str:
+    """As Ray is told; Prometheus sees it with Ray's own prefix, `ray_`."""
+    return "othink_ray_" + re.sub(r"\W", "_", metric, flags=re.ASCII)
+
+
+class Gauges:
+    """Of one run, tagged with its folder; while it is open, `prometheus.json` there says where to scrape."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._tags = {"run": str(run_dir)}
+        self._targets = run_dir / "prometheus.json"
+        self._gauges: dict[str, Gauge] = {}
+        self._values: Mapping[str, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="gauges", daemon=True)
+
+    def __enter__(self) -> Self:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+        atomic_write(self._targets, json.dumps([{"targets": targets, "labels": {"job": "ray"}}]) + "\n")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._targets.unlink(missing_ok=True)
+
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """The latest of each name; one that is not finite now is shown no longer."""
+        for name in metrics.keys() - self._gauges.keys():
+            self._gauges[name] = Gauge(gauge_name(name), description=f"{name} of the last step", tag_keys=("run",))
+        known = {**self._values, **metrics}
+        self._values = {name: value for name, value in known.items() if math.isfinite(value)}
+        self._set()
+
+    def _set(self) -> None:
+        for name, value in self._values.items():
+            self._gauges[name].set(value, self._tags)
+
+    def _repeat(self) -> None:
+        while not self._over.wait(AGAIN_S):
+            self._set()

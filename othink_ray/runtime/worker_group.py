@@ -1,0 +1,114 @@
+"""The four verbs over the pools: what the driver's loop talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from othink_ray.engines.base import Sampling
+from othink_ray.runtime.futures import collect_traces
+from othink_ray.runtime.learner_pool import LearnerPool
+from othink_ray.runtime.monitoring import Incidents
+from othink_ray.runtime.reward_pool import RewardPool
+from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.runtime.weight_sync import AuditedPush
+from othink_ray.tracing import Spans
+from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
+
+_STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
+_SEEDS_PER_ROUND = 2**64  # all that torch takes: no run's seed reaches into another sampling round
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalWorkers:
+    """Rollout and reward pools: they answer and grade with the weights that they have."""
+
+    rollout: RolloutPool
+    rewards: RewardPool
+    incidents: Incidents
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        """One greedy answer a prompt, scored."""
+        return self._answer(prompts, answers=1, temperature=0.0)
+
+    def answer_freely(self, prompts: Sequence[Prompt], answers: int) -> list[ScoredGroup]:
+        """Sampled answers, as many a prompt, scored."""
+        return self._answer(prompts, answers=answers, temperature=self.temperature)
+
+    def _answer(self, prompts: Sequence[Prompt], *, answers: int, temperature: float) -> list[ScoredGroup]:
+        sampling = Sampling(answers=answers, max_tokens=self.max_tokens, temperature=temperature, seed=self.seed)
+        return self.rewards.score(self.rollout.generate(prompts, sampling))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerGroup(EvalWorkers):
+    """With a learner, and the run's way of sampling for it."""
+
+    learner: LearnerPool
+    pusher: AuditedPush
+    answers: int
+    loss: str
+    correction: str  # of answers by the weights that are trained, for the engines' own rounding
+    stale_correction: str  # of answers by older ones
+    upcoming: Callable[[], Sequence[Prompt]]  # as far as it is known, what will be asked next
+
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int = 0) -> Iterator[Any]:
+        sampling = Sampling(
+            answers=self.answers,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=(sampling_round * _SEEDS_PER_ROUND + self.seed) * _STEPS_PER_SEED + step,
+        )
+        groups = self.rollout.generate(prompts, sampling)
+        yield from islice(groups, (len(prompts) + 1) // 2)
+        self.rollout.prefetch(
+            self.upcoming(), self.answers
+        )  # read by now; an engine begins when its last answer is out
+        yield from groups
+
+    def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
+        scored = self.rewards.score(groups)
+        self.rollout.note(one.group for one in scored)
+        return scored
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        self.rollout.sleep()
+        correction = self.stale_correction if stale else self.correction
+        begun = self.learner.begin_update(
+            packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction
+        )
+        self.pusher.begin()
+        return self.learner.updated(begun)
+
+    def sleep(self) -> None:
+        self.rollout.sleep()
+
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        self.learner.prepare(packs, updates=updates, with_reference=with_reference)
+
+    def push(self, version: int) -> Audit:
+        return self.pusher(version)
+
+    def spans(self, *, go_on: bool) -> dict[str, Spans]:
+        """What each process did since this was asked last, by its name; `go_on`: it notes what comes too."""
+        roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
+        actors = {f"{role} {index}": actor for role, those in roles.items() for index, actor in enumerate(those)}
+        return collect_traces(actors, go_on=go_on)
+
+    def export(self, folder: Path) -> None:
+        self.learner.export(folder)
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def written(self) -> bool:
+        return self.learner.written()
+
+    def saved(self) -> dict[str, str]:
+        return self.learner.saved()

@@ -1,4 +1,4 @@
-"""Questions with images: sources, the rows they hold, and the order in which they are asked."""
+"""Data sets of prompts with images: sources, validated rows, and the shuffled stream that training reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from othink_ray.config.schema import DataConfig
 from othink_ray.data.mixture import BothScenes
-from othink_ray.data.prompt_stream import LengthFilter, PassingRows, PromptStream
+from othink_ray.data.prompt_stream import LengthFilter, PromptStream, StreamingRows
 from othink_ray.data.prompts import BadRow, Source, Split, validate, worked_answer
 from othink_ray.data.scenes.counting import SceneCounting
 from othink_ray.data.scenes.geometry import GeometryScenes
@@ -26,17 +26,17 @@ SOURCES: dict[str, Callable[[DataConfig, Split], Source]] = {
 
 
 def open_source(data: DataConfig, split: Split) -> Source:
-    """The split of the data set that the config names, by row number."""
+    """Return the configured data set's split with random access by row number."""
     name = data.part(split).source
     if name not in SOURCES:
         raise ValueError(f"data.{split}.source={name!r} is not a data source; choose one of: {', '.join(SOURCES)}")
     return SOURCES[name](data, split)
 
 
-def open_training(data: DataConfig) -> Source | PassingRows:
-    """The questions to train on: by row number, or passing by where the config says so."""
+def open_training(data: DataConfig) -> Source | StreamingRows:
+    """Return the training split: streamed if `data.train.files.stream_buffer` is set, else with random access."""
     files = data.train.files
-    return PassingRows(data, "train") if files and files.stream_buffer else open_source(data, "train")
+    return StreamingRows(data, "train") if files and files.stream_buffer else open_source(data, "train")
 
 
 __all__ = [

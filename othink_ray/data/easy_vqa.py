@@ -1,4 +1,4 @@
-"""The easy-VQA data set as its PyPI package ships it: 5,000 images of one coloured shape, 48,248 questions."""
+"""The easy-VQA data set from its PyPI package: 5,000 images of one colored shape, 48,248 questions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _KINDS = {
 
 
 class EasyVQATable:
-    """The questions of one split by row number, in the order of the package; images are read from the wheel.
+    """Questions of one split by row number, in the package's order; images are read from the wheel.
 
-    Subset `open` asks for a `shape` or a `colour`, `yes_no` for yes or no; null is all of them. What is asked tells
-    most answers of `yes_no`, so accuracy on `open` is the one that shows whether a model sees.
+    Subset `open` has the questions about a `shape` or a `colour`, `yes_no` the yes/no questions, null all of them. The
+    wording alone gives away most `yes_no` answers, so accuracy on `open` is what shows whether a model sees the image.
     """
 
     columns: Sequence[str] = ("image", "question", "answer", "id")
@@ -32,9 +32,8 @@ class EasyVQATable:
         self._wheel = ZipFile(fetch_wheel(files.path))
         self._folder = f"easy_vqa/data/{files.split}"
         rows = json.loads(self._wheel.read(f"{self._folder}/questions.json"))
-        numbered = enumerate(rows)
-        wanted = _KINDS[files.subset]
-        self._rows = [(number, *row) for number, row in numbered if _kind(row[1]) in wanted]
+        kinds = _KINDS[files.subset]
+        self._rows = [(number, *row) for number, row in enumerate(rows) if _kind(row[1]) in kinds]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -45,11 +44,11 @@ class EasyVQATable:
         return {"image": encoded, "question": question, "answer": answer, "id": f"{number:05d}"}
 
     def column(self, name: str) -> list[Any]:
-        """Every value of a column; the images are read for `image` alone."""
+        """Return all values of a column; images are read only for `image`."""
         if name == "image":
             return [self.row(index)["image"] for index in range(len(self))]
-        values = {"question": 1, "answer": 2}
-        return [row[values[name]] if name in values else f"{row[0]:05d}" for row in self._rows]
+        fields = {"question": 1, "answer": 2}
+        return [row[fields[name]] if name in fields else f"{row[0]:05d}" for row in self._rows]
 
 
 def _kind(answer: str) -> str:

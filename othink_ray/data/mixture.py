@@ -1,4 +1,4 @@
-"""Counting and geometry mixed: for a model that is to be examined in both."""
+"""Mixture of the counting and geometry tasks, for a model evaluated on both."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from othink_ray.data.scenes.counting import SceneCounting
 from othink_ray.data.scenes.geometry import GeometryScenes
 from othink_ray.types import Prompt
 
-GEOMETRY_ROWS = 3  # after each counting row: geometry takes so much longer to learn
+GEOMETRY_ROWS = 3  # per counting row: geometry takes that much longer to learn
 
 
 class BothScenes:
-    """One counting row, three of geometry, and so on; they are the first ones of the two tasks."""
+    """Interleaves one counting row with three geometry rows, taking the first rows of each task in order."""
 
     def __init__(self, data: DataConfig, split: Split) -> None:
         size = data.part(split).size
@@ -26,5 +26,5 @@ class BothScenes:
     def prompt(self, index: int) -> Prompt:
         if not 0 <= index < self._size:
             raise IndexError(f"both_scenes has rows 0 to {self._size - 1}, not {index}")
-        turn, place = divmod(index, 1 + GEOMETRY_ROWS)
-        return self._geometry.prompt(turn * GEOMETRY_ROWS + place - 1) if place else self._counting.prompt(turn)
+        block, offset = divmod(index, 1 + GEOMETRY_ROWS)
+        return self._geometry.prompt(block * GEOMETRY_ROWS + offset - 1) if offset else self._counting.prompt(block)

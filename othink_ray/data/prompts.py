@@ -1,4 +1,4 @@
-"""What a row must be before it is asked, and the worked answer that SFT imitates."""
+"""Validation of prompts, the `Source` protocol, and the worked answers used as SFT targets."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from othink_ray.types import Prompt
 
 Split = Literal["train", "test"]
 
-MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's own alarm, far above what any model here looks at
-MAX_ASPECT_RATIO = 200  # image processors refuse what is longer
+MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's decompression bomb limit, far above what any model here uses
+MAX_ASPECT_RATIO = 200  # image processors reject this ratio and above
 IMAGE_FORMATS = ("PNG", "JPEG")
-_GREY = (128, 128, 128)
-# The thought that SFT imitates where the data set has none of its own.
+_GRAY = (128, 128, 128)
+# Reasoning text of an SFT target where the data set provides none, by task.
 WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}.", "vqa": "I see {answer}."}
 
 
 class BadRow(ValueError):
-    """A row that cannot be asked: which one, why, and what to do about it."""
+    """An unusable data row, with its id, the reason and the remedy."""
 
     def __init__(self, row_id: str, reason: str, remedy: str) -> None:
-        # All three go to ValueError, so that the error survives pickling between processes.
+        # Pass all three to ValueError so that the error survives pickling between processes.
         super().__init__(row_id, reason, remedy)
         self.row_id = row_id
         self.reason = reason
@@ -36,7 +36,7 @@ class BadRow(ValueError):
 
 
 class Source(Protocol):
-    """One split of a data set, by row number; `prompt` returns a validated row, or raises BadRow naming it."""
+    """One split of a data set, by row number; `prompt` returns a validated prompt or raises BadRow."""
 
     def __len__(self) -> int: ...
 
@@ -44,29 +44,29 @@ class Source(Protocol):
 
 
 def validate(prompt: Prompt) -> Prompt:
-    """The prompt itself when it can be asked and graded; else BadRow."""
+    """Return the prompt unchanged if it can be answered and graded, else raise BadRow."""
     if not any(message.role == "user" and message.text.strip() for message in prompt.messages):
         raise BadRow(prompt.id, "the question is empty", "fill it in or remove the row")
-    for name, text in (("question", "".join(one.text for one in prompt.messages)), ("answer", prompt.answer)):
+    for name, text in (("question", "".join(message.text for message in prompt.messages)), ("answer", prompt.answer)):
         if not _is_text(text):
-            reason = f"the {name} holds half a character (a surrogate without its other half)"
-            raise BadRow(prompt.id, reason, "mend the text or remove the row")
+            reason = f"the {name} is not valid Unicode: it contains an unpaired surrogate"
+            raise BadRow(prompt.id, reason, "fix the text or remove the row")
     if not _plain_answer(prompt.answer):
         raise BadRow(prompt.id, "the answer is missing", "fill it in or remove the row")
-    placed = sum(message.images for message in prompt.messages)
-    if placed != len(prompt.images):
-        reason = f"its messages place {placed} image(s) but the row holds {len(prompt.images)}"
-        raise BadRow(prompt.id, reason, "give every image exactly one place")
-    for position, data in enumerate(prompt.images, start=1):
-        _check_image(prompt.id, position, data)
+    expected = sum(message.images for message in prompt.messages)
+    if expected != len(prompt.images):
+        reason = f"its messages declare {expected} image(s) but the row has {len(prompt.images)}"
+        raise BadRow(prompt.id, reason, "make the messages' image counts add up to the number of images")
+    for number, data in enumerate(prompt.images, start=1):
+        _check_image(prompt.id, number, data)
     return prompt
 
 
 def worked_answer(prompt: Prompt, *, reasoning: bool = True, opened: str = "") -> str:
-    """The SFT target: a short thought, then the solution, in the format that the reward asks for; or no thought.
+    """Return the SFT target text: `<think>` thought `</think>` if `reasoning`, then `<answer>` solution `</answer>`.
 
-    Where the chat template has written the beginning of the answer (`opened`), the target is what comes after it: no
-    tag twice, and an empty thought where one is open and none is wanted.
+    `opened` is the part of the answer that the chat template already writes. The target is what follows it: no tag is
+    repeated, and the thought is empty where the template opens one but `reasoning` is false.
     """
     working = WORKINGS.get(prompt.task)
     if working is None:
@@ -84,13 +84,13 @@ def worked_answer(prompt: Prompt, *, reasoning: bool = True, opened: str = "") -
 
 
 def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
-    """The same question with images of at most `side` pixels in length: enough to ask, and quick to look at."""
+    """Return the prompt with its images downscaled to at most `side` pixels on the longer side."""
     return replace(prompt, images=tuple(_thumbnail(image, side) for image in prompt.images))
 
 
 def with_grey_images(prompt: Prompt) -> Prompt:
-    """The same question with images of one grey, as large as its own: what is answered right now was not seen."""
-    return replace(prompt, images=tuple(_png(Image.new("RGB", size_of(image), _GREY)) for image in prompt.images))
+    """Return the prompt with uniform gray images of the same sizes, to measure what the text alone answers."""
+    return replace(prompt, images=tuple(_png(Image.new("RGB", size_of(image), _GRAY)) for image in prompt.images))
 
 
 def _thumbnail(image: bytes, side: int) -> bytes:
@@ -102,9 +102,9 @@ def _thumbnail(image: bytes, side: int) -> bytes:
 
 
 def _png(image: Image.Image) -> bytes:
-    written = io.BytesIO()
-    image.save(written, format="PNG")
-    return written.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _is_text(text: str) -> bool:
@@ -119,22 +119,22 @@ def _plain_answer(answer: str) -> str:
     return answer.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
 
 
-def _check_image(row_id: str, position: int, data: bytes) -> None:
+def _check_image(row_id: str, number: int, data: bytes) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height <= MAX_IMAGE_PIXELS:
                 image.load()
-    except UnidentifiedImageError as error:  # its own text tells where in memory the bytes were
-        reason = f"image {position} ({len(data)} bytes) cannot be decoded: it is neither PNG nor JPEG"
-        raise BadRow(row_id, reason, "replace it by a sound PNG or JPEG, or remove the row") from error
-    # Pillow's decoders raise almost anything on hostile bytes: OSError, SyntaxError, struct.error, its bomb error.
+    except UnidentifiedImageError as error:  # Pillow's message contains a memory address
+        reason = f"image {number} ({len(data)} bytes) cannot be decoded: it is neither PNG nor JPEG"
+        raise BadRow(row_id, reason, "replace it with a valid PNG or JPEG, or remove the row") from error
+    # On corrupt bytes Pillow raises almost anything: OSError, SyntaxError, struct.error, DecompressionBombError.
     except Exception as error:
-        reason = f"image {position} ({len(data)} bytes) cannot be decoded: {type(error).__name__}: {error}"
-        raise BadRow(row_id, reason, "replace it by a sound PNG or JPEG, or remove the row") from error
+        reason = f"image {number} ({len(data)} bytes) cannot be decoded: {type(error).__name__}: {error}"
+        raise BadRow(row_id, reason, "replace it with a valid PNG or JPEG, or remove the row") from error
     if width * height > MAX_IMAGE_PIXELS:
-        reason = f"image {position} is {width}x{height}, more than {MAX_IMAGE_PIXELS} pixels"
+        reason = f"image {number} is {width}x{height}, more than {MAX_IMAGE_PIXELS} pixels"
         raise BadRow(row_id, reason, "scale it down or remove the row")
     if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
-        reason = f"image {position} is {width}x{height}, {MAX_ASPECT_RATIO} times as long as wide or more"
+        reason = f"image {number} is {width}x{height}: its aspect ratio must be below {MAX_ASPECT_RATIO}"
         raise BadRow(row_id, reason, "crop it or remove the row")

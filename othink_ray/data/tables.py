@@ -1,4 +1,4 @@
-"""Data sets that are not generated: the rows behind a path or a hub name, raw, and by number."""
+"""Raw rows of file-based data sets (hub, parquet, JSONL, disk, easy-VQA), by row number or streamed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from othink_ray.config.schema import FilesConfig
 from othink_ray.data.easy_vqa import EasyVQATable
 from othink_ray.data.wheels import WheelError
 
-if TYPE_CHECKING:  # imported where it is used: the embedded data sets need nothing of it
+if TYPE_CHECKING:  # imported lazily: the generated data sets do not need it
     from datasets import Dataset, IterableDataset
 
 Row = dict[str, Any]
 
-ENDINGS = {"parquet": ("*.parquet",), "jsonl": ("*.jsonl", "*.ndjson")}
+SUFFIXES = {"parquet": ("*.parquet",), "jsonl": ("*.jsonl", "*.ndjson")}
 
 
 class SourceError(ValueError):
-    """A data set that cannot be asked from at all: which setting names it, why, and what to do about it."""
+    """An unusable data set; the message names the config key, the reason and the remedy."""
 
 
 class Table(Protocol):
-    """Rows by number, images still encoded; `row` raises ValueError where a row cannot be read."""
+    """Rows by number, images still encoded; `row` raises ValueError for a row that cannot be read."""
 
     columns: Sequence[str]
 
@@ -36,16 +36,16 @@ class Table(Protocol):
     def row(self, index: int) -> Row: ...
 
     def column(self, name: str) -> list[Any]:
-        """One value a row; None where it is missing or the row cannot be read."""
+        """Return one value per row; None where it is missing or the row cannot be read."""
         ...
 
 
 class ArrowTable:
-    """A memory-mapped data set: its size costs no memory, and any row is one look-up."""
+    """A memory-mapped Arrow data set: no memory per row, constant-time access."""
 
     def __init__(self, rows: Dataset) -> None:
         self.columns = rows.column_names
-        self._rows = rows.with_format("arrow")  # as stored: the images are not decoded here
+        self._rows = rows.with_format("arrow")  # raw values: images stay encoded
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,25 +60,25 @@ class ArrowTable:
 
 
 class JsonLines:
-    """JSONL files, read line by line where they lie: a torn line, or a 3 among "3"s, costs its own row alone."""
+    """JSONL files parsed line by line: a truncated line or a value of another type affects only its row."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = [file.open("rb") for file in files]
-        self._starts = array("q")  # file and offset of each line, one after the other
+        self._offsets = array("q")  # flattened pairs (file number, byte offset), one per line
         for number, file in enumerate(self._files):
             start = 0
             for line in file:
                 if line.strip():
-                    self._starts.extend((number, start))
+                    self._offsets.extend((number, start))
                 start += len(line)
         self.columns: Sequence[str] = self._first_columns()
 
     def __len__(self) -> int:
-        return len(self._starts) // 2
+        return len(self._offsets) // 2
 
     def row(self, index: int) -> Row:
-        file = self._files[self._starts[2 * index]]
-        file.seek(self._starts[2 * index + 1])
+        file = self._files[self._offsets[2 * index]]
+        file.seek(self._offsets[2 * index + 1])
         try:
             row = json.loads(file.readline())
         except RecursionError as error:
@@ -97,7 +97,7 @@ class JsonLines:
         return []
 
     def _readable(self, indices: range) -> Iterator[Row]:
-        """Each row, or an empty one where it cannot be read."""
+        """Yield each row, or an empty one where it cannot be read."""
         for index in indices:
             try:
                 yield self.row(index)
@@ -109,7 +109,7 @@ class JsonLines:
 
 
 def open_table(source: str, files: FilesConfig, key: str) -> Table:
-    """All rows of the data set, by number; `key` is the setting that names it, for messages."""
+    """Open a data set for access by row number; `key` is its config key, for messages."""
     table = OPENERS[source](files, key)
     if len(table) == 0:
         raise no_rows(files, key)
@@ -122,7 +122,7 @@ def _open_hub(files: FilesConfig, key: str) -> Table:
 
 
 def _open_parquet(files: FilesConfig, key: str) -> Table:
-    return ArrowTable(_load(files, key, "parquet", data_files=_filled(files, key), split="train"))
+    return ArrowTable(_load(files, key, "parquet", data_files=_non_empty(files, key), split="train"))
 
 
 def _open_jsonl(files: FilesConfig, key: str) -> Table:
@@ -135,7 +135,7 @@ def _open_disk(files: FilesConfig, key: str) -> Table:
     try:
         found = load_from_disk(files.path)
     except Exception as error:
-        raise _unreadable(files, key, error, "give a folder that save_to_disk wrote") from error
+        raise _unreadable(files, key, error, "give a folder written by save_to_disk") from error
     if isinstance(found, Dataset):
         return ArrowTable(found)
     if files.split not in found:
@@ -161,79 +161,79 @@ OPENERS: dict[str, Callable[[FilesConfig, str], Table]] = {
 }
 
 
-def open_passing(source: str, files: FilesConfig, key: str) -> IterableDataset:
-    """The rows of a hub or parquet data set one after the other, read while they are asked; nothing is kept on disk."""
+def open_streaming(source: str, files: FilesConfig, key: str) -> IterableDataset:
+    """Open a hub or parquet data set for streaming; nothing is cached on disk."""
     if source == "hub":
         rows = _load(files, key, files.path, name=files.subset, split=files.split, streaming=True)
     else:
-        rows = _load(files, key, "parquet", data_files=_filled(files, key), split="train", streaming=True)
+        rows = _load(files, key, "parquet", data_files=_non_empty(files, key), split="train", streaming=True)
     if rows.column_names is not None:
         check_columns(files, rows.column_names, key)
     return rows.with_format("arrow")
 
 
 def find_files(source: str, path: str, key: str) -> list[Path]:
-    """The files behind a file, a folder or a pattern, in the order of their names."""
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    patterns = [str(place / "**" / ending) for ending in ENDINGS[source]] if place.is_dir() else [path]
+    """Return the files that a file path, folder or glob pattern stands for, sorted by path."""
+    given = Path(path)
+    if given.is_file():
+        return [given]
+    patterns = [str(given / "**" / suffix) for suffix in SUFFIXES[source]] if given.is_dir() else [path]
     found = sorted(Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True))
     files = [file for file in found if file.is_file()]
     if not files:
-        what = (
-            f"holds no {' or '.join(ENDINGS[source])} file"
-            if place.is_dir()
-            else "is no file, folder or pattern of files"
+        reason = (
+            f"contains no {' or '.join(SUFFIXES[source])} file"
+            if given.is_dir()
+            else "is not a file, a folder or a glob pattern that matches files"
         )
-        raise SourceError(f"{key}.path = {path} {what}; paths start from {Path.cwd()}")
+        raise SourceError(f"{key}.path = {path} {reason}; relative paths start from {Path.cwd()}")
     return files
 
 
-def _filled(files: FilesConfig, key: str) -> list[str]:
-    """The parquet files that have rows: the library stumbles over those without."""
+def _non_empty(files: FilesConfig, key: str) -> list[str]:
+    """Return the parquet files that have rows: `datasets` fails on empty ones."""
     from pyarrow.parquet import read_metadata
 
     found = find_files("parquet", files.path, key)
     try:
-        filled = [str(file) for file in found if read_metadata(file).num_rows]
+        non_empty = [str(file) for file in found if read_metadata(file).num_rows]
     except (OSError, ValueError) as error:
         raise _unreadable(files, key, error, "give parquet files") from error
-    if not filled:
+    if not non_empty:
         raise no_rows(files, key)
-    return filled
+    return non_empty
 
 
 def no_rows(files: FilesConfig, key: str) -> SourceError:
-    return SourceError(f"{key}.path = {files.path}: the data set has 0 rows; give one with rows")
+    return SourceError(f"{key}.path = {files.path}: the data set has 0 rows; it must have at least 1")
 
 
 def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:
-    """Each configured column is there; else SourceError with the closest name."""
-    wanted = {"question": [files.columns.question], "answer": [files.columns.answer]}
-    wanted |= {"image": image_columns(files), "id": [files.columns.id] if files.columns.id else []}
-    for use, names in wanted.items():
+    """Raise SourceError, suggesting the closest name, if a configured column does not exist."""
+    configured = {"question": [files.columns.question], "answer": [files.columns.answer]}
+    configured |= {"image": image_columns(files), "id": [files.columns.id] if files.columns.id else []}
+    for role, names in configured.items():
         for name in names:
             if name not in columns:
-                near = get_close_matches(name, columns, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                closest = get_close_matches(name, columns, n=1)
+                hint = f"did you mean {closest[0]}? " if closest else ""
                 raise SourceError(
-                    f"{key}.columns.{use} = {name} is not a column of {files.path}; "
-                    f"{hint}its columns: {', '.join(columns) or 'none, for no row can be read'}"
+                    f"{key}.columns.{role} = {name} is not a column of {files.path}; "
+                    f"{hint}its columns: {', '.join(columns) or 'none, because no row can be read'}"
                 )
 
 
 def image_columns(files: FilesConfig) -> list[str]:
-    """The columns that hold images, in their order."""
+    """Return the names of the image columns, in the configured order."""
     return [name.strip() for name in (files.columns.image or "").split(",") if name.strip()]
 
 
-def _load(files: FilesConfig, key: str, builder: str, **how: Any) -> Any:
+def _load(files: FilesConfig, key: str, builder: str, **options: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(builder, **how)
-    # The library raises whatever its readers do: OSError, ValueError, Arrow's own errors, the hub's.
+        return load_dataset(builder, **options)
+    # `datasets` passes on whatever its readers raise: OSError, ValueError, Arrow and hub errors.
     except Exception as error:
         if "split" in str(error).lower() and isinstance(error, ValueError):
             raise SourceError(f"{key}.split = {files.split}: {error}") from error

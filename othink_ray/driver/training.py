@@ -89,8 +89,8 @@ def _train(
             seed=config.train.seed,
             on_bad_row=config.data.on_bad_row,
             position=state.data_position,
-            screen=fits,
-            ahead=config.train.prompts_per_step if config.train.read_ahead else 0,
+            length_filter=fits,
+            read_ahead=config.train.prompts_per_step if config.train.read_ahead else 0,
         )
         stack.callback(stream.close)
         held_out = eval_sets(config, fits)

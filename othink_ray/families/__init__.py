@@ -1,4 +1,4 @@
-"""Model families, by the name that `model.family` gives."""
+"""Registry of model families, keyed by `model.family`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from othink_ray.families.base import Family, ModelError
 from othink_ray.families.internvl import InternVL
 from othink_ray.families.qwen_vl import Qwen3VL, QwenVL
 
-# By the name that transformers gives them in a folder's config.json.
+# Keys are the `model_type` of transformers' config.json.
 FAMILIES: dict[str, Callable[..., Family]] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 
 
 def open_family(model: ModelConfig, path: str) -> Family:
-    """The family of `model`, bound to the folder or hub name `path`."""
+    """Return the family of `model`, bound to the folder or hub name `path`."""
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if found == model.family:
@@ -33,17 +33,17 @@ def open_family(model: ModelConfig, path: str) -> Family:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"model.path = {path} cannot be opened as {model.family}: {reason}; check the path, or for a name on the "
-            "hub the network and the spelling"
+            f"model.path = {path} cannot be opened as {model.family}: {reason}; check the path or, for a hub name, "
+            "the spelling and the network"
         ) from error
-    remedy = f"set model.family={found}" if found in FAMILIES else f"take a model of {', '.join(FAMILIES)}"
+    remedy = f"set model.family={found}" if found in FAMILIES else f"supported families are {', '.join(FAMILIES)}"
     raise ModelError(f"model.path = {path} is of the family {found}, but model.family = {model.family}: {remedy}")
 
 
 def cached_folder(name: str) -> Path | None:
-    """The newest copy of a model of the hub in this machine's cache, if its weights are there; nothing is fetched."""
+    """Return the newest snapshot of a hub model in the local cache, or None without its weights; never downloads."""
     try:
         folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
     except OSError:
         return None
-    return folder if any(folder.glob("*.safetensors")) else None  # opening a configuration alone leaves a copy too
+    return folder if any(folder.glob("*.safetensors")) else None  # loading only the config also leaves a snapshot

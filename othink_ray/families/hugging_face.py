@@ -1,6 +1,7 @@
-"""How transformers' models attend: text the way a line asks, images in blocks where that is quicker.
+"""Base class of the families that transformers implements, and the attention functions registered with it.
 
-Text models hand the keyword `line`, the attention itself, down to every layer.
+Text layers run the packed sequence's attention, which the text model passes to every layer as the keyword
+`packed_attention`. Vision layers run image attention, in blocks where that is faster.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from othink_ray.core import fused
 from othink_ray.core.attention import Attention, kernel_shape
 from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
 from othink_ray.core.flex import PackedImages
-from othink_ray.families.base import ImageTensors, opened_by
+from othink_ray.families.base import ImageTensors, answer_prefix
 from othink_ray.types import Message, Prompt
 
-LINE_ATTENTION, IMAGE_ATTENTION = "line", "image"
+PACKED_ATTENTION, IMAGE_ATTENTION = "packed_sequence", "image"
 
 
 def _attend(
@@ -43,13 +44,13 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    line: Attention | None = None,
+    packed_attention: Attention | None = None,
     in_last_layer: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Without a line the network is the unmodified one, mask and all."""
-    if line is not None:
-        attend = line.in_last_layer if in_last_layer else line
+    """Attend with `packed_attention`; without it, exactly as the unmodified network, mask included."""
+    if packed_attention is not None:
+        attend = packed_attention.in_last_layer if in_last_layer else packed_attention
         return attend(query, key, value, scaling), None
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     return attended, None
@@ -65,70 +66,73 @@ def _attend_image(
     images: PackedImages | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """All patches of an image, or of a tile, among themselves; there may be several of the same size, or `images`."""
+    """Attend among the patches of each image or tile: a batch of one size, or of any sizes with `images`."""
     if query.is_meta:
         return kernel_shape(query, key, value), None
     if images is not None:
         return images(query, key, value, scaling), None
     by_kernel = fused.is_chosen() and fused.suits(query)
-    # In half precision torch's kernel, which is vLLM's too: it rounds the softmax's shares, and others do not.
+    # In half precision use torch's kernel, as vLLM does: it rounds the softmax probabilities, other kernels do not.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32
     if by_torch or not (by_kernel or worth_it(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
-    asked, seen, shown = (heads.flatten(0, 1) for heads in (query, key, value))
+    queries, keys, values = (heads.flatten(0, 1) for heads in (query, key, value))
     if by_kernel:
-        attended = fused.attend_fused(asked, seen, shown, fused.blocks_of_image(query.shape[2]), scaling)
+        attended = fused.attend_fused(queries, keys, values, fused.blocks_of_image(query.shape[2]), scaling)
         return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
-    attended = attend_in_blocks(asked, seen, shown, blocks_of_image(query.shape[2]), scaling)
+    attended = attend_in_blocks(queries, keys, values, blocks_of_image(query.shape[2]), scaling)
     return attended.view_as(query).transpose(1, 2), None
 
 
-# Not for torch's compiler: a line is different each time, and an image is many small products.
-AttentionInterface.register(LINE_ATTENTION, torch.compiler.disable(_attend))
+# Excluded from torch.compile: packed sequences differ every time, and image attention is many small matmuls.
+AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_attend))
 AttentionInterface.register(IMAGE_ATTENTION, torch.compiler.disable(_attend_image))
-AttentionMaskInterface.register(LINE_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 class _Pruned:
-    """Before a layer of any of the text models here, which are alike but for their attention."""
+    """Mixin before a text layer class: computes its output only at requested indices.
+
+    Fits all text models here, whose layers differ only in their attention.
+    """
 
     input_layernorm: nn.Module
     self_attn: nn.Module
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def forward(self, hidden_states: Tensor, asked: Tensor | None = None, **settings: Any) -> Tensor:
-        """(1, N, H), and the K places asked for -> (1, K, H); all N where nothing is said of them, as in sampling."""
-        if asked is None:
-            whole: Tensor = super().forward(hidden_states, **settings)  # type: ignore[misc]
-            return whole
+    def forward(self, hidden_states: Tensor, requested: Tensor | None = None, **settings: Any) -> Tensor:
+        """Map (1, N, H) to (1, K, H) at the indices `requested` (K,), or to (1, N, H) without them, as in sampling."""
+        if requested is None:
+            full: Tensor = super().forward(hidden_states, **settings)  # type: ignore[misc]
+            return full
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), in_last_layer=True, **settings)
-        kept = hidden_states.index_select(1, asked) + attended.index_select(1, asked)
-        read: Tensor = kept + self.mlp(self.post_attention_layernorm(kept))
-        return read
+        residual = hidden_states.index_select(1, requested) + attended.index_select(1, requested)
+        output: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
+        return output
 
 
 def prune_last_layer(layer: nn.Module) -> None:
-    """Make it go on only where it is asked to."""
-    plain = type(layer)
-    layer.__class__ = type(f"Narrow{plain.__name__}", (_Pruned, plain), {})
+    """Make a text layer compute its output only at the requested indices, in place."""
+    original = type(layer)
+    layer.__class__ = type(f"Pruned{original.__name__}", (_Pruned, original), {})
 
 
 def is_pruned(layer: nn.Module) -> bool:
     return isinstance(layer, _Pruned)
 
 
-_ATTENTION = {"": "sdpa", "text_config": LINE_ATTENTION, "vision_config": IMAGE_ATTENTION}
-PART_BYTES = 2**30  # of weights in one file of a saved model, beside its last weight
+_ATTENTION = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": IMAGE_ATTENTION}
+PART_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
 _WEIGHTS = "model.safetensors"
 
 
 class HuggingFaceFamily:
-    """Bound to a Hugging Face folder or hub name."""
+    """A family implemented in transformers, bound to a Hugging Face folder or hub name."""
 
     vision_tokens: tuple[str, ...]
-    """Those that stand for pixels, or frame them."""
+    """Image and video placeholder and delimiter tokens."""
     vllm_adapts_tower = True
 
     def __init__(self, path: str, processor_settings: dict[str, Any]) -> None:
@@ -139,13 +143,13 @@ class HuggingFaceFamily:
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.opened = opened_by(self._chat)
+        self.opened = answer_prefix(self._render_chat)
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
-        return self.encode_text(self._chat(prompt.messages, True))
+        return self.encode_text(self._render_chat(prompt.messages, True))
 
-    def _chat(self, messages: Sequence[Message], asks: bool) -> str:
-        """The messages as the chat template writes them, with its generation prompt if the chat `asks`."""
+    def _render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Apply the chat template to the messages."""
         chat = [
             {
                 "role": message.role,
@@ -153,16 +157,21 @@ class HuggingFaceFamily:
             }
             for message in messages
         ]
-        text: str = self.processor.apply_chat_template(chat, add_generation_prompt=asks, tokenize=False)
+        text: str = self.processor.apply_chat_template(
+            chat, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
         return text
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.opened + text for text in self.decode(token_ids)]
 
     def raw_pixels(self, images: ImageTensors) -> Tensor:
-        """Exact: pixels are whole numbers, and float32 keeps them apart. Channels are the first axis of each patch."""
+        """Invert the normalization exactly: pixels are integers, and float32 keeps them distinct.
+
+        Channels are the first axis of each patch.
+        """
         processor = self.processor.image_processor
-        mean, std = (torch.tensor(each)[:, None] for each in (processor.image_mean, processor.image_std))
+        mean, std = (torch.tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
         channels = images.pixels.float().reshape(len(images.pixels), len(mean), -1)
         return (255 * (channels * std + mean)).round().to(torch.uint8).reshape(images.pixels.shape)
 
@@ -176,18 +185,18 @@ class HuggingFaceFamily:
         counts = iter(image_token_counts)
         expanded: list[int] = []
         for token in token_ids:
-            expanded.extend(self._shown(next(counts)) if token == self.image_token_id else [token])
+            expanded.extend(self._image_tokens(next(counts)) if token == self.image_token_id else [token])
         return expanded
 
-    def _shown(self, count: int) -> list[int]:
-        """What the placeholder of an image of so many tokens becomes."""
+    def _image_tokens(self, count: int) -> list[int]:
+        """Return the expansion of the placeholder of an image of `count` tokens."""
         return [self.image_token_id] * count
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
         network: nn.Module = AutoModelForImageTextToText.from_pretrained(
             self.path,
             dtype=dtype,
-            use_safetensors=True,  # other files of weights can run code when they are read
+            use_safetensors=True,  # pickled weights can run code when loaded
             trust_remote_code=False,
             attn_implementation=_ATTENTION,
         )
@@ -213,17 +222,17 @@ class HuggingFaceFamily:
         body: Any = network.model
         embedded = body.get_input_embeddings()(token_ids)
         output = body.language_model(
-            **self._with_images(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
-            position_ids=position_ids[:, None].squeeze(0),  # where there is one axis only, text models want none
-            line=attention,
-            asked=asked,
+            **self._text_inputs(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
+            position_ids=position_ids[:, None].squeeze(0),  # text models with one axis expect no axis dimension
+            packed_attention=attention,
+            requested=asked,
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden if is_pruned(body.language_model.layers[-1]) else hidden[asked]
 
-    def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
-        """What the text model is given for embedded tokens (N, H) and the features of the images among them."""
+    def _text_inputs(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
+        """Return the text model's inputs from token embeddings (N, H), the image mask (N,) and image features."""
         return {"inputs_embeds": embedded.masked_scatter(is_image[:, None], features)[None]}
 
     def output_weight(self, network: nn.Module) -> Tensor:
@@ -235,62 +244,63 @@ class HuggingFaceFamily:
         target: Any = network
         files: list[Path] = []
         dtypes: set[torch.dtype] = set()
-        for part in _parts(weights):
-            dtypes |= {weight.dtype for weight in part.values()}
-            target.save_pretrained(folder, state_dict=part)
-            part.clear()
+        for shard in _shards(weights):
+            dtypes |= {weight.dtype for weight in shard.values()}
+            target.save_pretrained(folder, state_dict=shard)
+            shard.clear()  # free it before the next one is collected
             files.append((folder / _WEIGHTS).rename(folder / f"part-{len(files)}.safetensors"))
-        _name_parts(folder, files)
-        _declare(folder / "config.json", reduce(torch.promote_types, dtypes))
+        _name_shards(folder, files)
+        _set_default_dtype(folder / "config.json", reduce(torch.promote_types, dtypes))
         self.processor.save_pretrained(folder)
         readable = (folder / "config.json").stat().st_mode
-        for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask says
+        for file in folder.glob("*.safetensors"):  # created readable by their owner only, whatever the umask
             file.chmod(readable)
 
 
-def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Weights that are held at a time: as soon as they reach PART_BYTES they are handed on, and dropped."""
-    part: dict[str, Tensor] = {}
+def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Group weights into shards of at least PART_BYTES, without keeping a reference to a weight once yielded."""
+    shard: dict[str, Tensor] = {}
     size = 0
     for name, weight in weights:
-        part[name] = weight
+        shard[name] = weight
         size += weight.nbytes
         del weight
         if size >= PART_BYTES:
-            yield part
-            part, size = {}, 0
-    if part:
-        yield part
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
 
 
-def _name_parts(folder: Path, files: Sequence[Path]) -> None:
-    """As readers expect them: one file, or numbered ones with an index."""
+def _name_shards(folder: Path, files: Sequence[Path]) -> None:
+    """Rename the files to the Hugging Face layout: one file, or numbered ones with an index."""
     if len(files) == 1:
         files[0].rename(folder / _WEIGHTS)
         return
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
-        named = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
-        with safe_open(named, framework="pt") as opened:
-            places |= dict.fromkeys(opened.keys(), named.name)
+        renamed = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
+        with safe_open(renamed, framework="pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), renamed.name)
     total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _declare(file: Path, dtype: torch.dtype) -> None:
-    """Have the folder loaded in this dtype, the widest of its weights, where nobody asks for another one."""
+def _set_default_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Write `dtype` into every section of config.json: the dtype in which the folder loads by default."""
 
-    def declared(settings: dict[str, Any]) -> dict[str, Any]:
+    def with_dtype(settings: dict[str, Any]) -> dict[str, Any]:
         return {
-            key: declared(value) if isinstance(value, dict) else str(dtype).split(".")[1] if key == "dtype" else value
+            key: with_dtype(value) if isinstance(value, dict) else str(dtype).split(".")[1] if key == "dtype" else value
             for key, value in settings.items()
         }
 
-    file.write_text(json.dumps(declared(json.loads(file.read_text())), indent=2) + "\n")
+    file.write_text(json.dumps(with_dtype(json.loads(file.read_text())), indent=2) + "\n")
 
 
 def black_square(side: int) -> bytes:
+    """Return a black PNG of side x side pixels."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side)).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""InternVL 3 and 3.5 as transformers has them: an image is square tiles, and an overview where they are several."""
+"""InternVL 3 and 3.5 as implemented in transformers: square tiles, plus a thumbnail tile if there are several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 
 
 class InternVL(HuggingFaceFamily):
-    """Pixels are (tiles, 3, side, side), grids (images, 1) the tiles of each image; positions have one axis."""
+    """InternVL; pixels are (tiles, 3, side, side), grids (images, 1) tiles per image, positions have one axis."""
 
     vision_tokens = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>")
     vllm_adapts_tower = False
@@ -25,13 +25,13 @@ class InternVL(HuggingFaceFamily):
         tile = self.side**2
         if max_pixels < tile:
             raise ModelError(
-                f"model.max_pixels = {max_pixels} must be at least {tile}: {path} sees an image as tiles of "
+                f"model.max_pixels = {max_pixels} must be at least {tile}: {path} splits images into tiles of "
                 f"{self.side} x {self.side} pixels; set model.max_pixels={tile} or more"
             )
         tiles = {"min_patches": max(1, min_pixels // tile), "max_patches": max_pixels // tile}
         super().__init__(path, {"crop_to_patches": True, **tiles})
-        self.tokens_of_tile: int = self.processor.image_seq_length
-        self.frame: tuple[int, int] = (self.processor.start_image_token_id, self.processor.end_image_token_id)
+        self.tokens_per_tile: int = self.processor.image_seq_length
+        self.delimiters: tuple[int, int] = (self.processor.start_image_token_id, self.processor.end_image_token_id)
 
     def encode_images(self, images: Sequence[bytes]) -> ImageTensors:
         if not images:
@@ -45,14 +45,14 @@ class InternVL(HuggingFaceFamily):
     def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
         sizes = [size_of(image) for image in images]
         tiles = [self.processor.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
-        return [count * self.tokens_of_tile for count in tiles]
+        return [count * self.tokens_per_tile for count in tiles]
 
     def tokens_of(self, images: ImageTensors) -> int:
-        return int(images.grids.sum()) * self.tokens_of_tile
+        return int(images.grids.sum()) * self.tokens_per_tile
 
-    def _shown(self, count: int) -> list[int]:
-        start, end = self.frame
-        return [start, *super()._shown(count), end]
+    def _image_tokens(self, count: int) -> list[int]:
+        start, end = self.delimiters
+        return [start, *super()._image_tokens(count), end]
 
     def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:
         return torch.arange(len(token_ids))[None]
@@ -73,11 +73,11 @@ class InternVL(HuggingFaceFamily):
         return [*body.vision_tower.encoder.layer, *body.language_model.layers]
 
     def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
-        """Tiles have one size, so they are one batch anyway."""
+        """Ignore `packed`: tiles have one size and form a single batch anyway."""
         body: Any = network.model
         features: Tensor = body.get_image_features(images.pixels).pooler_output
         return features.flatten(0, 1)
 
-    def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
-        """No mask is to be made: the line says who sees whom."""
-        return super()._with_images(embedded, is_image, features) | {"attention_mask": {"full_attention": None}}
+    def _text_inputs(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
+        """Pass an empty mask: the packed sequence's attention defines visibility."""
+        return super()._text_inputs(embedded, is_image, features) | {"attention_mask": {"full_attention": None}}

@@ -1,6 +1,7 @@
-"""Keyword arguments of the vision towers of Qwen-VL, computed on the CPU from the grids of the images.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with vision towers that never synchronize with the device.
 
-Left to themselves the towers read grids and lengths back from the device, the lengths in every layer.
+The towers of transformers read grids and sequence lengths back from the device, the lengths in every layer. Here their
+keyword arguments are computed on the CPU from the image grids.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from othink_ray.families.base import ImageTensors
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 
 
-class _Packed:
-    """Before the attention of any of the towers: it may be given `PackedImages` in the place of cumulative lengths."""
+class _PackedAttention:
+    """Mixin before a tower's attention class: accepts `PackedImages` in place of cumulative lengths."""
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Any, **settings: Any) -> Tensor:
         if isinstance(cu_seqlens, PackedImages):
@@ -35,16 +36,17 @@ class _Packed:
 
 
 def accept_packed(tower: Any) -> None:
-    """Let all layers of the tower attend to all images, or windows, at once."""
+    """Make every layer of the tower accept `PackedImages`: one attention call over all images or windows."""
     for block in tower.blocks:
-        plain = type(block.attn)
-        block.attn.__class__ = type(f"Packed{plain.__name__}", (_Packed, plain), {})
+        original = type(block.attn)
+        block.attn.__class__ = type(f"Packed{original.__name__}", (_PackedAttention, original), {})
 
 
 def tower_inputs(tower: nn.Module, grids: Tensor, device: torch.device, *, packed: bool) -> dict[str, Any]:
-    """The keywords of a pass over images of these `grids` (images, 3), on the CPU; `packed` as `accept_packed` has it.
+    """Return the tower's keyword arguments for images of these `grids` (images, 3), which are on the CPU.
 
-    Cumulative lengths are left on the CPU where they are not packed: the layers want them there.
+    If `packed` (needs `accept_packed`), cumulative lengths become `PackedImages`; else they stay on the CPU, where the
+    layers need them.
     """
     settings: Any = tower
     merge: int = settings.spatial_merge_size
@@ -62,20 +64,20 @@ def tower_inputs(tower: nn.Module, grids: Tensor, device: torch.device, *, packe
             align_corners=settings.interpolation_align_corners,
             spatial_merge_size=merge,
         )
-    # A copy that the host does not wait for: the pass that reads it is queued behind it.
+    # Asynchronous copies: the kernels that read them are queued behind them.
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in on_device.items()}
-    return moved | {name: PackedImages(own, device) if packed else own for name, own in bounds.items()}
+    return moved | {name: PackedImages(each, device) if packed else each for name, each in bounds.items()}
 
 
 class _PatchProjection(nn.Conv3d):
-    """A convolution whose kernel is as large as what it is given: a matrix product, and several times as quick."""
+    """A convolution whose kernel covers its whole input, computed as a matmul: several times faster."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 class QwenVL(HuggingFaceFamily):
-    """Any Qwen-VL, bound to a Hugging Face folder or hub name; as it stands it is Qwen2-VL and Qwen2.5-VL."""
+    """Qwen2-VL and Qwen2.5-VL, and the base class of Qwen3-VL; positions have three axes (M-RoPE)."""
 
     vision_tokens = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -147,30 +149,29 @@ class QwenVL(HuggingFaceFamily):
         return [*body.visual.blocks, *body.language_model.layers]
 
     def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
-        features: Tensor = self._seen(network, images, packed).pooler_output
+        features: Tensor = self._run_tower(network, images, packed).pooler_output
         return features
 
-    def _seen(self, network: nn.Module, images: ImageTensors, packed: bool) -> Any:
-        """What the tower returns."""
+    def _run_tower(self, network: nn.Module, images: ImageTensors, packed: bool) -> Any:
         tower: Any = self.vision_tower(network)
-        beside = tower_inputs(tower, images.grids, images.pixels.device, packed=packed)
-        return tower(images.pixels.type(tower.dtype), grid_thw=images.grids, **beside)
+        inputs = tower_inputs(tower, images.grids, images.pixels.device, packed=packed)
+        return tower(images.pixels.type(tower.dtype), grid_thw=images.grids, **inputs)
 
 
 class Qwen3VL(QwenVL):
-    """Its image features are (image tokens, H * depths): what stands in for placeholders, then what layers add."""
+    """Qwen3-VL; image features are (image tokens, H * depths): input embeddings, then the DeepStack features."""
 
     def projectors(self, network: nn.Module) -> list[nn.Module]:
         tower: Any = self.vision_tower(network)
         return [tower.merger, tower.deepstack_merger_list]
 
     def image_features(self, network: nn.Module, images: ImageTensors, *, packed: bool = False) -> Tensor:
-        seen = self._seen(network, images, packed)
-        return torch.cat([seen.pooler_output, *seen.deepstack_features], dim=-1)
+        output = self._run_tower(network, images, packed)
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=-1)
 
-    def _with_images(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
-        shown, *added = features.split(embedded.shape[-1], dim=-1)
-        return super()._with_images(embedded, is_image, shown) | {
+    def _text_inputs(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
+        image_embeds, *deepstack = features.split(embedded.shape[-1], dim=-1)
+        return super()._text_inputs(embedded, is_image, image_embeds) | {
             "visual_pos_masks": is_image[None],
-            "deepstack_visual_embeds": added,
+            "deepstack_visual_embeds": deepstack,
         }

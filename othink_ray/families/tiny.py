@@ -1,4 +1,4 @@
-"""The embedded model: a real Qwen2-VL of about a million parameters, with a tokenizer trained here. No download."""
+"""The built-in model: a Qwen2-VL of about a million parameters with a tokenizer trained locally; no download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 
 from othink_ray.config.schema import ModelConfig, TinyConfig
 
-_INIT_STD = 0.05  # at this width 0.02 leaves SFT on a plateau for eight times as many steps
+_INIT_STD = 0.05  # at this width, 0.02 keeps SFT on a plateau for eight times as many steps
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# The chat format of Qwen2-VL: images first, then the text, one block a turn.
+# The chat format of Qwen2-VL: one block per turn, images before text.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}{{ "\\n" }}
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
-    """Write a randomly initialised model, its tokenizer (trained on `texts`) and processor as a Hugging Face folder."""
+    """Write a randomly initialized model, its tokenizer (trained on `texts`) and processor as a Hugging Face folder."""
     assert model.tiny is not None
     tokenizer = train_tokenizer(texts)
     image_processor = Qwen2VLImageProcessor(min_pixels=model.min_pixels, max_pixels=model.max_pixels)
@@ -59,7 +59,7 @@ def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     network = Qwen2VLForConditionalGeneration(_config(model.tiny, tokenizer))
-    _initialise(network, model.tiny.seed)
+    _initialize(network, model.tiny.seed)
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     network.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     network.save_pretrained(folder)
@@ -67,7 +67,7 @@ def build_tiny(folder: Path, model: ModelConfig, texts: Iterable[str]) -> None:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits stand alone, so that a count is always one token a digit."""
+    """Train a byte-level BPE tokenizer with one token per digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -131,8 +131,8 @@ def _config(tiny: TinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConf
     )
 
 
-def _initialise(network: torch.nn.Module, seed: int) -> None:
-    """Normal matrices, unit norms, zero biases, drawn in the order of the names: the same bytes wherever it runs."""
+def _initialize(network: torch.nn.Module, seed: int) -> None:
+    """Initialize normal matrices, unit norms and zero biases in order of name, for the same bytes on any machine."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(network.named_parameters()):

@@ -132,7 +132,7 @@ def live(own: Setting, steps: range, position: int = 0) -> tuple[list[Step], Poo
         seed=3,
         on_bad_row="stop",
         position=position,
-        ahead=own.prompts if own.read_ahead else 0,
+        read_ahead=own.prompts if own.read_ahead else 0,
     )
     team = WorkerGroup(
         rollout=pools,

@@ -1,1 +1,1 @@
-"""Generated tasks: counting shapes in a grid, and geometry drawn to scale."""
+"""Generated tasks: counting shapes in a grid, and geometry figures drawn to scale."""

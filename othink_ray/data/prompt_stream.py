@@ -20,6 +20,9 @@ from othink_ray.data.sources import RowReader
 from othink_ray.data.tables import Row, SourceError, no_rows, open_streaming
 from othink_ray.types import Prompt
 
+LengthFilter = Callable[[Prompt], None]
+"""Raises BadRow for a prompt that does not fit the model's context."""
+
 
 class ReadAhead:
     """Calls `read(position)` in a background thread that stays `rows` positions ahead.
@@ -155,10 +158,6 @@ class StreamingOrder:
                 return
             self._row = row
             self._index += 1
-
-
-LengthFilter = Callable[[Prompt], None]
-"""Raises BadRow for a prompt that does not fit the model's context."""
 
 
 class Order(Protocol):

@@ -35,6 +35,9 @@ from othink_ray.families.base import ImageTensors, answer_prefix
 from othink_ray.types import Message, Prompt
 
 PACKED_ATTENTION, IMAGE_ATTENTION = "packed_sequence", "image"
+PART_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
+_ATTENTION = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": IMAGE_ATTENTION}
+_WEIGHTS = "model.safetensors"
 
 
 def _attend(
@@ -121,11 +124,6 @@ def prune_last_layer(layer: nn.Module) -> None:
 
 def is_pruned(layer: nn.Module) -> bool:
     return isinstance(layer, _Pruned)
-
-
-_ATTENTION = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": IMAGE_ATTENTION}
-PART_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
-_WEIGHTS = "model.safetensors"
 
 
 class HuggingFaceFamily:

@@ -1,4 +1,4 @@
-"""What every source promises: rows by number, the same ones each time, each a question that can be asked and graded."""
+"""The contract of data sources: deterministic rows by number, each a valid, gradable prompt."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _parquet_folder(folder: Path) -> DataConfig:
     return own_data(folder / "data")
 
 
-def _parquet_passing(folder: Path) -> DataConfig:
+def _parquet_streamed(folder: Path) -> DataConfig:
     return own_data(write_parquet(folder / "train.parquet", [picture(n) for n in range(ROWS)]), stream_buffer=3)
 
 
@@ -78,7 +78,7 @@ def _disk_of_splits(folder: Path) -> DataConfig:
 
 
 def _hub(folder: Path) -> DataConfig:
-    """A data set repository as the hub lays it out, in a folder: the library loads both alike."""
+    """Return a local copy of a hub data set's layout: `datasets` loads both the same way."""
     _saved(folder).to_parquet(folder / "repository" / "data" / "train-00000-of-00001.parquet")
     return own_data(folder / "repository", source="hub", split="train")
 
@@ -102,7 +102,7 @@ LAYOUTS: dict[str, Callable[[Path], DataConfig]] = {
     "hub": _hub,
     "easy_vqa": _easy_vqa,
 }
-FIXED = (*GENERATED, "easy_vqa")  # sources whose questions are not the reader's own files
+FIXED = (*GENERATED, "easy_vqa")  # sources whose rows do not come from the user's files
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -115,13 +115,13 @@ def source(data: DataConfig) -> Source:
     return open_source(data, "train")
 
 
-def test_every_source_is_tried_here_and_known_to_the_config() -> None:
+def test_every_source_has_a_test_and_a_config_entry() -> None:
     assert set(SOURCES) <= set(LAYOUTS)
     assert set(SOURCES) == set(KNOWN)
     assert set(SOURCES) - set(GENERATED) == set(OPENERS)
 
 
-def test_rows_are_questions_that_can_be_asked(source: Source, data: DataConfig) -> None:
+def test_rows_are_valid_prompts(source: Source, data: DataConfig) -> None:
     assert len(source) == ROWS
     for index in range(ROWS):
         prompt = source.prompt(index)
@@ -137,13 +137,13 @@ def test_rows_have_distinct_ids_that_name_the_split(source: Source) -> None:
     assert all("/train/" in row_id for row_id in ids)
 
 
-def test_rows_are_the_same_in_any_order_and_any_instance(source: Source, data: DataConfig) -> None:
+def test_rows_are_the_same_in_any_order_and_instance(source: Source, data: DataConfig) -> None:
     again = open_source(data, "train")
     assert [again.prompt(index) for index in reversed(range(ROWS))][::-1] == [source.prompt(i) for i in range(ROWS)]
 
 
 @pytest.mark.parametrize("index", [-1, ROWS])
-def test_a_row_outside_is_an_index_error(source: Source, index: int) -> None:
+def test_a_row_out_of_range_is_an_index_error(source: Source, index: int) -> None:
     with pytest.raises(IndexError, match=f"has rows 0 to {ROWS - 1}, not {index}"):
         source.prompt(index)
 
@@ -167,10 +167,10 @@ def test_files_of_any_layout_give_the_same_questions(layout: str, tmp_path: Path
         assert prompt.id == f"own/train/{number:06d}"
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "passing"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "streamed"])
 @pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 15])
-def test_a_stream_resumed_at_a_position_goes_on_as_if_never_stopped(layout: str, taken: int, tmp_path: Path) -> None:
-    data = {**LAYOUTS, "passing": _parquet_passing}[layout](tmp_path)
+def test_a_stream_resumes_exactly_at_a_position(layout: str, taken: int, tmp_path: Path) -> None:
+    data = {**LAYOUTS, "streamed": _parquet_streamed}[layout](tmp_path)
     stream = PromptStream(open_training(data), seed=3, on_bad_row="stop")
     stream.take(taken)
     resumed = PromptStream(open_training(data), seed=3, on_bad_row="stop", position=stream.position)
@@ -178,18 +178,18 @@ def test_a_stream_resumed_at_a_position_goes_on_as_if_never_stopped(layout: str,
     assert resumed.take(9) == stream.take(9)
 
 
-def test_a_hub_name_that_cannot_be_reached_is_named_with_its_key(tmp_path: Path) -> None:
+def test_an_unreachable_hub_name_is_named_with_its_key(tmp_path: Path) -> None:
     data = load(["data=clevr"]).data
     with pytest.raises(ValueError, match=r"data\.train\.files\.path = leonardPKU/clevr_cogen_a_train cannot be read: "):
         open_source(data, "train")
 
 
-def test_no_row_of_a_large_set_is_read_to_know_its_length(tmp_path: Path) -> None:
+def test_length_and_columns_are_known_without_reading_rows(tmp_path: Path) -> None:
     table = ArrowTable(_saved(tmp_path))
     assert (len(table), list(table.columns)) == (ROWS, ["image", "problem", "solution"])
 
 
-def test_test_rows_may_come_from_another_place(tmp_path: Path) -> None:
+def test_the_test_split_may_come_from_other_files(tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train.parquet", [picture(n) for n in range(3)])
     data = own_data(train, write_r1v_test(tmp_path / "eval"))
     assert (len(open_source(data, "train")), len(open_source(data, "test"))) == (3, ROWS)

@@ -1,4 +1,4 @@
-"""Small data sets on disk in the layouts that users have; each row's picture is its own."""
+"""Small data sets on disk in the layouts that users have; each row has a distinct image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def solution(number: int) -> str:
 
 
 def train_columns(images: Sequence[Any]) -> dict[str, list[Any]]:
-    """R1-V's training columns."""
+    """Return the training columns of R1-V."""
     numbers = range(len(images))
     return {
         "image": list(images),
@@ -51,14 +51,14 @@ def write_parquet(file: Path, images: Sequence[Any], **more: Sequence[Any]) -> P
 
 
 def write_jsonl(file: Path, rows: Sequence[Any]) -> Path:
-    """A row that is text already is written as it is."""
+    """Write one row per line; a row that is a string is written verbatim."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return file
 
 
 def write_r1v_test(folder: Path, rows: int = ROWS) -> Path:
-    """R1-V's test layout: a JSONL file and, beside it, the images it names."""
+    """Write R1-V's test layout: a JSONL file and the images it refers to."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(rows):
         (folder / "images" / f"{number}.png").write_bytes(picture(number))
@@ -77,15 +77,15 @@ def _template() -> DataConfig:
 
 
 def own_data(train: str | Path = ".", test: str | Path = ".", **train_files: Any) -> DataConfig:
-    """data=own, pointed somewhere; the other settings are those of the training files."""
+    """Return the config of data=own with these paths; further keywords change the training files."""
     data = _template()
     assert data.train.files is not None and data.test.files is not None
-    held_out = replace(data.test, files=replace(data.test.files, path=str(test)))
-    return with_files(replace(data, test=held_out), path=str(train), **train_files)
+    test_part = replace(data.test, files=replace(data.test.files, path=str(test)))
+    return with_files(replace(data, test=test_part), path=str(train), **train_files)
 
 
 def with_files(data: DataConfig, **changes: Any) -> DataConfig:
-    """With other settings of the training files; `source` and `size` are the part's, column names the columns'."""
+    """Return the config with changed training files; `source` and `size` change the part, column roles the columns."""
     files: FilesConfig | None = data.train.files
     assert files is not None
     columns = {name: changes.pop(name) for name in ("image", "question", "answer", "id") if name in changes}

@@ -1,6 +1,6 @@
-"""Bad inputs, each with the message that it gives: what is dropped is named and counted, what cannot be used says why.
+"""Bad inputs and the message of each: bad rows are dropped with a reason, unusable data sets stop the run.
 
-docs/bad_inputs.md is this table.
+docs/bad_inputs.md is generated from this table.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "bad_inputs.md"
 GOOD = {"image": None, "problem": "How many?", "solution": "<answer> 3 </answer>"}
 
 
-def encoded(image: Image.Image, format: str = "PNG", **how: Any) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=format, **how)
+    image.save(buffer, format=format, **options)
     return buffer.getvalue()
 
 
@@ -41,7 +41,7 @@ def blank(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def bomb() -> bytes:
-    """A few kilobytes that say of themselves that they are 60,000 x 60,000 pixels."""
+    """Return a PNG of a few bytes whose header claims 60,000 x 60,000 pixels."""
     small = bytearray(encoded(blank(8, 8)))
     small[16:24] = (60_000).to_bytes(4, "big") * 2
     small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
@@ -49,7 +49,7 @@ def bomb() -> bytes:
 
 
 def fat_text_chunk() -> bytes:
-    """A text chunk of a PNG that unpacks to 100 MB."""
+    """Return a PNG with a text chunk that decompresses to 100 MB."""
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "0" * 100_000_000, zip=True)
     return encoded(blank(28, 28), pnginfo=info)
@@ -63,18 +63,18 @@ def gif(frames: int) -> bytes:
 
 
 def noise(width: int, height: int) -> NDArray[np.uint8]:
-    """The same in every process."""
+    """Return pixels that are the same in every process."""
     return np.random.default_rng(0).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
 
 
 IMAGES: dict[str, Callable[[], Any]] = {
-    "an image cut in half": lambda: (lambda whole: whole[: len(whole) // 2])(picture(1)),
+    "a PNG cut in half": lambda: (lambda whole: whole[: len(whole) // 2])(picture(1)),
     "a JPEG cut in half": lambda: (lambda whole: whole[: len(whole) // 2])(encoded(blank(280, 280), "JPEG")),
-    "an image without its last bytes": lambda: encoded(Image.fromarray(noise(90, 90)))[:-600],
-    "no bytes at all": lambda: b"",
-    "text in place of an image": lambda: b"<html>404</html>",
+    "a PNG without its last bytes": lambda: encoded(Image.fromarray(noise(90, 90)))[:-600],
+    "an empty file": lambda: b"",
+    "text instead of an image": lambda: b"<html>404</html>",
     "a decompression bomb": bomb,
-    "a PNG whose text unpacks to 100 MB": fat_text_chunk,
+    "a PNG whose text chunk decompresses to 100 MB": fat_text_chunk,
     "an image of 1 x 1 pixels": lambda: encoded(blank(1, 1)),
     "an image of 20000 x 10 pixels": lambda: encoded(blank(20_000, 10)),
     "an image of 9000 x 6000 pixels": lambda: encoded(blank(9000, 6000, "L")),
@@ -82,24 +82,24 @@ IMAGES: dict[str, Callable[[], Any]] = {
     "a TIFF": lambda: encoded(blank(28, 28), "TIFF"),
     "a WebP": lambda: encoded(blank(28, 28), "WEBP"),
     "a grayscale PNG": lambda: encoded(blank(56, 28, "L")),
-    "a grayscale PNG of 16 bits": lambda: encoded(blank(56, 28, "I;16")),
-    "a PNG with a palette and a transparent colour": lambda: encoded(blank(56, 28, "P"), transparency=0),
+    "a 16-bit grayscale PNG": lambda: encoded(blank(56, 28, "I;16")),
+    "a PNG with a palette and a transparent color": lambda: encoded(blank(56, 28, "P"), transparency=0),
     "a transparent PNG": lambda: encoded(blank(56, 28, "RGBA")),
     "a CMYK JPEG": lambda: encoded(blank(56, 28, "CMYK"), "JPEG"),
-    "a JPEG that EXIF turns": lambda: encoded(blank(56, 28), "JPEG", exif=_turned()),
-    "a path that leads nowhere": lambda: "missing.png",
-    "a path with a NUL in it": lambda: "nul\0.png",
-    "a folder in place of an image": lambda: ".",
-    "a path that leads out of the image root": lambda: "../elsewhere.png",
-    "a device in place of an image": lambda: "/dev/zero",
-    "a number in place of an image": lambda: 17,
+    "a JPEG rotated by its EXIF orientation": lambda: encoded(blank(56, 28), "JPEG", exif=_rotated()),
+    "a path that does not exist": lambda: "missing.png",
+    "a path that contains NUL": lambda: "nul\0.png",
+    "a folder instead of an image": lambda: ".",
+    "a path outside the image root": lambda: "../elsewhere.png",
+    "a device instead of an image": lambda: "/dev/zero",
+    "a number instead of an image": lambda: 17,
     "no image": lambda: None,
     "an empty list of images": list,
     "more images than rollout.max_images": lambda: [picture(number) for number in range(9)],
 }
 
 
-def _turned() -> Image.Exif:
+def _rotated() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -107,12 +107,12 @@ def _turned() -> Image.Exif:
 
 ROWS: dict[str, dict[str, Any]] = {
     "an empty question": {"problem": ""},
-    "a question of blanks": {"problem": " \n\t "},
+    "a question of whitespace": {"problem": " \n\t "},
     "a missing question": {"problem": None},
     "a question of 1 MB": {"problem": "How many? " * 100_000},
-    "a question that spells the model's placeholder": {"problem": "<|image_pad|> How many?"},
+    "a question that contains the model's placeholder": {"problem": "<|image_pad|> How many?"},
     "a question with two markers and one image": {"problem": "<image> <image> How many?"},
-    "a question with NUL and half a surrogate pair": {"problem": "How\0 many \ud83d?"},
+    "a question with NUL and an unpaired surrogate": {"problem": "How\0 many \ud83d?"},
     "an empty answer": {"solution": ""},
     "a missing answer": {"solution": None},
     "an answer of empty tags": {"solution": "<answer> </answer>"},
@@ -127,21 +127,21 @@ def _wrong_column(folder: Path) -> dict[str, Any]:
     return {"path": str(write_parquet(folder / "t.parquet", [picture(1)])), "question": "probelm"}
 
 
-def _torn_parquet(folder: Path) -> dict[str, Any]:
+def _truncated_parquet(folder: Path) -> dict[str, Any]:
     file = write_parquet(folder / "t.parquet", [picture(1)])
     file.write_bytes(file.read_bytes()[:-20])
     return {"path": str(file)}
 
 
-def _torn_lines(folder: Path) -> dict[str, Any]:
+def _invalid_lines(folder: Path) -> dict[str, Any]:
     return {"path": str(write_jsonl(folder / "t.jsonl", ['{"image": "a', "[1, 2]"])), "source": "jsonl"}
 
 
-def _deep_line(folder: Path) -> dict[str, Any]:
+def _nested_line(folder: Path) -> dict[str, Any]:
     return {"path": str(write_jsonl(folder / "t.jsonl", ["[" * 100_000])), "source": "jsonl"}
 
 
-def _nowhere(folder: Path) -> dict[str, Any]:
+def _missing(folder: Path) -> dict[str, Any]:
     return {"path": str(folder / "nowhere")}
 
 
@@ -149,94 +149,95 @@ def _no_files(folder: Path) -> dict[str, Any]:
     return {"path": str(folder)}
 
 
-def _no_root(folder: Path) -> dict[str, Any]:
+def _missing_root(folder: Path) -> dict[str, Any]:
     return {"path": str(write_parquet(folder / "t.parquet", [picture(1)])), "image_root": str(folder / "none")}
 
 
 SETS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "an empty data set": _empty,
-    "a column that is not there": _wrong_column,
-    "a parquet file cut short": _torn_parquet,
-    "a JSONL file of torn lines": _torn_lines,
-    "a JSON line nested 100,000 deep": _deep_line,
-    "a path that is not there": _nowhere,
-    "a folder without files": _no_files,
-    "an image_root that is not there": _no_root,
+    "a column that does not exist": _wrong_column,
+    "a truncated parquet file": _truncated_parquet,
+    "a JSONL file of invalid lines": _invalid_lines,
+    "a JSON line nested 100,000 levels deep": _nested_line,
+    "a data set path that does not exist": _missing,
+    "a folder without data files": _no_files,
+    "an image_root that does not exist": _missing_root,
 }
 
 
-# ---- what a run says
+# ---- the messages
 
 
-def told_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
-    """Read, checked and fitted as the stream does with each row."""
+def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
+    """Read, validate and length-filter a row as the stream does, and return the outcome."""
     rollout = load(["rollout.max_model_len=192", "rollout.max_tokens=24", "rollout.max_images=2"]).rollout
     try:
         prompt = RowReader(own_data(".", source="hub", image_root=str(folder)), "train").prompt("own/7", row)
         check_fits(family, rollout, prompt)
     except BadRow as bad:
         return f"dropped: {bad.reason}"
-    counted, seen = family.image_token_counts(prompt.images), family.encode_images(prompt.images)
-    assert sum(counted) == family.tokens_of(seen)
-    return f"asked, with {sum(counted)} image tokens"
+    counts, images = family.image_token_counts(prompt.images), family.encode_images(prompt.images)
+    assert sum(counts) == family.tokens_of(images)
+    return f"accepted, with {sum(counts)} image tokens"
 
 
-def told_of_set(files: dict[str, Any]) -> str:
+def outcome_of_data_set(files: dict[str, Any]) -> str:
     path = files.pop("path")
     data = own_data(path, **{"source": "parquet"} | files)
     try:
         PromptStream(open_source(data, "train"), seed=0, on_bad_row="drop").take(1)
     except SourceError as error:
         return f"stopped: {error}"
-    return "asked"
+    return "accepted"
 
 
 def table(folder: Path, family: Family) -> Iterator[tuple[str, str]]:
     for name, image in IMAGES.items():
-        yield name, told_of_row(GOOD | {"image": image()}, folder, family)
+        yield name, outcome_of_row(GOOD | {"image": image()}, folder, family)
     for name, changes in ROWS.items():
-        yield name, told_of_row(GOOD | {"image": picture(1)} | changes, folder, family)
+        yield name, outcome_of_row(GOOD | {"image": picture(1)} | changes, folder, family)
     for number, (name, make) in enumerate(SETS.items()):
-        place = folder / str(number)
-        place.mkdir()
-        yield name, told_of_set(make(place)).replace(str(place), "…").replace(str(Path.cwd()), "…")
+        parent = folder / str(number)
+        parent.mkdir()
+        yield name, outcome_of_data_set(make(parent)).replace(str(parent), "…").replace(str(Path.cwd()), "…")
 
 
 def page(rows: Iterator[tuple[str, str]], folder: Path) -> str:
-    return HEAD + "".join(f"| {name} | {_plain(told, folder)} |\n" for name, told in rows)
+    return HEAD + "".join(f"| {name} | {_escaped(outcome, folder)} |\n" for name, outcome in rows)
 
 
-def _plain(told: str, folder: Path) -> str:
-    return told.replace(str(folder), "…").replace("|", "\\|").replace("\0", "␀")
+def _escaped(outcome: str, folder: Path) -> str:
+    return outcome.replace(str(folder), "…").replace("|", "\\|").replace("\0", "␀")
 
 
-HEAD = """# Bad inputs, and what a run says of each
+HEAD = """# Bad inputs and their messages
 
-A row that is dropped is named in the console and counted in `summary.json`; `data.on_bad_row=stop` ends the run there.
-A data set that cannot be used ends the run before any actor starts. `tests/data/test_bad_inputs.py` makes this page.
+A dropped row is named on the console and counted in `summary.json`; with `data.on_bad_row=stop` it ends the run.
+An unusable data set ends the run before any actor starts. `tests/data/test_bad_inputs.py` generates this page.
 
-| input | what is said |
+| input | outcome |
 |---|---|
 """
 
 
-def test_each_bad_input_is_told_as_the_page_has_it(tmp_path: Path, family: Family, no_network: None) -> None:
+def test_each_bad_input_gives_the_message_on_the_page(tmp_path: Path, family: Family, no_network: None) -> None:
     found = page(table(tmp_path, family), tmp_path)
     assert found.count("\n") - HEAD.count("\n") >= 40
     assert not re.findall(r"Traceback|0x[0-9a-f]{6}|site-packages", found)
     if os.environ.get("WRITE_PAGES"):
         PAGE.write_text(found)
-    assert found == PAGE.read_text(), "docs/bad_inputs.md is not what is said: WRITE_PAGES=1 writes it again"
+    assert found == PAGE.read_text(), "docs/bad_inputs.md is out of date: run with WRITE_PAGES=1 to regenerate it"
 
 
-def test_an_image_that_exif_turns_is_upright_for_both_sides(family: Family, vllm_engine: VLLMRollout) -> None:
-    wide, turned = (
-        encoded(Image.linear_gradient("L").resize((56, 28)), "JPEG", **how) for how in ({}, {"exif": _turned()})
+def test_an_exif_rotated_image_is_upright_in_both_engines(family: Family, vllm_engine: VLLMRollout) -> None:
+    wide, rotated = (
+        encoded(Image.linear_gradient("L").resize((56, 28)), "JPEG", **options)
+        for options in ({}, {"exif": _rotated()})
     )
     [[_, height, width]] = family.encode_images([wide]).grids.tolist()
     assert width > height
-    assert family.encode_images([turned]).grids.tolist() == [[1, width, height]]
-    prompt = ask("turned", turned)
+    assert family.encode_images([rotated]).grids.tolist() == [[1, width, height]]
+    prompt = ask("rotated", rotated)
     [probe] = vllm_engine.probe([prompt], Sampling(answers=1, max_tokens=2, temperature=1.0, seed=0), 4)
-    asked = family.expand(family.prompt_token_ids(prompt), family.image_token_counts([turned]))
-    assert probe.group.prompt_token_ids.tolist() == asked
+    expanded = family.expand(family.prompt_token_ids(prompt), family.image_token_counts([rotated]))
+    assert probe.group.prompt_token_ids.tolist() == expanded

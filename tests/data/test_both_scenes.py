@@ -1,4 +1,4 @@
-"""Counting and geometry mixed."""
+"""The mixture of counting and geometry rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""easy-VQA as its package has it, and wheels that are fetched once."""
+"""The easy-VQA data set, its subsets, and the cache of fetched wheels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from othink_ray.config.validate import problems
 from othink_ray.data import SourceError, open_source
 from othink_ray.data.wheels import WheelError, fetch_wheel
 
-COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
 WHEEL = "easy-vqa==1.0"
 
@@ -23,24 +23,24 @@ def answers(name: str, split: str, *overrides: str) -> list[str]:
     return [source.prompt(index).answer for index in range(0, len(source), 41)]
 
 
-def test_open_questions_ask_for_colours_and_shapes_alone() -> None:
-    assert set(answers("easy_vqa", "train")) == set(answers("easy_vqa", "test")) == COLOURS | SHAPES
+def test_open_questions_ask_only_for_colors_and_shapes() -> None:
+    assert set(answers("easy_vqa", "train")) == set(answers("easy_vqa", "test")) == COLORS | SHAPES
 
 
-def test_subsets_divide_all_questions_of_a_split() -> None:
+def test_subsets_partition_the_questions_of_a_split() -> None:
     def count(subset: str) -> int:
-        whole = ["data=easy_vqa", "data.test.size=null"]
-        return len(open_source(load([*whole, f"data.test.files.subset={subset}"]).data, "test"))
+        unlimited = ["data=easy_vqa", "data.test.size=null"]
+        return len(open_source(load([*unlimited, f"data.test.files.subset={subset}"]).data, "test"))
 
     assert (count("open"), count("yes_no"), count("null")) == (2537, 7136, 9673)
     assert count("shape") + count("colour") == 2537
     assert set(answers("easy_vqa", "test", "data.test.files.subset=shape")) == SHAPES
-    assert set(answers("easy_vqa", "test", "data.test.files.subset=colour")) == COLOURS
+    assert set(answers("easy_vqa", "test", "data.test.files.subset=colour")) == COLORS
     assert set(answers("easy_vqa", "test", "data.test.files.subset=yes_no")) == {"yes", "no"}
     assert len(open_source(load(["data=easy_vqa_all"]).data, "train")) == 38_575
 
 
-def test_every_row_has_its_own_image_and_name() -> None:
+def test_rows_have_distinct_ids_and_many_images() -> None:
     source = open_source(load(["data=easy_vqa"]).data, "train")
     prompts = [source.prompt(index) for index in range(60)]
     assert len({prompt.id for prompt in prompts}) == 60
@@ -49,7 +49,7 @@ def test_every_row_has_its_own_image_and_name() -> None:
     assert table_ids == sorted(table_ids)
 
 
-def test_a_subset_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+def test_an_unknown_subset_is_rejected_with_the_known_ones() -> None:
     [problem] = problems(load(["data=easy_vqa", "data.train.files.subset=opn"]), None)
     assert problem.subject == "data.train.files.subset = opn"
     assert "open, shape, colour, yes_no or null" in problem.rule
@@ -58,17 +58,17 @@ def test_a_subset_that_there_is_not_is_refused_with_those_that_there_are() -> No
 def test_a_wheel_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = fetch_wheel(WHEEL)
 
-    def never(*arguments: object, **settings: object) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
         raise AssertionError("fetched again")
 
-    monkeypatch.setattr(subprocess, "run", never)
+    monkeypatch.setattr(subprocess, "run", fail)
     assert fetch_wheel(WHEEL) == wheel
 
 
-def test_a_package_that_cannot_be_had_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_wheel_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(WheelError, match=r"easy-vqa==1\.0 could not be fetched from PyPI: .*put its wheel into "):
+    with pytest.raises(WheelError, match=r"easy-vqa==1\.0 could not be fetched from PyPI: .*place its wheel in "):
         fetch_wheel(WHEEL)
     assert list((tmp_path / "othink_ray" / "wheels").iterdir()) == []
     with pytest.raises(SourceError, match=r"data\.test\.files\.path = easy-vqa==1\.0: easy-vqa==1\.0 could not be"):

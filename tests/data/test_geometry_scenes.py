@@ -19,7 +19,7 @@ from othink_ray.data.prompts import Split
 from othink_ray.data.scenes.counting import BACKGROUND, CELL, TINT
 from othink_ray.data.scenes.geometry import (
     ANGLES,
-    COLOURS,
+    COLORS,
     COLUMNS,
     GLYPHS,
     HEIGHT,
@@ -32,10 +32,10 @@ from othink_ray.data.scenes.geometry import (
     Figure,
     GeometryScenes,
     Labels,
+    draw_label,
     draw_problem,
     render,
     split_of,
-    write,
 )
 from othink_ray.rewards import accuracy, format_reward
 
@@ -63,40 +63,40 @@ def problems(kind: str, split: Split = "train", count: int = 40) -> list[tuple[F
     return [draw_problem(rng, kind, split) for _ in range(count)]
 
 
-def written() -> dict[bytes, str]:
-    """What a label looks like in its cell, at every place that it can have, by its ink."""
+def label_masks() -> dict[bytes, str]:
+    """Return the text of every label by its ink mask within the cell, for all positions it may have."""
     texts = [*map(str, ANGLES), "?"]
-    shapes: dict[bytes, str] = {}
-    for text, across, down in itertools.product(texts, *2 * [range(-SHIFT, SHIFT + 1)]):
+    texts_by_mask: dict[bytes, str] = {}
+    for text, dx, dy in itertools.product(texts, *2 * [range(-SHIFT, SHIFT + 1)]):
         canvas = Image.new("RGB", (CELL, CELL), (255, 255, 255))
-        write(ImageDraw.Draw(canvas), text, CELL // 2 + across, CELL // 2 + down, (255, 255, 255))
+        draw_label(ImageDraw.Draw(canvas), text, CELL // 2 + dx, CELL // 2 + dy, (255, 255, 255))
         ink = (np.asarray(canvas) == INK).all(axis=-1)
         assert not (ink[0].any() or ink[-1].any() or ink[:, 0].any() or ink[:, -1].any()), "a label stays in its cell"
-        assert shapes.setdefault(ink.tobytes(), text) == text
-    return shapes
+        assert texts_by_mask.setdefault(ink.tobytes(), text) == text
+    return texts_by_mask
 
 
 def read_off(image: NDArray[np.uint8]) -> tuple[Labels, str]:
-    """Labels and colour, from the pixels alone."""
-    shapes = written()
-    [colour] = [name for name, tone in COLOURS.items() if near(image, tone).any()]
+    """Recover labels and color from the pixels alone."""
+    texts = label_masks()
+    [color] = [name for name, tone in COLORS.items() if near(image, tone).any()]
     labels = []
     for cell in range(ROWS * COLUMNS):
         row, column = divmod(cell, COLUMNS)
         part = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         ink = (part == INK).all(axis=-1)
         if ink.any():
-            labels.append((cell, shapes[ink.tobytes()]))
-        elif near(part, COLOURS[colour]).sum() == (CELL - 2) ** 2:
+            labels.append((cell, texts[ink.tobytes()]))
+        elif near(part, COLORS[color]).sum() == (CELL - 2) ** 2:
             labels.append((cell, UNIT))
-    return tuple(labels), colour
+    return tuple(labels), color
 
 
 def near(image: NDArray[np.uint8], tone: tuple[int, int, int]) -> NDArray[np.bool_]:
     return np.asarray((np.abs(image.astype(int) - np.array(tone)) <= TINT).all(axis=-1))
 
 
-def test_a_problem_is_a_question_with_one_image_of_twelve_tokens() -> None:
+def test_a_problem_is_a_question_with_one_image() -> None:
     prompt = GeometryScenes(DATA, "test").prompt(12)
     assert prompt.id == "geometry_scenes/test/000012"
     assert prompt.task == "geometry"
@@ -116,18 +116,18 @@ def test_a_problem_does_not_depend_on_the_size_of_its_split() -> None:
     assert GeometryScenes(longer, "train").prompt(77) == GeometryScenes(DATA, "train").prompt(77)
 
 
-def test_every_kind_of_problem_comes_equally_often() -> None:
+def test_every_kind_of_problem_is_equally_frequent() -> None:
     scenes = GeometryScenes(DATA, "train")
-    asked = [re.sub(r"\d+", "N", scenes.prompt(index).messages[0].text) for index in range(10 * len(PROBLEMS))]
-    assert sorted(Counter(asked).values()) == [10] * len(PROBLEMS)
-    assert asked[: len(PROBLEMS)] != asked[len(PROBLEMS) : 2 * len(PROBLEMS)]
+    texts = [re.sub(r"\d+", "N", scenes.prompt(index).messages[0].text) for index in range(10 * len(PROBLEMS))]
+    assert sorted(Counter(texts).values()) == [10] * len(PROBLEMS)
+    assert texts[: len(PROBLEMS)] != texts[len(PROBLEMS) : 2 * len(PROBLEMS)]
 
 
-# ---- the answers are right
+# ---- answers
 
 
 @pytest.mark.parametrize("kind", ["third_angle", "type_of_triangle"])
-def test_a_triangle_is_drawn_to_scale_and_its_angles_make_180(kind: str) -> None:
+def test_a_triangle_is_to_scale_with_angles_adding_up_to_180(kind: str) -> None:
     for figure, _ in problems(kind):
         left, right = (int(text) for _, text in figure.labels)
         third = 180 - left - right
@@ -136,18 +136,18 @@ def test_a_triangle_is_drawn_to_scale_and_its_angles_make_180(kind: str) -> None
         assert angle(one, other, apex) == pytest.approx(left)
         assert angle(other, one, apex) == pytest.approx(right)
         largest = max(left, right, third)
-        kind_of = "A" if largest < 90 else "B" if largest == 90 else "C"
-        assert figure.answer == (f"{third}°" if kind == "third_angle" else kind_of)
+        triangle_type = "A" if largest < 90 else "B" if largest == 90 else "C"
+        assert figure.answer == (f"{third}°" if kind == "third_angle" else triangle_type)
         assert figure.thought == f"180-{left}-{right}={third}"
 
 
-def test_angles_on_a_line_are_drawn_to_scale_and_make_180() -> None:
+def test_angles_on_a_line_are_to_scale_and_add_up_to_180() -> None:
     sides = set()
     for figure, _ in problems("straight_line"):
         [(cell, given)] = [(cell, text) for cell, text in figure.labels if text != "?"]
         (left, right), (foot, end) = figure.lines
         sides.add(cell)
-        beside = right if cell == max(place for place, _ in figure.labels) else left
+        beside = right if cell == max(cell for cell, _ in figure.labels) else left
         assert angle(foot, beside, end) == pytest.approx(int(given))
         assert figure.answer == f"{180 - int(given)}°"
         assert re.findall(r"\d+", figure.question) == [given]
@@ -164,17 +164,17 @@ def test_a_rectangle_of_unit_squares_has_its_perimeter_and_area(kind: str) -> No
         assert max(columns) - min(columns) == len(columns) - 1
         expected = 2 * (len(rows) + len(columns)) if kind == "perimeter" else len(rows) * len(columns)
         assert figure.answer == str(expected)
-        assert not re.search(r"\d", figure.question), "only the image tells the sides"
+        assert not re.search(r"\d", figure.question), "the sides are only in the image"
 
 
-def test_each_type_of_triangle_comes_about_as_often() -> None:
+def test_types_of_triangle_are_about_equally_frequent() -> None:
     found = Counter(figure.answer for figure, _ in problems("type_of_triangle", count=150))
     assert set(found) == {"A", "B", "C"}
     assert min(found.values()) > 30
 
 
 def angle(at: tuple[float, float], one: tuple[float, float], other: tuple[float, float]) -> float:
-    """The angle at a point between two others, in degrees."""
+    """Return the angle in degrees at a point between two others."""
     turns = [math.atan2(at[1] - point[1], point[0] - at[0]) for point in (one, other)]
     return abs((math.degrees(turns[1] - turns[0]) + 180) % 360 - 180)
 
@@ -198,22 +198,22 @@ def test_the_worked_answer_earns_both_rewards(split: Split) -> None:
         assert prompt.thought in worked_answer(prompt)
 
 
-# ---- train and test are apart
+# ---- train and test are disjoint
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_labels_and_colour_can_be_read_off_the_pixels_and_belong_to_the_split(split: Split) -> None:
-    """With it: labels and colour have one split, so pixels have one split, so no image can be in both."""
+def test_pixels_determine_labels_color_and_split(split: Split) -> None:
+    """Labels and color determine the split, so the pixels do, so no image can be in both splits."""
     rng = np.random.Generator(np.random.PCG64(3))
     for kind in PROBLEMS:
-        for figure, colour in problems(kind, split, count=12):
-            labels, seen = read_off(np.asarray(render(figure, colour, rng)))
-            assert (labels, seen) == (figure.labels, colour)
-            assert split_of(labels, seen) == split
+        for figure, color in problems(kind, split, count=12):
+            labels, found = read_off(np.asarray(render(figure, color, rng)))
+            assert (labels, found) == (figure.labels, color)
+            assert split_of(labels, found) == split
 
 
-def test_no_two_tones_and_no_two_glyphs_can_be_mistaken() -> None:
-    tones = [BACKGROUND, INK, *COLOURS.values()]
+def test_tones_and_glyphs_are_distinguishable() -> None:
+    tones = [BACKGROUND, INK, *COLORS.values()]
     for one, other in itertools.combinations(tones, 2):
         assert any(abs(a - b) > 2 * TINT for a, b in zip(one, other, strict=True))
     assert len(set(GLYPHS.values())) == len(GLYPHS)

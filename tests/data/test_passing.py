@@ -7,7 +7,7 @@ import pytest
 
 from othink_ray.config.schema import DataConfig
 from othink_ray.data import PromptStream, SourceError, open_training
-from othink_ray.data.prompt_stream import PassingRows
+from othink_ray.data.prompt_stream import StreamingRows
 from tests.data.files import own_data, picture, with_files, write_parquet
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -32,70 +32,70 @@ def keys(stream: PromptStream, n: int) -> list[str]:
     return [prompt.id.rpartition("/")[2].partition("#")[0] for prompt in stream.take(n)]
 
 
-def test_each_epoch_shows_every_row_once_in_a_new_order(data: DataConfig) -> None:
-    reading = stream(data)
-    epochs = [keys(reading, ALL) for _ in range(3)]
+def test_each_epoch_has_every_row_once_in_a_new_order(data: DataConfig) -> None:
+    prompts = stream(data)
+    epochs = [keys(prompts, ALL) for _ in range(3)]
     assert all(sorted(epoch) == sorted(f"{s}-{n}" for s in range(SHARDS) for n in range(EACH)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert epochs[0] != sorted(epochs[0])
 
 
-def test_the_order_depends_on_the_seed_alone(data: DataConfig) -> None:
+def test_the_order_depends_only_on_the_seed(data: DataConfig) -> None:
     assert keys(stream(data, seed=1), 2 * ALL) == keys(stream(data, seed=1), 2 * ALL)
     assert keys(stream(data, seed=1), ALL) != keys(stream(data, seed=2), ALL)
 
 
 @pytest.mark.parametrize("taken", [0, 1, ALL - 1, ALL, ALL + 1, 3 * ALL - 1, 3 * ALL + 2])
-def test_a_stream_resumed_at_a_position_goes_on_as_if_never_stopped(data: DataConfig, taken: int) -> None:
+def test_a_stream_resumes_exactly_at_a_position(data: DataConfig, taken: int) -> None:
     first = stream(data, seed=5)
     first.take(taken)
     resumed = stream(data, seed=5, position=first.position)
     assert keys(resumed, 2 * ALL) == keys(first, 2 * ALL)
 
 
-def test_a_stopped_row_is_asked_again_without_reading_on(data: DataConfig) -> None:
-    order = PassingRows(data, "train").order(0)
+def test_positions_can_be_revisited(data: DataConfig) -> None:
+    order = StreamingRows(data, "train").order(0)
     assert order.prompt(3).id == order.prompt(3).id
     later = order.prompt(9).id
     assert order.prompt(3).id != later
     assert order.prompt(9).id == later
 
 
-def test_a_size_takes_the_first_rows(data: DataConfig) -> None:
-    reading = stream(with_files(data, size=4))
-    assert sorted(keys(reading, 4)) == ["0-0", "0-1", "0-2", "0-3"]
-    assert sorted(keys(reading, 4)) == ["0-0", "0-1", "0-2", "0-3"]
+def test_a_size_limit_keeps_the_first_rows(data: DataConfig) -> None:
+    prompts = stream(with_files(data, size=4))
+    assert sorted(keys(prompts, 4)) == ["0-0", "0-1", "0-2", "0-3"]
+    assert sorted(keys(prompts, 4)) == ["0-0", "0-1", "0-2", "0-3"]
 
 
-def test_rows_without_an_id_column_are_named_by_what_they_hold(data: DataConfig, tmp_path: Path) -> None:
+def test_rows_without_an_id_column_get_a_content_hash(data: DataConfig, tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "one.parquet", [picture(n) for n in range(4)])
-    reading = stream(own_data(file, stream_buffer=2))
-    epochs = [{prompt.id for prompt in reading.take(4)} for _ in range(2)]
+    prompts = stream(own_data(file, stream_buffer=2))
+    epochs = [{prompt.id for prompt in prompts.take(4)} for _ in range(2)]
     assert epochs[0] == epochs[1]
     assert len(epochs[0]) == 4
 
 
-def test_bad_rows_are_dropped_and_named_once(tmp_path: Path) -> None:
-    images = [picture(0), b"torn", picture(2), picture(3)]
+def test_bad_rows_are_dropped_and_reported_once(tmp_path: Path) -> None:
+    images = [picture(0), b"corrupt", picture(2), picture(3)]
     file = write_parquet(tmp_path / "set.parquet", images, key=list("abcd"))
-    reading = stream(own_data(file, stream_buffer=2, id="key"))
-    assert sorted(keys(reading, 6)) == ["a", "a", "c", "c", "d", "d"]
-    assert [row for row, _ in reading.dropped] == ["own/train/b"]
+    prompts = stream(own_data(file, stream_buffer=2, id="key"))
+    assert sorted(keys(prompts, 6)) == ["a", "a", "c", "c", "d", "d"]
+    assert [row for row, _ in prompts.dropped] == ["own/train/b"]
 
 
-def test_a_set_of_bad_rows_ends_in_an_error_that_names_one(tmp_path: Path) -> None:
-    file = write_parquet(tmp_path / "set.parquet", [b"torn"] * 3, key=list("abc"))
+def test_a_data_set_of_only_bad_rows_raises_and_names_one(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "set.parquet", [b"corrupt"] * 3, key=list("abc"))
     with pytest.raises(
         SourceError, match=r"all 3 rows of the data source are bad, the last one own/train/[abc]: image 1"
     ):
         stream(own_data(file, stream_buffer=2, id="key")).take(1)
 
 
-def test_a_missing_column_is_named_before_the_first_question(data: DataConfig) -> None:
+def test_a_missing_column_is_reported_at_construction(data: DataConfig) -> None:
     with pytest.raises(SourceError, match=r"columns\.question = problm is not a column of .*; did you mean problem\?"):
         stream(with_files(data, question="problm"))
 
 
-def test_nothing_is_kept_on_disk(data: DataConfig) -> None:
+def test_streaming_leaves_nothing_on_disk(data: DataConfig) -> None:
     stream(data).take(ALL)
     assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))

@@ -21,7 +21,7 @@ def picture(format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def long_picture(size: tuple[int, int]) -> bytes:
+def blank_picture(size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -44,7 +44,7 @@ def ask(
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_a_sound_row_passes_unchanged(format: str) -> None:
+def test_a_valid_prompt_passes_unchanged(format: str) -> None:
     prompt = ask(images=(picture(format),))
     assert validate(prompt) is prompt
 
@@ -70,16 +70,16 @@ def test_a_question_without_an_image_passes() -> None:
     ],
     ids=["empty", "text", "cut", "cut early", "cut jpeg", "gif", "no width", "no height", "too few rows", "postscript"],
 )
-def test_an_image_that_cannot_be_decoded_is_a_bad_row_that_names_row_and_image(data: bytes) -> None:
+def test_an_undecodable_image_names_row_and_image(data: bytes) -> None:
     with pytest.raises(
         BadRow, match=r"row set/train/000007: image 2 \(\d+ bytes\) cannot be decoded: .*; replace it"
     ) as bad:
         validate(ask(images=(picture(), data)))
-    assert " at 0x" not in str(bad.value)  # the same row is refused in the same words in every run
+    assert " at 0x" not in str(bad.value)  # the message is the same in every run
 
 
 @pytest.mark.parametrize("position", range(8, len(picture()), 37))
-def test_a_png_with_one_flipped_byte_is_read_or_is_a_bad_row(position: int) -> None:
+def test_a_png_with_a_flipped_byte_is_read_or_a_bad_row(position: int) -> None:
     data = bytearray(picture())
     data[position] ^= 0xFF
     prompt = ask(images=(bytes(data),))
@@ -91,7 +91,7 @@ def test_a_png_with_one_flipped_byte_is_read_or_is_a_bad_row(position: int) -> N
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8_000, 10_000, 60_000])
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> None:
+def test_a_decompression_bomb_is_rejected_before_decoding(side: int) -> None:
     with pytest.raises(BadRow, match=r"more than 50000000 pixels|DecompressionBombError"):
         validate(ask(images=(png_that_claims(side, side),)))
 
@@ -102,7 +102,7 @@ def test_an_empty_question_is_a_bad_row(text: str) -> None:
         validate(ask(text))
 
 
-def test_a_system_message_is_no_question() -> None:
+def test_a_system_message_is_not_a_question() -> None:
     prompt = replace(ask(), messages=(Message(role="system", text="You count."),))
     with pytest.raises(BadRow, match="the question is empty"):
         validate(prompt)
@@ -114,27 +114,27 @@ def test_a_missing_answer_is_a_bad_row(answer: str) -> None:
         validate(ask(answer=answer))
 
 
-def test_an_image_without_a_place_is_a_bad_row() -> None:
+def test_an_image_that_no_message_declares_is_a_bad_row() -> None:
     prompt = replace(ask(), images=(picture(),))
-    with pytest.raises(BadRow, match=r"its messages place 0 image\(s\) but the row holds 1"):
+    with pytest.raises(BadRow, match=r"its messages declare 0 image\(s\) but the row has 1"):
         validate(prompt)
 
 
 def test_a_bad_row_survives_pickling() -> None:
-    bad = pickle.loads(pickle.dumps(BadRow("a/1", "it is torn", "mend it")))
-    assert (bad.row_id, bad.reason, bad.remedy) == ("a/1", "it is torn", "mend it")
-    assert str(bad) == "row a/1: it is torn; mend it"
+    bad = pickle.loads(pickle.dumps(BadRow("a/1", "it is corrupt", "fix it")))
+    assert (bad.row_id, bad.reason, bad.remedy) == ("a/1", "it is corrupt", "fix it")
+    assert str(bad) == "row a/1: it is corrupt; fix it"
 
 
 @pytest.mark.parametrize("answer", ["3", " 3 ", "<answer> 3 </answer>", "<answer>3</answer>"])
-def test_the_worked_answer_is_built_from_a_plain_or_a_tagged_solution(answer: str) -> None:
+def test_worked_answers_accept_plain_and_tagged_solutions(answer: str) -> None:
     assert worked_answer(ask(answer=answer)) == "<think> I count 3 items. </think><answer> 3 </answer>"
 
 
-def test_a_worked_answer_may_do_without_its_thought() -> None:
-    own = replace(ask(answer="3"), thought="One, two, three.")
-    assert worked_answer(own) == "<think> One, two, three. </think><answer> 3 </answer>"
-    assert worked_answer(own, reasoning=False) == "<answer> 3 </answer>"
+def test_a_worked_answer_may_omit_its_thought() -> None:
+    prompt = replace(ask(answer="3"), thought="One, two, three.")
+    assert worked_answer(prompt) == "<think> One, two, three. </think><answer> 3 </answer>"
+    assert worked_answer(prompt, reasoning=False) == "<answer> 3 </answer>"
 
 
 def test_a_task_without_worked_answers_is_named() -> None:
@@ -144,19 +144,19 @@ def test_a_task_without_worked_answers_is_named() -> None:
         worked_answer(ask(task="poetry"))
 
 
-def test_the_worked_answer_has_the_data_sets_own_thought_where_there_is_one() -> None:
+def test_a_worked_answer_uses_the_thought_of_the_data_set() -> None:
     prompt = replace(ask(task="geometry", answer="70°"), thought="180-50-60=70")
     assert worked_answer(prompt) == "<think> 180-50-60=70 </think><answer> 70° </answer>"
 
 
 @pytest.mark.parametrize("size", [(400, 2), (1, 200)])
-def test_an_image_that_no_processor_takes_is_refused_by_its_shape(size: tuple[int, int]) -> None:
-    with pytest.raises(BadRow, match="200 times as long as wide"):
-        validate(ask(images=(long_picture(size),)))
+def test_an_extreme_aspect_ratio_is_rejected(size: tuple[int, int]) -> None:
+    with pytest.raises(BadRow, match="its aspect ratio must be below 200"):
+        validate(ask(images=(blank_picture(size),)))
 
 
-def test_thumbnails_keep_the_question_and_the_shape() -> None:
-    prompt = ask(images=(long_picture((400, 100)), long_picture((50, 20))))
+def test_thumbnails_keep_the_question_and_aspect_ratio() -> None:
+    prompt = ask(images=(blank_picture((400, 100)), blank_picture((50, 20))))
     small = with_thumbnails(prompt, 80)
     assert [Image.open(io.BytesIO(image)).size for image in small.images] == [(80, 20), (50, 20)]
     assert small.images[1] == prompt.images[1]

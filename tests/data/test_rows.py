@@ -45,7 +45,7 @@ def test_one_column_may_hold_several_images() -> None:
     assert prompt.messages[0].images == 2
 
 
-def test_several_columns_may_hold_the_images_and_empty_ones_are_passed_over() -> None:
+def test_several_columns_may_hold_images_and_may_be_empty() -> None:
     rows = {"left": picture(1), "middle": None, "right": [picture(2)], "problem": "Which?", "solution": "2"}
     assert read(rows, image="left, middle,right").images == (picture(1), picture(2))
 
@@ -58,26 +58,26 @@ def test_questions_without_images_need_no_image_column() -> None:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (None, "it holds no image in column image"),
-        ([], "it holds no image in column image"),
-        (17, "column image holds no image but 17"),
-        ("", "column image holds no image but ''"),
-        ({"bytes": None, "path": None}, "column image holds no image but None"),
-        ({}, "column image holds no image but None"),
-        (b"torn", r"image 1 \(4 bytes\) cannot be decoded"),
+        (None, "no image in column image"),
+        ([], "no image in column image"),
+        (17, "column image must hold image bytes or a path, not 17"),
+        ("", "column image must hold image bytes or a path, not ''"),
+        ({"bytes": None, "path": None}, "column image must hold image bytes or a path, not None"),
+        ({}, "column image must hold image bytes or a path, not None"),
+        (b"text", r"image 1 \(4 bytes\) cannot be decoded"),
         ("none.png", "image file .*none.png cannot be read: FileNotFoundError"),
         ("nul\0.png", "image file .* cannot be read: ValueError"),
         (".", "image file .* cannot be read: IsADirectoryError"),
     ],
 )
-def test_a_broken_image_is_a_bad_row_that_names_row_and_column(image: Any, reason: str) -> None:
+def test_an_unreadable_image_names_row_and_column(image: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=f"^row own/train/000007: {reason}"):
         read(row(image))
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Path:
-    """A folder of images beside which there is a secret one."""
+def folder(tmp_path: Path) -> Path:
+    """A folder with an image root and, outside it, a secret image."""
     (tmp_path / "root").mkdir()
     (tmp_path / "secret.png").write_bytes(picture(1))
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -91,46 +91,46 @@ def places(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "path", ["../secret.png", "{}/secret.png", "link.png", "/dev/zero", "zero", "/proc/self/environ"]
 )
-def test_an_image_outside_the_image_root_is_read_only_where_it_may_be(path: str, places: Path) -> None:
+def test_an_image_outside_the_root_needs_permission(path: str, folder: Path) -> None:
     with pytest.raises(BadRow, match=r"is outside .*; move it there, .* data\.images_outside_root=true"):
-        read(row(path.format(places)), places / "root")
+        read(row(path.format(folder)), folder / "root")
     if path.endswith(".png"):
-        assert read(row(path.format(places)), places / "root", outside=True).images == (picture(1),)
+        assert read(row(path.format(folder)), folder / "root", outside=True).images == (picture(1),)
 
 
-def test_a_link_within_the_image_root_is_followed(places: Path) -> None:
-    assert read(row("within.png"), places / "root").images == (picture(2),)
+def test_a_link_within_the_image_root_is_followed(folder: Path) -> None:
+    assert read(row("within.png"), folder / "root").images == (picture(2),)
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("path", ["pipe", "/dev/zero", "/dev/tty", "zero"])
-def test_devices_and_pipes_are_not_read(path: str, places: Path) -> None:
+def test_devices_and_pipes_are_not_read(path: str, folder: Path) -> None:
     with pytest.raises(BadRow, match=r"is not a regular file|cannot be read: OSError"):
-        read(row(path), places / "root", outside=True)
+        read(row(path), folder / "root", outside=True)
 
 
-def test_a_huge_image_file_is_not_read_to_its_end(places: Path) -> None:
-    with (places / "root" / "huge.png").open("wb") as file:
+def test_an_oversized_image_file_is_rejected(folder: Path) -> None:
+    with (folder / "root" / "huge.png").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(BadRow, match="has more than 256 MiB; make it smaller"):
-        read(row("huge.png"), places / "root")
+    with pytest.raises(BadRow, match="is larger than 256 MiB; use a smaller image file"):
+        read(row("huge.png"), folder / "root")
 
 
 # ---- questions and answers
 
 
-def test_image_markers_leave_the_question() -> None:
+def test_image_markers_are_removed_from_the_question() -> None:
     prompt = read(row(picture(1), problem="<image>\nFind x."))
     assert prompt.messages[0].text.startswith("Find x. Output the thinking")
 
 
-def test_markers_that_do_not_fit_the_images_are_a_bad_row() -> None:
-    with pytest.raises(BadRow, match=r"its question has 2 <image> marker\(s\) but the row holds 1 image\(s\)"):
+def test_a_wrong_number_of_image_markers_is_a_bad_row() -> None:
+    with pytest.raises(BadRow, match=r"its question has 2 <image> marker\(s\) but the row has 1 image\(s\)"):
         read(row(picture(1), problem="<image> or <image>?"))
 
 
 @pytest.mark.parametrize("question", [None, "", "  ", "<image>"])
-def test_a_suffix_alone_is_no_question(question: str | None) -> None:
+def test_a_prompt_suffix_alone_is_not_a_question(question: str | None) -> None:
     with pytest.raises(BadRow, match="the question is empty"):
         read(row(picture(1), problem=question))
 
@@ -151,7 +151,7 @@ def test_a_missing_answer_is_a_bad_row(answer: str | None) -> None:
         ("x < 3", "", "x < 3"),
     ],
 )
-def test_a_solution_is_taken_apart(text: str, thought: str, answer: str) -> None:
+def test_a_solution_is_split_into_thought_and_answer(text: str, thought: str, answer: str) -> None:
     assert solution(text) == (thought, answer)
 
 
@@ -160,7 +160,7 @@ def test_an_answer_may_be_a_number_or_text(value: Any, answer: str) -> None:
     assert read(row(picture(1), solution=value)).answer == answer
 
 
-def test_the_reasoning_of_the_data_set_is_what_is_imitated() -> None:
+def test_the_thought_of_the_data_set_is_the_sft_target() -> None:
     prompt = read(row(picture(1), solution="<think> two and one </think><answer> 3 </answer>"))
     assert (prompt.thought, prompt.answer) == ("two and one", "3")
     assert worked_answer(prompt) == "<think> two and one </think><answer> 3 </answer>"

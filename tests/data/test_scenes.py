@@ -17,7 +17,7 @@ from othink_ray.data.prompts import Split
 from othink_ray.data.scenes.counting import (
     BACKGROUND,
     CELL,
-    COLOURS,
+    COLORS,
     MARGIN,
     RADII,
     RGB,
@@ -26,7 +26,7 @@ from othink_ray.data.scenes.counting import (
     SceneCounting,
     draw_item,
     draw_layout,
-    play,
+    max_offset,
     split_of,
 )
 from othink_ray.rewards import accuracy, format_reward
@@ -63,7 +63,7 @@ def foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.asarray(image.min(axis=-1) < min(BACKGROUND) - TINT)
 
 
-def test_a_scene_is_a_question_with_one_image_and_a_digit() -> None:
+def test_a_scene_is_a_question_with_an_image_and_a_count() -> None:
     prompt = SceneCounting(DATA, "test").prompt(12)
     assert prompt.id == "scenes/test/000012"
     assert prompt.task == "counting"
@@ -87,7 +87,7 @@ def test_the_pixels_of_a_scene_never_change(split: Split, index: int, expected: 
     assert digest(SceneCounting(DATA, split), index) == expected
 
 
-def test_a_scene_has_the_same_bytes_in_any_order_and_any_instance() -> None:
+def test_a_scene_is_the_same_in_any_order_and_instance() -> None:
     forward = [SceneCounting(DATA, "train").prompt(index) for index in range(30)]
     scenes = SceneCounting(DATA, "train")
     assert [scenes.prompt(index) for index in reversed(range(30))] == forward[::-1]
@@ -104,7 +104,7 @@ def test_a_png_carries_no_metadata() -> None:
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 120), ("test", 60)])
-def test_every_count_comes_equally_often(split: Split, rows: int) -> None:
+def test_every_count_is_equally_frequent(split: Split, rows: int) -> None:
     scenes = SceneCounting(DATA, split)
     counts = [scenes.prompt(index).answer for index in range(rows)]
     assert Counter(counts) == {str(count): rows // 6 for count in range(1, 7)}
@@ -112,7 +112,7 @@ def test_every_count_comes_equally_often(split: Split, rows: int) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_answer_is_the_number_of_cells_with_an_item_and_items_stay_off_the_edge(split: Split) -> None:
+def test_the_answer_is_the_number_of_occupied_cells(split: Split) -> None:
     scenes = SceneCounting(DATA, split)
     for index in range(60):
         cells = foreground(pixels(scenes, index)).reshape(3, CELL, 3, CELL).swapaxes(1, 2).reshape(9, CELL, CELL)
@@ -131,7 +131,7 @@ def test_every_layout_of_a_split_belongs_to_it(split: Split) -> None:
 
 
 def test_the_layout_can_be_read_off_the_pixels() -> None:
-    """With it: a layout has one split, so pixels have one layout, so no image can be in both splits."""
+    """Pixels determine the layout, and the layout its split, so no image can be in both splits."""
 
     def silhouette(shape: str, x: int, y: int, radius: int) -> bytes:
         canvas = Image.new("RGB", (CELL, CELL))
@@ -140,16 +140,16 @@ def test_the_layout_can_be_read_off_the_pixels() -> None:
 
     shapes_of: dict[bytes, set[str]] = {}
     for shape, radius in itertools.product(SHAPES, RADII):
-        centres = range(CELL // 2 - play(radius), CELL // 2 + play(radius) + 1)
-        for x, y in itertools.product(centres, centres):
+        centers = range(CELL // 2 - max_offset(radius), CELL // 2 + max_offset(radius) + 1)
+        for x, y in itertools.product(centers, centers):
             shapes_of.setdefault(silhouette(shape, x, y, radius), set()).add(shape)
     assert all(len(shapes) == 1 for shapes in shapes_of.values())
 
-    def tints_meet(one: RGB, other: RGB) -> bool:
+    def tints_overlap(one: RGB, other: RGB) -> bool:
         return all(abs(a - b) <= 2 * TINT for a, b in zip(one, other, strict=True))
 
-    tones = [BACKGROUND, *COLOURS.values()]
-    assert not any(tints_meet(one, other) for one, other in itertools.combinations(tones, 2))
+    tones = [BACKGROUND, *COLORS.values()]
+    assert not any(tints_overlap(one, other) for one, other in itertools.combinations(tones, 2))
 
 
 @pytest.mark.parametrize(("cells", "items"), [(1, 1), (2, 2), (3, 6)])
@@ -182,7 +182,7 @@ def test_a_row_outside_the_split_is_an_index_error(split: Split, size: int) -> N
 
 
 @pytest.mark.parametrize("items", [0, 10])
-def test_more_items_than_cells_are_refused(items: int) -> None:
+def test_an_invalid_number_of_items_is_rejected(items: int) -> None:
     with pytest.raises(ValueError, match=rf"data\.scenes\.max_items={items} must be from 1 to .*squared \(9\)"):
         SceneCounting(replace(DATA, scenes=ScenesConfig(max_items=items, image_cells=3)), "train")
 

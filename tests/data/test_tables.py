@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from othink_ray.data import BadRow, PromptStream, SourceError, open_source
-from othink_ray.data.sources import unique
+from othink_ray.data.sources import unique_ids
 from tests.data.files import own_data, picture, question, train_columns, with_files, write_jsonl, write_parquet
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -27,14 +27,16 @@ def jsonl(folder: Path, *rows: object) -> Path:
     return write_jsonl(folder / "train.jsonl", rows)
 
 
-# ---- what is refused before the first question
+# ---- errors before the first prompt
 
 
-@pytest.mark.parametrize(("source", "ending"), [("parquet", r"\*\.parquet"), ("jsonl", r"\*\.jsonl or \*\.ndjson")])
-def test_a_missing_file_is_named_with_its_key(source: str, ending: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"data\.train\.files\.path = .*/none is no file, folder or pattern of files"):
+@pytest.mark.parametrize(("source", "suffixes"), [("parquet", r"\*\.parquet"), ("jsonl", r"\*\.jsonl or \*\.ndjson")])
+def test_a_missing_file_is_named_with_its_key(source: str, suffixes: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"data\.train\.files\.path = .*/none is not a file, a folder or a glob"):
         open_source(own_data(tmp_path / "none", source=source), "train")
-    with pytest.raises(SourceError, match=rf"data\.train\.files\.path = .* holds no {ending} file; paths start from"):
+    with pytest.raises(
+        SourceError, match=rf"data\.train\.files\.path = .* contains no {suffixes} file; relative paths start"
+    ):
         open_source(own_data(tmp_path, source=source), "train")
 
 
@@ -45,18 +47,18 @@ def test_a_missing_column_is_named_with_the_closest_one(parquet: Path) -> None:
         r"you mean image\? its columns: image, problem, solution, key",
     ):
         open_source(own_data(parquet, image="images"), "train")
-    for use in ("question", "answer", "id"):
-        with pytest.raises(SourceError, match=rf"data\.train\.files\.columns\.{use} = zzz is not a column"):
-            open_source(own_data(parquet, **{use: "zzz"}), "train")
+    for role in ("question", "answer", "id"):
+        with pytest.raises(SourceError, match=rf"data\.train\.files\.columns\.{role} = zzz is not a column"):
+            open_source(own_data(parquet, **{role: "zzz"}), "train")
 
 
-def test_each_of_several_image_columns_must_be_there(parquet: Path) -> None:
+def test_each_of_several_image_columns_must_exist(parquet: Path) -> None:
     with pytest.raises(SourceError, match=r"columns\.image = image_2 is not a column"):
         open_source(own_data(parquet, image="image, image_2"), "train")
 
 
 @pytest.mark.parametrize("buffer", [None, 4])
-def test_an_empty_parquet_set_is_refused(buffer: int | None, tmp_path: Path) -> None:
+def test_an_empty_parquet_data_set_is_rejected(buffer: int | None, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -69,27 +71,27 @@ def test_an_empty_parquet_set_is_refused(buffer: int | None, tmp_path: Path) -> 
     }
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(
-        SourceError, match=r"data\.train\.files\.path = .*: the data set has 0 rows; give one with rows"
+        SourceError, match=r"data\.train\.files\.path = .*: the data set has 0 rows; it must have at least 1"
     ):
         source = open_training(own_data(tmp_path / "train.parquet", stream_buffer=buffer))
         PromptStream(source, seed=0, on_bad_row="drop").take(1)
 
 
-def test_an_empty_jsonl_file_is_refused(tmp_path: Path) -> None:
+def test_an_empty_jsonl_file_is_rejected(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "train.jsonl", [])
     with pytest.raises(SourceError, match="the data set has 0 rows"):
         open_source(own_data(file, source="jsonl"), "train")
 
 
-def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+def test_an_invalid_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_text("not parquet")
     with pytest.raises(SourceError, match=r"path = .*train\.parquet cannot be read: ArrowInvalid: .*magic bytes"):
         open_source(own_data(tmp_path / "train.parquet"), "train")
 
 
-def test_a_folder_that_holds_no_saved_data_set_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_data_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        SourceError, match=r"cannot be read: FileNotFoundError: .*; give a folder that save_to_disk wrote"
+        SourceError, match=r"cannot be read: FileNotFoundError: .*; give a folder written by save_to_disk"
     ):
         open_source(own_data(tmp_path, source="disk"), "train")
 
@@ -115,16 +117,16 @@ def test_a_missing_image_root_is_named(parquet: Path) -> None:
 # ---- ids and sizes
 
 
-def test_rows_are_named_by_their_id_column_and_repeats_get_their_number(parquet: Path) -> None:
+def test_repeated_ids_of_the_id_column_get_the_row_number(parquet: Path) -> None:
     source = open_source(own_data(parquet, id="key"), "train")
     assert [source.prompt(n).id for n in range(3)] == ["own/train/a", "own/train/b", "own/train/a#000002"]
 
 
-def test_a_row_without_an_id_is_named_by_its_number() -> None:
-    assert unique([7, None, "", 7, "7#000003"]) == ["7", "#000001", "#000002", "7#000003", "7#000003#000004"]
+def test_a_row_without_an_id_gets_its_number() -> None:
+    assert unique_ids([7, None, "", 7, "7#000003"]) == ["7", "#000001", "#000002", "7#000003", "7#000003#000004"]
 
 
-def test_a_size_takes_the_first_rows(parquet: Path) -> None:
+def test_a_size_limit_keeps_the_first_rows(parquet: Path) -> None:
     source = open_source(own_data(parquet, size=2), "train")
     assert len(source) == 2
     with pytest.raises(IndexError):
@@ -132,23 +134,23 @@ def test_a_size_takes_the_first_rows(parquet: Path) -> None:
     assert len(open_source(own_data(parquet, size=100), "train")) == 3
 
 
-# ---- torn rows
+# ---- invalid rows
 
 
-def test_torn_lines_of_a_jsonl_file_cost_their_own_rows_alone(tmp_path: Path) -> None:
+def test_invalid_jsonl_lines_affect_only_their_own_rows(tmp_path: Path) -> None:
     rows = [line(0), '{"image": "1.png", "prob', line(2, solution="2"), "", "[1, 2]", "\ufeff7", line(5, solution=2.0)]
     source = open_source(own_data(jsonl(tmp_path, *rows), source="jsonl"), "train")
-    assert len(source) == 6, "a blank line is no row"
+    assert len(source) == 6, "a blank line is not a row"
     stream = PromptStream(source, seed=0, on_bad_row="drop")
     assert {prompt.id for prompt in stream.take(6)} >= {f"own/train/{n:06d}" for n in (0, 2, 5)}
     assert sorted(row for row, _ in stream.dropped) == [f"own/train/{n:06d}" for n in (1, 3, 4)]
     assert dict(stream.dropped)["own/train/000003"] == "it cannot be read: it is a JSON list, not an object"
-    with pytest.raises(BadRow, match=r"row own/train/000001: it cannot be read: .*; mend it or remove it"):
+    with pytest.raises(BadRow, match=r"row own/train/000001: it cannot be read: .*; fix it or remove it"):
         source.prompt(1)
 
 
-def test_torn_lines_have_no_id(tmp_path: Path) -> None:
-    rows = [line(0, key="x"), "{torn", line(2, key="x")]
+def test_invalid_lines_have_no_id(tmp_path: Path) -> None:
+    rows = [line(0, key="x"), "{invalid", line(2, key="x")]
     source = open_source(own_data(jsonl(tmp_path, *rows), source="jsonl", id="key"), "train")
     assert source.prompt(0).id == "own/train/x"
     assert source.prompt(2).id == "own/train/x#000002"
@@ -156,18 +158,18 @@ def test_torn_lines_have_no_id(tmp_path: Path) -> None:
         source.prompt(1)
 
 
-def test_nested_beyond_measure_is_a_torn_line_too(tmp_path: Path) -> None:
+def test_excessively_nested_json_is_an_invalid_line(tmp_path: Path) -> None:
     source = open_source(own_data(jsonl(tmp_path, line(0), "[" * 100_000), source="jsonl"), "train")
     with pytest.raises(BadRow, match="row own/train/000001: it cannot be read"):
         source.prompt(1)
 
 
-def test_a_set_of_torn_rows_alone_is_refused(tmp_path: Path) -> None:
+def test_a_data_set_of_only_invalid_rows_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"columns\.question = problem is not a column of .*; its columns: none"):
         open_source(own_data(jsonl(tmp_path, "{", "["), source="jsonl"), "train")
 
 
-def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_several_files_are_read_in_order_of_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "b.jsonl", [line(2, image="2.png")])
     jsonl(tmp_path, line(0), line(1), line(2))
     data = with_files(own_data(tmp_path / "[bt]*.jsonl"), source="jsonl")

@@ -202,10 +202,10 @@ GUARDS = (
         "data/prompts.py",
         "    if width * height > MAX_IMAGE_PIXELS:",
         "    if False:",
-        "data/test_bad_inputs.py::test_each_bad_input_is_told_as_the_page_has_it",
+        "data/test_bad_inputs.py::test_each_bad_input_gives_the_message_on_the_page",
     ),
     Guard(
-        "an image lies as its EXIF says, for both sides",
+        "an image is rotated as its EXIF says, for engine and learner",
         "data/images.py",
         "        upright = ImageOps.exif_transpose(opened)",
         "        upright = opened.copy()",

@@ -1,4 +1,4 @@
-"""What a family's vLLM engine does with a policy: to be run in a process of its own, which can have one engine."""
+"""Exercises a family's vLLM engine; runs in a separate process, since a process can hold only one engine."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lived:
-    """Groups before and after a push, and what of the engine's weights it reached."""
+    """Frozen record of an engine's groups before and after a push, and of the weights that the push changed."""
 
     opened: Sequence[Group]
     pushed: Sequence[Group]
-    moved: dict[str, int]  # numbers in the engine that changed when the weight of this name came
-    kept: dict[str, int]  # numbers of this engine's weight that no push changed
-    wrong: dict[str, str]  # what digests say of its weights after the push
-    wrong_by_a_bit: dict[str, str]  # ... where the last bit of one number of each weight should have been another
+    moved: dict[str, int]  # weight name -> number of engine elements changed by its transfer
+    kept: dict[str, int]  # engine parameter -> number of elements that the push did not change
+    wrong: dict[str, str]  # digest mismatches after the push
+    wrong_by_a_bit: dict[str, str]  # mismatches when one bit of each expected weight is flipped
     probes: Sequence[Probe]  # after the push
 
 
 def live(
     model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
 ) -> Lived:
-    """Opens `path`, answers, takes in `weights`, which are in a chunk each, and answers again."""
+    """Open `path`, generate, push `weights` (one chunk per weight), and generate again."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
     from tests.engines.samples import worker_of
@@ -69,7 +69,7 @@ def live(
 def probe_before_and_after(
     model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
 ) -> tuple[list[Probe], list[Probe]]:
-    """Probes of `path` as it is, and after a push of `weights`."""
+    """Return probes of `path` before and after a push of `weights`."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 

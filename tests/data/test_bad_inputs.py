@@ -229,7 +229,7 @@ def test_each_bad_input_gives_the_message_on_the_page(tmp_path: Path, family: Fa
     assert found == PAGE.read_text(), "docs/bad_inputs.md is out of date: run with WRITE_PAGES=1 to regenerate it"
 
 
-def test_an_exif_rotated_image_is_upright_in_both_engines(family: Family, vllm_engine: VLLMRollout) -> None:
+def test_an_exif_rotated_image_is_upright_everywhere(family: Family, vllm_engine: VLLMRollout) -> None:
     wide, rotated = (
         encoded(Image.linear_gradient("L").resize((56, 28)), "JPEG", **options)
         for options in ({}, {"exif": _rotated()})

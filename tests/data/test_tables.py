@@ -32,10 +32,12 @@ def jsonl(folder: Path, *rows: object) -> Path:
 
 @pytest.mark.parametrize(("source", "suffixes"), [("parquet", r"\*\.parquet"), ("jsonl", r"\*\.jsonl or \*\.ndjson")])
 def test_a_missing_file_is_named_with_its_key(source: str, suffixes: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"data\.train\.files\.path = .*/none is not a file, a folder or a glob"):
+    with pytest.raises(
+        SourceError, match=r"data\.train\.files\.path = .*/none is not a file, a folder or a glob pattern"
+    ):
         open_source(own_data(tmp_path / "none", source=source), "train")
     with pytest.raises(
-        SourceError, match=rf"data\.train\.files\.path = .* contains no {suffixes} file; relative paths start"
+        SourceError, match=rf"data\.train\.files\.path = .* contains no {suffixes} file; relative paths start from"
     ):
         open_source(own_data(tmp_path, source=source), "train")
 

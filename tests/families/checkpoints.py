@@ -1,4 +1,4 @@
-"""A random checkpoint of each family, small but with all that tells it from the others."""
+"""A small random checkpoint of each family, with every feature that distinguishes it from the others."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from transformers import (
 
 from othink_ray.families.tiny import CHAT_TEMPLATE, train_tokenizer
 
-VOCABULARY = 384  # as in real ones, there are places for more tokens than the tokenizer has
+VOCABULARY = 384  # larger than the tokenizer, as in real checkpoints
 WIDTH = 128
 
 
 def _qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
-    """Tied, as the 2B."""
+    """Tied embeddings, like the 2B model."""
     vision = {"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": WIDTH, "mlp_ratio": 4}
     config = Qwen2VLConfig(
         text_config=_text(tokenizer, mrope_section=[4, 6, 6]),
@@ -55,7 +55,7 @@ def _qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
 
 
 def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
-    """Not tied, as the 7B; windows of two image tokens a side in all layers of the tower but the second."""
+    """Untied embeddings, like the 7B model; windows of 2 x 2 image tokens in all vision layers but the second."""
     vision = {
         "depth": 3,
         "hidden_size": 64,
@@ -78,7 +78,7 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin
 
 
 def _qwen3_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
-    """Tied, as the 2B and the 4B; two depths beside the last; a grid of 6 x 6 learned positions."""
+    """Tied embeddings, like the 2B and 4B models; two DeepStack layers; a grid of 6 x 6 learned positions."""
     vision = {
         "depth": 3,
         "hidden_size": 64,
@@ -100,18 +100,18 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
 
 
 def _internvl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
-    """Tiles of 4 x 4 patches, four of them a token; text positions are those of dynamic NTK, as in the real ones."""
-    named = {
+    """Tiles of 4 x 4 patches, four patches per token; dynamic NTK text positions, like the real models."""
+    special_tokens = {
         "start_image_token": "<img>",
         "context_image_token": "<IMG_CONTEXT>",
         "end_image_token": "</img>",
         "video_token": "<video>",
     }
-    own = PreTrainedTokenizerFast(
+    with_image_tokens = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
-        extra_special_tokens=named,
+        extra_special_tokens=special_tokens,
     )
     tile = {"height": 56, "width": 56}
     vision = {
@@ -122,18 +122,21 @@ def _internvl(tokenizer: PreTrainedTokenizerFast) -> tuple[Any, ProcessorMixin]:
         "attention_bias": True,
         "image_size": 56,
     }
-    text = _text(own, rope_type="dynamic", factor=2.0) | {"model_type": "qwen2", "tie_word_embeddings": True}
+    text = _text(with_image_tokens, rope_type="dynamic", factor=2.0) | {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+    }
     config = InternVLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=own.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_token_id=with_image_tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         tie_word_embeddings=True,
         dtype="float32",
     )
     processor = InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=tile),
-        tokenizer=own,
+        tokenizer=with_image_tokens,
         video_processor=InternVLVideoProcessor(size=tile),
         image_seq_length=4,
         chat_template=CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", '<IMG_CONTEXT>{{ "\\n" }}'),
@@ -150,20 +153,20 @@ CHECKPOINTS: dict[str, Callable[[PreTrainedTokenizerFast], tuple[Any, ProcessorM
 
 
 def build_checkpoint(family: str, folder: Path, texts: Iterable[str]) -> None:
-    """Write a plain Hugging Face folder of the family."""
+    """Write a random checkpoint of the family as a Hugging Face folder."""
     tokenizer = train_tokenizer(texts)
     network, processor = CHECKPOINTS[family](tokenizer)
-    scatter(network)
+    randomize(network)
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def scatter(network: nn.Module) -> None:
-    """No weight is one or zero, or small: what is left out, or does not arrive, is seen in the logprobs."""
-    draw = torch.Generator().manual_seed(0)
+def randomize(network: nn.Module) -> None:
+    """Set all weights to values that matter (none zero or one), so that a missing weight changes the logprobs."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(noise * (0.3 if "embed_tokens" in name else parameter[0].numel() ** -0.5))
             else:

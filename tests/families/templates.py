@@ -1,4 +1,4 @@
-"""Other chat templates for a model folder."""
+"""Modified chat templates for a model folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def with_template(folder: Path, change: Callable[[str], str]) -> None:
-    """Replace the folder's chat template by what `change` makes of it."""
+    """Replace the folder's chat template with `change(template)`."""
     file = folder / "chat_template.jinja"
-    plain = file.read_text(encoding="utf-8")
-    changed = change(plain)
-    assert changed != plain
+    original = file.read_text(encoding="utf-8")
+    changed = change(original)
+    assert changed != original
     file.write_text(changed, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is said of InternVL alone; what all families promise is in tests/contracts/families/."""
+"""Behavior specific to InternVL; the contract of all families is in tests/contracts/families/."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def model(config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFac
     return replace(config.model, family="internvl", path=str(folder), tiny=None)
 
 
-def opened(model: ModelConfig, least: int, most: int) -> Family:
-    return open_family(replace(model, min_pixels=least, max_pixels=most), str(model.path))
+def open_with(model: ModelConfig, min_pixels: int, max_pixels: int) -> Family:
+    return open_family(replace(model, min_pixels=min_pixels, max_pixels=max_pixels), str(model.path))
 
 
 @pytest.mark.parametrize(
-    ("least", "most", "size", "tiles"),
+    ("min_pixels", "max_pixels", "size", "tiles"),
     [
         (TILE, 4 * TILE, (20, 20), 1),
-        (TILE, 4 * TILE, (500, 500), 5),  # the fifth shows all of it
+        (TILE, 4 * TILE, (500, 500), 5),  # the fifth is the thumbnail
         (TILE, 4 * TILE, (500, 60), 5),
         (TILE, 2 * TILE, (500, 260), 3),
         (TILE, 2 * TILE - 1, (500, 260), 1),
@@ -44,44 +44,44 @@ def opened(model: ModelConfig, least: int, most: int) -> Family:
         (2 * TILE, 2 * TILE, (20, 40), 3),
     ],
 )
-def test_pixels_are_counted_in_whole_tiles_and_the_overview_is_not_counted(
-    model: ModelConfig, least: int, most: int, size: tuple[int, int], tiles: int
+def test_pixel_bounds_count_whole_tiles_without_the_thumbnail(
+    model: ModelConfig, min_pixels: int, max_pixels: int, size: tuple[int, int], tiles: int
 ) -> None:
-    family, image = opened(model, least, most), picture(*size, seed=0)
+    family, image = open_with(model, min_pixels, max_pixels), picture(*size, seed=0)
     assert family.image_token_counts([image]) == [4 * tiles]
     assert family.encode_images([image]).pixels.shape == (tiles, 3, 56, 56)
 
 
-def test_less_pixels_than_a_tile_are_refused(model: ModelConfig) -> None:
+def test_max_pixels_below_one_tile_is_rejected(model: ModelConfig) -> None:
     with pytest.raises(
         ModelError, match=rf"^model\.max_pixels = {TILE - 1} must be at least {TILE}: .* 56 x 56 pixels; set .*={TILE}"
     ):
-        opened(model, 1, TILE - 1)
+        open_with(model, 1, TILE - 1)
 
 
-def test_what_frames_an_image_needs_room_too(model: ModelConfig, config: Config) -> None:
-    family, prompt = opened(model, TILE, TILE), ask("row", picture(84, 84, 0))
+def test_image_delimiters_count_towards_the_length(model: ModelConfig, config: Config) -> None:
+    family, prompt = open_with(model, TILE, TILE), ask("row", picture(84, 84, 0))
     length = len(family.prompt_token_ids(prompt)) + 2 + 4 - 1
-    room = replace(config.rollout, max_tokens=20, max_model_len=length + 20)
-    check_fits(family, room, prompt)
-    with pytest.raises(BadRow, match=rf"{length - 4} tokens of text, 4 of images and .* are {length + 21}"):
-        check_fits(family, replace(room, max_tokens=21), prompt)
+    rollout = replace(config.rollout, max_tokens=20, max_model_len=length + 20)
+    check_fits(family, rollout, prompt)
+    with pytest.raises(BadRow, match=rf"{length - 4} text tokens, 4 image tokens and .* add up to {length + 21}"):
+        check_fits(family, replace(rollout, max_tokens=21), prompt)
 
 
-def test_real_tiles_look_the_same_when_attended_in_blocks() -> None:
-    """They have 1025 patches each; those of the small checkpoint are too few for blocks."""
+def test_block_attention_over_real_tiles_equals_sdpa() -> None:
+    """Real tiles have 1025 patches; those of the small checkpoint have too few for block attention."""
     torch.manual_seed(0)
     settings = InternVLVisionConfig(
         hidden_size=64, intermediate_size=96, num_attention_heads=2, num_hidden_layers=2, layer_scale_init_value=1.0
     )
-    plain: Any = InternVLVisionModel._from_config(settings, attn_implementation="sdpa")
-    own: Any = InternVLVisionModel._from_config(settings, attn_implementation=IMAGE_ATTENTION)
-    own.load_state_dict(plain.state_dict())
+    reference: Any = InternVLVisionModel._from_config(settings, attn_implementation="sdpa")
+    tower: Any = InternVLVisionModel._from_config(settings, attn_implementation=IMAGE_ATTENTION)
+    tower.load_state_dict(reference.state_dict())
     tiles = torch.randn(3, 3, 448, 448)
-    expected, found = (tower(tiles).last_hidden_state for tower in (plain, own))
+    expected, found = (each(tiles).last_hidden_state for each in (reference, tower))
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
     direction = torch.randn(expected.shape)
     for states in (expected, found):
         (states * direction).sum().backward()
-    for mine, theirs in zip(own.parameters(), plain.parameters(), strict=True):
-        assert_close(mine.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+    for parameter, original in zip(tower.parameters(), reference.parameters(), strict=True):
+        assert_close(parameter.grad, original.grad, atol=1e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""What chat templates write of an answer, found by comparing what they render."""
+"""Detection of the answer prefix that a chat template writes, by comparing rendered chats."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TURN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}BEGIN{%- endif -%}"""
 HEAD = '<|im_start|>assistant{{ "\\n" }}'
-# As Qwen3's: the last answer is shown with an (empty) thought, earlier ones without.
+# Like Qwen3: the last answer is rendered with an (empty) thought, earlier ones without.
 LAST_WITH_THOUGHT = HEAD + '{%- if loop.last -%}{{ "<think>\\n\\n</think>\\n\\n" }}{%- endif -%}{{ text }}'
-# As DeepSeek-R1's: of an earlier answer only what follows its thought.
+# Like DeepSeek-R1: earlier answers are rendered without their thought.
 WITHOUT_THOUGHT = HEAD + '{{ text.split("</think>") | last }}'
 ALWAYS_WITH_THOUGHT = HEAD + '{{ "<think>\\n\\n</think>\\n\\n" + text }}'
-TEMPLATES = [  # of a past answer, of the beginning of the next, what that is of the answer
+TEMPLATES = [  # (template of a past answer, generation prompt, answer prefix in it)
     (HEAD + "{{ text }}", HEAD, ""),
     (HEAD + "{{ text }}", HEAD + "<think>", "<think>"),
     (HEAD + "{{ text }}", HEAD + '{{ "<think>\\n" }}', "<think>\n"),
@@ -48,13 +48,13 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("past", "begin", "opened"), TEMPLATES)
-def test_what_a_template_opens_is_what_it_adds_to_the_head_of_an_answer(
+def test_the_answer_prefix_is_what_follows_the_answer_header(
     past: str, begin: str, opened: str, folder: Path, config: Config
 ) -> None:
-    with_template(folder, lambda plain: TURN.replace("PAST", past).replace("BEGIN", begin))
+    with_template(folder, lambda _template: TURN.replace("PAST", past).replace("BEGIN", begin))
     family = open_family(config.model, str(folder))
     assert family.opened == opened
     assert family.answer_texts([family.encode_text("3"), []]) == [opened + "3", opened]
     prompt = Prompt(id="0", messages=(Message(role="user", text="How many?"),), images=(), answer="3", task="counting")
-    [shown] = family.decode([family.prompt_token_ids(prompt)])
-    assert shown.endswith(opened)
+    [decoded] = family.decode([family.prompt_token_ids(prompt)])
+    assert decoded.endswith(opened)

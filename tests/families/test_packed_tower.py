@@ -1,4 +1,4 @@
-"""The vision towers of Qwen-VL over all images at once, held against Hugging Face's loop over images and windows."""
+"""Packed attention in Qwen-VL vision towers equals Hugging Face's loop over images and windows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.engines.samples import picture
 from tests.families.checkpoints import build_checkpoint
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-SIZES = ((84, 84), (300, 40), (56, 168), (28, 28), (140, 196))  # with windows that an image's edges cut
+SIZES = ((84, 84), (300, 40), (56, 168), (28, 28), (140, 196))  # includes windows truncated at an image's edge
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -43,26 +43,26 @@ def images(family: Family) -> ImageTensors:
     return encoded
 
 
-def loops_features(family: Any, images: ImageTensors, *, dtype: torch.dtype, rounded: bool) -> Tensor:
-    """Of transformers' network, unmodified; in float32 with weights that were `rounded` to bfloat16, if so wanted."""
+def reference_features(family: Any, images: ImageTensors, *, dtype: torch.dtype, rounded: bool) -> Tensor:
+    """Return features of the unmodified transformers network; `rounded` rounds its weights to bfloat16 first."""
     network = AutoModelForImageTextToText.from_pretrained(family.path, dtype=dtype, attn_implementation="sdpa")
     if rounded:
         network.bfloat16().to(dtype)
     return features_of(network.model.visual(images.pixels.to(dtype), grid_thw=images.grids))
 
 
-def features_of(seen: Any) -> Tensor:
-    return torch.cat([seen.pooler_output, *getattr(seen, "deepstack_features", [])], dim=-1)
+def features_of(output: Any) -> Tensor:
+    return torch.cat([output.pooler_output, *getattr(output, "deepstack_features", [])], dim=-1)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-    """The mask of the kernel, written out: FlexAttention has no backward pass on CPUs."""
-    seen = create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+    """Attend with the kernel's mask in dense form: FlexAttention has no backward pass on CPUs."""
+    visible = create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu")
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
 
 
 def with_gradient(images: ImageTensors, features: Callable[[ImageTensors], Tensor]) -> tuple[Tensor, Tensor]:
-    """Features, and the gradient of pixels under one that differs from feature to feature; both in float32."""
+    """Return float32 features and the pixels' gradient for a random upstream gradient."""
     pixels = images.pixels.clone().requires_grad_()
     found = features(replace(images, pixels=pixels))
     found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype))
@@ -70,42 +70,44 @@ def with_gradient(images: ImageTensors, features: Callable[[ImageTensors], Tenso
     return found.detach().float(), pixels.grad
 
 
-def test_in_float32_one_call_sees_what_the_loop_sees(family: Family, images: ImageTensors) -> None:
+def test_packed_features_equal_the_loops_in_float32(family: Family, images: ImageTensors) -> None:
     network = family.load_network(torch.float32)
     with torch.no_grad():
         found = family.image_features(network, images, packed=True)
-        assert (found - loops_features(family, images, dtype=torch.float32, rounded=False)).abs().max() < 1e-5
+        assert (found - reference_features(family, images, dtype=torch.float32, rounded=False)).abs().max() < 1e-5
     assert found.abs().max() > 1
 
 
-def test_in_bfloat16_it_is_as_exact_as_the_loop(family: Family, images: ImageTensors) -> None:
+def test_packed_features_are_as_exact_as_the_loops_in_bfloat16(family: Family, images: ImageTensors) -> None:
     with torch.no_grad():
-        exact = loops_features(family, images, dtype=torch.float32, rounded=True)
-        loop = loops_features(family, images, dtype=torch.bfloat16, rounded=False)
+        exact = reference_features(family, images, dtype=torch.float32, rounded=True)
+        loop = reference_features(family, images, dtype=torch.bfloat16, rounded=False)
         found = family.image_features(family.load_network(torch.bfloat16), images, packed=True)
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().mean() < 1.2 * (loop - exact).abs().mean()
 
 
-def test_gradients_of_pixels_are_the_loops(
-    family: Family, images: ImageTensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of the same mask, dense."""
+def test_pixel_gradients_equal_the_loops(family: Family, images: ImageTensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses the dense form of the same mask."""
     monkeypatch.setattr(flex, "_kernel", lambda _device_type: dense)
-    exact = with_gradient(images, lambda own: loops_features(family, own, dtype=torch.float32, rounded=True))
+    exact = with_gradient(
+        images, lambda tensors: reference_features(family, tensors, dtype=torch.float32, rounded=True)
+    )
     for dtype in (torch.float32, torch.bfloat16):
         network = family.load_network(dtype)
         found = with_gradient(images, partial(family.image_features, network, packed=True))
-        loop = with_gradient(images, partial(loops_features, family, dtype=dtype, rounded=False))
-        for ours, theirs, true in zip(found, loop, exact, strict=True):
+        loop = with_gradient(images, partial(reference_features, family, dtype=dtype, rounded=False))
+        for packed, looped, true in zip(found, loop, exact, strict=True):
             if dtype == torch.float32:
-                assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+                assert (packed - looped).abs().max() < 1e-5 * looped.abs().max()
             else:
-                assert (ours - true).abs().mean() < 1.2 * (theirs - true).abs().mean()
+                assert (packed - true).abs().mean() < 1.2 * (looped - true).abs().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unpacked_features_are_the_loops_to_the_bit(family: Family, images: ImageTensors, dtype: torch.dtype) -> None:
+def test_unpacked_features_are_bit_identical_to_the_loops(
+    family: Family, images: ImageTensors, dtype: torch.dtype
+) -> None:
     network = family.load_network(dtype)
     with torch.no_grad():
         found = family.image_features(network, images)
@@ -113,8 +115,8 @@ def test_unpacked_features_are_the_loops_to_the_bit(family: Family, images: Imag
     assert torch.equal(found, looped)
 
 
-class Reads(TorchFunctionMode):
-    """Counts how often a tensor's values are handed to Python."""
+class HostReads(TorchFunctionMode):
+    """Counts reads of tensor values by the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class Reads(TorchFunctionMode):
 
 
 def tower_of(family: Any, layers: int, device: str) -> Any:
-    """As the learner has it, but with that many layers, and weights of any value."""
+    """Return the learner's vision tower with `layers` layers and uninitialized weights."""
     network = family.skeleton()
     tower = family.vision_tower(network)
     while len(tower.blocks) < layers:
@@ -137,20 +139,20 @@ def tower_of(family: Any, layers: int, device: str) -> Any:
 
 def reads_of_pass(family: Family, images: ImageTensors, layers: int, device: str, packed: bool) -> int:
     tower = tower_of(family, layers, device)
-    beside = tower_inputs(tower, images.grids, torch.device(device), packed=packed)
-    with Reads() as reads:
-        seen = features_of(tower(images.pixels.to(device), grid_thw=images.grids, **beside))
-        seen.backward(torch.empty_like(seen))
+    inputs = tower_inputs(tower, images.grids, torch.device(device), packed=packed)
+    with HostReads() as reads:
+        features = features_of(tower(images.pixels.to(device), grid_thw=images.grids, **inputs))
+        features.backward(torch.empty_like(features))
     return reads.count
 
 
-def test_no_layer_waits_for_the_device(family: Family, images: ImageTensors) -> None:
-    """On the meta device, which has no values: reading one raises. Forward and backward."""
+def test_no_layer_synchronizes_with_the_device(family: Family, images: ImageTensors) -> None:
+    """Runs forward and backward on the meta device, where reading a value raises."""
     assert [reads_of_pass(family, images, layers, "meta", packed=True) for layers in (4, 8)] == [0, 0]
     fewer, more = (reads_of_pass(family, images, layers, "cpu", packed=False) for layers in (4, 8))
     assert more - fewer == 3 * 4
     tower = tower_of(family, 4, "meta")
-    beside = tower_inputs(tower, images.grids, torch.device("meta"), packed=True)
-    lengths = {name: torch.tensor(own.whole).to("meta") for name, own in beside.items() if name.startswith("cu_")}
+    inputs = tower_inputs(tower, images.grids, torch.device("meta"), packed=True)
+    lengths = {name: torch.tensor(each.whole).to("meta") for name, each in inputs.items() if name.startswith("cu_")}
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        tower(images.pixels.to("meta"), grid_thw=images.grids, **beside | lengths)
+        tower(images.pixels.to("meta"), grid_thw=images.grids, **inputs | lengths)

@@ -1,4 +1,4 @@
-"""What is said of Qwen-VL alone; what all families promise is in tests/contracts/families/."""
+"""Behavior specific to Qwen-VL; the contract of all families is in tests/contracts/families/."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from tests.engines.samples import picture
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (27, 29), (84, 84), (333, 77), (5000, 4000)])
-def test_pixel_bounds_hold_for_any_size_of_ordinary_shape(
-    family: Family, config: Config, width: int, height: int
-) -> None:
+def test_pixel_bounds_hold_for_any_size(family: Family, config: Config, width: int, height: int) -> None:
     [count] = family.image_token_counts([picture(width, height, 0)])
     assert config.model.min_pixels <= 784 * count <= config.model.max_pixels
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK"])
-def test_images_of_any_mode_are_read_as_colours(family: Family, mode: str) -> None:
+def test_images_of_any_color_mode_are_encoded(family: Family, mode: str) -> None:
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture(84, 84, 0))).convert(mode).save(buffer, format="TIFF" if mode == "CMYK" else "PNG")
     image = buffer.getvalue()
@@ -45,15 +43,15 @@ def test_a_chat_of_several_turns_keeps_roles_and_images_in_place(family: Family)
     text = family.decode([family.prompt_token_ids(chat)])[0]
     assert text == "system\nBe brief.\nuser\nHow many?\nassistant\n3\nuser\nAnd here?\nassistant\n"
     ids = family.prompt_token_ids(chat)
-    first, second = (place for place, token in enumerate(ids) if token == family.image_token_id)
+    first, second = (index for index, token in enumerate(ids) if token == family.image_token_id)
     assert "How many?" in family.decode([ids[first:second]])[0]
 
 
-def test_the_smallest_image_is_encodable_and_cheap(family: Family, config: Config) -> None:
+def test_the_smallest_image_has_the_fewest_tokens(family: Family, config: Config) -> None:
     assert family.image_token_counts([family.smallest_image()]) == [config.model.min_pixels // 784]
 
 
-def test_banned_tokens_are_the_ones_that_stand_for_pixels(family: Family) -> None:
+def test_banned_tokens_are_the_vision_tokens(family: Family) -> None:
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     assert sorted(family.banned_token_ids) == sorted(family.encode_text("".join(names)))
     assert family.image_token_id in family.banned_token_ids

@@ -1,4 +1,4 @@
-"""A pretrained language model behind a vision tower: its words stay what they were, the tower is taken over."""
+"""The pretrained language model behind a vision tower: text logits and tower weights are unchanged."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def model() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def seeing(model: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eyes")
+def vision_folder(model: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vision")
     build_tiny(folder, replace(model, smol=None), texts)
     return folder
 
 
 @pytest.fixture(scope="module")
-def built(model: ModelConfig, seeing: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(model: ModelConfig, vision_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smol")
-    build_smol(folder, model, seeing)
+    build_smol(folder, model, vision_folder)
     return folder
 
 
-def test_on_text_the_logits_are_those_of_the_language_model_to_the_bit(model: ModelConfig, built: Path) -> None:
+def test_text_logits_are_bit_identical_to_the_language_models(model: ModelConfig, built: Path) -> None:
     assert model.smol is not None
     language, tokenizer = pretrained(model.smol)
     network: Any = AutoModelForImageTextToText.from_pretrained(built)
@@ -44,15 +44,16 @@ def test_on_text_the_logits_are_those_of_the_language_model_to_the_bit(model: Mo
     with torch.no_grad():
         expected, found = language(ids).logits, network(input_ids=ids).logits
     assert torch.equal(found[..., : expected.shape[-1]], expected)
-    own = AutoTokenizer.from_pretrained(built)
-    assert own.decode(found[0, -1].argmax()) == " Paris"
-    assert own.eos_token == "<|im_end|>"
+    saved = AutoTokenizer.from_pretrained(built)
+    assert saved.decode(found[0, -1].argmax()) == " Paris"
+    assert saved.eos_token == "<|im_end|>"
 
 
-def test_all_of_the_tower_is_taken_over_but_the_projectors_last_layer(seeing: Path, built: Path) -> None:
-    eyes, network = (AutoModelForImageTextToText.from_pretrained(folder).model.visual for folder in (seeing, built))
-    own, taken = eyes.state_dict(), network.state_dict()
-    differ = {name for name in taken if own[name].shape != taken[name].shape or not torch.equal(own[name], taken[name])}
+def test_only_the_projectors_last_layer_differs_from_the_tower(vision_folder: Path, built: Path) -> None:
+    folders = (vision_folder, built)
+    towers = (AutoModelForImageTextToText.from_pretrained(folder).model.visual for folder in folders)
+    source, copy = (tower.state_dict() for tower in towers)
+    differ = {name for name in copy if not torch.equal(source[name], copy[name])}
     assert differ == {"merger.mlp.2.weight", "merger.mlp.2.bias"}
 
 

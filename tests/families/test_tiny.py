@@ -1,4 +1,4 @@
-"""The embedded model is a plain Hugging Face folder, and the same one wherever it is made."""
+"""The built-in model is a plain Hugging Face folder with the same bytes on every build."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def rebuilt(recipe: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("again")
-    torch.manual_seed(99)  # of no consequence
+    torch.manual_seed(99)  # must have no effect
     build_tiny(folder, recipe, texts)
     return folder
 
 
-def test_two_builds_are_the_same_bytes(model_folder: Path, rebuilt: Path) -> None:
+def test_two_builds_have_identical_bytes(model_folder: Path, rebuilt: Path) -> None:
     first, second = digests(model_folder), digests(rebuilt)
     assert "model.safetensors" in first
     assert first == second
 
 
-def test_another_seed_is_another_model(config: Config, texts: list[str], model_folder: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_weights(config: Config, texts: list[str], model_folder: Path, tmp_path: Path) -> None:
     assert config.model.tiny is not None
     build_tiny(tmp_path, replace(config.model, tiny=replace(config.model.tiny, seed=1)), texts)
     name = "model.safetensors"
     assert digests(tmp_path)[name] != digests(model_folder)[name]
 
 
-def test_transformers_alone_loads_it_and_answers(model_folder: Path, config: Config) -> None:
+def test_plain_transformers_loads_and_generates(model_folder: Path, config: Config) -> None:
     network = AutoModelForImageTextToText.from_pretrained(model_folder)
     processor = AutoProcessor.from_pretrained(model_folder)
     assert config.model.tiny is not None
@@ -56,8 +56,8 @@ def test_transformers_alone_loads_it_and_answers(model_folder: Path, config: Con
     assert answered.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_no_weight_is_left_as_the_library_happened_to_draw_it(config: Config, texts: list[str], tmp_path: Path) -> None:
-    """Matrices are drawn, norms one, biases zero: nothing depends on a version's own initialisation."""
+def test_every_weight_is_initialized_explicitly(config: Config, texts: list[str], tmp_path: Path) -> None:
+    """Random matrices, unit norms, zero biases: nothing depends on the library's initialization."""
     build_tiny(tmp_path, config.model, texts)
     network = AutoModelForImageTextToText.from_pretrained(tmp_path)
     for name, parameter in network.named_parameters():
@@ -80,11 +80,11 @@ def test_special_tokens_and_digits_are_one_token_each(family: Family) -> None:
 @pytest.mark.parametrize(
     "text", ["<think> 3 </think><answer> 3 </answer>", "Ünïcödé ∑ 数 🙂", "  spaces\n\nand\ttabs "]
 )
-def test_any_text_survives_the_tokenizer(family: Family, text: str) -> None:
+def test_any_text_round_trips_through_the_tokenizer(family: Family, text: str) -> None:
     assert family.decode([family.encode_text(text)]) == [text]
 
 
-def test_the_end_of_a_turn_ends_an_answer_and_padding_is_another_token(family: Family, model_folder: Path) -> None:
+def test_the_end_of_turn_token_is_eos_and_differs_from_padding(family: Family, model_folder: Path) -> None:
     network = AutoModelForImageTextToText.from_pretrained(model_folder)
     assert family.encode_text("<|im_end|>") == [family.eos_token_id]
     assert network.generation_config.eos_token_id == family.eos_token_id

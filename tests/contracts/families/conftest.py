@@ -1,4 +1,4 @@
-"""A checkpoint of each family, and what the library and this package make of it."""
+"""A checkpoint of each family, opened by transformers and by this package."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.families.base import Family
-from tests.engines.samples import (
-    fresh_policy,
-)
+from tests.engines.samples import fresh_policy
 from tests.families.checkpoints import build_checkpoint
 
 
 @pytest.fixture(scope="module")
 def folders(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
-    for name, folder in made.items():
+    folders = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
+    for name, folder in folders.items():
         build_checkpoint(name, folder, texts)
-    return made
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +34,22 @@ def models(config: Config, folders: dict[str, Path]) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module")
 def policies(models: dict[str, ModelConfig]) -> dict[str, Policy]:
-    """The learner's, as they start. Read only."""
+    """The learner's initial policies; read-only."""
     return {name: fresh_policy(open_family(model, str(model.path))) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
 def trained(policies: dict[str, Policy]) -> dict[str, Policy]:
-    """The learner's after a training that changed every number in them."""
-    moved = {name: copy.deepcopy(policy) for name, policy in policies.items()}
-    draw = torch.Generator().manual_seed(1)
+    """The learner's policies after training, every weight element changed."""
+    trained = {name: copy.deepcopy(policy) for name, policy in policies.items()}
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for policy in moved.values():
+        for policy in trained.values():
             for parameter in policy.parameters():
-                noise = torch.randn(parameter.shape, generator=draw)
-                noise = noise.where(noise.abs() > 0.01, 0.01)  # one in some hundred thousands is 0
+                noise = torch.randn(parameter.shape, generator=generator)
+                noise = noise.where(noise.abs() > 0.01, 0.01)  # no element stays unchanged
                 parameter.add_(noise * 0.3 * parameter.std())
-    return moved
+    return trained
 
 
 @pytest.fixture(params=FAMILIES)
@@ -72,11 +70,11 @@ def family(policy: Policy) -> Family:
 
 @pytest.fixture
 def processor(name: str, family: Family, folders: dict[str, Path]) -> Any:
-    """The library's, opened without our code."""
+    """The processor as transformers opens it."""
     return AutoProcessor.from_pretrained(folders[name], **family.processor_settings)
 
 
 @pytest.fixture
-def untouched(name: str, folders: dict[str, Path]) -> Any:
-    """The library's network, opened without our code."""
+def reference(name: str, folders: dict[str, Path]) -> Any:
+    """The unmodified network as transformers opens it."""
     return AutoModelForImageTextToText.from_pretrained(folders[name], dtype=torch.float32).eval()

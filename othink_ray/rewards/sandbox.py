@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
-_PROGRAM = Path(__file__).with_name("symbolic_process.py")
+_PROGRAM = Path(__file__).with_name("sandbox_worker.py")
 _START_TIMEOUT_S = 120  # loading sympy takes a second; on a crowded machine, many
 _CROWDED = 10  # the clock may run this much longer than an answer's CPU time before all is killed from here
 

@@ -130,7 +130,7 @@ def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes], int]:
 
 
 def gpu_bytes(config: Config) -> float:
-    """Return the memory of this machine's smallest GPU if Ray starts here, else cluster.gpu_memory_gb."""
+    """Return the memory of this machine's smallest GPU if Ray starts on it, else cluster.gpu_memory_gb."""
     if config.cluster.address is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:

@@ -51,7 +51,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 
 def incident_log(run_dir: Path, say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function that prints a text and appends it, with a timestamp, to incidents.jsonl if the disk has room."""
+    """Return a function that prints a text and appends it, with a timestamp, to incidents.jsonl if there is space."""
 
     def log(text: str) -> None:
         say(text)

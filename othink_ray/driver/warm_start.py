@@ -1,4 +1,4 @@
-"""The built-in base model: created, warm-started by SFT on the real learner, and cached for later runs."""
+"""The built-in base model: created, warm-started by SFT to a medium accuracy, and cached for later runs."""
 
 from __future__ import annotations
 

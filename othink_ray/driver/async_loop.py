@@ -1,6 +1,6 @@
 """The training loop with sampling and learning overlapped: each step trains on answers of weights one step older.
 
-Sampling, scoring and preparing step k+1 run beside the update of step k; the weight push and the callbacks follow.
+Sampling, scoring and preparing step k+1 overlap with the update of step k; the weight push and the callbacks follow.
 """
 
 from __future__ import annotations

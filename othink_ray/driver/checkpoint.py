@@ -174,7 +174,7 @@ def _digest(path: Path) -> str:
 
 
 def compare_settings(checkpoint: Path, config: Config, log: Callable[[str], None]) -> None:
-    """Log the settings that differ from the config.yaml of the checkpoint's run, if it exists; LoRA keys must not."""
+    """Log settings that differ from the checkpoint's config.yaml, if any; raise if one invalidates its adapters."""
     file = checkpoint.parent.parent / "config.yaml"
     if not file.exists():
         return

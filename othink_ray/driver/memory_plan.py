@@ -87,33 +87,33 @@ def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> Le
     """Return the memory of one rank; `work`: activations of its largest micro-batch."""
     learner, each = config.learner, _BYTES[config.model.dtype]
     ranks, stage, trained, mixed = learner.world_size, learner.zero_stage, shape.trained, each == 2
-    share = trained / ranks
-    whole = 1 / ranks if stage == 3 else 1
-    reference = each * shape.weights * whole if _holds_reference(config) else 0
+    shard = trained / ranks
+    fraction = 1 / ranks if stage == 3 else 1
+    reference = each * shape.weights * fraction if _holds_reference(config) else 0
     resident: Uses = {
-        "weights": each * shape.weights * whole,
+        "weights": each * shape.weights * fraction,
         "reference": reference,
-        "float32 weights": 4 * share,
-        "Adam's moments": 8 * share,
+        "float32 weights": 4 * shard,
+        "Adam's moments": 8 * shard,
     }
-    gradients = 4 * trained if stage == 1 else 4 * share
+    gradients = 4 * trained if stage == 1 else 4 * shard
     bucket = min(REDUCE_BUCKET, trained)
     if stage == 3:
         resident |= {"gradients": gradients, "gradient bucket": 4 * REDUCE_BUCKET}
         gathered = each * min(shape.weights, LIVE_PARAMETERS) if ranks > 1 else 0
         reduction = 10.0 * shape.largest if shape.largest > REDUCE_BUCKET else 8 * bucket
-        step = 4 * min(share, SUB_GROUP)
+        step = 4 * min(shard, SUB_GROUP)
     elif stage == 2:
         gathered = 0
         alone = 8.0 * shape.largest if shape.largest > REDUCE_BUCKET and shape.head_trained else 0.0
         reduction = max(alone, each * REDUCE_BUCKET + (each + 4) * bucket * mixed)
-        step = 0 if mixed else 4 * share
+        step = 0 if mixed else 4 * shard
     else:
         if mixed:
             resident |= {"gradients": gradients}
         gathered = 0
         reduction = each * shape.largest if mixed else each * REDUCE_BUCKET
-        step = 0 if mixed else 4 * share
+        step = 0 if mixed else 4 * shard
     head = _head(config, shape, work.asked)
     parts = {"activations": work.peak + reduction, "logits": work.kept + head, "optimizer step": step}
     held = {} if "gradients" in resident else {"gradients": gradients}
@@ -124,14 +124,14 @@ def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> Le
     return LearnerMemory(
         resident=resident,
         updating={name: float(size) for name, size in (held | {"gathered layers": gathered} | moment).items()},
-        loading=_loading(resident, each, shape, reference, whole),
+        loading=_loading(resident, each, shape, reference, fraction),
     )
 
 
-def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, whole: float) -> float:
+def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, fraction: float) -> float:
     """Return the peak of loading: the full policy while it is partitioned, later the full reference in addition."""
     policy = sum(resident.values()) - reference - resident["Adam's moments"]
-    return max(each * (shape.weights + shape.trained * whole), policy + (each * shape.weights if reference else 0))
+    return max(each * (shape.weights + shape.trained * fraction), policy + (each * shape.weights if reference else 0))
 
 
 def _head(config: Config, shape: NetworkShape, answer_tokens: int) -> float:
@@ -195,11 +195,11 @@ def _devices(config: Config, learner: LearnerMemory, engine: EngineMemory) -> di
             "an engine's GPU": (Phase(name="generate", uses=context | graphs | awake),),
         }
     both = {"contexts": 2 * CONTEXT} | graphs
-    beside = {} if rollout.sleep else awake
+    engine_with_learner = {} if rollout.sleep else awake
     return {
         "a shared GPU": (
-            Phase(name="load", uses=both | beside | {"learner": learner.loading}),
+            Phase(name="load", uses=both | engine_with_learner | {"learner": learner.loading}),
             Phase(name="generate", uses=both | awake | learner.resident),
-            Phase(name="update", uses=both | beside | learner.resident | learner.updating),
+            Phase(name="update", uses=both | engine_with_learner | learner.resident | learner.updating),
         )
     }

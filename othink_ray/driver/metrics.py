@@ -85,8 +85,8 @@ def _cut_after(path: Path, last_kept_step: int) -> None:
     lines = [line for line in text.split("\n") if line]
     discarded = [line for line in lines if _step_of(line) > last_kept_step]
     if discarded:
-        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as aside:
-            aside.writelines(line + "\n" for line in discarded)
+        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in discarded)
     kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
     if kept != text:
         atomic_write(path, kept)

@@ -61,7 +61,7 @@ def test_rows_over_the_length_limit_are_bad_rows() -> None:
     def never(prompt: Prompt) -> None:
         raise BadRow(prompt.id, "too long", "cut it")
 
-    with pytest.raises(SourceError, match=r"all 256 held-out rows are bad, the first: row scenes/test/0+: too"):
+    with pytest.raises(SourceError, match=r"all 256 held-out rows are bad; the first: row scenes/test/0+: too"):
         held_out_prompts(source, 2, "drop", never)
 
 

@@ -44,9 +44,7 @@ def learn(folder: Path, port: int, overrides_of_runs: Sequence[Sequence[str]]) -
         completions = tuple(
             replace(completion, token_ids=ids) for completion, ids in zip(group.completions, answers, strict=True)
         )
-        sample = pack(
-            scored(replace(group, completions=completions), [1.0] * len(answers)), np.ones(len(answers)), 1
-        )
+        sample = pack(scored(replace(group, completions=completions), [1.0] * len(answers)), np.ones(len(answers)), 1)
 
         learner = learner_engine(config, str(folder), rendezvous, with_reference=False)
         steps = [learner.update([[[sample]]], beta=0.0, lr=2e-3, loss="sft", correction="none") for _ in range(STEPS)]

@@ -93,7 +93,7 @@ def test_partial_checkpoints_of_a_killed_run_are_deleted(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_9"]
 
 
-def test_the_newest_checkpoints_and_the_best_one_are_checkpoints_in(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path, last=2, best=True)
     accuracies = [0.1, 0.9, 0.9, None, 0.5, None]
     for step, accuracy in enumerate(accuracies):

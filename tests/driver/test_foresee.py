@@ -43,7 +43,7 @@ def test_a_hub_model_is_checked_if_it_is_in_the_cache(
     (copy / "refs").mkdir()
     (copy / "refs" / "main").write_text("0123abc")
     weights = copy / "snapshots" / "0123abc" / "model.safetensors"
-    weights.rename(copy / "elsewhere")  # the configuration alone
+    weights.rename(copy / "elsewhere")  # only the configuration is left
     assert preflight(requested).lines["model files"] == missing["model files"]
     (copy / "elsewhere").rename(weights)
     found = preflight(requested)

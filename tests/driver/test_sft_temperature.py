@@ -81,6 +81,6 @@ def test_sft_losses_and_gradients_are_those_of_temperature_1(learned: list[Learn
 def test_sft_learns_answer_frequencies_of_60_and_20_percent(learned: list[Learned]) -> None:
     cool, _, sampled = learned
     assert cool.shares == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
-    # Learned at 0.5, where logits count twice, an answer that comes three times as often has log(3) / 2 more at 1.
+    # Trained at 0.5, logits count twice: an answer three times as frequent has a logit log(3) / 2 higher at 1.
     first, *others = sampled.shares
     assert [first / other for other in others] == pytest.approx([3**0.5] * 2, rel=0.02)

@@ -198,9 +198,7 @@ def test_every_group_of_a_step_is_sampled_with_its_own_seed(seed: int) -> None:
     assert len(steps) == STEPS
     seeds = iter(pools.seeds)
     for record in steps:
-        requested, trained = [
-            [scored.group.prompt.id for scored in groups] for groups in (record.requested, record.scored)
-        ]
+        requested, trained = ids_of(record.requested), ids_of(record.scored)
         assert len(set(requested)) == len(requested)
         assert len(trained) == setting.prompts and len(set(trained)) == setting.prompts
         assert len({next(seeds) for _ in requested}) == len(requested)

@@ -1,1 +1,1 @@
-"""The algorithm, and the making of a run: nothing here knows Ray, vLLM or DeepSpeed but `build`."""
+"""The training algorithm and the setup of a run; only `build` depends on Ray, vLLM and DeepSpeed."""

@@ -1,6 +1,6 @@
-"""The loop with sampling and learning side by side: each step's answers are of the weights one step older.
+"""The training loop with sampling and learning overlapped: each step trains on answers of weights one step older.
 
-generate, score and prepare step k+1 | update with step k          then push, and only then the journal looks
+Sampling, scoring and preparing step k+1 overlap with the update of step k; the weight push and the callbacks follow.
 """
 
 from __future__ import annotations
@@ -14,34 +14,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from othink_ray.core.kl import BetaSchedule
-from othink_ray.driver.loop import Callbacks, Recipe, Sampled, Step, Stream, Workers, compared, measured, sample
+from othink_ray.driver.loop import (
+    Callbacks,
+    Recipe,
+    Sampled,
+    Step,
+    Stream,
+    Workers,
+    compute_advantages,
+    measure,
+    sample,
+)
 from othink_ray.tracing import Clock
 from othink_ray.types import Pack
 
-SIDES = 2  # threads that `train_overlapped` needs
-_WAKE_S = 1.0  # a Ctrl-C that comes just before a thread falls asleep is heard only when it wakes
+OVERLAP_THREADS = 2  # threads that `train_overlapped` needs: one samples, one learns
+_WAKE_S = 1.0  # a Ctrl-C that arrives just before a thread starts to wait is handled only when it wakes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """What one step learns from."""
+class _Batch:
+    """The training data of one step."""
 
     sampled: Sampled
     advantages: list[NDArray[np.float64]]
     packs: list[Pack]
 
 
-def _rows(team: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> _Rows:
-    sampled = sample(team, stream, recipe, clock, step=step, version=version)
-    advantages = compared(sampled.trained, recipe)
-    return _Rows(sampled=sampled, advantages=advantages, packs=recipe.pack(sampled.trained, advantages))
+def _sample_batch(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> _Batch:
+    sampled = sample(workers, stream, recipe, clock, step=step, version=version)
+    advantages = compute_advantages(sampled.trained, recipe)
+    return _Batch(sampled=sampled, advantages=advantages, packs=recipe.pack(sampled.trained, advantages))
 
 
 def train_overlapped(
-    sides: Executor,
-    team: Workers,
+    executor: Executor,
+    workers: Workers,
     stream: Stream,
     *,
     steps: range,
@@ -49,66 +59,68 @@ def train_overlapped(
     schedule: BetaSchedule,
     schedule_state: Mapping[str, float],
     lr: Callable[[int], float],
-    journal: Callbacks,
+    callbacks: Callbacks,
     prepare_ahead: bool,
 ) -> None:
-    """As `loop.train`. The first step alone has answers of its own weights: nothing was learned before it.
+    """Run `steps` like `loop.train`, with staleness 1 after the first step, which has no earlier update to overlap.
 
-    When it raises, the other side may still be at work: whoever ends the team's processes ends that too.
+    When it raises, the other thread may still be running; it ends when the caller ends the workers' processes.
     """
 
-    def rows_ahead(clock: Clock, step: int, wants_reference: bool) -> _Rows:
-        rows = _rows(team, stream, recipe, clock, step=step, version=step - 1)
+    def sample_next(clock: Clock, step: int, with_reference: bool) -> _Batch:
+        batch = _sample_batch(workers, stream, recipe, clock, step=step, version=step - 1)
         if prepare_ahead:
-            team.prepare(rows.packs, updates=recipe.updates_per_step, with_reference=wants_reference)
-        return rows
+            workers.prepare(batch.packs, updates=recipe.updates_per_step, with_reference=with_reference)
+        return batch
 
-    team.push(steps.start)
-    journal.begin(steps.start)
+    workers.push(steps.start)
+    callbacks.on_start(steps.start)
     for step in steps:
         clock = Clock()
         if step == steps.start:
-            following = sides.submit(_rows, team, stream, recipe, clock, step=step, version=step)
-        rows = _result(following)
+            next_batch = executor.submit(_sample_batch, workers, stream, recipe, clock, step=step, version=step)
+        batch = _result(next_batch)
         data_position = stream.position
         beta = schedule.beta(step, schedule_state)
-        ahead = Clock()
+        sampling_clock = Clock()
         if step + 1 in steps:
-            likely = schedule.beta(step + 1, schedule_state)  # a schedule that steers knows better after this step
-            following = sides.submit(rows_ahead, ahead, step + 1, likely > 0)
-        stale = any(one.group.version < step for one in rows.sampled.trained)
-        learning = sides.submit(
-            team.update, rows.packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
+            expected_beta = schedule.beta(
+                step + 1, schedule_state
+            )  # an adaptive schedule may change it after this step
+            next_batch = executor.submit(sample_next, sampling_clock, step + 1, expected_beta > 0)
+        stale = any(scored.group.version < step for scored in batch.sampled.trained)
+        learning = executor.submit(
+            workers.update, batch.packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
         )
-        stats = _result(learning, following)
+        stats = _result(learning, next_batch)
         clock.lap("update")
-        _result(following)
+        _result(next_batch)
         clock.lap("generate")
-        audit = team.push(step + 1)
+        audit = workers.push(step + 1)
         clock.lap("push")
-        schedule_state = schedule.after(schedule_state, measured(rows.sampled, stats))
-        journal.step(
+        schedule_state = schedule.after(schedule_state, measure(batch.sampled, stats))
+        callbacks.on_step(
             Step(
                 step=step,
                 beta=beta,
                 schedule_state=schedule_state,
                 data_position=data_position,
-                requested=rows.sampled.requested,
-                scored=rows.sampled.trained,
-                advantages=rows.advantages,
+                requested=batch.sampled.requested,
+                scored=batch.sampled.trained,
+                advantages=batch.advantages,
                 stats=stats,
                 audit=audit,
-                times={"score": 0.0} | clock.times,  # waiting for the other side's scores is in `generate`
-                hidden_s=min(sum(ahead.times.values()), clock.times["update"]),
+                times={"score": 0.0} | clock.times,  # waiting for the sampling thread's scores counts as `generate`
+                hidden_s=min(sum(sampling_clock.times.values()), clock.times["update"]),
             )
         )
 
 
-def _result(wanted: Future[T], *meanwhile: Future[Any]) -> T:
-    """That of `wanted`; what goes wrong with the others before is raised at once."""
-    pending: set[Future[Any]] = {wanted, *meanwhile}
-    while not wanted.done():
+def _result(future: Future[T], *others: Future[Any]) -> T:
+    """Return the result of `future`; an error of `others` that comes first is raised at once."""
+    pending: set[Future[Any]] = {future, *others}
+    while not future.done():
         done, pending = wait(pending, timeout=_WAKE_S, return_when=FIRST_COMPLETED)
-        for one in done:
-            one.result()
-    return wanted.result()
+        for finished in done:
+            finished.result()
+    return future.result()

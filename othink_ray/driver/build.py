@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: the only place that picks classes."""
+"""Build the parts of a run from its configuration; the only module that chooses concrete classes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from othink_ray.core.kl import BetaSchedule
 from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.data import LengthFilter
-from othink_ray.driver.async_loop import SIDES, train_overlapped
+from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.loop import Recipe, train
-from othink_ray.driver.sft import NO_KL, Class, ExaminedClass, Teaches, supervised
+from othink_ray.driver.sft import NO_KL, DemonstrationSource, EvaluatedSFTWorkers, SFTWorkers, sft_recipe
 from othink_ray.engines.base import OPENED, LearnerEngine, RendezvousInfo, RolloutEngine, ServedAdapters, share_of_cores
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.monitoring import Incidents
@@ -32,7 +32,7 @@ from othink_ray.weights.audit import Tolerance
 
 
 def length_filter(config: Config, path: str) -> LengthFilter:
-    """Refuses prompts that the engines have no room for, before any answer is sampled."""
+    """Return a check that raises BadRow for a prompt longer than rollout.max_model_len allows, before sampling."""
     from othink_ray.families import open_family
     from othink_ray.families.base import check_fits
 
@@ -40,7 +40,7 @@ def length_filter(config: Config, path: str) -> LengthFilter:
 
 
 def require_targets(config: Config, path: str) -> None:
-    """Refuses adapters for which the model or its engine has no place, before any process is started."""
+    """Raise AdapterError if the model or the engine cannot hold the configured adapters, before any process starts."""
     from othink_ray.engines.lora import require_servable
     from othink_ray.families import open_family
 
@@ -49,7 +49,7 @@ def require_targets(config: Config, path: str) -> None:
 
 
 def depth(config: Config, path: str) -> int:
-    """Layers of both towers."""
+    """Return the number of layers, language model and vision tower together."""
     from othink_ray.families import open_family
 
     family = open_family(config.model, path)
@@ -57,9 +57,9 @@ def depth(config: Config, path: str) -> int:
 
 
 def recipe(config: Config) -> Recipe:
-    """The algorithm's own parts, between the answers and the learner."""
+    """Return the algorithm's recipe: advantages, loss weights and packing."""
     if config.mode == "sft":
-        return supervised(config.train.prompts_per_step)
+        return sft_recipe(config.train.prompts_per_step)
     algo = config.algo
     return Recipe(
         prompts_per_step=config.train.prompts_per_step,
@@ -92,48 +92,49 @@ def beta_schedule(config: Config) -> BetaSchedule:
 
 
 def lr_schedule(config: Config) -> Callable[[int], float]:
-    """Step -> learning lr_schedule."""
+    """Return the function from step to learning rate."""
     learner = config.learner
     return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_frac)
 
 
 @contextmanager
 def open_loop(config: Config) -> Iterator[Callable[..., None]]:
-    """`loop.train`, or its overlapped sibling with its threads, which are waited for.
+    """Yield `loop.train`, or `train_overlapped` with its thread pool if train.overlap is set.
 
-    Open it before the team: threads that a failure leaves waiting for the team's processes end when those do.
+    Open it before the workers: on exit the pool joins its threads, and after a failure a thread that waits for a worker
+    process ends only when that process does.
     """
     if config.mode == "train" and config.train.overlap:
-        with ThreadPoolExecutor(max_workers=SIDES, thread_name_prefix="side") as sides:
-            yield partial(train_overlapped, sides, prepare_ahead=config.train.prepare_ahead)
+        with ThreadPoolExecutor(max_workers=OVERLAP_THREADS, thread_name_prefix="overlap") as executor:
+            yield partial(train_overlapped, executor, prepare_ahead=config.train.prepare_ahead)
     else:
         yield train
 
 
 def clip_range(config: Config) -> tuple[float, float]:
-    """How far the ratio may go below and above 1."""
+    """Return how far the importance ratio may go below and above 1."""
     low, high = config.algo.clip_eps, config.algo.clip_eps_high
     return low, low if high is None else high
 
 
 def temperature(config: Config) -> float:
-    """At which the learner's distribution is taken, and the engines' where the two are compared.
+    """Return the temperature of the learner's logprobs, and of the engines' in the audit.
 
-    RL learns the distribution that was sampled. Worked answers were sampled at none: learned at another temperature
-    than 1, they would be more or less likely at 1 than they are in the data.
+    RL trains the distribution that was sampled. Demonstrations were not sampled: trained at a temperature other than 1,
+    their probabilities at 1 would differ from their frequencies in the data.
     """
     return config.rollout.temperature if config.mode == "train" else 1.0
 
 
 def correction(config: Config, *, stale: bool) -> str:
-    """How gains are corrected, where older weights than the trained ones sampled (`stale`) or those themselves."""
+    """Return the importance correction for off-policy (`stale`) or on-policy answers; resolves algo.correction=auto."""
     if config.algo.correction != "auto":
         return config.algo.correction
     return "token" if stale or config.model.dtype != "float32" else "none"
 
 
 def cores_shared(config: Config) -> Config:
-    """Under overlap both sides work at the same time: without thread counts of their own, all their processes share."""
+    """Under train.overlap, divide the cores among all engines and ranks that have no explicit thread count."""
     if not (config.mode == "train" and config.train.overlap):
         return config
     rollout, learner = config.rollout, config.learner
@@ -145,8 +146,8 @@ def cores_shared(config: Config) -> Config:
     )
 
 
-def shrink_to_cluster(config: Config, tell: Callable[[str], None]) -> Config:
-    """After a node is lost: fewer engines, then fewer ranks, until the run fits; at least one of each."""
+def shrink_to_cluster(config: Config, log: Callable[[str], None]) -> Config:
+    """Reduce engines, then ranks, until the run fits the remaining cluster; keep at least one of each."""
     fewer = config
     while not fits(all_bundles(fewer.learner, fewer.rollout)):
         rollout, learner = fewer.rollout, fewer.learner
@@ -158,8 +159,9 @@ def shrink_to_cluster(config: Config, tell: Callable[[str], None]) -> Config:
         if more_ranks and (paired(learner, rollout) or not more_engines):
             fewer = replace(fewer, learner=replace(learner, world_size=learner.world_size - 1))
     if fewer is not config:
-        tell(
-            f"on what is left: {fewer.rollout.num_actors} of {config.rollout.num_actors} rollout actors, "
+        log(
+            "continuing on the remaining nodes: "
+            f"{fewer.rollout.num_actors} of {config.rollout.num_actors} rollout actors, "
             f"{fewer.learner.world_size} of {config.learner.world_size} learner ranks"
         )
     return fewer
@@ -174,7 +176,7 @@ def open_workers(
     say: Callable[[str], None],
     upcoming: Callable[[], Sequence[Prompt]],
 ) -> Iterator[WorkerGroup]:
-    """Rollout, reward and learner processes, with their models loaded."""
+    """Start the rollout, reward and learner processes and load their models."""
     if incidents.restarts and config.faults.lost_node == "continue":
         config = shrink_to_cluster(config, incidents.tell)
     config = cores_shared(config)
@@ -211,10 +213,10 @@ def open_workers(
 
 
 def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> None:
-    """Engines and learner side by side; where they share GPUs, engines first, and asleep before the learner begins.
+    """Load engines and learner in parallel; on shared GPUs load the engines first and put them to sleep in between.
 
-    A starting vLLM wants its share of the whole device free, and takes for its own what others allocate meanwhile. An
-    engine that is replaced later finds the learner idle and settled: it starts where the plan of mode=check fits.
+    A starting vLLM needs its share of the whole device free, and counts memory that others allocate meanwhile as its
+    own. An engine that is replaced later starts beside an idle learner, in the memory that mode=check plans for.
     """
     if paired(config.learner, config.rollout):
         rollout.wait()
@@ -226,18 +228,20 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> N
         learner.wait(loading)
 
 
-def students(config: Config, path: str, team: WorkerGroup) -> WorkerGroup | ExaminedClass:
-    """Who goes through the loop: the team itself, or under supervised training its learner with a teacher."""
-    return team if config.mode == "train" else ExaminedClass(_teacher(config, path), team.learner, team)
+def loop_workers(config: Config, path: str, workers: WorkerGroup) -> WorkerGroup | EvaluatedSFTWorkers:
+    """Return the workers for the loop: the group itself, or for SFT its learner with demonstrations."""
+    if config.mode == "train":
+        return workers
+    return EvaluatedSFTWorkers(_demonstrations(config, path), workers.learner, workers)
 
 
 @contextmanager
 def open_eval_workers(
     config: Config, path: str, incidents: Incidents, say: Callable[[str], None]
 ) -> Iterator[EvalWorkers]:
-    """Rollout and reward processes alone, with the weights of the folder."""
+    """Start rollout and reward processes only, with the weights in `path`."""
     with Placement(rollout_bundles(config.rollout), config.cluster, say) as placement:
-        rollout = RolloutPool(partial(examined_engine, config, path), config.rollout, placement, incidents)
+        rollout = RolloutPool(partial(eval_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         rollout.wait()
         rewards.wait()
@@ -252,24 +256,24 @@ def open_eval_workers(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFTWorkers:
-    """A learner with its teacher, for one model folder."""
+class SFTSession:
+    """SFT workers and their learner, for the model in one folder."""
 
-    students: Class
+    workers: SFTWorkers
     learner: LearnerPool
 
 
 @contextmanager
-def open_sft_workers(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[SFTWorkers]:
-    """A learner alone, for supervised training of the model in `folder`."""
+def open_sft_workers(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[SFTSession]:
+    """Start a learner only, for supervised fine-tuning of the model in `folder`."""
     with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
         learner.wait(learner.start())
-        yield SFTWorkers(students=Class(_teacher(config, str(folder)), learner), learner=learner)
+        yield SFTSession(workers=SFTWorkers(_demonstrations(config, str(folder)), learner), learner=learner)
 
 
-def _teacher(config: Config, path: str) -> Teaches:
+def _demonstrations(config: Config, path: str) -> DemonstrationSource:
     from othink_ray.engines.demonstrations import Demonstrations
     from othink_ray.families import open_family
 
@@ -277,7 +281,7 @@ def _teacher(config: Config, path: str) -> Teaches:
 
 
 def rollout_engine(config: Config, path: str) -> RolloutEngine:
-    """One that is given by pushes what the learner trains."""
+    """Return an engine of the base model, to be updated by weight pushes."""
     from othink_ray.engines.lora import served_adapters
     from othink_ray.families import open_family
 
@@ -285,8 +289,8 @@ def rollout_engine(config: Config, path: str) -> RolloutEngine:
     return ROLLOUT_ENGINES[config.rollout.engine](config, path, adapters)
 
 
-def examined_engine(config: Config, path: str) -> RolloutEngine:
-    """One with the policy of a folder: of a run's export with adapters in bfloat16 as the run served it."""
+def eval_engine(config: Config, path: str) -> RolloutEngine:
+    """Return an engine with the policy in a folder; serve a bfloat16 LoRA export with adapters, as in training."""
     from othink_ray.engines.learner_checkpoint import read_exported
 
     make_engine, exported = ROLLOUT_ENGINES[config.rollout.engine], read_exported(path, config.model.dtype)
@@ -330,7 +334,7 @@ ROLLOUT_ENGINES: dict[str, Callable[[Config, str, ServedAdapters | None], Rollou
 }
 
 
-def learner_engine(config: Config, path: str, place: RendezvousInfo, *, with_reference: bool) -> LearnerEngine:
+def learner_engine(config: Config, path: str, rendezvous: RendezvousInfo, *, with_reference: bool) -> LearnerEngine:
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
 
@@ -344,6 +348,6 @@ def learner_engine(config: Config, path: str, place: RendezvousInfo, *, with_ref
         correction_bounds=(config.algo.correction_low, config.algo.correction_cap),
         with_reference=with_reference,
         seed=config.train.seed,
-        place=place,
+        place=rendezvous,
         shares_gpu=config.rollout.sleep,
     )

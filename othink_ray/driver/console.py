@@ -1,4 +1,4 @@
-"""The stream that a console prints to."""
+"""Console output of a run: a live view on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rich.text import Text
 
 from othink_ray.driver.stopping import raise_if_interrupted
 from othink_ray.driver.views import (
-    Evaluation,
+    EvalAccuracy,
     Sample,
     closing_table,
     duration,
@@ -42,9 +42,13 @@ from othink_ray.driver.views import (
 )
 from othink_ray.types import ScoredGroup
 
+PLAIN_PROGRESS_LINES = 10  # at most, for each phase
+LINES_FOR_EVERY_STEP = 20  # a run of at most this many steps prints each one
+LINE_SPACING = 10  # otherwise every tenth step
+
 
 class Output:
-    """A stream that becomes silent, and raises nothing, when its terminal is closed or its pipe has no reader."""
+    """A stream that discards its output, without an error, once its terminal is closed or its pipe has no reader."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -66,28 +70,23 @@ class Output:
         return getattr(self._stream, name)
 
     def _silence(self) -> None:
-        """Redirect the descriptor to /dev/null, for Python flushes what is still buffered again at exit."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-
-PLAIN_PROGRESS_LINES = 10
-LINES_FOR_EVERY_STEP = 20
-LINE_SPACING = 10
+        """Redirect the descriptor to /dev/null, because Python flushes the buffered rest again at exit."""
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self._stream.fileno())
+        os.close(devnull)
 
 
 class _Count(MofNCompleteColumn):
-    """Done of all, where it is known how many there are."""
+    """Shows "done/total" if the total is known, otherwise nothing."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.total is None else super().render(task)
 
 
 class Console:
-    """One object for the whole run: phases before training, the training view, evaluations, the closing table.
+    """Output of a whole run: phases before training, the training view, evaluations, the closing table.
 
-    Steps are counted from 1: `step(s, ...)` is called when s of the total steps are done.
+    Steps count from 1: `step(s, ...)` is called when s of the total steps are done.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -105,7 +104,7 @@ class Console:
         self._progress_lines = 0
         self._total_steps = 0
         self._history: list[Mapping[str, float]] = []
-        self._evaluation: Evaluation | None = None
+        self._evaluation: EvalAccuracy | None = None
         self._sample: Sample | None = None
 
     def __enter__(self) -> Self:
@@ -117,16 +116,16 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """The terminal is as it was before."""
+        """Restore the terminal."""
         self._stop_live()
 
     def say(self, text: str) -> None:
-        """One line, above the live view when there is one."""
+        """Print one line, above the live view if there is one."""
         self._terminal.print(Text(printable(text)), soft_wrap=True)
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Name what goes on now, and how long it took once it is over; inside training it is a bar of its own."""
+        """Show the name of a phase and, at its end, its duration; during training it is a progress bar."""
         raise_if_interrupted()
         if self._live is not None:
             outer, self._task = self._task, self._progress.add_task(title, total=None, text="")
@@ -152,7 +151,7 @@ class Console:
         self.say(f"{title}: {duration(time.monotonic() - started)}")
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """How far the present phase is."""
+        """Show the progress of the current phase."""
         raise_if_interrupted()
         if self._live is not None:
             self._progress.update(self._task, completed=done, total=total, text=printable(text))
@@ -176,7 +175,7 @@ class Console:
             self._stop_live()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step, by the names they have in metrics.jsonl."""
+        """Show the metrics of a step, under their names in metrics.jsonl."""
         raise_if_interrupted()
         self._history.append(metrics)
         if self._live is not None:
@@ -186,14 +185,14 @@ class Console:
             self.say(plain_line(step, self._total_steps, metrics))
 
     def sample(self, step: int, scored: ScoredGroup) -> None:
-        """Show the latest question with one of its answers; in plain output samples are only in samples.jsonl."""
+        """Show the latest question with one of its answers, in the live view only."""
         self._sample = Sample.first_of(step, scored)
         if self._live is not None:
             self._refresh()
 
     def eval(self, step: int, data: str, accuracy: float, lo: float, hi: float, n: int) -> None:
         """Show accuracy on a data set's held-out questions with its 95 % interval, all three as fractions of 1."""
-        self._evaluation = Evaluation(step=step, data=data, accuracy=accuracy, lo=lo, hi=hi, n=n)
+        self._evaluation = EvalAccuracy(step=step, data=data, accuracy=accuracy, lo=lo, hi=hi, n=n)
         if self._live is not None:
             self._refresh()
         else:
@@ -206,7 +205,7 @@ class Console:
         paths: Mapping[str, Path],
         seconds: float,
     ) -> None:
-        """Print what the run changed (the keys of summary.json's "before" and "after") and where things are."""
+        """Print accuracy before and after (as in summary.json), and the paths of the results."""
         self._stop_live()
         self._terminal.print()
         self._terminal.print(closing_table(before, after, boxed=self.interactive))
@@ -217,7 +216,7 @@ class Console:
         self.say(f"done in {duration(seconds)}")
 
     def matrix(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Print what an evaluation found, models by data sets."""
+        """Print the results of mode=eval, models by data sets."""
         self._terminal.print()
         self._terminal.print(matrix(results, boxed=self.interactive))
         self._terminal.print()
@@ -229,8 +228,8 @@ class Console:
         )
 
     def _time_left(self, step: int) -> str:
-        """Steps left times the mean of the last steps, so that a resumed run is right from its second step on."""
-        recent = [row["time/step_s"] for row in self._history[-LINE_SPACING:] if "time/step_s" in row]
+        """Return the steps left times the mean time of the last steps, which is right after a resume, too."""
+        recent = [metrics["time/step_s"] for metrics in self._history[-LINE_SPACING:] if "time/step_s" in metrics]
         if not recent:
             return ""
         return f"{duration((self._total_steps - step) * sum(recent) / len(recent))} left"

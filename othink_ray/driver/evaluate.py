@@ -1,4 +1,4 @@
-"""Held-out questions, and what the answers to them say: accuracy, its interval, mean@k and pass@k."""
+"""Evaluation on held-out questions: accuracy with its interval, mean@k and pass@k; mode=eval over several models."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.worker_group import EvalWorkers
 from othink_ray.types import Prompt, ScoredGroup
 
+IMAGES_KEPT = 12  # number of questions of each eval set that keep thumbnails, for the report
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSet:
-    """The held-out questions of one data set, and those of its rows that cannot be asked."""
+    """The held-out questions of one data set, and its rows that cannot be used."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -44,7 +46,7 @@ class EvalSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One pass over the held-out questions; `lo` and `hi` bound the accuracy with 95 % confidence."""
+    """Result of one greedy pass over an eval set; `lo` and `hi` are the 95 % confidence interval of the accuracy."""
 
     accuracy: float
     lo: float
@@ -55,38 +57,38 @@ class Evaluation:
 
 
 def eval_sets(config: Config, length_filter: LengthFilter) -> list[EvalSet]:
-    """The run's own data set first, then those of eval.also; each with its blind twin where data.blind asks for one."""
-    found = []
+    """Return the eval sets of the training data and of eval.also; data.blind adds a copy with gray images to each."""
+    result = []
     for data in (config.data, *(data_named(name) for name in config.eval.also)):
         good, bad = held_out_prompts(open_source(data, "test"), config.eval.questions, data.on_bad_row, length_filter)
-        found.append(EvalSet(name=data.name, prompts=good, bad_rows=bad))
+        result.append(EvalSet(name=data.name, prompts=good, bad_rows=bad))
         if data.blind:
-            unseen = [with_grey_images(prompt) for prompt in good]
-            found.append(EvalSet(name=f"{data.name}-blind", prompts=unseen, bad_rows=[]))
-    return found
+            blind = [with_grey_images(prompt) for prompt in good]
+            result.append(EvalSet(name=f"{data.name}-blind", prompts=blind, bad_rows=[]))
+    return result
 
 
 def graded(scored: ScoredGroup) -> list[dict[str, Any]]:
-    """Each answer of a group as plain values; one whose scoring failed counts as wrong."""
+    """Return each answer of a group as plain values; an answer whose grading failed counts as wrong."""
     return [
         {
             "text": answer.text,
-            "accuracy": float(scored.parts["accuracy"][place]) if scored.valid[place] else 0.0,
-            "format": float(scored.parts["format"][place]) if scored.valid[place] else 0.0,
+            "accuracy": float(scored.parts["accuracy"][index]) if scored.valid[index] else 0.0,
+            "format": float(scored.parts["format"][index]) if scored.valid[index] else 0.0,
             "tokens": len(answer.token_ids),
             "finish": answer.finish,
         }
-        for place, answer in enumerate(scored.group.completions)
+        for index, answer in enumerate(scored.group.completions)
     ]
 
 
-def summarise(answers: Iterable[dict[str, Any]]) -> Evaluation:
-    """Of one greedy answer a question, as `graded` gives them."""
+def summarize(answers: Iterable[dict[str, Any]]) -> Evaluation:
+    """Return accuracy, interval, format and mean length over one `graded` answer per question."""
     rows = list(answers)
-    right = [row["accuracy"] for row in rows]
-    lo, hi = wilson(sum(right), len(right))
+    correct = [row["accuracy"] for row in rows]
+    lo, hi = wilson(sum(correct), len(correct))
     return Evaluation(
-        accuracy=float(np.mean(right)),
+        accuracy=float(np.mean(correct)),
         lo=lo,
         hi=hi,
         format=float(np.mean([row["format"] for row in rows])),
@@ -98,7 +100,7 @@ def summarise(answers: Iterable[dict[str, Any]]) -> Evaluation:
 def held_out_prompts(
     source: Source, count: int | None, on_bad_row: str, length_filter: LengthFilter | None = None
 ) -> tuple[list[Prompt], list[BadRow]]:
-    """The first `count` good rows (None: all), fewer where there are no more, and the bad ones among them."""
+    """Return prompts of the first `count` good rows (None: all; fewer if the data ends), and the skipped bad rows."""
     good: list[Prompt] = []
     bad: list[BadRow] = []
     for index in range(len(source)):
@@ -115,48 +117,48 @@ def held_out_prompts(
         else:
             good.append(prompt)
     if not good:
-        raise SourceError(f"all {len(source)} held-out rows are bad, the first one: {bad[0]}; check data.test")
+        raise SourceError(f"all {len(source)} held-out rows are bad; the first: {bad[0]}; check data.test")
     return good, bad
 
 
-def pass_at(k: int, right: int, sampled: int) -> float:
-    """The chance that at least one of k answers is right, drawn without repeats from `sampled` of which so many are."""
-    return 1.0 - math.comb(sampled - right, k) / math.comb(sampled, k)
+def pass_at(k: int, correct: int, sampled: int) -> float:
+    """Return pass@k: the chance that k of the `sampled` answers, drawn without replacement, include a correct one."""
+    return 1.0 - math.comb(sampled - correct, k) / math.comb(sampled, k)
 
 
-class Answers:
-    """The answers of one model to one exam: a first line that says to what they belong, then a line a question."""
+class AnswerFile:
+    """JSONL file of one model's answers to one eval set: a fingerprint of the settings, then one line per question."""
 
-    def __init__(self, file: Path, belongs_to: str, *, resume: bool) -> None:
+    def __init__(self, file: Path, fingerprint: str, *, resume: bool) -> None:
         self.file = file
         self.rows: dict[str, Mapping[str, Any]] = {}
         file.parent.mkdir(parents=True, exist_ok=True)
         if resume and file.is_file():
-            self._read(belongs_to)
+            self._read(fingerprint)
         else:
-            self._write(belongs_to, [])
+            self._write(fingerprint, [])
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         self.rows |= {row["id"]: row for row in rows}
 
-    def _read(self, belongs_to: str) -> None:
-        """The lines so far; one that was torn when the evaluation stopped is asked again."""
+    def _read(self, fingerprint: str) -> None:
+        """Load the complete lines; a line cut off when the evaluation stopped is dropped, and its question repeated."""
         first, *lines = self.file.read_text(encoding="utf-8", errors="replace").split("\n")
-        whole = [row for row in map(_parsed, lines) if row is not None]
+        complete = [row for row in map(_parsed, lines) if row is not None]
         head = _parsed(first)
-        stopped_at_once = head is None and not whole
-        if head != {"belongs_to": belongs_to} and not stopped_at_once:
+        empty = head is None and not complete
+        if head != {"belongs_to": fingerprint} and not empty:
             raise ResumeError(
-                f"{self.file} was answered by another model, or under other settings: take another run.dir, or set "
-                "run.resume=never to ask again"
+                f"{self.file} holds answers of another model or of other settings: set another run.dir, or set "
+                "run.resume=never to evaluate again"
             )
-        self.rows = {row["id"]: row for row in whole}
-        self._write(belongs_to, whole)
+        self.rows = {row["id"]: row for row in complete}
+        self._write(fingerprint, complete)
 
-    def _write(self, belongs_to: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        atomic_write(self.file, "".join(json.dumps(row) + "\n" for row in ({"belongs_to": belongs_to}, *rows)))
+    def _write(self, fingerprint: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        atomic_write(self.file, "".join(json.dumps(row) + "\n" for row in ({"belongs_to": fingerprint}, *rows)))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -167,8 +169,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def belongs_to(config: Config, model: str, exam: EvalSet) -> str:
-    """A digest of all that shapes the answers; a folder of weights counts with its files' sizes and times."""
+def fingerprint_of(config: Config, model: str, eval_set: EvalSet) -> str:
+    """Return a digest of everything that shapes the answers; weights count by their files' names, sizes and times."""
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(model).glob("*.safetensors")
     )
@@ -177,26 +179,23 @@ def belongs_to(config: Config, model: str, exam: EvalSet) -> str:
             *(prompt.id, [message.text for message in prompt.messages], prompt.answer),
             [hashlib.sha256(image).hexdigest() for image in prompt.images],
         )
-        for prompt in exam.prompts
+        for prompt in eval_set.prompts
     ]
     rollout = asdict(config.rollout)
     sampling = {name: rollout[name] for name in ("engine", "temperature", "max_tokens", "max_model_len")}
     pixels = (config.model.min_pixels, config.model.max_pixels, config.model.dtype)
-    shaped: list[Any] = [model, weights, questions, sampling, pixels, config.algo.reward.without_tag]
-    shaped += [config.eval.samples, config.train.seed]
-    return hashlib.sha256(json.dumps(shaped, sort_keys=True).encode()).hexdigest()[:16]
-
-
-WITH_PICTURE = 12  # so many questions of an exam keep a small picture of their images, for the report
+    parts: list[Any] = [model, weights, questions, sampling, pixels, config.algo.reward.without_tag]
+    parts += [config.eval.samples, config.train.seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluate_models(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
-    """On a Ray that is up: asks what is not answered yet; evaluation.json grows by one model and exam at a time."""
+    """Evaluate each model on each eval set on a running Ray; skip answered questions, and update evaluation.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "metrics.jsonl").is_file():
-        raise ResumeError(f"{run_dir} holds a training run: give the evaluation a folder of its own, run.dir=…")
+        raise ResumeError(f"run.dir = {run_dir}: holds a training run; set another run.dir for the evaluation")
     atomic_write(run_dir / "config.yaml", to_yaml(config))
     atomic_write(run_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
     results: list[dict[str, Any]] = []
@@ -204,54 +203,68 @@ def evaluate_models(
     for number, model in enumerate(models or [base_model(config, console, open_sft_workers)]):
         label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
         folder = Path("answers") / _folder_of(label)
-        for exam, rows in _answered(config, model, run_dir / folder, console):
-            cell = {"model": label, "data": exam.name, "answers": str(folder / f"{exam.name}.jsonl")}
-            results.append(cell | _result(rows, exam, config.eval.samples))
+        for eval_set, rows in _answered(config, model, run_dir / folder, console):
+            cell = {"model": label, "data": eval_set.name, "answers": str(folder / f"{eval_set.name}.jsonl")}
+            results.append(cell | _result(rows, eval_set, config.eval.samples))
             _show(console, results[-1])
             _write(run_dir, config, results, seconds=time.monotonic() - started)
     console.matrix(results)
     console.say(f"report: {write_report(run_dir)}")
-    console.say(f"all questions with their answers: {run_dir / 'answers'}")
+    console.say(f"questions and answers: {run_dir / 'answers'}")
 
 
 def _answered(
     config: Config, model: str, folder: Path, console: Console
 ) -> Iterator[tuple[EvalSet, list[dict[str, Any]]]]:
-    """Each exam with its answers, in the order of its questions; engines are loaded only if one has questions left."""
+    """Yield each eval set with its answers in question order; load engines only if a question is unanswered."""
     found = eval_sets(config, length_filter(config, model))
     incidents = Incidents(config.faults.max_restarts, console.say)
     resume = config.run.resume != "never"
-    kept = [Answers(folder / f"{exam.name}.jsonl", belongs_to(config, model, exam), resume=resume) for exam in found]
-    open_questions = any(len(answers.rows) < len(exam.prompts) for exam, answers in zip(found, kept, strict=True))
+    files = [
+        AnswerFile(folder / f"{eval_set.name}.jsonl", fingerprint_of(config, model, eval_set), resume=resume)
+        for eval_set in found
+    ]
+    unanswered = any(len(file.rows) < len(eval_set.prompts) for eval_set, file in zip(found, files, strict=True))
     with ExitStack() as stack:
-        if open_questions:
+        if unanswered:
             with console.phase(f"loading {model}"):
-                team = stack.enter_context(open_eval_workers(config, model, incidents, console.say))
-        for exam, answers in zip(found, kept, strict=True):
-            for row in exam.bad_rows:
+                workers = stack.enter_context(open_eval_workers(config, model, incidents, console.say))
+        for eval_set, file in zip(found, files, strict=True):
+            for row in eval_set.bad_rows:
                 console.say(f"dropped row {row.row_id}: {row.reason}")
-            todo = [prompt for prompt in exam.prompts if prompt.id not in answers.rows]
+            todo = [prompt for prompt in eval_set.prompts if prompt.id not in file.rows]
             if todo:
-                with console.phase(f"asking {len(todo)} questions of {exam.name}"):
-                    _ask(config, team, exam, todo, answers, console)
-            yield exam, [dict(answers.rows[prompt.id]) for prompt in exam.prompts]
+                with console.phase(f"evaluating {len(todo)} questions of {eval_set.name}"):
+                    _answer(config, workers, eval_set, todo, file, console)
+            yield eval_set, [dict(file.rows[prompt.id]) for prompt in eval_set.prompts]
 
 
-def _ask(
-    config: Config, team: EvalWorkers, exam: EvalSet, todo: Sequence[Prompt], answers: Answers, console: Console
+def _answer(
+    config: Config,
+    workers: EvalWorkers,
+    eval_set: EvalSet,
+    todo: Sequence[Prompt],
+    file: AnswerFile,
+    console: Console,
 ) -> None:
-    pictured = {prompt.id for prompt in exam.prompts[:WITH_PICTURE]}
+    """Answer the prompts in batches that fill the engines, and append each batch to the file."""
+    with_images = {prompt.id for prompt in eval_set.prompts[:IMAGES_KEPT]}
     batch = max(1, config.rollout.num_actors * config.rollout.max_num_seqs // max(1, config.eval.samples))
     for start in range(0, len(todo), batch):
         prompts = todo[start : start + batch]
-        greedy = {one.group.prompt.id: one for one in team.answer_greedily(prompts)}
-        freely = team.answer_freely(prompts, config.eval.samples) if config.eval.samples else []
-        sampled = {one.group.prompt.id: graded(one) for one in freely}
-        answers.append([_row(greedy[one.id], sampled.get(one.id, []), pictured=one.id in pictured) for one in prompts])
+        greedy = {scored.group.prompt.id: scored for scored in workers.answer_greedily(prompts)}
+        groups = workers.answer_freely(prompts, config.eval.samples) if config.eval.samples else []
+        sampled = {scored.group.prompt.id: graded(scored) for scored in groups}
+        file.append(
+            [
+                _row(greedy[prompt.id], sampled.get(prompt.id, []), with_images=prompt.id in with_images)
+                for prompt in prompts
+            ]
+        )
         console.progress(start + len(prompts), len(todo))
 
 
-def _row(greedy: ScoredGroup, sampled: list[dict[str, Any]], *, pictured: bool) -> dict[str, Any]:
+def _row(greedy: ScoredGroup, sampled: list[dict[str, Any]], *, with_images: bool) -> dict[str, Any]:
     prompt = greedy.group.prompt
     return {
         "id": prompt.id,
@@ -260,19 +273,19 @@ def _row(greedy: ScoredGroup, sampled: list[dict[str, Any]], *, pictured: bool) 
         "answer": prompt.answer,
         "greedy": graded(greedy)[0],
         "sampled": sampled,
-        "images": [thumbnail_uri(image) for image in prompt.images] if pictured else [],
+        "images": [thumbnail_uri(image) for image in prompt.images] if with_images else [],
     }
 
 
-def _result(rows: Sequence[dict[str, Any]], exam: EvalSet, samples: int) -> dict[str, Any]:
-    """One cell of the matrix."""
-    result: dict[str, Any] = asdict(summarise(row["greedy"] for row in rows)) | {"dropped": len(exam.bad_rows)}
+def _result(rows: Sequence[dict[str, Any]], eval_set: EvalSet, samples: int) -> dict[str, Any]:
+    """Return the result of one model on one eval set."""
+    result: dict[str, Any] = asdict(summarize(row["greedy"] for row in rows)) | {"dropped": len(eval_set.bad_rows)}
     if samples:
-        right = [sum(answer["accuracy"] for answer in row["sampled"]) for row in rows]
+        correct = [sum(answer["accuracy"] for answer in row["sampled"]) for row in rows]
         powers = [2**power for power in range(samples.bit_length()) if 2**power < samples]
-        result["mean_at"] = {str(samples): float(np.mean(right)) / samples}
+        result["mean_at"] = {str(samples): float(np.mean(correct)) / samples}
         result["pass_at"] = {
-            str(k): float(np.mean([pass_at(k, int(count), samples) for count in right])) for k in [*powers, samples]
+            str(k): float(np.mean([pass_at(k, int(count), samples) for count in correct])) for k in [*powers, samples]
         }
         result["sampled_format"] = float(np.mean([answer["format"] for row in rows for answer in row["sampled"]]))
     return result
@@ -290,12 +303,12 @@ def _show(console: Console, result: dict[str, Any]) -> None:
 
 
 def _write(run_dir: Path, config: Config, results: Sequence[dict[str, Any]], seconds: float) -> None:
-    whole = {"engine": config.rollout.engine, "samples": config.eval.samples, "seconds": seconds, "results": results}
-    atomic_write(run_dir / "evaluation.json", json.dumps(whole, indent=2) + "\n")
+    content = {"engine": config.rollout.engine, "samples": config.eval.samples, "seconds": seconds, "results": results}
+    atomic_write(run_dir / "evaluation.json", json.dumps(content, indent=2) + "\n")
 
 
 def _folder_of(label: str) -> str:
-    """A name that still tells which model it was, and no other model has."""
+    """Return a folder name that is readable and unique to the label."""
     digest = hashlib.sha256(label.encode()).hexdigest()[:6]
     readable = re.sub(r"[^\w.-]+", "-", label).strip("-")[-60:]
     return f"{readable}-{digest}"

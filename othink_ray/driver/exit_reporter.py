@@ -1,4 +1,4 @@
-"""A process that reports the end of a run whose driver cannot: it was killed, or Ray's C++ code has exited it."""
+"""A helper process that reports the end of a run whose driver cannot: killed, or exited by Ray's C++ code."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-_ARMED = "+"  # what the driver writes first: without it the end of the pipe means nothing
+_ARMED = "+"  # the driver's first byte: if it is missing, a closed pipe is not reported
 _CLEAN_EXIT = "+-"
 _NO_REASON = "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
-_PATIENCE_S = 120.0
+_EXIT_TIMEOUT_S = 120.0
 
 
 class ExitReporter:
-    """Runs from entry to exit. If the driver ends before the exit, it prints a line and writes the report.
+    """Runs from entry to exit of the context; if the driver dies in between, it prints a line and writes the report.
 
-    `write_report` is called in the other process, so it must be importable by its name.
+    `write_report` is called in the helper process, so it must be importable by name.
     """
 
     def __init__(self, folder: Path, records_file: str, write_report: Callable[[Path], Path], remedy: str) -> None:
         self._arguments = [str(folder), records_file, write_report.__module__, write_report.__qualname__, remedy]
 
     def __enter__(self) -> ExitReporter:
-        # A session of its own: Ctrl-C and a kill of the driver's group do not reach it.
+        # In a new session, so that Ctrl-C and a kill of the driver's process group do not reach it.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *self._arguments], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -38,20 +38,20 @@ class ExitReporter:
         self.wait()
 
     def report(self, reason: str) -> None:
-        """Have it print this reason and write the report."""
+        """Make the helper print this reason and write the report."""
         self._write(reason, last=True)
 
     def wait(self) -> None:
-        """Wait for the process to exit."""
+        """Wait for the helper to exit."""
         try:
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
 
     def _write(self, text: str, *, last: bool = False) -> None:
         pipe = self._process.stdin
         assert pipe is not None
-        with suppress(BrokenPipeError, ValueError):  # the process was killed, or the pipe is closed already
+        with suppress(BrokenPipeError, ValueError):  # the helper was killed, or the pipe is already closed
             pipe.write(text.encode())
             pipe.flush()
             if last:
@@ -59,26 +59,26 @@ class ExitReporter:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Wait until the driver, or its end, closes the pipe; then report unless the exit was clean."""
+    """Wait until the driver closes the pipe or dies; then report unless the exit was clean."""
     folder, records_file, module, function, remedy = arguments
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with the driver
+        signal.signal(number, signal.SIG_IGN)  # it exits after the driver
     text = sys.stdin.read()
     if text == _CLEAN_EXIT or not text.startswith(_ARMED):
         return
     if sys.stdout.isatty():
-        _say("\x1b[?25h")  # the cursor, which a progress bar hides
+        _say("\x1b[?25h")  # show the cursor, which a progress bar hides
     _say(f"stopped: {text.removeprefix(_ARMED) or _NO_REASON}; {remedy}\n")
     if (Path(folder) / records_file).is_file():
         write_report: Callable[[Path], Path] = getattr(import_module(module), function)
         try:
-            _say(f"report of what was done: {write_report(Path(folder))}\n")
-        except Exception as error:  # whatever was wrong with the files of a run that died
-            _say(f"no report could be written: {error}\n")
+            _say(f"partial report: {write_report(Path(folder))}\n")
+        except Exception as error:  # the files of a run that died may be in any state
+            _say(f"the report could not be written: {error}\n")
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone too
+    with suppress(OSError):  # the terminal may be closed
         print(text, end="", flush=True)
 
 

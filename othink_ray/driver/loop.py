@@ -1,6 +1,6 @@
 """GRPO-D as the paper writes it. Everything that is distributed, slow or may fail is behind four verbs.
 
-generate -> score -> update -> push          (one turn is one training step, on-policy; overlap.py samples ahead)
+generate -> score -> update -> push      (one training step, on-policy; async_loop.py overlaps sampling and learning)
 """
 
 from __future__ import annotations
@@ -19,41 +19,43 @@ from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 
 class Stream(Protocol):
+    """An endless source of training prompts with a position that can be saved."""
+
     @property
     def position(self) -> int:
-        """Where the next question begins."""
+        """Position of the next prompt in the data."""
         ...
 
     def take(self, count: int, beside: Sequence[Prompt]) -> list[Prompt]:
-        """The next questions, with ids that differ from each other and from those of `beside`."""
+        """Return the next `count` prompts; their ids are unique among themselves and differ from those in `beside`."""
         ...
 
 
 class Workers(Protocol):
-    """The four verbs, and a hint that they go without."""
+    """The four verbs, and `prepare`, an optional hint."""
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
-        """Groups, or references to them, as they finish; each round of a step has random seeds of its own."""
+        """Yield groups, or references to them, as they finish; each round of a step has its own random seeds."""
         ...
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]: ...
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        """`stale`: older weights than those being trained sampled the answers."""
+        """Run `updates` optimizer steps; `stale`: the answers were sampled with older weights than those trained."""
         ...
 
     def push(self, version: int) -> Audit:
-        """Returns when every engine has the version and answers like the learner."""
+        """Push the weights; return when every engine has `version` and its logprobs match the learner's."""
         ...
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """The update after the one that runs will be of `packs`. Returns at once."""
+        """Announce the packs of the update after the running one; return at once."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What tells one algorithm of the family from another, between the answers and the learner."""
+    """The parts in which algorithms of this family differ, from scored answers to packed samples."""
 
     prompts_per_step: int
     updates_per_step: int
@@ -64,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The groups of one step, in the order of asking: all of them, and those that are trained."""
+    """The scored groups of one step in the order of their prompts: all requested ones, and the trained subset."""
 
     requested: Sequence[ScoredGroup]
     trained: Sequence[ScoredGroup]
@@ -72,33 +74,35 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """All that one step showed, for those who watch."""
+    """Record of one finished step, for the callbacks."""
 
     step: int
     beta: float
-    schedule_state: Mapping[str, float]  # for the step after this one
-    data_position: int  # where the questions of that step begin
+    schedule_state: Mapping[str, float]  # for the next step
+    data_position: int  # of the next step's first prompt
     requested: Sequence[ScoredGroup]
-    scored: Sequence[ScoredGroup]  # those of them that were trained
-    advantages: Sequence[NDArray[np.float64]]  # of `scored`
+    scored: Sequence[ScoredGroup]  # the trained subset of `requested`
+    advantages: Sequence[NDArray[np.float64]]  # one array of shape (G,) for each group of `scored`
     stats: UpdateStats
     audit: Audit
-    times: dict[str, float]
-    hidden_s: float  # of sampling for the step after this one, while this one was learned
+    times: dict[str, float]  # seconds of each verb
+    hidden_s: float  # seconds of sampling for the next step that overlapped with this step's update
 
 
 class Callbacks(Protocol):
-    """Sees a run go by."""
+    """Hooks of the loop, for logging, evaluation and checkpoints."""
 
-    def begin(self, step: int) -> None:
-        """All engines have the weights after `step` steps."""
+    def on_start(self, step: int) -> None:
+        """Run once before the first step; all engines have the weights after `step` steps."""
         ...
 
-    def step(self, seen: Step) -> None: ...
+    def on_step(self, record: Step) -> None:
+        """Run after each step; all engines have the weights after it."""
+        ...
 
 
 def train(
-    team: Workers,
+    workers: Workers,
     stream: Stream,
     *,
     steps: range,
@@ -106,23 +110,23 @@ def train(
     schedule: BetaSchedule,
     schedule_state: Mapping[str, float],
     lr: Callable[[int], float],
-    journal: Callbacks,
+    callbacks: Callbacks,
 ) -> None:
-    """Runs `steps`; the journal sees each one when it is done: it logs, evaluates and saves."""
-    team.push(steps.start)
-    journal.begin(steps.start)
+    """Run `steps`; after each one the callbacks log, evaluate and save a checkpoint."""
+    workers.push(steps.start)
+    callbacks.on_start(steps.start)
     for step in steps:
         clock = Clock()
         beta = schedule.beta(step, schedule_state)
-        sampled = sample(team, stream, recipe, clock, step=step, version=step)
-        advantages = compared(sampled.trained, recipe)
+        sampled = sample(workers, stream, recipe, clock, step=step, version=step)
+        advantages = compute_advantages(sampled.trained, recipe)
         packs = recipe.pack(sampled.trained, advantages)
-        stats = team.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=False)
+        stats = workers.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=False)
         clock.lap("update")
-        audit = team.push(step + 1)
+        audit = workers.push(step + 1)
         clock.lap("push")
-        schedule_state = schedule.after(schedule_state, measured(sampled, stats))
-        journal.step(
+        schedule_state = schedule.after(schedule_state, measure(sampled, stats))
+        callbacks.on_step(
             Step(
                 step=step,
                 beta=beta,
@@ -139,53 +143,55 @@ def train(
         )
 
 
-def sample(team: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
-    """The scored groups that `step` trains on, all of them answered by the weights after `version` steps.
+def sample(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
+    """Return the scored groups that `step` trains on, all of them sampled with the weights after `version` steps.
 
-    DAPO's dynamic sampling: a group of equal rewards teaches nothing, so as many new questions as there are such groups
-    are requested, in up to `sampling_rounds` rounds. Those still missing then are made up from the first groups of equal
-    rewards. Over small data a question comes back within a step: under an id of its own, so that it is another sample.
+    DAPO's dynamic sampling: a group of equal rewards has no gradient, so it is replaced by a new prompt, in up to
+    `sampling_rounds` rounds. If groups are still missing after the last round, the first groups of equal rewards fill
+    the batch. On small data a prompt may be requested again within a step, under a new id, so that it is sampled anew.
     """
     requested: list[ScoredGroup] = []
     missing = recipe.prompts_per_step
     for sampling_round in range(recipe.sampling_rounds):
-        prompts = stream.take(missing, beside=[one.group.prompt for one in requested])
-        groups = clock.lap_at_end("generate", team.generate(prompts, step, sampling_round))
-        scored = in_order(team.score(groups), prompts)
+        prompts = stream.take(missing, beside=[scored.group.prompt for scored in requested])
+        groups = clock.lap_at_end("generate", workers.generate(prompts, step, sampling_round))
+        scored_groups = in_order(workers.score(groups), prompts)
         clock.lap("score")
-        assert all(one.group.version == version for one in scored), f"sampled with other weights than version {version}"
-        requested += scored
-        missing -= sum(map(teaches, scored))
+        assert all(scored.group.version == version for scored in scored_groups), (
+            f"sampled with other weights than version {version}"
+        )
+        requested += scored_groups
+        missing -= sum(map(has_signal, scored_groups))
         if not missing:
             break
-    fillers = [place for place, one in enumerate(requested) if not teaches(one)][:missing]
-    return Sampled(
-        requested=requested, trained=[one for place, one in enumerate(requested) if teaches(one) or place in fillers]
-    )
+    fillers = [index for index, scored in enumerate(requested) if not has_signal(scored)][:missing]
+    trained = [scored for index, scored in enumerate(requested) if has_signal(scored) or index in fillers]
+    return Sampled(requested=requested, trained=trained)
 
 
-def compared(scored: Sequence[ScoredGroup], recipe: Recipe) -> list[NDArray[np.float64]]:
-    """The advantages of each group's answers."""
-    rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
+def compute_advantages(scored_groups: Sequence[ScoredGroup], recipe: Recipe) -> list[NDArray[np.float64]]:
+    """Return the advantages of each group's answers, N arrays of shape (G,)."""
+    rewards = np.stack([scored.rewards for scored in scored_groups])
+    valid = np.stack([scored.valid for scored in scored_groups])
     return list(recipe.advantages(rewards, valid))
 
 
-def teaches(scored: ScoredGroup) -> bool:
-    """Whether the group's answers were rewarded differently."""
+def has_signal(scored: ScoredGroup) -> bool:
+    """Return whether the rewards of the group's valid answers differ."""
     return rewards_differ(scored.rewards, scored.valid)
 
 
-def measured(sampled: Sampled, stats: UpdateStats) -> Measured:
-    """What a schedule may steer by."""
-    graded = [one.parts["accuracy"][one.valid] for one in sampled.requested if "accuracy" in one.parts]
-    right = np.concatenate(graded) if graded else np.empty(0)
+def measure(sampled: Sampled, stats: UpdateStats) -> Measured:
+    """Return the measurements of a step that adaptive schedules use; NaN where there is none."""
+    graded = [scored.parts["accuracy"][scored.valid] for scored in sampled.requested if "accuracy" in scored.parts]
+    correct = np.concatenate(graded) if graded else np.empty(0)
     return Measured(
         kl=stats.kl_mean if stats.tokens else float("nan"),
-        accuracy=float(right.mean()) if len(right) else float("nan"),
+        accuracy=float(correct.mean()) if len(correct) else float("nan"),
     )
 
 
-def in_order(scored: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-    """As the prompts were requested: a run must not depend on which engine was quicker."""
-    by_id = {one.group.prompt.id: one for one in scored}
+def in_order(scored_groups: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+    """Sort the groups as their prompts were requested: a run must not depend on which engine finished first."""
+    by_id = {scored.group.prompt.id: scored for scored in scored_groups}
     return [by_id[prompt.id] for prompt in prompts]

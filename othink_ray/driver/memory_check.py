@@ -1,4 +1,4 @@
-"""mode=check's memory table: what each device holds at its peak, and which key to turn where that is too much."""
+"""mode=check's memory table: the peak of each device, and the settings that make a run fit."""
 
 from __future__ import annotations
 
@@ -23,76 +23,76 @@ from othink_ray.engines.network_memory import (
 if TYPE_CHECKING:
     from othink_ray.families.base import Family
 
-TIGHT = 0.85  # of a device: the plan is within 15 % of counted allocations
-_SIDE_BY_SIDE = 8  # sequences of full length that a lower rollout.gpu_memory_utilization must leave room for
-_IMAGES = 16  # at most in an engine's batch: more take no more at their peak than the text does
+TIGHT = 0.85  # fraction of a device: the plan is accurate to 15 %
+_MIN_SEQUENCES = 8  # of full length, whose KV cache a lower rollout.gpu_memory_utilization must still hold
+_MAX_IMAGES = 16  # in an engine's batch: the peak does not grow with more
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The devices' sizes in bytes, None where unknown, beside what is planned on them."""
+    """The memory plan with the size of the devices in bytes, None if unknown."""
 
     plan: MemoryPlan
-    on_gpus: bool  # a device is one GPU; otherwise all processes share this machine
+    on_gpus: bool  # a device is one GPU; if false, all processes share this machine's memory
     device_bytes: float | None
-    processes: dict[str, int]  # how many of each kind there are
+    processes: dict[str, int]  # number of devices or processes of each kind in the plan
 
-    def held(self) -> dict[str, float]:
-        """Bytes at the peak of each device."""
+    def peaks(self) -> dict[str, float]:
+        """Return the peak of each device in bytes."""
         peaks = {name: self.plan.peak(name).total for name in self.plan.devices}
         if self.on_gpus:
             return peaks
         return {"this machine": sum(peak * self.processes[name] for name, peak in peaks.items())}
 
     def excess(self) -> str | None:
-        """The device that does not fit, if any."""
+        """Return the first device whose peak exceeds its size, None if all fit."""
         size = self.device_bytes
-        over = [name for name, held in self.held().items() if size is not None and held > size]
+        over = [name for name, peak in self.peaks().items() if size is not None and peak > size]
         return over[0] if over else None
 
     def tight(self) -> bool:
-        """Whether a device is so full that the plan's own error decides; vLLM by itself keeps to its share."""
+        """Return whether a device is full up to the plan's error; a GPU with only vLLM keeps to its budget."""
         size = self.device_bytes
-        planned = [held for name, held in self.held().items() if name != "an engine's GPU"]
+        planned = [peak for name, peak in self.peaks().items() if name != "an engine's GPU"]
         return size is not None and max(planned) > TIGHT * size
 
     def starved(self) -> bool:
-        """Whether vLLM's budget is too small for it to start."""
+        """Return whether vLLM's budget is too small for it to start."""
         return self.plan.engine.budget is not None and self.plan.engine.sequences < 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What the model's own class needs at the configuration's sizes."""
+class MeasuredNetwork:
+    """Memory of the model's class at the configured sizes, measured on the meta device."""
 
     shape: NetworkShape
     work: Activations  # of the largest micro-batch
     sampling: int  # bytes of an engine's largest batch
 
 
-def measure(config: Config, family: Family) -> Measured:
-    """With answers of full length."""
+def measure(config: Config, family: Family) -> MeasuredNetwork:
+    """Measure the model with answers of full length."""
     from othink_ray.engines.policy import DTYPES
 
     network = learner_skeleton(family, config.learner, DTYPES[config.model.dtype])
-    tokens, images, asked = micro_batch(config, family)
-    shown = sum(family.image_token_counts(images))
+    tokens, images, answer_tokens = micro_batch(config, family)
+    image_tokens = sum(family.image_token_counts(images))
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)
-    # On a GPU, and where it compiles, vLLM tries a full batch when it starts.
+    # On a GPU, and when it compiles, vLLM profiles a full batch at start.
     if config.rollout.gpus_per_actor <= 0 and config.rollout.enforce_eager:
         batch = min(batch, config.rollout.max_num_seqs * config.rollout.max_model_len)
     in_batch = min(
-        batch // (shown // len(images) + 1), _IMAGES, config.rollout.max_num_seqs * config.rollout.max_images
+        batch // (image_tokens // len(images) + 1), _MAX_IMAGES, config.rollout.max_num_seqs * config.rollout.max_images
     )
-    return Measured(
+    return MeasuredNetwork(
         shape=network_shape(family, network),
-        work=activations(family, network, tokens, images, asked),
+        work=activations(family, network, tokens, images, answer_tokens),
         sampling=forward_peak(family, network, batch, images[:1] * in_batch),
     )
 
 
-def plan_memory(config: Config, measured: Measured) -> Memory:
+def plan_memory(config: Config, measured: MeasuredNetwork) -> Memory:
     on_gpus = config.rollout.gpus_per_actor > 0 and config.learner.gpus_per_rank > 0
     size = gpu_bytes(config) if on_gpus else host_bytes(config)
     plan = memory_plan(config, measured.shape, measured.work, measured.sampling, size if on_gpus else None)
@@ -108,9 +108,9 @@ def plan_memory(config: Config, measured: Measured) -> Memory:
 
 
 def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes], int]:
-    """Tokens, images and answer tokens of the largest micro-batch.
+    """Return tokens, images and answer tokens of the largest micro-batch.
 
-    Short answers leave room for more prompts, each with its images.
+    With short answers a micro-batch holds more prompts, and so more images.
     """
     from othink_ray.families.hugging_face import black_square
 
@@ -119,22 +119,22 @@ def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes], int]:
     longest = prompt + rollout.max_tokens * (answers if learner.shared_prefix else 1)
     tokens = max(learner.micro_tokens, longest)
     image = black_square(int(config.model.max_pixels**0.5))
-    [shown] = family.image_token_counts([image])
-    shortest = shown * rollout.max_images + (answers if learner.shared_prefix else 1)
-    rows = config.train.prompts_per_step * (1 if learner.shared_prefix else answers)
-    rows = max(1, rows // (config.algo.updates_per_step * learner.world_size))
-    fitting = max(1, min(rows, tokens // shortest))
-    images = max(1, min(fitting * rollout.max_images, (tokens - 1) // max(1, shown)))
-    asked = fitting * rollout.max_tokens * (answers if learner.shared_prefix else 1)
-    return tokens, [image] * images, min(asked, tokens - images * shown)
+    [image_tokens] = family.image_token_counts([image])
+    shortest = image_tokens * rollout.max_images + (answers if learner.shared_prefix else 1)
+    samples = config.train.prompts_per_step * (1 if learner.shared_prefix else answers)
+    samples = max(1, samples // (config.algo.updates_per_step * learner.world_size))
+    fitting = max(1, min(samples, tokens // shortest))
+    images = max(1, min(fitting * rollout.max_images, (tokens - 1) // max(1, image_tokens)))
+    answer_tokens = fitting * rollout.max_tokens * (answers if learner.shared_prefix else 1)
+    return tokens, [image] * images, min(answer_tokens, tokens - images * image_tokens)
 
 
 def gpu_bytes(config: Config) -> float:
-    """Of this machine's smallest GPU where Ray starts here and there is one, else cluster.gpu_memory_gb."""
+    """Return the memory of this machine's smallest GPU if Ray starts on it, else cluster.gpu_memory_gb."""
     if config.cluster.address is None and shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:
-            listing = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False).stdout
+            listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
         except subprocess.TimeoutExpired:
             listing = ""
         sizes = [int(line) for line in listing.splitlines() if line.strip().isdecimal()]
@@ -144,49 +144,50 @@ def gpu_bytes(config: Config) -> float:
 
 
 def host_bytes(config: Config) -> float | None:
+    """Return this machine's memory if Ray starts here, else None."""
     import psutil
 
     return float(psutil.virtual_memory().total) if config.cluster.address is None else None
 
 
 def table(memory: Memory) -> str:
-    """A row for each phase of each device, in GiB, the fullest one item by item."""
+    """Return the table: a line for each phase of each device in GiB, with the items of its largest phase."""
     size = memory.device_bytes
-    rows = [f"GiB at the peak{f'; of {size / GIB:.1f}' if size else ''}"]
+    lines = [f"GiB at the peak{f'; of {size / GIB:.1f}' if size else ''}"]
     for name, phases in memory.plan.devices.items():
-        fullest = memory.plan.peak(name)
+        peak = memory.plan.peak(name)
         count = memory.processes[name]
-        rows.append(f"    {name}" + (f", {count} of them" if count > 1 else ""))
+        lines.append(f"    {name}" + (f", {count} of them" if count > 1 else ""))
         for phase in phases:
             share = f" ({phase.total / size:.0%})" if size else ""
-            rows.append(f"      {phase.name:<9} {phase.total / GIB:7.1f}{share}")
-            if phase is fullest:
-                rows.append(f"        {_items(phase.uses)}")
+            lines.append(f"      {phase.name:<9} {phase.total / GIB:7.1f}{share}")
+            if phase is peak:
+                lines.append(f"        {_items(phase.uses)}")
     engine = memory.plan.engine
     if engine.budget is not None:
-        rows.append(
+        lines.append(
             f"    vLLM's {engine.budget / GIB:.1f} hold {max(0, int(engine.sequences))} sequences of full length"
         )
     if memory.tight():
-        rows.append("    tight: the plan is within 15 % of what is allocated")
-    return "\n".join(rows)
+        lines.append("    tight: the plan is accurate to 15 %, so the run may still not fit")
+    return "\n".join(lines)
 
 
-def memory_problems(config: Config, family: Family, measured: Measured) -> Iterator[Problem]:
-    """What does not fit, and the settings with which it does."""
+def memory_problems(config: Config, family: Family, measured: MeasuredNetwork) -> Iterator[Problem]:
+    """Yield a problem if a device is too small, with the settings that make the run fit."""
     memory = plan_memory(config, measured)
     over = memory.excess()
     if over is None and not memory.starved():
         return
-    turned = remedy(config, family, measured)
-    if turned:
-        advice = f"Set {' '.join(f'{key}={shown(value)}' for key, value in turned.items())}."
+    settings = remedy(config, family, measured)
+    if settings:
+        advice = f"Set {' '.join(f'{key}={_format(value)}' for key, value in settings.items())}."
     else:
-        advice = "Take more learner ranks (learner.world_size), larger devices or a smaller model."
+        advice = "Use more learner ranks (learner.world_size), larger devices or a smaller model."
     engine = memory.plan.engine
     if over is None:
         rule = (
-            f"gives vLLM {(engine.budget or 0) / GIB:.1f} GiB, but with one sequence of full length it needs "
+            f"gives vLLM {(engine.budget or 0) / GIB:.1f} GiB, but one sequence of full length needs "
             f"{sum(engine.needs.values()) / GIB:.1f}"
         )
         subject = f"rollout.gpu_memory_utilization = {config.rollout.gpu_memory_utilization:g}"
@@ -194,26 +195,26 @@ def memory_problems(config: Config, family: Family, measured: Measured) -> Itera
         phases = [memory.plan.peak(name) for name in memory.plan.devices if over in (name, "this machine")]
         parts = "; ".join(f"to {phase.name} {_items(phase.uses)}" for phase in phases)
         has = (memory.device_bytes or 0) / GIB
-        rule = f"needs {memory.held()[over] / GIB:.1f} GiB and has {has:.1f}: {parts} (in GiB)"
+        rule = f"needs {memory.peaks()[over] / GIB:.1f} GiB and has {has:.1f}: {parts} (in GiB)"
         subject = f"memory of {over}"
     yield Problem(subject=subject, rule=rule, remedy=advice)
 
 
 def _items(uses: dict[str, float]) -> str:
-    parts = sorted(((use, held) for use, held in uses.items() if held), key=lambda one: -one[1])
-    return ", ".join(f"{use} {held / GIB:.1f}" for use, held in parts)
+    parts = sorted(((use, size) for use, size in uses.items() if size), key=lambda item: -item[1])
+    return ", ".join(f"{use} {size / GIB:.1f}" for use, size in parts)
 
 
-def shown(value: object) -> str:
+def _format(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def remedy(config: Config, family: Family, measured: Measured) -> Settings | None:
-    """The fewest settings, in the order of what they cost, with which all fits; None where none do."""
+def remedy(config: Config, family: Family, measured: MeasuredNetwork) -> Settings | None:
+    """Return the fewest settings that make the run fit, cheapest first; None if no candidate does."""
     known = {_work_key(config): measured}
-    turned: Settings = {}
+    accumulated: Settings = {}
     for settings in _candidates(config):
-        for tried in (settings, turned | settings):
+        for tried in (settings, accumulated | settings):
             changed = with_settings(config, tried)
             key = _work_key(changed)
             if key not in known:
@@ -222,12 +223,12 @@ def remedy(config: Config, family: Family, measured: Measured) -> Settings | Non
             memory = plan_memory(with_settings(config, tried), known[key])
             if memory.excess() is None and not memory.tight() and not memory.starved():
                 return tried
-        turned |= settings
+        accumulated |= settings
     return None
 
 
 def _work_key(config: Config) -> tuple[object, ...]:
-    """The settings of `_candidates` that change what is measured."""
+    """Return the settings among `_candidates` that change the measurement."""
     learner = config.learner
     return learner.gradient_checkpointing, learner.micro_tokens, learner.lora.rank
 
@@ -251,11 +252,11 @@ def _candidates(config: Config) -> Iterator[Settings]:
 
 
 def _utilization(config: Config, memory: Memory) -> Settings:
-    """The largest share of a GPU for vLLM with which the device fits, if it leaves room for some sequences."""
+    """Return the largest GPU share of vLLM with which the device fits, if its KV cache holds enough sequences."""
     engine, size, key = memory.plan.engine, memory.device_bytes, "rollout.gpu_memory_utilization"
     if engine.budget is None or size is None or not (memory.tight() or memory.excess() or memory.starved()):
         return {}
-    least = sum(engine.needs.values()) + (_SIDE_BY_SIDE - 1) * engine.per_sequence
+    least = sum(engine.needs.values()) + (_MIN_SEQUENCES - 1) * engine.per_sequence
     generate = next(phase for phases in memory.plan.devices.values() for phase in phases if phase.name == "generate")
     most = TIGHT * size if memory.starved() else TIGHT * size - (generate.total - engine.budget)
     share = int(100 * most / size + 1e-6) / 100
@@ -264,12 +265,12 @@ def _utilization(config: Config, memory: Memory) -> Settings:
 
 
 def with_settings(config: Config, settings: Settings) -> Config:
-    """The configuration with other values of dotted keys."""
+    """Return the configuration with the values of dotted keys replaced."""
     for key, value in settings.items():
-        above, _, name = key.rpartition(".")
-        section = replace(value_of(config, above), **{name: value})
-        while above:
-            above, _, name = above.rpartition(".")
-            section = replace(value_of(config, above) if above else config, **{name: section})
+        parent, _, name = key.rpartition(".")
+        section = replace(value_of(config, parent), **{name: value})
+        while parent:
+            parent, _, name = parent.rpartition(".")
+            section = replace(value_of(config, parent) if parent else config, **{name: section})
         config = section
     return config

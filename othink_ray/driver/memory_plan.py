@@ -1,8 +1,8 @@
-"""Memory of every process and device, phase by phase, before any of them starts.
+"""Memory of every process and device, phase by phase, computed before any process starts.
 
-What DeepSpeed keeps a weight follows its sources (0.19.8): ZeRO stage 1 in bfloat16 is its BF16_Optimizer, which holds
-whole float32 gradients; stage 2 holds a share of them from the first backward pass to the optimizer step; stage 3 holds
-its share from load on. Adam's moments exist from the first step on.
+DeepSpeed's bytes per weight follow its sources (0.19.8): ZeRO stage 1 in bfloat16 is its BF16_Optimizer, which holds
+all float32 gradients; stage 2 holds a shard of them from the first backward pass to the optimizer step; stage 3 holds
+its shard from load on. Adam's moments exist from the first step on.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from othink_ray.engines.network_memory import Activations, NetworkShape
 from othink_ray.engines.zero_settings import REDUCE_BUCKET
 
 GIB = 2**30
-CONTEXT = 0.6 * GIB  # of one process on a GPU: CUDA's context, cuBLAS and NCCL workspaces; typical, not measured here
-GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which stay while it sleeps; typical, not measured here
-PROCESS = 0.9 * GIB  # of a process on a CPU with torch and its libraries, before any model
-DRIVER = 0.5 * GIB  # measured, as the next two, by `python -m benchmarks.memory`
-RAY = 0.8 * GIB  # its daemons and idle workers, on the driver's node
+CONTEXT = 0.6 * GIB  # per process on a GPU: CUDA context, cuBLAS and NCCL workspaces; typical value, not measured
+GRAPHS = 1.0 * GIB  # vLLM's CUDA graphs, which it keeps while asleep; typical value, not measured
+PROCESS = 0.9 * GIB  # of a CPU process with torch and its libraries, before a model is loaded
+DRIVER = 0.5 * GIB  # this and the next two are measured by `python -m benchmarks.memory`
+RAY = 0.8 * GIB  # daemons and idle workers, on the driver's node
 GRADER = 0.1 * GIB
-LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: gathered at a time, at most
-SUB_GROUP = 1_000_000_000  # ZeRO-3's sub_group_size: weights that one optimizer call updates
-ENGINE_TOKENS = 8192  # vLLM's max_num_batched_tokens, unless rollout.max_model_len is more
+LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3's max_live_parameters: most parameters gathered at a time
+SUB_GROUP = 1_000_000_000  # ZeRO-3's sub_group_size: weights per optimizer call
+ENGINE_TOKENS = 8192  # vLLM's max_num_batched_tokens, unless rollout.max_model_len is larger
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 Uses = dict[str, float]
-"""Bytes by what they are for."""
+"""Bytes by purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerMemory:
-    """One learner rank's bytes on its device."""
+    """Bytes of one learner rank on its device."""
 
-    resident: Uses  # from the first update on, also while engines generate
-    updating: Uses  # beside them, at the peak of an update
-    loading: float  # at the peak of loading, all together
+    resident: Uses  # from the first update on, also during generation
+    updating: Uses  # in addition, at the peak of an update
+    loading: float  # total at the peak of loading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """One rollout process's bytes on its device."""
+    """Bytes of one rollout process on its device."""
 
-    needs: Uses  # weights, a forward pass and the keys and values of one sequence of full length
-    per_sequence: float  # keys and values of one sequence of rollout.max_model_len tokens
-    budget: float | None  # what vLLM takes of a GPU whose memory is known; None on a CPU
+    needs: Uses  # weights, a forward pass and the KV cache of one sequence of full length
+    per_sequence: float  # KV cache of rollout.max_model_len tokens
+    budget: float | None  # memory that vLLM reserves on a GPU; None on a CPU or if the GPU's size is unknown
 
     @property
     def sequences(self) -> float:
-        """How many sequences of full length its cache holds."""
+        """Return how many sequences of full length the KV cache holds."""
         least = sum(self.needs.values())
         return 0.0 if self.budget is None else 1 + (self.budget - least) / self.per_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """What is on one device at one time."""
+    """The contents of one device during one phase."""
 
     name: str
     uses: Uses
@@ -68,7 +68,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Phases of each kind of device: `learner` and `engine`, or `shared` where both are on one GPU; `host` on CPUs."""
+    """The phases of each kind of device: GPUs of learner and engines, shared GPUs, or processes on CPUs."""
 
     learner: LearnerMemory
     engine: EngineMemory
@@ -78,41 +78,42 @@ class MemoryPlan:
         return max(self.devices[device], key=lambda phase: phase.total)
 
 
-def _second_network(config: Config) -> bool:
-    """Whether ranks hold a second network: under LoRA the reference is the policy without its adapters."""
+def _holds_reference(config: Config) -> bool:
+    """Return whether ranks hold a reference network; with LoRA the reference is the policy without its adapters."""
     return config.mode in ("train", "check") and config.algo.kl.beta_max > 0 and not config.learner.lora.rank
 
 
 def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> LearnerMemory:
+    """Return the memory of one rank; `work`: activations of its largest micro-batch."""
     learner, each = config.learner, _BYTES[config.model.dtype]
     ranks, stage, trained, mixed = learner.world_size, learner.zero_stage, shape.trained, each == 2
-    share = trained / ranks
-    whole = 1 / ranks if stage == 3 else 1
-    reference = each * shape.weights * whole if _second_network(config) else 0
+    shard = trained / ranks
+    fraction = 1 / ranks if stage == 3 else 1
+    reference = each * shape.weights * fraction if _holds_reference(config) else 0
     resident: Uses = {
-        "weights": each * shape.weights * whole,
+        "weights": each * shape.weights * fraction,
         "reference": reference,
-        "float32 weights": 4 * share,
-        "Adam's moments": 8 * share,
+        "float32 weights": 4 * shard,
+        "Adam's moments": 8 * shard,
     }
-    gradients = 4 * trained if stage == 1 else 4 * share
+    gradients = 4 * trained if stage == 1 else 4 * shard
     bucket = min(REDUCE_BUCKET, trained)
     if stage == 3:
         resident |= {"gradients": gradients, "gradient bucket": 4 * REDUCE_BUCKET}
         gathered = each * min(shape.weights, LIVE_PARAMETERS) if ranks > 1 else 0
         reduction = 10.0 * shape.largest if shape.largest > REDUCE_BUCKET else 8 * bucket
-        step = 4 * min(share, SUB_GROUP)
+        step = 4 * min(shard, SUB_GROUP)
     elif stage == 2:
         gathered = 0
         alone = 8.0 * shape.largest if shape.largest > REDUCE_BUCKET and shape.head_trained else 0.0
         reduction = max(alone, each * REDUCE_BUCKET + (each + 4) * bucket * mixed)
-        step = 0 if mixed else 4 * share
+        step = 0 if mixed else 4 * shard
     else:
         if mixed:
             resident |= {"gradients": gradients}
         gathered = 0
         reduction = each * shape.largest if mixed else each * REDUCE_BUCKET
-        step = 0 if mixed else 4 * share
+        step = 0 if mixed else 4 * shard
     head = _head(config, shape, work.asked)
     parts = {"activations": work.peak + reduction, "logits": work.kept + head, "optimizer step": step}
     held = {} if "gradients" in resident else {"gradients": gradients}
@@ -123,36 +124,36 @@ def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> Le
     return LearnerMemory(
         resident=resident,
         updating={name: float(size) for name, size in (held | {"gathered layers": gathered} | moment).items()},
-        loading=_loading(resident, each, shape, reference, whole),
+        loading=_loading(resident, each, shape, reference, fraction),
     )
 
 
-def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, whole: float) -> float:
-    """A rank holds the whole policy while it is flattened or partitioned, later beside it the whole reference."""
+def _loading(resident: Uses, each: int, shape: NetworkShape, reference: float, fraction: float) -> float:
+    """Return the peak of loading: the full policy while it is partitioned, later the full reference in addition."""
     policy = sum(resident.values()) - reference - resident["Adam's moments"]
-    return max(each * (shape.weights + shape.trained * whole), policy + (each * shape.weights if reference else 0))
+    return max(each * (shape.weights + shape.trained * fraction), policy + (each * shape.weights if reference else 0))
 
 
-def _head(config: Config, shape: NetworkShape, asked: int) -> float:
-    """The last layer's chunk of float32 logits with its gradient, and the float32 gradient of the output matrix."""
-    rows, matrix = min(config.learner.logit_rows, asked), shape.vocabulary * shape.width
+def _head(config: Config, shape: NetworkShape, answer_tokens: int) -> float:
+    """Return bytes of a chunk of float32 logits with its gradient, and of the output matrix's float32 gradient."""
+    rows, matrix = min(config.learner.logit_rows, answer_tokens), shape.vocabulary * shape.width
     each = _BYTES[config.model.dtype]
     chunk = 4 * rows * shape.vocabulary
-    # On a GPU products take half-precision factors; on a CPU these are cast to float32 first.
+    # On a GPU the matmul takes half-precision inputs; on a CPU they are cast to float32 first.
     cast = 0.5 * chunk if config.learner.gpus_per_rank > 0 else 4 * matrix * (each == 2)
     gradient = 2 * 4 * matrix if shape.head_trained else 0
     return max(2 * chunk, chunk + cast + gradient)
 
 
 def engine_memory(config: Config, shape: NetworkShape, forward: float, card: float | None) -> EngineMemory:
-    """`forward`: bytes of a pass over as many tokens as vLLM batches."""
+    """Return the memory of one engine; `forward`: bytes of a forward pass over vLLM's largest batch."""
     rollout, each = config.rollout, _BYTES[config.model.dtype]
     on_gpu = rollout.gpus_per_actor > 0
     per_sequence = each * shape.kv_per_token * rollout.max_model_len / rollout.tensor_parallel
     matrix = shape.vocabulary * shape.width
-    # A CPU's kernels work on packed copies. Beside adapters the matrices that were packed are dropped, but for the
-    # output matrix, which is cast to float32 for each product. Without them an embedding that is not tied to it is
-    # counted twice too, though it is not packed.
+    # CPU kernels work on packed copies of the matrices. With adapters the originals are dropped, except the output
+    # matrix, which is cast to float32 for each matmul. Without adapters all weights are counted twice, although an
+    # untied embedding is not packed.
     packed = 0 if on_gpu else matrix if config.learner.lora.rank else shape.weights
     cast = 0 if on_gpu or each == 4 else 4 * matrix
     needs: Uses = {
@@ -167,7 +168,7 @@ def engine_memory(config: Config, shape: NetworkShape, forward: float, card: flo
 def memory_plan(
     config: Config, shape: NetworkShape, work: Activations, sampling: float, card: float | None
 ) -> MemoryPlan:
-    """`work` of a learner's micro-batch, `sampling`: bytes of an engine's batch, `card`: of a GPU (None on CPUs)."""
+    """Return the plan; `work`: a learner's micro-batch, `sampling`: bytes of an engine's batch, `card`: of a GPU."""
     learner = learner_memory(config, shape, work)
     engine = engine_memory(config, shape, sampling, card)
     return MemoryPlan(learner=learner, engine=engine, devices=_devices(config, learner, engine))
@@ -194,11 +195,11 @@ def _devices(config: Config, learner: LearnerMemory, engine: EngineMemory) -> di
             "an engine's GPU": (Phase(name="generate", uses=context | graphs | awake),),
         }
     both = {"contexts": 2 * CONTEXT} | graphs
-    beside = {} if rollout.sleep else awake
+    engine_with_learner = {} if rollout.sleep else awake
     return {
         "a shared GPU": (
-            Phase(name="load", uses=both | beside | {"learner": learner.loading}),
+            Phase(name="load", uses=both | engine_with_learner | {"learner": learner.loading}),
             Phase(name="generate", uses=both | awake | learner.resident),
-            Phase(name="update", uses=both | beside | learner.resident | learner.updating),
+            Phase(name="update", uses=both | engine_with_learner | learner.resident | learner.updating),
         )
     }

@@ -1,4 +1,7 @@
-"""JSONL files of a run, a line a step: without gap or double even where it stops or its disk is full for a while."""
+"""Metrics of a step, and the files of a run: config, metrics, samples and summary.
+
+The JSONL files have no missing, repeated or torn line, also after a resume or a disk that was full for a while.
+"""
 
 from __future__ import annotations
 
@@ -21,41 +24,51 @@ from PIL import Image
 
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
-from othink_ray.driver.loop import Step, teaches
+from othink_ray.driver.loop import Step, has_signal
 from othink_ray.driver.trackers import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_MOST_WAITING = 1000  # lines; those of samples.jsonl hold images
+THUMBNAIL_PX = 256
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MAX_BUFFERED = 1000  # lines; a line of samples.jsonl holds images
+_GRADED = {  # grading layer -> number of answers that it decided
+    "rules": "reward/graded_by_rules",
+    "symbolic": "reward/graded_symbolically",
+    "timeout": "reward/grader_timeouts",
+    "crash": "reward/grader_crashes",
+    "untagged": "reward/untagged",
+}
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 class StepLines:
-    """Appends whole lines or none: what finds no room waits for it in memory."""
+    """Appends complete lines to a JSONL file; while the disk is full, lines are buffered in memory."""
 
-    def __init__(self, path: Path, last_kept_step: int, tell: Callable[[str], None]) -> None:
-        """The file goes on after `last_kept_step`; later and torn lines are set aside in `*.discarded.jsonl`."""
-        self._path, self._tell = path, tell
+    def __init__(self, path: Path, last_kept_step: int, log: Callable[[str], None]) -> None:
+        """Continue the file after `last_kept_step`; later and torn lines move to `*.discarded.jsonl`."""
+        self._path, self._log = path, log
         _cut_after(path, last_kept_step)
         self._file = path.open("ab", buffering=0)
         self._size = self._file.tell()
-        self._waiting: deque[bytes] = deque()
+        self._buffer: deque[bytes] = deque()
 
     def append(self, line: str) -> None:
-        waited = len(self._waiting)
-        self._waiting.append(line.encode() + b"\n")
+        buffered = len(self._buffer)
+        self._buffer.append(line.encode() + b"\n")
         try:
-            while self._waiting:
-                self._write(self._waiting[0])
-                self._waiting.popleft()
+            while self._buffer:
+                self._write(self._buffer[0])
+                self._buffer.popleft()
         except OSError as error:
             self._file.truncate(self._size)
-            if error.errno not in _NO_ROOM or waited >= _MOST_WAITING:
+            if error.errno not in _DISK_FULL or buffered >= _MAX_BUFFERED:
                 raise
-            if not waited:
-                self._tell(f"{self._path.name} has no room on the disk: its lines wait in memory until there is some")
+            if not buffered:
+                self._log(f"{self._path.name}: no space left on the disk; buffering its lines in memory until there is")
             return
-        if waited:
-            self._tell(f"{self._path.name} is written again, lines that waited first ({waited})")
+        if buffered:
+            self._log(f"{self._path.name}: written again, starting with {buffered} buffered line(s)")
 
     def _write(self, line: bytes) -> None:
         written = 0
@@ -72,15 +85,15 @@ def _cut_after(path: Path, last_kept_step: int) -> None:
     lines = [line for line in text.split("\n") if line]
     discarded = [line for line in lines if _step_of(line) > last_kept_step]
     if discarded:
-        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as aside:
-            aside.writelines(line + "\n" for line in discarded)
+        with path.with_name(f"{path.stem}.discarded.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in discarded)
     kept = "".join(line + "\n" for line in lines if _step_of(line) <= last_kept_step)
     if kept != text:
         atomic_write(path, kept)
 
 
 def _step_of(line: str) -> float:
-    """The step of a JSONL line; infinity for a torn one, which is beyond every step."""
+    """Return the step of a JSONL line; infinity for a torn one, so that it counts as later than any step."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -89,19 +102,9 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-# Which layer of grading decided how many answers of the step.
-_GRADED = {
-    "rules": "reward/graded_by_rules",
-    "symbolic": "reward/graded_symbolically",
-    "timeout": "reward/grader_timeouts",
-    "crash": "reward/grader_crashes",
-    "untagged": "reward/untagged",
-}
-
-
-def taught_measures(step: Step) -> dict[str, float]:
-    """The metrics of one step of supervised training: what has no meaning for worked answers is left out."""
-    lengths = [len(answer.token_ids) for one in step.scored for answer in one.group.completions]
+def sft_metrics(step: Step) -> dict[str, float]:
+    """Return the metrics of one SFT step, without those that have no meaning for demonstrations."""
+    lengths = [len(answer.token_ids) for scored in step.scored for answer in scored.group.completions]
     seconds = sum(step.times.values())
     return {
         "loss": step.stats.loss,
@@ -116,18 +119,18 @@ def taught_measures(step: Step) -> dict[str, float]:
     } | {f"time/{name}_s": lap for name, lap in step.times.items()}
 
 
-def measures(step: Step) -> dict[str, float]:
-    """The metrics of one step. Rewards, lengths and groups are those of all that was asked, trained or not.
+def step_metrics(step: Step) -> dict[str, float]:
+    """Return the metrics of one step; rewards, lengths and groups cover all requested groups, trained or not.
 
-    Means of rewards are over valid answers; a masked answer counts only in `groups/masked`.
+    Mean rewards are over valid answers; a masked answer counts only in `groups/masked`.
     """
-    asked = step.requested
-    valid = np.concatenate([one.valid for one in asked])
-    answers = [completion for one in asked for completion in one.group.completions]
+    requested = step.requested
+    valid = np.concatenate([scored.valid for scored in requested])
+    answers = [completion for scored in requested for completion in scored.group.completions]
     lengths = np.array([len(answer.token_ids) for answer in answers])
     seconds = sum(step.times.values())
-    found = {
-        "reward/mean": _mean(np.concatenate([one.rewards for one in asked]), valid),
+    metrics = {
+        "reward/mean": _mean(np.concatenate([scored.rewards for scored in requested]), valid),
         "kl/beta": step.beta,
         "kl/mean": step.stats.kl_mean,
         "loss": step.stats.loss,
@@ -138,7 +141,7 @@ def measures(step: Step) -> dict[str, float]:
         "push/mb": step.audit.sent_bytes / 2**20,
         "sampler/logp_gap_mean": step.stats.logp_gap_mean,
         "sampler/logp_gap_max": step.stats.logp_gap_max,
-        "sampler/staleness": float(np.mean([step.step - one.group.version for one in step.scored])),
+        "sampler/staleness": float(np.mean([step.step - scored.group.version for scored in step.scored])),
         "ratio/raw_mean": step.stats.ratio_raw_mean,
         "ratio/raw_max": step.stats.ratio_raw_max,
         "ratio/clip_frac": step.stats.ratio_clip_frac,
@@ -154,10 +157,10 @@ def measures(step: Step) -> dict[str, float]:
         "lr": step.stats.lr,
         "tokens/completion_mean": float(lengths.mean()),
         "tokens/cut_frac": float(np.mean([answer.finish == "length" for answer in answers])),
-        "groups/constant_frac": float(np.mean([not teaches(one) for one in asked])),
-        "groups/asked": float(len(asked)),
+        "groups/constant_frac": float(np.mean([not has_signal(scored) for scored in requested])),
+        "groups/asked": float(len(requested)),
         "groups/masked": float((~valid).sum()),
-        "rollout/image_encodes": float(sum(one.group.image_encodes for one in asked)),
+        "rollout/image_encodes": float(sum(scored.group.image_encodes for scored in requested)),
         "vision/encodes": float(step.stats.vision_encodes),
         "throughput/samples_per_s": len(answers) / seconds,
         "throughput/tokens_per_s": float(lengths.sum()) / seconds,
@@ -165,30 +168,23 @@ def measures(step: Step) -> dict[str, float]:
         "time/hidden_s": step.hidden_s,
     }
     for layer, name in _GRADED.items():
-        found[name] = float(sum(one.graded.get(layer, 0) for one in asked))
-    for part in sorted({name for one in asked for name in one.parts}):
-        scored = [one for one in asked if part in one.parts]
-        values = np.concatenate([one.parts[part] for one in scored])
-        found[f"reward/{part}"] = _mean(values, np.concatenate([one.valid for one in scored]))
-    return found | {f"time/{name}_s": lap for name, lap in step.times.items()}
+        metrics[name] = float(sum(scored.graded.get(layer, 0) for scored in requested))
+    for part in sorted({name for scored in requested for name in scored.parts}):
+        graded = [scored for scored in requested if part in scored.parts]
+        values = np.concatenate([scored.parts[part] for scored in graded])
+        metrics[f"reward/{part}"] = _mean(values, np.concatenate([scored.valid for scored in graded]))
+    return metrics | {f"time/{name}_s": lap for name, lap in step.times.items()}
 
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> float:
     return float(values[valid].mean()) if valid.any() else float("nan")
 
 
-THUMBNAIL_PX = 256
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-
-
 class RunRecords:
-    """Writes the files of one run that grow with it and those that say what it is, and mirrors them to wandb.
+    """Writes the records of one run and mirrors them to wandb.
 
-    config.yaml and environment.json at the start, metrics.jsonl and samples.jsonl as it goes, summary.json at the end.
-
-    A step's line is written when the step is done, so the line of step s says "after s steps"; on resume the lines
-    above `resume_step` (all of them for a fresh start) move to `*.discarded.jsonl`.
+    config.yaml and environment.json at the start, metrics.jsonl and samples.jsonl after each step, summary.json at the
+    end. On resume, lines of steps after `resume_step` (all lines on a fresh start) move to `*.discarded.jsonl`.
     """
 
     def __init__(
@@ -198,7 +194,7 @@ class RunRecords:
         wandb: WandbConfig,
         config_yaml: str,
         environment: Mapping[str, Any],
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         resume_step: int | None = None,
     ) -> None:
         self._run_dir = run_dir
@@ -207,7 +203,7 @@ class RunRecords:
         self._environment = environment
         self._keep_up_to = -1 if resume_step is None else resume_step
         self._last_step = self._keep_up_to
-        self._tell = tell
+        self._log = log
         self._metrics: StepLines
         self._samples: StepLines
         self._tracker: Tracker
@@ -216,8 +212,8 @@ class RunRecords:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(self._run_dir / "config.yaml", self._config_yaml)
         atomic_write(self._run_dir / "environment.json", json.dumps(jsonable(self._environment), indent=2) + "\n")
-        self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._keep_up_to, self._tell)
-        self._samples = StepLines(self._run_dir / "samples.jsonl", self._keep_up_to, self._tell)
+        self._metrics = StepLines(self._run_dir / "metrics.jsonl", self._keep_up_to, self._log)
+        self._samples = StepLines(self._run_dir / "samples.jsonl", self._keep_up_to, self._log)
         resumed = self._keep_up_to >= 0
         self._tracker = open_tracker(self._run_dir, self._wandb, self._config_yaml, self._environment, resumed=resumed)
         return self
@@ -230,7 +226,7 @@ class RunRecords:
         self._tracker.close(failed=kind is not None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Append the one line of `step` and give back its numbers; in the file NaN and infinity are null."""
+        """Append the line of `step` and return its numbers; in the file NaN and infinity are null."""
         assert step > self._last_step, f"step {step} is already in metrics.jsonl (last line: step {self._last_step})"
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         line = {"step": step, "time/unix_s": round(time.time(), 3), **numbers}
@@ -246,7 +242,7 @@ class RunRecords:
         self._tracker.sample(step, record)
 
     def summary(self, values: Mapping[str, object]) -> None:
-        """Write summary.json as a whole: a reader sees the old file or the new one, never half of it."""
+        """Write summary.json atomically."""
         atomic_write(self._run_dir / "summary.json", json.dumps(jsonable(values), indent=2) + "\n")
 
 
@@ -254,8 +250,8 @@ def _number(name: str, value: object) -> float:
     if _is_number(value):
         return float(value)
     raise ValueError(
-        f"metric {name!r} is {value!r} ({type(value).__name__}): a metric is one number; "
-        "turn it into a float before logging it"
+        f"metric {name!r} is {value!r} ({type(value).__name__}): must be one number; "
+        "convert it to a float before logging it"
     )
 
 
@@ -290,12 +286,12 @@ def sample_record(step: int, scored: ScoredGroup, advantages: NDArray[np.float64
 
 
 def question_text(group: Group) -> str:
-    """What the user asked, all turns."""
+    """Return the text of all user turns."""
     return "\n".join(message.text for message in group.prompt.messages if message.role == "user")
 
 
 def thumbnail_uri(image: bytes) -> str:
-    """A compressed image as a data URI of at most 256 x 256 px, in whichever of PNG and JPEG is smaller."""
+    """Return a compressed image as a data URI of at most 256 x 256 pixels, as PNG or JPEG, the smaller of the two."""
     with Image.open(io.BytesIO(image)) as opened:
         picture = opened.convert("RGBA")
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
@@ -311,7 +307,7 @@ def thumbnail_uri(image: bytes) -> str:
 
 
 def jsonable(value: object) -> Json:
-    """Plain JSON with null where a number is not finite, so that every JSON reader takes it."""
+    """Convert to strict JSON types; numbers that are not finite become null."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -325,10 +321,10 @@ def jsonable(value: object) -> Json:
     if isinstance(value, Path):
         return str(value)
     raise ValueError(
-        f"{value!r} ({type(value).__name__}) cannot go into a run's records: use numbers, text, lists, mappings"
+        f"{value!r} ({type(value).__name__}) cannot be written to the records: use numbers, strings, lists, mappings"
     )
 
 
 def _json(record: Mapping[str, object]) -> str:
-    # ASCII only: a model may write half a surrogate pair, or a character that some readers take for a line end.
+    # ASCII only: a model may write a lone surrogate, or a character that some readers treat as a line break.
     return json.dumps(jsonable(record), allow_nan=False)

@@ -1,4 +1,4 @@
-"""What of the GPUs would stand still, read from the configuration alone."""
+"""mode=check: inspect data, model files, disk, memory and idle GPUs before any actor starts."""
 
 from __future__ import annotations
 
@@ -20,57 +20,23 @@ from othink_ray.types import Prompt
 if TYPE_CHECKING:
     from othink_ray.families.base import Family
 
-
-_FULL = 0.25  # of rollout.max_num_seqs: with fewer sequences side by side a GPU reads all weights for few tokens
-
-
-def idle_gpus(config: Config) -> list[str]:
-    """A line for each waste, with the key to turn; nothing where no GPU takes part."""
-    rollout, learner, train = config.rollout, config.learner, config.train
-    if rollout.gpus_per_actor <= 0 or learner.gpus_per_rank <= 0:
-        return []
-    said = []
-    engines, ranks = rollout.num_actors * rollout.gpus_per_actor, learner.world_size * learner.gpus_per_rank
-    if not paired(learner, rollout) and not train.overlap:
-        said.append(
-            f"{engines:g} GPUs of engines wait while the learner works, and its {ranks:g} while they do: "
-            "train.overlap=true lets both work at once"
-        )
-    side_by_side = train.prompts_per_step * config.algo.group_size / rollout.num_actors
-    if side_by_side < _FULL * rollout.max_num_seqs:
-        said.append(
-            f"an engine samples {side_by_side:g} answers a step, and has room for {rollout.max_num_seqs} side by "
-            "side (rollout.max_num_seqs): raise train.prompts_per_step, or lower rollout.num_actors"
-        )
-    if train.prompts_per_step < rollout.num_actors:
-        said.append(
-            f"{rollout.num_actors - train.prompts_per_step} engines get no prompt: train.prompts_per_step is "
-            f"{train.prompts_per_step}, rollout.num_actors {rollout.num_actors}"
-        )
-    if learner.zero_stage == 3 and learner.world_size > _RANKS_OF_NODE:
-        said.append(
-            f"ZeRO-3 gathers the weights from {learner.world_size} ranks on several nodes in every pass: "
-            "learner.zero_stage=2 keeps them on each, where they fit"
-        )
-    return said
-
-
-_RANKS_OF_NODE = 8
-
-
-_LOOKED_AT = 32  # rows of each split
+_MIN_BATCH = 0.25  # fraction of rollout.max_num_seqs: in a smaller batch a GPU reads all weights for few tokens
+_GPUS_PER_NODE = 8
+_ROWS_CHECKED = 32  # of each split
 _BYTES = {"float32": 4, "bfloat16": 2}
+_THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreflightReport:
-    """What was found, a line each, and what is in the way."""
+    """Findings, one text for each label, and the problems that prevent the run."""
 
     lines: dict[str, str]
     problems: Sequence[Problem]
 
 
 def preflight(config: Config) -> PreflightReport:
+    """Inspect a sample of the data, the model's files and the resources of a run; nothing is started."""
     lines: dict[str, str] = {}
     problems: list[Problem] = []
     samples: list[Prompt] = []
@@ -82,39 +48,68 @@ def preflight(config: Config) -> PreflightReport:
             problems.append(Problem(subject=f"data.{split}", rule=str(error), remedy="See docs/bad_inputs.md."))
     if config.cluster.address is None:
         bundles = all_bundles(config.learner, config.rollout)
-        lines["seats"] = describe(bundles, [_HERE] * len(bundles), driver=_HERE)
-    if said := idle_gpus(config):
-        lines["idle_gpus"] = "\n    ".join(said)
+        lines["placement"] = describe(bundles, [_THIS_MACHINE] * len(bundles), driver=_THIS_MACHINE)
+    if idle := idle_gpus(config):
+        lines["idle GPUs"] = "\n    ".join(idle)
     folder = _folder(config)
     if folder is not None:
         weights = _weights_of(folder)
         if weights is None:
-            rule = f"{folder} holds no *.safetensors file; weights in other files could run code when they are read"
+            rule = f"{folder} holds no *.safetensors file; other formats can run code when they are loaded"
             problems.append(Problem(subject="model.path", rule=rule, remedy="Save the model with safetensors."))
         else:
             found_lines, found_problems = _model(config, folder, weights, samples)
             lines |= found_lines
             problems += found_problems
     else:
-        lines["model files"] = _not_there(config.model.path)
+        lines["model files"] = _no_model_files(config.model.path)
     return PreflightReport(lines=lines, problems=problems)
 
 
-_HERE = "this machine"
+def idle_gpus(config: Config) -> list[str]:
+    """Return one line for each cause of idle GPUs, with the setting to change; nothing on CPUs."""
+    rollout, learner, train = config.rollout, config.learner, config.train
+    if rollout.gpus_per_actor <= 0 or learner.gpus_per_rank <= 0:
+        return []
+    findings = []
+    engines, ranks = rollout.num_actors * rollout.gpus_per_actor, learner.world_size * learner.gpus_per_rank
+    if not paired(learner, rollout) and not train.overlap:
+        findings.append(
+            f"the engines' {engines:g} GPUs are idle during updates, and the learner's {ranks:g} during generation: "
+            "train.overlap=true overlaps the two"
+        )
+    batch = train.prompts_per_step * config.algo.group_size / rollout.num_actors
+    if batch < _MIN_BATCH * rollout.max_num_seqs:
+        findings.append(
+            f"an engine samples {batch:g} answers a step, and can batch {rollout.max_num_seqs} (rollout.max_num_seqs): "
+            "raise train.prompts_per_step, or lower rollout.num_actors"
+        )
+    if train.prompts_per_step < rollout.num_actors:
+        findings.append(
+            f"{rollout.num_actors - train.prompts_per_step} engines get no prompt: train.prompts_per_step = "
+            f"{train.prompts_per_step}, rollout.num_actors = {rollout.num_actors}"
+        )
+    if learner.zero_stage == 3 and learner.world_size > _GPUS_PER_NODE:
+        findings.append(
+            f"ZeRO-3 gathers the weights of {learner.world_size} ranks across nodes in every pass: "
+            "learner.zero_stage=2 keeps a copy on each rank, if it fits"
+        )
+    return findings
 
 
 def _sample(config: Config, split: Split) -> tuple[str, list[Prompt]]:
     source = open_training(config.data) if split == "train" else open_source(config.data, split)
     stream = PromptStream(source, seed=config.train.seed, on_bad_row="drop")
     rows = len(source) if hasattr(source, "__len__") else None
-    good = stream.take(min(_LOOKED_AT, rows or _LOOKED_AT))
+    good = stream.take(min(_ROWS_CHECKED, rows or _ROWS_CHECKED))
     dropped = stream.dropped
-    told = f"{rows if rows is not None else 'passing'} rows; of {len(good) + len(dropped)} looked at {len(dropped)} bad"
-    return told + (f", such as {dropped[0][0]}: {dropped[0][1]}" if dropped else ""), good
+    size = f"{rows} rows" if rows is not None else "streamed rows"
+    text = f"{size}; {len(dropped)} of {len(good) + len(dropped)} checked are bad"
+    return text + (f", such as {dropped[0][0]}: {dropped[0][1]}" if dropped else ""), good
 
 
 def _folder(config: Config) -> Path | None:
-    """Where the model's files lie; None where they are on the hub alone or still to be made."""
+    """Return the folder of the model's files; None if they are only on the hub, or not created yet."""
     path = config.model.path
     folder = Path(model_folder(path)) if path else base_model_folder(config)
     if path and not folder.is_dir():
@@ -124,14 +119,14 @@ def _folder(config: Config) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def _not_there(path: str | None) -> str:
+def _no_model_files(path: str | None) -> str:
     if path is None:
-        return "made at the first start: not looked at, so no memory is planned either"
-    return f"on the hub and not here: not looked at, no memory is planned. To have that: hf download {path}"
+        return "created at the first start: not checked, and no memory plan"
+    return f"on the hub, not on this machine: not checked, and no memory plan; for both: hf download {path}"
 
 
 def _weights_of(folder: Path) -> int | None:
-    """How many there are, from the headers of the files."""
+    """Return the number of weights, from the headers of the *.safetensors files; None if there is no file."""
     from safetensors import safe_open
 
     files = list(folder.glob("*.safetensors"))
@@ -161,7 +156,7 @@ def _model(
     try:
         require_servable(family, config.learner, config.rollout.engine)
         trained = count_trained(family, config.learner)
-        problems += _room_on_disk(config, weights, trained)
+        problems += _disk_problems(config, weights, trained)
         measured = measure(config, family)
         lines |= _sizes(config, weights, trained) | {"memory": table(plan_memory(config, measured))}
         problems += memory_problems(config, family, measured)
@@ -178,19 +173,21 @@ def _sizes(config: Config, weights: int, trained: int) -> dict[str, str]:
     }
 
 
-def _room_on_disk(config: Config, weights: int, trained: int) -> Iterator[Problem]:
-    kept = config.train.keep_last + config.train.keep_best + 1  # and the one that is being written
+def _disk_problems(config: Config, weights: int, trained: int) -> Iterator[Problem]:
+    kept = config.train.keep_last + config.train.keep_best + 1  # including the one being written
     needed = 12 * trained * kept + weights * _BYTES[config.model.dtype]
-    place = Path(config.run.dir).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = Path(config.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if needed > free:
         rule = (
             f"needs about {_size(needed)} for {kept} checkpoints (one of them being written) and the export; "
-            f"{place} has {_size(free)} free"
+            f"{folder} has {_size(free)} free"
         )
-        yield Problem(subject=f"run.dir = {config.run.dir}", rule=rule, remedy="Make room, or lower train.keep_last.")
+        yield Problem(
+            subject=f"run.dir = {config.run.dir}", rule=rule, remedy="Free disk space, or lower train.keep_last."
+        )
 
 
 def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
@@ -203,14 +200,14 @@ def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple
             check_fits(family, config.rollout, prompt)
         except BadRow as bad:
             too_long.append(bad)
-    told = (
-        f"the longest of {len(samples)} questions has {longest} tokens with its images, an answer "
-        f"{config.rollout.max_tokens}, and there is room for {config.rollout.max_model_len}; {len(too_long)} too long"
+    text = (
+        f"the longest of {len(samples)} questions has {longest} tokens with its images, an answer up to "
+        f"{config.rollout.max_tokens}; rollout.max_model_len = {config.rollout.max_model_len}; {len(too_long)} too long"
     )
     if not samples or len(too_long) < len(samples):
-        return told, []
+        return text, []
     rule = f"no question fits: {too_long[0].reason}"
-    return told, [Problem(subject="rollout.max_model_len", rule=rule, remedy=too_long[0].remedy)]
+    return text, [Problem(subject="rollout.max_model_len", rule=rule, remedy=too_long[0].remedy)]
 
 
 def _amount(count: float) -> str:

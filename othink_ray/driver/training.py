@@ -1,4 +1,4 @@
-"""mode=train and mode=sft: the order in which the parts of a run come up, what it leaves behind, and its restarts."""
+"""mode=train and mode=sft: build the parts of a run, run the loop, export, and restart after a lost process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import (
     beta_schedule,
     length_filter,
+    loop_workers,
     lr_schedule,
     open_loop,
     open_sft_workers,
     open_workers,
     recipe,
     require_targets,
-    students,
 )
 from othink_ray.driver.callbacks import RunCallbacks
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, compare_settings, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import eval_sets
 from othink_ray.driver.metrics import RunRecords
-from othink_ray.driver.run_dir import environment, set_aside_older, written_down
+from othink_ray.driver.run_dir import environment, incident_log, set_aside_older
 from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
 from othink_ray.driver.timeline import Timeline, TracedWorkers
 from othink_ray.driver.warm_start import base_model
@@ -39,12 +39,12 @@ from othink_ray.types import TrainState
 def train_model(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
-    """On a Ray that is up. Where a process is lost that cannot be replaced alone, all start again from a checkpoint."""
-    tell = written_down(run_dir, console.say)
-    incidents = Incidents(config.faults.max_restarts, tell)
+    """Train on a running Ray; when a process is lost that cannot be replaced alone, restart all from a checkpoint."""
+    log = incident_log(run_dir, console.say)
+    incidents = Incidents(config.faults.max_restarts, log)
     if config.run.resume == "never":
         set_aside_older(run_dir)
-    resumed, state = find(run_dir, config.run.resume, config.train.seed, tell)
+    resumed, state = find(run_dir, config.run.resume, config.train.seed, log)
     if resumed:
         compare_settings(resumed, config, console.say)
         console.say(f"resuming after step {state.step} of {config.train.steps}, from {resumed}")
@@ -54,11 +54,11 @@ def train_model(
             break
         except ProcessLost as error:
             incidents.restart("learner_restarts", error)
-        own, own_state = find(run_dir, "auto", config.train.seed, tell)
-        resumed, state = (own, own_state) if own else (resumed, state)
+        newest, newest_state = find(run_dir, "auto", config.train.seed, log)
+        resumed, state = (newest, newest_state) if newest else (resumed, state)
         if stop_requested():
-            raise Stopped(f"a process was lost in this step; the next run goes on after step {state.step}")
-        tell(f"all processes start again; training goes on after step {state.step}")
+            raise Stopped(f"a process was lost in this step; run.resume=auto resumes after step {state.step}")
+        log(f"restarting all processes; training resumes after step {state.step}")
     with console.phase("writing the report"):
         report = write_report(run_dir)
     console.finish(
@@ -78,7 +78,7 @@ def _train(
     state: TrainState,
     started: float,
 ) -> dict[str, Any]:
-    """From `state` to the end; what summary.json says."""
+    """Train from `state` to the last step and export; return the content of summary.json."""
     training = open_training(config.data)
     with ExitStack() as stack:
         path = base_model(config, console, open_sft_workers)
@@ -94,40 +94,44 @@ def _train(
         )
         stack.callback(stream.close)
         held_out = eval_sets(config, fits)
-        unasked = {exam.name for exam in held_out} - set(state.before or [exam.name for exam in held_out])
-        if unasked:
+        names = {eval_set.name for eval_set in held_out}
+        new = names - set(state.before or names)
+        if new:
             raise ResumeError(
-                f"eval.also: {', '.join(sorted(unasked))} was not asked before the first step, so there is nothing to "
-                "compare with; leave it out, and ask it by mode=eval when the run is done"
+                f"eval.also: {', '.join(sorted(new))} was not evaluated before the first step: no baseline; "
+                "remove it from eval.also, and evaluate the export with mode=eval after the run"
             )
-        for exam in held_out:
-            if len(exam.prompts) < (config.eval.questions or 0):
-                console.say(f"{exam.name}: {len(exam.prompts)} held-out questions, no more than that")
+        for eval_set in held_out:
+            if len(eval_set.prompts) < (config.eval.questions or 0):
+                console.say(
+                    f"{eval_set.name}: only {len(eval_set.prompts)} held-out questions, "
+                    f"fewer than eval.questions = {config.eval.questions}"
+                )
         loop = stack.enter_context(open_loop(config))
         probes = held_out[0].prompts[: config.weights.audit_prompts]
         with console.phase("loading the rollout engines and the learner"):
-            team = stack.enter_context(open_workers(config, path, probes, incidents, console.say, stream.upcoming))
+            workers = stack.enter_context(open_workers(config, path, probes, incidents, console.say, stream.upcoming))
             if resumed:
-                team.learner.load(resumed)
+                workers.learner.load(resumed)
         records = stack.enter_context(
             RunRecords(
                 run_dir,
                 wandb=config.wandb,
                 config_yaml=to_yaml(config),
                 environment=environment(),
-                tell=incidents.tell,
+                log=incidents.tell,
                 resume_step=state.step - 1,
             )
         )
         gauges = stack.enter_context(Gauges(run_dir))
         checkpoints = Checkpoints(
-            run_dir, team, keep_last=config.train.keep_last, keep_best=config.train.keep_best, tell=incidents.tell
+            run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.tell
         )
-        present = students(config, path, team)
+        in_loop = loop_workers(config, path, workers)
         request = stack.enter_context(finishing_steps(incidents.tell))
-        journal = RunCallbacks(
+        callbacks = RunCallbacks(
             config,
-            present,
+            in_loop,
             stream,
             held_out,
             records,
@@ -139,21 +143,23 @@ def _train(
             request,
         )
         stack.enter_context(console.training(config.train.steps, done=state.step))
-        timeline = stack.enter_context(Timeline(run_dir / "trace.json", team, journal, steps=config.run.trace_steps))
+        timeline = stack.enter_context(
+            Timeline(run_dir / "trace.json", workers, callbacks, steps=config.run.trace_steps)
+        )
         schedule = beta_schedule(config)
         loop(
-            TracedWorkers(present),
+            TracedWorkers(in_loop),
             stream,
             steps=range(state.step, config.train.steps),
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
             lr=lr_schedule(config),
-            journal=timeline,
+            callbacks=timeline,
         )
         with console.phase("exporting the model"):
-            team.export(run_dir / "export")
-        summary = journal.summary() | {
+            workers.export(run_dir / "export")
+        summary = callbacks.summary() | {
             "seconds": time.monotonic() - started,
             "restarts": incidents.restarts,
             "export": "export",

@@ -1,4 +1,4 @@
-"""How the console words things: the plain line of a step, the live table, the sample panel, the closing table."""
+"""Renderings for the console: the plain line of a step, the live table, the sample panel, the closing table."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PART_STYLES = ("cyan", "yellow", "magenta", "green")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Accuracy on n held-out questions, with its 95 % interval, as fractions of 1."""
+class EvalAccuracy:
+    """Accuracy on n held-out questions with its 95 % interval, as fractions of 1."""
 
     step: int
     data: str
@@ -36,7 +36,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One question and the first of its answers."""
+    """A question and the first of its answers."""
 
     step: int
     question: str
@@ -57,14 +57,14 @@ class Sample:
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a model may write the ones that move the cursor or colour the terminal."""
+    """Replace control characters: a model may write sequences that move the cursor or color the terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
     )
 
 
 def duration(seconds: float) -> str:
-    """12.3 s, 4 min 05 s, 2 h 07 min."""
+    """Format seconds like "12.3 s", "4 min 05 s" or "2 h 07 min"."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, whole_seconds = divmod(round(seconds), 60)
@@ -73,8 +73,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def evaluation_text(evaluation: Evaluation) -> str:
-    """66.0 % (95 % interval 59.2 to 72.2, 200 questions)."""
+def evaluation_text(evaluation: EvalAccuracy) -> str:
+    """Format like "66.0 % (95 % interval 59.2 to 72.2, 200 questions)"."""
     return (
         f"{100 * evaluation.accuracy:.1f} % "
         f"(95 % interval {100 * evaluation.lo:.1f} to {100 * evaluation.hi:.1f}, {evaluation.n} questions)"
@@ -82,7 +82,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 
 def tokens_per_second(metrics: Mapping[str, float]) -> float | None:
-    """Answer tokens a second over the whole step."""
+    """Return answer tokens per second over the whole step; None if not measured."""
     try:
         return metrics["throughput/samples_per_s"] * metrics["tokens/completion_mean"]
     except KeyError:
@@ -90,7 +90,7 @@ def tokens_per_second(metrics: Mapping[str, float]) -> float | None:
 
 
 def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
-    """One aligned line without colours; a value that is not measured in this step is a dash."""
+    """Return one aligned line without colors; a value that was not measured is a dash."""
     speed = [
         ("tok/s", _fixed(tokens_per_second(metrics), "7.0f")),
         ("s", _fixed(metrics.get("time/step_s"), "6.2f")),
@@ -103,14 +103,14 @@ def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
         ("kl", _fixed(metrics.get("kl/mean"), "9.2e")),
         ("gap", _fixed(metrics.get("audit/logp_gap_max"), "8.1e")),
     ]
-    if supervised(metrics):
+    if is_sft(metrics):
         names = {"loss": "loss", "entropy": "entropy", "grad": "grad_norm", "lr": "lr"}
         fields = [(label, _fixed(metrics.get(name), "8.2e")) for label, name in names.items()]
     return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(f"{name} {value}" for name, value in fields + speed)
 
 
-def supervised(metrics: Mapping[str, float]) -> bool:
-    """Worked answers are not rewarded."""
+def is_sft(metrics: Mapping[str, float]) -> bool:
+    """Return whether the metrics are of an SFT step, which has no rewards."""
     return "reward/mean" not in metrics
 
 
@@ -120,7 +120,7 @@ def _fixed(value: float | None, spec: str) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
-    """The whole history in `width` characters, from its own lowest to its own highest value."""
+    """Draw the whole history in `width` characters, scaled from its lowest to its highest value."""
     finite = [value for value in values if abs(value) < float("inf")]
     if not finite:
         return ""
@@ -128,36 +128,39 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     edges = [round(i * len(finite) / count) for i in range(count + 1)]
     means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
-    if span <= 1e-9 * max(map(abs, means)):  # equal but for rounding: no dust blown up to a curve
+    if span <= 1e-9 * max(map(abs, means)):  # equal up to rounding: draw a flat line, not noise
         return SPARK_LEVELS[0] * count
     top = len(SPARK_LEVELS) - 1
     return "".join(SPARK_LEVELS[round(top * (mean - low) / span)] for mean in means)
 
 
-def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation | None) -> Table:
-    """Two columns of name, latest value and sparkline, then the last evaluation and where the time goes."""
+def latest_values(history: Sequence[Mapping[str, float]], evaluation: EvalAccuracy | None) -> Table:
+    """Return a table of latest values and sparklines, the last evaluation and the split of the step's time."""
 
     def cells(label: str, values: Sequence[float | None], spec: str) -> tuple[str, Text, Text]:
         known = [value for value in values if value is not None]
         latest = f"{known[-1]:{spec}}" if known else "-"
         return label, Text(latest, style="bold", justify="right"), Text(sparkline(known), style="cyan")
 
-    def named(name: str) -> list[float | None]:
-        return [row.get(name) for row in history]
+    def column(name: str) -> list[float | None]:
+        return [metrics.get(name) for metrics in history]
 
     grid = Table.grid(padding=(0, 2))
     rows = [
-        (cells("reward", named("reward/mean"), ".3f"), cells("beta", named("kl/beta"), ".4f")),
-        (cells("accuracy", named("reward/accuracy"), ".3f"), cells("KL", named("kl/mean"), ".2e")),
-        (cells("format", named("reward/format"), ".3f"), cells("audit gap", named("audit/logp_gap_max"), ".1e")),
+        (cells("reward", column("reward/mean"), ".3f"), cells("beta", column("kl/beta"), ".4f")),
+        (cells("accuracy", column("reward/accuracy"), ".3f"), cells("KL", column("kl/mean"), ".2e")),
+        (
+            cells("format", column("reward/format"), ".3f"),
+            cells("audit gap", column("audit/logp_gap_max"), ".1e"),
+        ),
     ]
-    if history and supervised(history[-1]):
+    if history and is_sft(history[-1]):
         rows = [
-            (cells("loss", named("loss"), ".4f"), cells("entropy", named("entropy"), ".2e")),
-            (cells("gradient", named("grad_norm"), ".2e"), cells("lr", named("lr"), ".1e")),
+            (cells("loss", column("loss"), ".4f"), cells("entropy", column("entropy"), ".2e")),
+            (cells("gradient", column("grad_norm"), ".2e"), cells("lr", column("lr"), ".1e")),
         ]
-    speed = [tokens_per_second(row) for row in history]
-    rows.append((cells("s/step", named("time/step_s"), ".2f"), cells("tokens/s", speed, ",.0f")))
+    speed = [tokens_per_second(metrics) for metrics in history]
+    rows.append((cells("s/step", column("time/step_s"), ".2f"), cells("tokens/s", speed, ",.0f")))
     for left, right in rows:
         grid.add_row(*left, *right)
     table = Table.grid()
@@ -172,7 +175,7 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: Evaluation
 
 
 def time_split(metrics: Mapping[str, float]) -> Text:
-    """A bar of the last step's seconds, one colour a verb."""
+    """Return a bar of the last step's time, one color per verb."""
     seconds = [metrics.get(f"time/{part}_s", 0.0) for part in PARTS_OF_A_STEP]
     total = sum(seconds)
     if not total > 0:
@@ -185,7 +188,7 @@ def time_split(metrics: Mapping[str, float]) -> Text:
 
 
 def sample_panel(sample: Sample) -> Panel:
-    """Question, truth and one answer."""
+    """Return a panel with question, reference answer, model answer and reward."""
     answer = printable(sample.answer)
     if len(answer) > ANSWER_CHARACTERS:
         answer = answer[:ANSWER_CHARACTERS] + " …"
@@ -198,15 +201,15 @@ def sample_panel(sample: Sample) -> Panel:
 
 
 def matrix(results: Sequence[Mapping[str, Any]], *, boxed: bool) -> Table:
-    """Greedy accuracy of each model on each data set, with its 95 % interval."""
+    """Return a table of each model's greedy accuracy on each data set, with its 95 % interval."""
     cells = {(result["model"], result["data"]): result for result in results}
-    tasks = dict.fromkeys(result["data"] for result in results)
+    data_sets = dict.fromkeys(result["data"] for result in results)
     table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
     table.add_column("greedy accuracy")
-    for task in tasks:
-        table.add_column(task, justify="right")
+    for data in data_sets:
+        table.add_column(data, justify="right")
     for model in dict.fromkeys(result["model"] for result in results):
-        row = [cells.get((model, task)) for task in tasks]
+        row = [cells.get((model, data)) for data in data_sets]
         shares = ("" if cell is None else f"{_share(cell['accuracy'])} ({_range(cell)})" for cell in row)
         table.add_row(model, *shares)
     return table
@@ -221,7 +224,7 @@ def _range(result: Mapping[str, Any]) -> str:
 
 
 def closing_table(before: Mapping[str, float], after: Mapping[str, float], *, boxed: bool) -> Table:
-    """Before and after on the same held-out questions; fractions of 1 are shown in percent."""
+    """Return a table of results before and after training on the same held-out questions."""
 
     def points(name: str) -> str:
         return f"{100 * (after[name] - before[name]):+.1f} points"

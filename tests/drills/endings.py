@@ -137,7 +137,7 @@ ENDINGS = (
     Ending(what="SIGTERM twice in a step that hangs", when=IN_A_STEP, strike=insist, status=143),
     Ending(what="SIGTERM after the last step", when=_AT_THE_END, strike=tell(_TERM), status=0, at_once=True),
     Ending(what="SIGTERM, mode=sft", when=IN_A_STEP, strike=tell(_TERM), status=143, at_once=True, keys=("mode=sft",)),
-    Ending(what="SIGTERM, mode=eval", when="asking", strike=tell(_TERM), status=143, keys=("mode=eval",)),
+    Ending(what="SIGTERM, mode=eval", when="evaluating", strike=tell(_TERM), status=143, keys=("mode=eval",)),
     Ending(what="Ctrl-C, mode=study", when=IN_A_STUDY, strike=tell(_INT), status=130, keys=STUDY),
     Ending(what="SIGTERM, mode=study", when=IN_A_STUDY, strike=tell(_TERM), status=143, keys=STUDY),
     Ending(what="kill -9 of a study", when=IN_A_STUDY, strike=tell(_KILL), status=-9, keys=STUDY),

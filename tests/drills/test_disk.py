@@ -49,7 +49,7 @@ class Learner:
 def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(disk: Path) -> None:
     told: list[str] = []
     learner = Learner()
-    checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, tell=told.append)
+    checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, log=told.append)
     for step, learner.megabytes in ((1, 1), (2, 8), (3, 8), (4, 1)):
         checkpoints.begin(replace(STATE, step=step))
         checkpoints.finish()
@@ -58,7 +58,7 @@ def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(disk: Pa
         assert state.step == (1 if step < 4 else 4)
         assert StoredState(found).read("a", "weight").sum() == 2**18
     assert [text.partition(" could not be written")[0] for text in told] == ["checkpoint step_2", "checkpoint step_3"]
-    assert all("No space left" in text and "the last whole one is step_1" in text for text in told)
+    assert all("No space left" in text and "the last complete one is step_1" in text for text in told)
     assert os.listdir(disk / "checkpoints") == ["step_4"]
 
 
@@ -80,7 +80,7 @@ def test_lines_without_room_wait_for_it_and_none_is_torn_or_lost(disk: Path) -> 
     written.close()
     assert (disk / "metrics.jsonl").read_text().splitlines() == records
     assert len(told) == 2
-    assert "has no room on the disk" in told[0] and "is written again" in told[1]
+    assert "no space left on the disk" in told[0] and "written again" in told[1]
 
 
 def test_a_full_disk_is_named_with_its_remedy_and_without_a_traceback(disk: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_full_disk_is_named_with_its_remedy_and_without_a_traceback(disk: Path
     with full(disk):
         text = _message(failed, disk)
     assert text.startswith("the learner (export) failed: ") and "\n" not in text
-    assert f"; make room in {disk}, then the same command with run.resume=auto goes on" in text
+    assert f"; free space in {disk}, then the same command with run.resume=auto resumes the run" in text
     assert _message(WorkerFailed("another\nfailure"), disk) == "another\nfailure"
 
 

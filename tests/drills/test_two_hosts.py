@@ -142,7 +142,7 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
     _, said = ended(job)
     done = steps_done(run_dir)
     assert done >= 2 and shown, said
-    assert "asked to end: this step is finished and saved first" in said, said
+    assert "stopping after this step is finished and saved" in said, said
     assert (run_dir / "checkpoints" / f"step_{done}").is_dir()
     settings = (*PLAIN, f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")
     status, said = ended(site.submit(settings=settings))
@@ -176,5 +176,5 @@ def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: 
         site.hosts.bring_worker()
     status = run.wait(240)
     assert status == 0, said()
-    assert ("on what is left: 1 of 2 rollout actors" in said()) == (lost_node == "continue")
+    assert ("continuing on the remaining nodes: 1 of 2 rollout actors" in said()) == (lost_node == "continue")
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(STEPS))

@@ -32,9 +32,9 @@ GUARDS = (
     Guard(
         "a damaged checkpoint is not loaded",
         "driver/checkpoint.py",
-        "    if changed:\n",
-        "    if False:\n",
-        "driver/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name",
+        "    if changed:\n        raise DamagedError(",
+        "    if False:\n        raise DamagedError(",
+        "driver/test_checkpoint.py::test_auto_skips_a_damaged_checkpoint_and_a_path_refuses_it",
     ),
     Guard(
         "a checkpoint counts when it is whole",
@@ -46,8 +46,8 @@ GUARDS = (
     Guard(
         "a full disk costs a checkpoint, not the run",
         "driver/checkpoint.py",
-        "        except OSError as error:\n            shutil.rmtree(aside",
-        "        except ZeroDivisionError as error:\n            shutil.rmtree(aside",
+        "        except OSError as error:\n            shutil.rmtree(partial",
+        "        except ZeroDivisionError as error:\n            shutil.rmtree(partial",
         "drills/test_disk.py::test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays",
     ),
     Guard(
@@ -62,14 +62,14 @@ GUARDS = (
         "driver/checkpoint.py",
         "        if self.keep_best:",
         "        if False:",
-        "driver/test_checkpoint.py::test_the_newest_ones_and_the_best_one_are_kept",
+        "driver/test_checkpoint.py::test_the_newest_checkpoints_and_the_best_one_are_kept",
     ),
     Guard(
         "a run goes on with its own seed alone",
         "driver/checkpoint.py",
         "    if state.seed != seed:",
         "    if False:",
-        "driver/test_checkpoint.py::test_going_on_with_another_seed_is_refused",
+        "driver/test_checkpoint.py::test_resuming_with_another_seed_is_refused",
     ),
     Guard(
         "a run goes on with the questions where it stopped",
@@ -90,7 +90,7 @@ GUARDS = (
         "driver/run_dir.py",
         "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "            pass",
-        "driver/test_folder.py::test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way",
+        "driver/test_folder.py::test_a_second_run_is_refused_until_the_first_is_dead",
     ),
     Guard(
         "an engine that dies or hangs is replaced",
@@ -188,14 +188,14 @@ GUARDS = (
         "driver/callbacks.py",
         "        if stats.kl_mean > faults.kl_limit:",
         "        if False:",
-        "driver/test_guards.py::test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops",
+        "driver/test_guards.py::test_bad_steps_are_logged_and_patience_stops_the_run",
     ),
     Guard(
         "bad steps in a row stop the run",
         "driver/callbacks.py",
         "        if self.in_a_row >= self.faults.patience:",
         "        if False:",
-        "driver/test_guards.py::test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops",
+        "driver/test_guards.py::test_bad_steps_are_logged_and_patience_stops_the_run",
     ),
     Guard(
         "an image of too many pixels is a bad row",

@@ -18,7 +18,7 @@ STUDY = (
     *("study.geometry.data=counting", "study.counting.data=both"),
 )
 IN_A_STUDY = "GR-grpo-alpha1-beta0.02-seed0: started"
-_TOLD = ("stopped: ", "interrupted", "ended as asked: ", "done in ", "report: ", "[slurm] ")
+_TOLD = ("stopped: ", "interrupted", "stopped on request: ", "done in ", "report: ", "[slurm] ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def goes_on(said: str) -> str:
     """Where the run that said so began."""
     if runs := re.findall(r"^(\S+): started", said, re.MULTILINE):
         return "starts afresh" if "base" in runs else "goes on with the runs that are left"
-    if asked := re.search(r"^asking (\d+) questions", said, re.MULTILINE):
-        return f"asks the {asked[1]} questions that are left"
+    if evaluated := re.search(r"^evaluating (\d+) questions", said, re.MULTILINE):
+        return f"evaluates the {evaluated[1]} questions that are left"
     resumed = re.search(r"^resuming (after step \d+)", said, re.MULTILINE)
     return f"goes on {resumed[1]}" if resumed else "starts afresh"

@@ -1,4 +1,4 @@
-"""A team that only remembers what it was requested, endless numbered questions, and a diary of the steps."""
+"""Fakes for the loop: scripted workers, an endless stream of numbered prompts, and callbacks that record."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, Sc
 ANSWERS = 3
 
 
-class Numbers:
-    """An endless stream of prompts."""
+class NumberStream:
+    """An endless stream of prompts p0, p1, ..."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -34,25 +34,25 @@ class Numbers:
 
 
 def stats_of(**known: float) -> UpdateStats:
-    """Of one token; what is not known is 0."""
-    nothing: dict[str, Any] = dict.fromkeys((one.name for one in fields(UpdateStats) if one.default is MISSING), 0)
-    return UpdateStats(**nothing | {"tokens": 1} | known)
+    """Return statistics of one token; fields that are not given are 0."""
+    zeros: dict[str, Any] = dict.fromkeys((item.name for item in fields(UpdateStats) if item.default is MISSING), 0)
+    return UpdateStats(**zeros | {"tokens": 1} | known)
 
 
 @dataclass
-class ScriptedTeam:
-    """Answers with `version`, the weights it was given last; finishes groups in reverse."""
+class ScriptedWorkers:
+    """Records the calls; answers with `version`, the last pushed weights, and finishes groups in reverse order."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     version: int = -1
     lag: int = 0
     masked: bool = False
-    dull: frozenset[int] = frozenset()  # prompts whose answers are all rewarded alike
+    constant: frozenset[int] = frozenset()  # numbers of prompts whose answers all get the same reward
     kl: float = 0.0
     rates: list[float] = field(default_factory=list)
     stale: list[bool] = field(default_factory=list)
     prepared: list[tuple[list[str], int, bool]] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)  # of each call of generate
+    rounds: list[int] = field(default_factory=list)  # the sampling round of each call of `generate`
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
@@ -79,7 +79,7 @@ class ScriptedTeam:
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []
         for group in groups:
-            rewards = np.arange(ANSWERS, dtype=float) * (int(group.prompt.id[1:]) not in self.dull)
+            rewards = np.arange(ANSWERS, dtype=float) * (int(group.prompt.id[1:]) not in self.constant)
             valid = np.array([not self.masked] * ANSWERS)
             scored.append(
                 ScoredGroup(
@@ -109,23 +109,25 @@ class ScriptedTeam:
         return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
 
 
-class Diary:
+class RecordingCallbacks:
+    """Callbacks that keep every record."""
+
     def __init__(self) -> None:
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.steps: list[Step] = []
 
-    def begin(self, step: int) -> None:
-        self.begun.append(step)
+    def on_start(self, step: int) -> None:
+        self.started.append(step)
 
-    def step(self, seen: Step) -> None:
-        self.steps.append(seen)
+    def on_step(self, record: Step) -> None:
+        self.steps.append(record)
 
 
 PAPER = BetaSchedule(name="paper", total=10, beta_min=0.04, beta_max=0.1, explore_frac=0.3, target=0.01, adapt_rate=0.1)
 
 
 def recipe_of(*, updates: int = 1, rounds: int = 1) -> Recipe:
-    """Four prompts a step."""
+    """Return a recipe of four prompts per step."""
     return Recipe(
         prompts_per_step=4,
         updates_per_step=updates,

@@ -1,4 +1,4 @@
-"""Model folders with the configurations of public models, their real classes and sizes, and no weights."""
+"""Model folders with the configurations, classes and sizes of public models, without weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16}
 
 
 def write_shapes(folder: Path, text: dict[str, Any], tower: dict[str, Any], *, tied: bool, vocabulary: int) -> Path:
-    """A Qwen2-VL without weights: configuration, processor and a small tokenizer."""
+    """Write a Qwen2-VL without weights: configuration, processor and a small tokenizer."""
     tokenizer = train_tokenizer(["How many items are there in the image?"])
     token_id = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section", [16, 24, 24])}
@@ -52,6 +52,6 @@ def write_shapes(folder: Path, text: dict[str, Any], tower: dict[str, Any], *, t
 
 
 def write_public(folder: Path, name: str) -> Path:
-    """Qwen2-VL-2B or -7B."""
+    """Write Qwen2-VL-2B or -7B (`name`: 2b or 7b) without weights."""
     text, tied = SIZES[name]
     return write_shapes(folder, text | {"num_hidden_layers": 28}, dict(TOWER), tied=tied, vocabulary=VOCABULARY)

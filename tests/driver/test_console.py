@@ -1,3 +1,5 @@
+"""Console output on a pipe, in CI and on a terminal."""
+
 from __future__ import annotations
 
 import io
@@ -15,7 +17,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from othink_ray.driver.console import Console
-from othink_ray.driver.views import Evaluation, Sample, latest_values, matrix, plain_line, sample_panel, sparkline
+from othink_ray.driver.views import EvalAccuracy, Sample, latest_values, matrix, plain_line, sample_panel, sparkline
 from othink_ray.types import Completion, Group, Message, Prompt, ScoredGroup
 
 BEFORE = {"accuracy": 0.46, "lo": 0.392, "hi": 0.529, "format": 0.88, "n": 200, "tokens_mean": 24.1}
@@ -23,7 +25,7 @@ AFTER = {"accuracy": 0.66, "lo": 0.592, "hi": 0.722, "format": 1.0, "n": 200, "t
 
 
 class TerminalStream(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -92,7 +94,7 @@ def test_a_short_run_prints_every_step_on_a_pipe() -> None:
     assert printed_steps(training_output(20)) == list(range(1, 21))
 
 
-def test_a_long_run_prints_first_every_tenth_and_last_step_on_a_pipe() -> None:
+def test_a_long_run_prints_first_tenth_and_last_steps_on_a_pipe() -> None:
     assert printed_steps(training_output(34)) == [1, 10, 20, 30, 34]
 
 
@@ -135,7 +137,7 @@ def test_a_terminal_gets_a_live_view_with_a_bar() -> None:
     assert "audit gap" in output
 
 
-def test_a_phase_says_its_name_and_how_long_it_took() -> None:
+def test_a_phase_prints_its_name_and_its_duration() -> None:
     stream = io.StringIO()
     with Console(stream) as console, console.phase("starting Ray"):
         time.sleep(0.05)
@@ -144,14 +146,14 @@ def test_a_phase_says_its_name_and_how_long_it_took() -> None:
     assert last.startswith("starting Ray: 0.") and last.endswith(" s")
 
 
-def test_a_failing_phase_says_that_it_stopped_and_lets_the_error_through() -> None:
+def test_a_failing_phase_prints_that_it_stopped_and_raises() -> None:
     stream = io.StringIO()
     with Console(stream) as console, pytest.raises(RuntimeError, match="no GPU"), console.phase("starting Ray"):
         raise RuntimeError("no GPU")
     assert "starting Ray: stopped after" in stream.getvalue()
 
 
-def test_progress_on_a_pipe_is_at_most_ten_lines_and_ends_with_the_last() -> None:
+def test_progress_on_a_pipe_is_at_most_ten_lines() -> None:
     stream = io.StringIO()
     with Console(stream) as console, console.phase("warming up"):
         for done in range(1, 201):
@@ -173,7 +175,7 @@ def test_a_phase_inside_training_keeps_the_live_view() -> None:
 
 
 def test_the_latest_values_show_tokens_time_split_and_evaluation() -> None:
-    evaluation = Evaluation(step=10, data="counting", accuracy=0.58, lo=0.51, hi=0.65, n=200)
+    evaluation = EvalAccuracy(step=10, data="counting", accuracy=0.58, lo=0.51, hi=0.65, n=200)
     text = rendered(latest_values([metrics(1), metrics(2)], evaluation))
     assert "1,000" in text
     assert "generate 50 %" in text
@@ -228,7 +230,7 @@ def test_a_long_path_stays_on_one_line() -> None:
     assert str(path) in stream.getvalue()
 
 
-TRAIN_FOR_EVER = """
+TRAIN_FOREVER = """
 import signal, time
 from othink_ray.driver.console import Console
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -239,12 +241,12 @@ with Console() as console, console.training(9):
 
 
 def read_until(terminal: int, wanted: bytes, *, within_s: float) -> bytes:
-    seen = b""
+    output = b""
     for chunk in chunks(terminal, within_s):
-        seen += chunk
-        if wanted in seen:
+        output += chunk
+        if wanted in output:
             break
-    return seen
+    return output
 
 
 def chunks(terminal: int, within_s: float) -> Iterator[bytes]:
@@ -252,7 +254,7 @@ def chunks(terminal: int, within_s: float) -> Iterator[bytes]:
     while time.monotonic() < end:
         try:
             yield os.read(terminal, 4096)
-        except OSError:  # Linux says so when the other side is closed
+        except OSError:  # Linux raises it when the other side is closed
             return
 
 
@@ -260,25 +262,25 @@ def environment() -> Mapping[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def test_ctrl_c_gives_the_cursor_back() -> None:
-    ours, theirs = pty.openpty()
+def test_ctrl_c_restores_the_cursor() -> None:
+    reader, writer = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-c", TRAIN_FOR_EVER], stdout=theirs, stderr=theirs, stdin=theirs, env=environment()
+        [sys.executable, "-c", TRAIN_FOREVER], stdout=writer, stderr=writer, stdin=writer, env=environment()
     )
-    os.close(theirs)
+    os.close(writer)
     try:
-        started = read_until(ours, b"1/9", within_s=30)
+        started = read_until(reader, b"1/9", within_s=30)
         child.send_signal(signal.SIGINT)
-        ended = read_until(ours, b"KeyboardInterrupt", within_s=30)
+        ended = read_until(reader, b"KeyboardInterrupt", within_s=30)
     finally:
         child.kill()
         child.wait()
-        os.close(ours)
+        os.close(reader)
     assert b"\x1b[?25l" in started
     assert b"\x1b[?25h" in ended
 
 
-def test_the_matrix_has_a_row_a_model_and_a_column_a_data_set() -> None:
+def test_the_matrix_has_models_as_rows_and_data_as_columns() -> None:
     cell = {"lo": 0.4, "hi": 0.6}
     results = [
         cell | {"model": "runs/a", "data": "counting", "accuracy": 0.5},

@@ -1,4 +1,4 @@
-"""What is recorded of the code, and that nothing else is."""
+"""environment.json records the commit and the versions, and no environment variable."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import pytest
 from othink_ray.driver.run_dir import commit_of, environment
 
 
-def git(folder: Path, *words: str) -> str:
-    own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+def git(folder: Path, *arguments: str) -> str:
+    isolated = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     author = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
     return subprocess.run(
-        ["git", "-C", str(folder), *author, *words], check=True, capture_output=True, text=True, env=os.environ | own
+        ["git", "-C", str(folder), *author, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | isolated,
     ).stdout.strip()
 
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """A folder as a checkout has them, without git."""
+    """A folder with the files of a checkout, without git."""
     for name in ("othink_ray/__init__.py", "conf/config.yaml", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -42,13 +46,13 @@ def test_a_checkout_has_its_commit(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["othink_ray/__init__.py", "othink_ray/new.py", "conf/config.yaml"])
-def test_changed_and_new_files_that_a_run_is_made_of_make_it_dirty(checkout: Path, name: str) -> None:
+def test_changed_and_new_code_files_make_a_checkout_dirty(checkout: Path, name: str) -> None:
     (checkout / name).write_text("changed")
     found = commit_of(checkout)
     assert found and found["dirty"]
 
 
-def test_notes_beside_the_code_do_not(checkout: Path) -> None:
+def test_files_beside_the_code_do_not_make_a_checkout_dirty(checkout: Path) -> None:
     (checkout / "notes.md").write_text("changed")
     found = commit_of(checkout)
     assert found and not found["dirty"]
@@ -58,22 +62,22 @@ def test_a_folder_without_git_has_no_commit(code: Path) -> None:
     assert commit_of(code) is None
 
 
-def test_a_package_installed_inside_another_checkout_has_not_that_ones_commit(checkout: Path) -> None:
+def test_a_package_inside_another_checkout_has_no_commit(checkout: Path) -> None:
     installed = checkout / "site-packages"
     (installed / "othink_ray").mkdir(parents=True)
     (installed / "othink_ray" / "__init__.py").write_text("")
     assert commit_of(installed) is None
 
 
-def test_where_git_is_missing_there_is_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_git_program_there_is_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(checkout))
     assert commit_of(checkout) is None
 
 
 def test_no_environment_variable_is_recorded(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine")
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-key")
     found = environment()
-    assert "a-secret-of-mine" not in json.dumps(found)
+    assert "a-secret-key" not in json.dumps(found)
     assert {"python", "ray", "torch", "transformers", "deepspeed"} <= found["versions"].keys()
     [machine] = found["machines"]
     assert (machine["cpus"], machine["gpu_names"]) == (4, [])

@@ -1,4 +1,4 @@
-"""Held-out questions: bad rows are named, intervals are Wilson's."""
+"""Eval sets and the grading of their answers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
 from othink_ray.data.images import decoded, size_of
-from othink_ray.driver.evaluate import eval_sets, graded, held_out_prompts, pass_at, summarise
+from othink_ray.driver.evaluate import eval_sets, graded, held_out_prompts, pass_at, summarize
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 from tests.engines.samples import picture
 
 
 class EveryThirdIsBad:
-    """The embedded test questions, with bad rows among them."""
+    """The built-in test questions; every third row is bad."""
 
     def __init__(self) -> None:
         self.source = open_source(load([]).data, "test")
@@ -32,23 +32,23 @@ class EveryThirdIsBad:
         return self.source.prompt(index)
 
 
-def test_bad_rows_are_dropped_and_named_and_others_take_their_place() -> None:
+def test_bad_rows_are_reported_and_replaced_by_later_rows() -> None:
     prompts, bad = held_out_prompts(EveryThirdIsBad(), 4, "drop")
     assert len(prompts) == 4
     assert [row.row_id for row in bad] == ["row-0", "row-3"]
 
 
-def test_the_first_bad_row_stops_a_run_that_wants_it_so() -> None:
+def test_on_bad_row_stop_raises_the_first_bad_row() -> None:
     with pytest.raises(BadRow, match="row-0"):
         held_out_prompts(EveryThirdIsBad(), 4, "stop")
 
 
-def test_a_short_source_gives_what_it_has() -> None:
+def test_a_short_source_returns_all_its_good_rows() -> None:
     prompts, _ = held_out_prompts(EveryThirdIsBad(), 10_000, "drop")
     assert len(prompts) == 256 - 86
 
 
-def test_rows_that_the_screen_refuses_are_bad_rows_and_a_set_of_them_is_refused() -> None:
+def test_rows_over_the_length_limit_are_bad_rows() -> None:
     def too_long(prompt: Prompt) -> None:
         if not prompt.id.endswith("4"):
             raise BadRow(prompt.id, "too long", "cut it")
@@ -61,28 +61,28 @@ def test_rows_that_the_screen_refuses_are_bad_rows_and_a_set_of_them_is_refused(
     def never(prompt: Prompt) -> None:
         raise BadRow(prompt.id, "too long", "cut it")
 
-    with pytest.raises(SourceError, match=r"all 256 held-out rows are bad, the first one: row scenes/test/0+: too"):
+    with pytest.raises(SourceError, match=r"all 256 held-out rows are bad; the first: row scenes/test/0+: too"):
         held_out_prompts(source, 2, "drop", never)
 
 
-@pytest.mark.parametrize(("sampled", "right"), [(1, 0), (1, 1), (4, 0), (4, 1), (5, 3), (6, 6)])
-def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(sampled: int, right: int) -> None:
-    answers = [place < right for place in range(sampled)]
+@pytest.mark.parametrize(("sampled", "correct"), [(1, 0), (1, 1), (4, 0), (4, 1), (5, 3), (6, 6)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(sampled: int, correct: int) -> None:
+    answers = [index < correct for index in range(sampled)]
     for k in range(1, sampled + 1):
         draws = list(itertools.combinations(answers, k))
-        assert pass_at(k, right, sampled) == pytest.approx(sum(map(any, draws)) / len(draws))
+        assert pass_at(k, correct, sampled) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_an_answer_that_could_not_be_scored_counts_as_wrong() -> None:
+def test_an_answer_whose_grading_failed_counts_as_wrong() -> None:
     prompt = open_source(load([]).data, "test").prompt(0)
     answer = Completion(token_ids=np.arange(2), sampler_logprobs=np.zeros(2, np.float32), text="?", finish="stop")
     group = Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(answer,), version=0)
     masked = ScoredGroup(group=group, rewards=np.zeros(1), parts={}, valid=np.array([False]))
     assert [(row["accuracy"], row["format"]) for row in graded(masked)] == [(0.0, 0.0)]
-    assert summarise(graded(masked)).accuracy == 0.0
+    assert summarize(graded(masked)).accuracy == 0.0
 
 
-def test_all_held_out_questions_are_asked_unless_fewer_are_asked_for(tmp_path: Path) -> None:
+def test_eval_questions_limits_the_eval_set(tmp_path: Path) -> None:
     rows = [{"image_path": "one.png", "question": f"Question {n}?", "ground_truth": str(n)} for n in range(754)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "one.png").write_bytes(picture(56, 56, seed=0))
@@ -91,25 +91,25 @@ def test_all_held_out_questions_are_asked_unless_fewer_are_asked_for(tmp_path: P
         "mode=eval",
     ]
     for overrides, count in (([], 754), (["eval.questions=256"], 256), (["eval.questions=1000"], 754)):
-        [exam] = eval_sets(load([*geoqa, *overrides]), lambda prompt: None)
-        assert len(exam.prompts) == count
+        [eval_set] = eval_sets(load([*geoqa, *overrides]), lambda prompt: None)
+        assert len(eval_set.prompts) == count
     [demo] = eval_sets(load([]), lambda prompt: None)
     assert len(demo.prompts) == 256
 
 
-def test_the_runs_own_exam_comes_first_and_further_data_sets_follow() -> None:
+def test_the_training_data_comes_first_among_the_eval_sets() -> None:
     config = load(["eval.also=[geometry]", "eval.questions=3"])
     found = eval_sets(config, lambda prompt: None)
-    assert [exam.name for exam in found] == ["counting", "geometry"]
-    assert [{prompt.task for prompt in exam.prompts} for exam in found] == [{"counting"}, {"geometry"}]
+    assert [eval_set.name for eval_set in found] == ["counting", "geometry"]
+    assert [{prompt.task for prompt in eval_set.prompts} for eval_set in found] == [{"counting"}, {"geometry"}]
 
 
-def test_a_blind_data_set_is_asked_once_more_with_grey_images_of_the_same_size() -> None:
-    seen, unseen, other = eval_sets(
+def test_data_blind_adds_an_eval_set_with_gray_images() -> None:
+    plain, blind, other = eval_sets(
         load(["data.blind=true", "eval.questions=4", "eval.also=[geometry]"]), lambda _: None
     )
-    assert [exam.name for exam in (seen, unseen, other)] == ["counting", "counting-blind", "geometry"]
-    for shown, hidden in zip(seen.prompts, unseen.prompts, strict=True):
+    assert [eval_set.name for eval_set in (plain, blind, other)] == ["counting", "counting-blind", "geometry"]
+    for shown, hidden in zip(plain.prompts, blind.prompts, strict=True):
         assert (hidden.id, hidden.messages, hidden.answer) == (shown.id, shown.messages, shown.answer)
         assert [size_of(image) for image in hidden.images] == [size_of(image) for image in shown.images]
         for image in hidden.images:

@@ -1,4 +1,4 @@
-"""The exit reporter prints a line when the driver dies, and nothing when the driver exits by itself."""
+"""The exit reporter prints a line if the driver dies, and nothing if the driver exits by itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import os, signal, sys
 from pathlib import Path
 from othink_ray.driver.exit_reporter import ExitReporter
 from tests.driver.test_exit_reporter import write_a_report
-with ExitReporter(Path(sys.argv[1]), "metrics.jsonl", write_a_report, "try again") as reporter:
+with ExitReporter(Path(sys.argv[1]), "metrics.jsonl", write_a_report, "rerun it") as reporter:
     print("at work", flush=True)
     exec(sys.stdin.read())
 """
@@ -43,37 +43,37 @@ def driver(folder: Path) -> subprocess.Popen[str]:
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: its process died without an error message (killed, "),
         ("os._exit(1)", "stopped: its process died without an error message (killed, "),
-        ("reporter.report('Ray is gone')\nreporter.wait()\nos._exit(1)", "stopped: Ray is gone; try again\n"),
-        ("reporter.report('Ray is gone')", "stopped: Ray is gone; try again\n"),
+        ("reporter.report('Ray is gone')\nreporter.wait()\nos._exit(1)", "stopped: Ray is gone; rerun it\n"),
+        ("reporter.report('Ray is gone')", "stopped: Ray is gone; rerun it\n"),
     ],
 )
 @pytest.mark.parametrize("has_steps", [True, False])
-def test_the_end_of_a_driver_that_cannot_say_so_is_reported(
+def test_the_end_of_a_driver_that_cannot_report_is_reported(
     how: str, line: str, has_steps: bool, tmp_path: Path
 ) -> None:
     if has_steps:
         (tmp_path / "metrics.jsonl").write_text("")
-    said, _ = driver(tmp_path).communicate(how, timeout=60)
-    assert said.startswith(line), said
-    assert (tmp_path / "report.html").exists() == has_steps == (f"report of what was done: {tmp_path}" in said)
+    output, _ = driver(tmp_path).communicate(how, timeout=60)
+    assert output.startswith(line), output
+    assert (tmp_path / "report.html").exists() == has_steps == (f"partial report: {tmp_path}" in output)
 
 
 @pytest.mark.parametrize("how", ["pass", "sys.exit(3)", "1 / 0"])
-def test_nothing_is_reported_where_the_driver_exits_itself(how: str, tmp_path: Path) -> None:
+def test_nothing_is_reported_if_the_driver_exits_by_itself(how: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    said, _ = driver(tmp_path).communicate(how, timeout=60)
-    assert "stopped" not in said
+    output, _ = driver(tmp_path).communicate(how, timeout=60)
+    assert "stopped" not in output
     assert not (tmp_path / "report.html").exists()
 
 
-def test_signals_to_all_of_a_job_do_not_end_it(tmp_path: Path) -> None:
+def test_signals_to_all_processes_of_a_job_do_not_end_it(tmp_path: Path) -> None:
     process = driver(tmp_path)
-    [beside] = psutil.Process(process.pid).children()
-    while not all(_ignores(beside.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+    [helper] = psutil.Process(process.pid).children()
+    while not all(_ignores(helper.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
         time.sleep(0.01)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        beside.send_signal(number)
-    assert process.communicate("reporter.report('told')", timeout=60)[0] == "stopped: told; try again\n"
+        helper.send_signal(number)
+    assert process.communicate("reporter.report('reason')", timeout=60)[0] == "stopped: reason; rerun it\n"
 
 
 def _ignores(pid: int, number: int) -> bool:
@@ -82,9 +82,9 @@ def _ignores(pid: int, number: int) -> bool:
     return bool(int(ignored[1], 16) >> (number - 1) & 1)
 
 
-def test_a_driver_does_not_mind_its_loss(tmp_path: Path) -> None:
+def test_a_driver_survives_the_death_of_the_reporter(tmp_path: Path) -> None:
     process = driver(tmp_path)
-    [beside] = psutil.Process(process.pid).children()
-    beside.kill()
-    assert process.communicate("reporter.report('told')", timeout=60)[0] == ""
+    [helper] = psutil.Process(process.pid).children()
+    helper.kill()
+    assert process.communicate("reporter.report('reason')", timeout=60)[0] == ""
     assert process.returncode == 0

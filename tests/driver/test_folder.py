@@ -1,4 +1,4 @@
-"""One run a folder, and nothing of an older run in it that this one could mistake for its own."""
+"""A run folder is locked by one run, and files of an older run are set aside."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pathlib import Path
 
 import pytest
 
-from othink_ray.driver.run_dir import FolderError, lock_run_dir, set_aside_older, written_down
+from othink_ray.driver.run_dir import FolderError, incident_log, lock_run_dir, set_aside_older
 
 HOLD = """
 import sys, pathlib
 from othink_ray.driver.run_dir import lock_run_dir
 with lock_run_dir(pathlib.Path(sys.argv[1])):
-    print("mine", flush=True)
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_second_run_is_refused_until_the_first_has_ended_in_whatever_way(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"mine\n"
-        with pytest.raises(FolderError, match="another run is at work in it"), lock_run_dir(tmp_path):
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(FolderError, match="in use by another run"), lock_run_dir(tmp_path):
             pass
         other.kill()
     with lock_run_dir(tmp_path):
         pass
 
 
-def test_a_new_folder_is_its_owners_alone_and_one_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+def test_a_new_folder_is_private_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o755)
     for name, mode in (("new", 0o700), ("shared", 0o755)):
@@ -59,13 +59,13 @@ def test_checkpoints_and_incidents_of_an_older_run_are_set_aside(tmp_path: Path)
     set_aside_older(tmp_path)
 
 
-def test_what_happened_is_said_and_written_down_with_its_time(tmp_path: Path) -> None:
-    said: list[str] = []
-    tell = written_down(tmp_path, said.append)
-    tell("one")
-    tell("two")
+def test_incidents_are_printed_and_written_with_their_time(tmp_path: Path) -> None:
+    printed: list[str] = []
+    log = incident_log(tmp_path, printed.append)
+    log("one")
+    log("two")
     lines = [json.loads(line) for line in (tmp_path / "incidents.jsonl").read_text().splitlines()]
-    assert [line["text"] for line in lines] == said == ["one", "two"]
+    assert [line["text"] for line in lines] == printed == ["one", "two"]
     assert lines[0]["unix_s"] <= lines[1]["unix_s"]
-    written_down(tmp_path / "nowhere", said.append)("three")
-    assert said[-1] == "three"
+    incident_log(tmp_path / "nowhere", printed.append)("three")
+    assert printed[-1] == "three"

@@ -1,4 +1,4 @@
-"""What mode=check sees in data, model files and disk, before any actor starts."""
+"""mode=check inspects data, model files and disk before any actor starts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.rules import transport_of
-from othink_ray.driver import preflight as room
-from othink_ray.driver.preflight import preflight
+from othink_ray.driver import preflight as preflight_module
+from othink_ray.driver.preflight import PreflightReport, preflight
 from tests.data.files import picture, write_jsonl
 
 
-def test_a_sound_run_is_told_in_numbers(model_folder: Path) -> None:
+def test_a_valid_run_is_described_in_numbers(model_folder: Path) -> None:
     found = preflight(load([f"model.path={model_folder}"]))
     assert not found.problems
-    assert found.lines["data.train"].endswith("of 32 looked at 0 bad")
+    assert found.lines["data.train"].endswith("0 of 32 checked are bad")
     assert "million weights" in found.lines["model files"]
     assert "a learner rank" in found.lines["memory"]
     assert "a rollout actor" in found.lines["memory"]
     assert "0 too long" in found.lines["context"]
 
 
-def test_a_model_that_is_still_to_be_made_is_not_looked_at(tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist_yet_is_not_checked(tmp_path: Path) -> None:
     found = preflight(load([f"run.cache_dir={tmp_path}"]))
     assert not found.problems
-    assert found.lines["model files"] == "made at the first start: not looked at, so no memory is planned either"
+    assert found.lines["model files"] == "created at the first start: not checked, and no memory plan"
 
 
-def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
+def test_a_hub_model_is_checked_if_it_is_in_the_cache(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -43,7 +43,7 @@ def test_a_model_of_the_hub_is_looked_at_where_its_cache_has_it(
     (copy / "refs").mkdir()
     (copy / "refs" / "main").write_text("0123abc")
     weights = copy / "snapshots" / "0123abc" / "model.safetensors"
-    weights.rename(copy / "elsewhere")  # the configuration alone
+    weights.rename(copy / "elsewhere")  # only the configuration is left
     assert preflight(requested).lines["model files"] == missing["model files"]
     (copy / "elsewhere").rename(weights)
     found = preflight(requested)
@@ -63,14 +63,14 @@ def test_a_model_that_cannot_be_opened_is_a_problem(model_folder: Path) -> None:
     assert "set model.family=qwen2_vl" in " ".join(str(problem).split())
 
 
-def test_questions_without_room_are_a_problem(model_folder: Path) -> None:
+def test_prompts_over_the_length_limit_are_a_problem(model_folder: Path) -> None:
     [problem] = preflight(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
     assert "no question fits" in str(problem)
 
 
 def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=2**20)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda _: usage)
     [problem] = preflight(load([f"model.path={model_folder}", "train.keep_last=3"])).problems
     assert "5 checkpoints" in str(problem)
     assert "train.keep_last" in str(problem)
@@ -83,36 +83,39 @@ def test_adapters_need_less_memory_and_less_disk(model_folder: Path, monkeypatch
     assert few["trained"] == "29184 weights"  # 4 x (in + out) of seven matrices in each of three layers
     assert "float32 weights" in whole["memory"]
     assert "reference" not in few["memory"]
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: disk_usage("/")._replace(free=20 * 2**20))
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda _: disk_usage("/")._replace(free=20 * 2**20))
     assert [len(preflight(load([path, *more])).problems) for more in ([], [adapted])] == [1, 0]
 
 
 @pytest.mark.parametrize("cluster", ["local", "one_node", "one_gpu", "one_node_colocated"])
-def test_adapters_travel_in_shared_memory_on_every_cluster(cluster: str) -> None:
+def test_adapters_use_shared_memory_on_every_cluster(cluster: str) -> None:
     whole, adapters = (load([f"cluster={cluster}", f"learner.lora.rank={rank}"]) for rank in (0, 4))
     assert transport_of(adapters) == "shared_memory"
     assert (transport_of(whole) == "shared_memory") == (cluster == "local")
 
 
-def test_adapters_without_a_place_are_a_problem_with_the_nearest_name(model_folder: Path) -> None:
+def test_an_unknown_lora_target_names_the_nearest_one(model_folder: Path) -> None:
     requested = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
     [problem] = preflight(load([f"model.path={model_folder}", *requested])).problems
     assert problem.subject == "learner.lora.targets = [q_porj]"
     assert problem.remedy.startswith("Did you mean q_proj? It has: ")
 
 
-def test_bad_rows_are_counted_and_a_data_set_without_any_good_one_is_a_problem(tmp_path: Path) -> None:
+def test_bad_rows_are_counted_and_all_bad_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(picture(1))
     good = {"image": "1.png", "problem": "How many?", "solution": "3"}
     for name, rows in (("some", [good, good | {"image": "2.png"}]), ("none", [good | {"image": "2.png"}] * 3)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
 
-    def seen(name: str) -> room.Foresight:
+    def report_of(name: str) -> PreflightReport:
         columns = {"image": "image", "question": "problem", "answer": "solution"}
         settings = {"source": "jsonl", "files.path": tmp_path / f"{name}.jsonl"}
         settings |= {f"files.columns.{use}": column for use, column in columns.items()}
         parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
         return preflight(load(["data=own", f"run.cache_dir={tmp_path}", *parts]))
 
-    assert "1 bad, such as own/train/000001: image file" in seen("some").lines["data.train"]
-    assert ["all 3 rows of the data source are bad" in str(one) for one in seen("none").problems] == [True, True]
+    assert "1 of 2 checked are bad, such as own/train/000001: image file" in report_of("some").lines["data.train"]
+    assert ["all 3 rows of the data source are bad" in str(problem) for problem in report_of("none").problems] == [
+        True,
+        True,
+    ]

@@ -1,4 +1,4 @@
-"""Bad steps are told and written down; too many in a row end the run."""
+"""Bad steps are logged and dumped; too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from othink_ray.config.load import load
 from othink_ray.driver.callbacks import Guards, RunawayError
 from othink_ray.driver.loop import Step
 from othink_ray.types import Audit, Completion, Group, Prompt, ScoredGroup, UpdateStats
-from tests.driver.fakes import Numbers, stats_of
+from tests.driver.fakes import NumberStream, stats_of
 
 FAULTS = replace(load([]).faults, patience=3, kl_limit=2.0, gap_limit=0.5)
 
 
 def scored(prompt: Prompt) -> ScoredGroup:
     completion = Completion(
-        token_ids=np.arange(3), sampler_logprobs=np.zeros(3, np.float32), text="said", finish="stop"
+        token_ids=np.arange(3), sampler_logprobs=np.zeros(3, np.float32), text="an answer", finish="stop"
     )
     group = Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(completion,) * 2, version=0)
     return ScoredGroup(group=group, rewards=np.ones(2), parts={}, valid=np.ones(2, dtype=bool))
 
 
 def step_of(stats: UpdateStats, *, number: int = 0, audited: int = 1) -> Step:
-    groups = [scored(prompt) for prompt in Numbers().take(3)]
+    groups = [scored(prompt) for prompt in NumberStream().take(3)]
     return Step(
         step=number,
         beta=0.04,
@@ -46,44 +46,42 @@ def step_of(stats: UpdateStats, *, number: int = 0, audited: int = 1) -> Step:
 SKIPPED = replace(stats_of(), skipped=1, bad_prompts=("p1",), loss=float("nan"))
 
 
-def test_sound_steps_leave_no_trace(tmp_path: Path) -> None:
-    guards = Guards(FAULTS, tmp_path, tell=pytest.fail)
+def test_good_steps_log_and_write_nothing(tmp_path: Path) -> None:
+    guards = Guards(FAULTS, tmp_path, log=pytest.fail)
     for number in range(10):
-        guards.look(step_of(stats_of(kl_mean=1.9, logp_gap_mean=0.4), number=number))
-    guards.look(step_of(stats_of(kl_mean=float("nan"))))  # no reference, no KL
+        guards.check(step_of(stats_of(kl_mean=1.9, logp_gap_mean=0.4), number=number))
+    guards.check(step_of(stats_of(kl_mean=float("nan"))))  # without a reference there is no KL
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("stats", "said"),
+    ("stats", "text"),
     [
         (SKIPPED, "1 update(s) skipped, because loss or gradient of p1 was not finite"),
         (stats_of(kl_mean=2.1), "KL is 2.1 nats per token, above faults.kl_limit = 2"),
         (stats_of(logp_gap_mean=0.6), "sampler and learner are 0.6 nats apart, above faults.gap_limit = 0.5"),
     ],
 )
-def test_bad_steps_are_told_and_after_some_in_a_row_the_run_stops(
-    tmp_path: Path, stats: UpdateStats, said: str
-) -> None:
-    told: list[str] = []
-    guards = Guards(FAULTS, tmp_path, told.append)
-    for number, one in enumerate([stats, stats, stats_of(), stats, stats]):
-        guards.look(step_of(one, number=number))
-    assert len(told) == 4 and all(said in text for text in told)
+def test_bad_steps_are_logged_and_patience_stops_the_run(tmp_path: Path, stats: UpdateStats, text: str) -> None:
+    logged: list[str] = []
+    guards = Guards(FAULTS, tmp_path, logged.append)
+    for number, stats_of_step in enumerate([stats, stats, stats_of(), stats, stats]):
+        guards.check(step_of(stats_of_step, number=number))
+    assert len(logged) == 4 and all(text in line for line in logged)
     with pytest.raises(RunawayError, match=r"step 6.*bad step 3 in a row.*learner\.lr"):
-        guards.look(step_of(stats, number=5))
+        guards.check(step_of(stats, number=5))
 
 
-def test_the_samples_at_fault_are_written_down(tmp_path: Path) -> None:
-    guards = Guards(FAULTS, tmp_path, tell=lambda _: None)
-    guards.look(step_of(SKIPPED, number=4))
-    guards.look(step_of(stats_of(kl_mean=9.0), number=5))
-    at_fault, whole = (json.loads((tmp_path / "faults" / f"step_{number}.json").read_text()) for number in (5, 6))
-    assert [sample["prompt_id"] for sample in at_fault["samples"]] == ["p1"]
-    assert at_fault["stats"]["loss"] is None
-    assert [sample["prompt_id"] for sample in whole["samples"]] == ["p0", "p1", "p2"]
-    assert whole["samples"][0]["completions"][0]["text"] == "said"
+def test_the_samples_of_a_bad_step_are_written(tmp_path: Path) -> None:
+    guards = Guards(FAULTS, tmp_path, log=lambda _: None)
+    guards.check(step_of(SKIPPED, number=4))
+    guards.check(step_of(stats_of(kl_mean=9.0), number=5))
+    bad, all_groups = (json.loads((tmp_path / "faults" / f"step_{number}.json").read_text()) for number in (5, 6))
+    assert [sample["prompt_id"] for sample in bad["samples"]] == ["p1"]
+    assert bad["stats"]["loss"] is None
+    assert [sample["prompt_id"] for sample in all_groups["samples"]] == ["p0", "p1", "p2"]
+    assert all_groups["samples"][0]["completions"][0]["text"] == "an answer"
 
 
-def test_answers_of_a_teacher_have_no_sampler_to_be_apart_from(tmp_path: Path) -> None:
-    Guards(FAULTS, tmp_path, tell=pytest.fail).look(step_of(stats_of(logp_gap_mean=6.0), audited=0))
+def test_the_sampler_gap_of_demonstrations_is_ignored(tmp_path: Path) -> None:
+    Guards(FAULTS, tmp_path, log=pytest.fail).check(step_of(stats_of(logp_gap_mean=6.0), audited=0))

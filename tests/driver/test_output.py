@@ -1,4 +1,4 @@
-"""A run goes on, and ends as it should, when nobody can read what it prints."""
+"""A run continues and ends normally if its output has no reader."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_a_pipe_without_a_reader_changes_nothing() -> None:
         printing.stdout.close()
         printing.stdin.write(b"\n")
         printing.stdin.close()
-        complaint = printing.stderr.read()
-    assert (printing.returncode, complaint) == (7, b"")
+        errors = printing.stderr.read()
+    assert (printing.returncode, errors) == (7, b"")

@@ -1,4 +1,4 @@
-"""Sampling and learning side by side: whose weights answered, what runs when, how it ends, and where it would go on."""
+"""The overlapped loop: staleness, what runs at the same time, failures, and the position for a resume."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.async_loop import SIDES, train_overlapped
+from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.build import cores_shared, open_loop
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.metrics import measures
+from othink_ray.driver.metrics import step_metrics
 from othink_ray.types import Audit, Group, Pack, Prompt, ScoredGroup, UpdateStats
-from tests.driver.fakes import PAPER, Diary, Numbers, ScriptedTeam, recipe_of
+from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, ScriptedWorkers, recipe_of
 
-PATIENCE_S = 30
+TIMEOUT_S = 30
 
 
 def run(
-    team: ScriptedTeam,
+    workers: ScriptedWorkers,
     steps: range,
     *,
     rounds: int = 1,
-    diary: Diary | None = None,
-    stream: Numbers | None = None,
+    callbacks: RecordingCallbacks | None = None,
+    stream: NumberStream | None = None,
     **changes: Any,
 ) -> list[Step]:
-    diary, how = diary or Diary(), {"prepare_ahead": True} | settings(steps, rounds) | changes
-    with ThreadPoolExecutor(max_workers=SIDES) as sides:
-        train_overlapped(sides, team, stream or Numbers(), journal=diary, **how)
-    return diary.steps
+    callbacks, how = callbacks or RecordingCallbacks(), {"prepare_ahead": True} | settings(steps, rounds) | changes
+    with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
+        train_overlapped(executor, workers, stream or NumberStream(), callbacks=callbacks, **how)
+    return callbacks.steps
 
 
 def settings(steps: range, rounds: int = 1) -> dict[str, Any]:
@@ -48,116 +48,120 @@ def settings(steps: range, rounds: int = 1) -> dict[str, Any]:
     }
 
 
-def versions(seen: Step) -> set[int]:
-    return {one.group.version for one in seen.requested}
+def versions(record: Step) -> set[int]:
+    return {scored.group.version for scored in record.requested}
 
 
-def requested(seen: Step) -> list[str]:
-    return [one.group.prompt.id for one in seen.requested]
+def requested(record: Step) -> list[str]:
+    return [scored.group.prompt.id for scored in record.requested]
 
 
-# ---- what is sampled, and with which weights
+# ---- prompts and staleness
 
 
-def test_each_step_but_the_first_trains_answers_of_the_weights_one_step_older() -> None:
-    team = ScriptedTeam()
-    steps = run(team, range(4))
-    assert [versions(seen) for seen in steps] == [{0}, {0}, {1}, {2}]
-    assert [measures(seen)["sampler/staleness"] for seen in steps] == [0, 1, 1, 1]
-    assert team.stale == [False, True, True, True]
-    assert [call[1] for call in team.calls if call[0] == "push"] == [0, 1, 2, 3, 4]
+def test_each_step_but_the_first_has_staleness_1() -> None:
+    workers = ScriptedWorkers()
+    steps = run(workers, range(4))
+    assert [versions(record) for record in steps] == [{0}, {0}, {1}, {2}]
+    assert [step_metrics(record)["sampler/staleness"] for record in steps] == [0, 1, 1, 1]
+    assert workers.stale == [False, True, True, True]
+    assert [call[1] for call in workers.calls if call[0] == "push"] == [0, 1, 2, 3, 4]
 
 
-def test_a_resumed_run_begins_with_answers_of_its_own_weights() -> None:
-    team, diary = ScriptedTeam(), Diary()
-    steps = run(team, range(3, 6), diary=diary)
-    assert [versions(seen) for seen in steps] == [{3}, {3}, {4}]
-    assert team.calls[0] == ("push", 3)
-    assert diary.begun == [3]
+def test_a_resumed_run_begins_on_policy() -> None:
+    workers, callbacks = ScriptedWorkers(), RecordingCallbacks()
+    steps = run(workers, range(3, 6), callbacks=callbacks)
+    assert [versions(record) for record in steps] == [{3}, {3}, {4}]
+    assert workers.calls[0] == ("push", 3)
+    assert callbacks.started == [3]
 
 
-def test_answers_of_still_older_weights_are_refused() -> None:
-    class Forgetful(ScriptedTeam):
+def test_a_staleness_of_2_is_refused() -> None:
+    class StaleAtStep2(ScriptedWorkers):
         def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
             self.lag = int(step == 2)
             return super().generate(prompts, step, sampling_round)
 
     with pytest.raises(AssertionError, match="other weights than version 1"):
-        run(Forgetful(), range(4))
+        run(StaleAtStep2(), range(4))
 
 
 def test_nothing_is_sampled_past_the_last_step() -> None:
-    team, stream = ScriptedTeam(), Numbers()
-    run(team, range(3), stream=stream)
-    assert [call for call in team.calls if call[0] == "generate"] == [("generate", step) for step in range(3)]
+    workers, stream = ScriptedWorkers(), NumberStream()
+    run(workers, range(3), stream=stream)
+    assert [call for call in workers.calls if call[0] == "generate"] == [("generate", step) for step in range(3)]
     assert stream.position == 12
-    nothing = ScriptedTeam()
-    assert run(nothing, range(3, 3)) == []
-    assert nothing.calls == [("push", 3)]
+    idle = ScriptedWorkers()
+    assert run(idle, range(3, 3)) == []
+    assert idle.calls == [("push", 3)]
 
 
-def test_questions_betas_and_rates_are_those_of_the_plain_loop() -> None:
-    team, plain, diary = ScriptedTeam(), ScriptedTeam(), Diary()
-    steps = run(team, range(6))
-    train(plain, Numbers(), journal=diary, **settings(range(6)))
-    assert [requested(seen) for seen in steps] == [requested(seen) for seen in diary.steps]
-    assert [call for call in team.calls if call[0] == "update"] == [call for call in plain.calls if call[0] == "update"]
-    assert team.rates == plain.rates
+def test_prompts_betas_and_rates_equal_those_of_the_plain_loop() -> None:
+    workers, plain, callbacks = ScriptedWorkers(), ScriptedWorkers(), RecordingCallbacks()
+    steps = run(workers, range(6))
+    train(plain, NumberStream(), callbacks=callbacks, **settings(range(6)))
+    assert [requested(record) for record in steps] == [requested(record) for record in callbacks.steps]
+    assert [call for call in workers.calls if call[0] == "update"] == [
+        call for call in plain.calls if call[0] == "update"
+    ]
+    assert workers.rates == plain.rates
 
 
-def test_a_schedule_with_a_state_steers_by_every_step_that_was_learned() -> None:
-    kl, team = replace(PAPER, name="target"), ScriptedTeam(kl=0.011)
-    steps = run(team, range(4), schedule=kl, schedule_state=kl.start())
-    assert [seen.beta for seen in steps] == pytest.approx([0.07 * 1.01**step for step in range(4)])
-    assert [seen.schedule_state for seen in steps[:-1]] == [{"beta": seen.beta} for seen in steps[1:]]
+def test_an_adaptive_schedule_uses_every_finished_step() -> None:
+    kl, workers = replace(PAPER, name="target"), ScriptedWorkers(kl=0.011)
+    steps = run(workers, range(4), schedule=kl, schedule_state=kl.start())
+    assert [record.beta for record in steps] == pytest.approx([0.07 * 1.01**step for step in range(4)])
+    assert [record.schedule_state for record in steps[:-1]] == [{"beta": record.beta} for record in steps[1:]]
 
 
-def test_a_run_of_one_step_is_the_plain_loop() -> None:
-    team, plain = ScriptedTeam(), ScriptedTeam()
-    run(team, range(1))
-    train(plain, Numbers(), journal=Diary(), **settings(range(1)))
-    assert team.calls == plain.calls
-    assert team.stale == plain.stale == [False]
+def test_a_run_of_one_step_equals_the_plain_loop() -> None:
+    workers, plain = ScriptedWorkers(), ScriptedWorkers()
+    run(workers, range(1))
+    train(plain, NumberStream(), callbacks=RecordingCallbacks(), **settings(range(1)))
+    assert workers.calls == plain.calls
+    assert workers.stale == plain.stale == [False]
 
 
-def test_groups_of_equal_rewards_are_replaced_by_new_questions_here_too() -> None:
-    steps = run(ScriptedTeam(dull=frozenset({1, 2, 4, 8})), range(2), rounds=5)
-    assert [requested(seen) for seen in steps] == [[f"p{n}" for n in range(7)], [f"p{n}" for n in range(7, 12)]]
-    assert [len(seen.scored) for seen in steps] == [4, 4]
-    assert [versions(seen) for seen in steps] == [{0}, {0}]
+def test_overlap_replaces_groups_of_equal_rewards() -> None:
+    steps = run(ScriptedWorkers(constant=frozenset({1, 2, 4, 8})), range(2), rounds=5)
+    assert [requested(record) for record in steps] == [[f"p{n}" for n in range(7)], [f"p{n}" for n in range(7, 12)]]
+    assert [len(record.scored) for record in steps] == [4, 4]
+    assert [versions(record) for record in steps] == [{0}, {0}]
 
 
-def test_the_learner_is_told_what_it_learns_next_and_whether_a_reference_will_be_asked() -> None:
-    team, unsure = ScriptedTeam(), ScriptedTeam()
-    run(team, range(3))
-    rows = [(call[1], call[2]) for call in team.calls if call[0] == "update"]
-    assert team.prepared == [(*own, True) for own in rows[1:]]
-    run(unsure, range(3), schedule=replace(PAPER, beta_min=0.0, beta_max=0.0))
-    assert [with_reference for *_, with_reference in unsure.prepared] == [False, False]
+def test_the_next_update_is_prepared_with_or_without_reference() -> None:
+    workers, without_kl = ScriptedWorkers(), ScriptedWorkers()
+    run(workers, range(3))
+    updates = [(call[1], call[2]) for call in workers.calls if call[0] == "update"]
+    assert workers.prepared == [(*update, True) for update in updates[1:]]
+    run(without_kl, range(3), schedule=replace(PAPER, beta_min=0.0, beta_max=0.0))
+    assert [with_reference for *_, with_reference in without_kl.prepared] == [False, False]
 
 
-def test_a_reference_is_prepared_for_the_beta_of_the_step_that_will_ask_it() -> None:
-    team = ScriptedTeam()
+def test_a_reference_is_prepared_only_if_the_next_beta_needs_it() -> None:
+    workers = ScriptedWorkers()
     falling = replace(PAPER, name="linear", total=2, beta_min=0.1, beta_max=0.0)
-    steps = run(team, range(3), schedule=falling)
-    assert [seen.beta > 0 for seen in steps] == [True, True, False]
-    assert [with_reference for *_, with_reference in team.prepared] == [True, False]
+    steps = run(workers, range(3), schedule=falling)
+    assert [record.beta > 0 for record in steps] == [True, True, False]
+    assert [with_reference for *_, with_reference in workers.prepared] == [True, False]
 
 
-def test_nothing_is_prepared_where_that_is_switched_off() -> None:
-    team, off = ScriptedTeam(), ScriptedTeam()
-    run(team, range(3))
+def test_prepare_ahead_false_prepares_nothing() -> None:
+    workers, off = ScriptedWorkers(), ScriptedWorkers()
+    run(workers, range(3))
     run(off, range(3), prepare_ahead=False)
     assert off.prepared == []
-    assert [call for call in off.calls if call[0] == "update"] == [call for call in team.calls if call[0] == "update"]
+    assert [call for call in off.calls if call[0] == "update"] == [
+        call for call in workers.calls if call[0] == "update"
+    ]
 
 
-# ---- what runs when
+# ---- concurrency
 
 
 @dataclass
-class Meeting(ScriptedTeam):
-    """Each side ends only after the other one has begun, sampling last."""
+class BarrierWorkers(ScriptedWorkers):
+    """Sampling and learning meet at a barrier, so each runs while the other does; sampling ends last."""
 
     last: int = 2
     both: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
@@ -165,8 +169,8 @@ class Meeting(ScriptedTeam):
 
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         self.busy.append("sampling")
-        if ("score", 4) in self.calls:  # before the first learning there is nobody to meet
-            self.both.wait(PATIENCE_S)
+        if ("score", 4) in self.calls:  # the first sampling has no update beside it
+            self.both.wait(TIMEOUT_S)
         time.sleep(0.05)
         scored = super().score(groups)
         self.busy.remove("sampling")
@@ -174,8 +178,8 @@ class Meeting(ScriptedTeam):
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
         self.busy.append("learning")
-        if self.version != self.last:  # nor after the last sampling
-            self.both.wait(PATIENCE_S)
+        if self.version != self.last:  # the last update has no sampling beside it
+            self.both.wait(TIMEOUT_S)
         stats = super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
         self.busy.remove("learning")
         return stats
@@ -185,24 +189,24 @@ class Meeting(ScriptedTeam):
         return super().push(version)
 
 
-def test_the_next_step_is_sampled_while_this_one_is_learned() -> None:
-    assert len(run(Meeting(last=2), range(3))) == 3  # a broken barrier would have raised
+def test_sampling_of_the_next_step_overlaps_the_update() -> None:
+    assert len(run(BarrierWorkers(last=2), range(3))) == 3  # a broken barrier would have raised
 
 
-def test_nothing_is_in_flight_when_weights_are_pushed_and_the_journal_looks() -> None:
-    team = Meeting(last=2)
+def test_nothing_runs_during_the_push_and_the_callbacks() -> None:
+    workers = BarrierWorkers(last=2)
 
-    class Looking(Diary):
-        def step(self, seen: Step) -> None:
-            assert team.busy == []
-            assert team.version == seen.step + 1
-            super().step(seen)
+    class IdleCheck(RecordingCallbacks):
+        def on_step(self, record: Step) -> None:
+            assert workers.busy == []
+            assert workers.version == record.step + 1
+            super().on_step(record)
 
-    assert len(run(team, range(3), diary=Looking())) == 3
+    assert len(run(workers, range(3), callbacks=IdleCheck())) == 3
 
 
-def test_the_laps_of_a_step_add_up_to_its_time_without_what_was_hidden() -> None:
-    class Slow(ScriptedTeam):
+def test_hidden_time_is_not_part_of_the_step_time() -> None:
+    class Slow(ScriptedWorkers):
         def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
             time.sleep(0.05)
             return super().score(groups)
@@ -212,7 +216,7 @@ def test_the_laps_of_a_step_add_up_to_its_time_without_what_was_hidden() -> None
             return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
 
     began = time.perf_counter()
-    found = [measures(seen) for seen in run(Slow(), range(3))]
+    found = [step_metrics(record) for record in run(Slow(), range(3))]
     whole = time.perf_counter() - began
     for line in found:
         laps = [line[f"time/{name}_s"] for name in ("generate", "score", "update", "push")]
@@ -223,23 +227,23 @@ def test_the_laps_of_a_step_add_up_to_its_time_without_what_was_hidden() -> None
     assert found[2]["time/hidden_s"] == 0
 
 
-def test_sampling_that_takes_longer_than_the_update_is_waited_for_under_its_own_name() -> None:
-    class SlowToSample(ScriptedTeam):
+def test_waiting_for_slow_sampling_counts_as_generate() -> None:
+    class SlowToSample(ScriptedWorkers):
         def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
             time.sleep(0.5)
             return super().score(groups)
 
-    first, second, last = (seen.times for seen in run(SlowToSample(), range(3)))
+    first, second, last = (record.times for record in run(SlowToSample(), range(3)))
     assert min(first["generate"], second["generate"]) > 0.3 > max(first["update"], second["update"])
     assert last["generate"] < 0.3
 
 
-# ---- how it ends
+# ---- failures
 
 
 @dataclass
-class Stuck(ScriptedTeam):
-    """From the second sampling on, one side fails and the other one hangs, or both hang, until they are released."""
+class Stuck(ScriptedWorkers):
+    """From the second sampling on, one thread fails and the other hangs, or both hang, until they are released."""
 
     failing: str = ""
     hanging: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -247,86 +251,95 @@ class Stuck(ScriptedTeam):
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         if step > 0:
-            self._get_stuck("generate")
+            self._fail_or_hang("generate")
         return super().generate(prompts, step, sampling_round)
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        self._get_stuck("update")
+        self._fail_or_hang("update")
         return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
 
-    def _get_stuck(self, side: str) -> None:
-        if self.failing == side:
-            raise RuntimeError(f"{side} broke")
+    def _fail_or_hang(self, verb: str) -> None:
+        if self.failing == verb:
+            raise RuntimeError(f"{verb} broke")
         self.hanging.release()
-        self.released.wait(PATIENCE_S)
+        self.released.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("failing", ["generate", "update"])
-def test_the_failure_of_one_side_is_raised_at_once_while_the_other_one_hangs(failing: str) -> None:
-    team, diary = Stuck(failing=failing), Diary()
-    with ThreadPoolExecutor(max_workers=SIDES) as sides:
+def test_a_failed_thread_raises_while_the_other_one_hangs(failing: str) -> None:
+    workers, callbacks = Stuck(failing=failing), RecordingCallbacks()
+    with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
         try:
             began = time.monotonic()
             with pytest.raises(RuntimeError, match=f"{failing} broke"):
-                train_overlapped(sides, team, Numbers(), journal=diary, prepare_ahead=True, **settings(range(3)))
-            assert time.monotonic() - began < PATIENCE_S / 2
+                train_overlapped(
+                    executor, workers, NumberStream(), callbacks=callbacks, prepare_ahead=True, **settings(range(3))
+                )
+            assert time.monotonic() - began < TIMEOUT_S / 2
         finally:
-            team.released.set()
-    assert diary.steps == []
-    assert [call for call in team.calls if call[0] == "push"] == [("push", 0)]
+            workers.released.set()
+    assert callbacks.steps == []
+    assert [call for call in workers.calls if call[0] == "push"] == [("push", 0)]
 
 
-def test_ctrl_c_is_heard_while_both_sides_hang() -> None:
-    team = Stuck()
+def test_ctrl_c_works_while_both_threads_hang() -> None:
+    workers = Stuck()
 
     def interrupt() -> None:
-        for _ in range(SIDES):
-            team.hanging.acquire(timeout=PATIENCE_S)
+        for _ in range(OVERLAP_THREADS):
+            workers.hanging.acquire(timeout=TIMEOUT_S)
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with ThreadPoolExecutor(max_workers=SIDES) as sides:
+    with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
         try:
             threading.Thread(target=interrupt).start()
             began = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
-                train_overlapped(sides, team, Numbers(), journal=Diary(), prepare_ahead=True, **settings(range(3)))
-            assert time.monotonic() - began < PATIENCE_S / 2
+                train_overlapped(
+                    executor,
+                    workers,
+                    NumberStream(),
+                    callbacks=RecordingCallbacks(),
+                    prepare_ahead=True,
+                    **settings(range(3)),
+                )
+            assert time.monotonic() - began < TIMEOUT_S / 2
         finally:
-            team.released.set()
+            workers.released.set()
             signal.signal(signal.SIGINT, before)
 
 
-# ---- where it would go on, and when it is chosen
+# ---- resuming, and choosing the loop
 
 
-def test_a_step_says_where_the_questions_of_the_next_one_begin_though_they_are_asked_already() -> None:
-    assert [seen.data_position for seen in run(ScriptedTeam(), range(3))] == [4, 8, 12]
-    dull = frozenset({1, 2, 4, 8})
-    assert [seen.data_position for seen in run(ScriptedTeam(dull=dull), range(2), rounds=5)] == [7, 12]
+def test_the_data_position_is_that_of_the_next_step() -> None:
+    assert [record.data_position for record in run(ScriptedWorkers(), range(3))] == [4, 8, 12]
+    constant = frozenset({1, 2, 4, 8})
+    assert [record.data_position for record in run(ScriptedWorkers(constant=constant), range(2), rounds=5)] == [7, 12]
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.overlap=false"], ["mode=sft", "train.overlap=true"]])
-def test_the_plain_loop_itself_runs_where_nothing_overlaps(overrides: list[str]) -> None:
+def test_without_overlap_the_plain_loop_is_opened(overrides: list[str]) -> None:
     with open_loop(load(overrides)) as loop:
         assert loop is train
 
 
-def test_the_overlapped_loop_runs_where_it_is_asked_for() -> None:
-    team, diary = ScriptedTeam(), Diary()
+def test_train_overlap_opens_the_overlapped_loop() -> None:
+    workers, callbacks = ScriptedWorkers(), RecordingCallbacks()
     with open_loop(load(["train.overlap=true"])) as loop:
-        loop(team, Numbers(), journal=diary, **settings(range(3)))
-    assert team.stale == [False, True, True]
+        loop(workers, NumberStream(), callbacks=callbacks, **settings(range(3)))
+    assert workers.stale == [False, True, True]
 
 
-def test_the_two_sides_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_and_learner_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     pools = ["rollout.num_actors=2", "learner.world_size=2"]
     shared = cores_shared(load([*pools, "train.overlap=true"]))
     assert (shared.rollout.threads, shared.learner.threads) == (2, 2)
     chosen = cores_shared(load([*pools, "train.overlap=true", "rollout.threads=3"]))
     assert (chosen.rollout.threads, chosen.learner.threads) == (3, 2)
-    in_turn = load(pools)
-    assert cores_shared(in_turn) is in_turn
+    sequential = load(pools)
+    assert cores_shared(sequential) is sequential

@@ -1,4 +1,4 @@
-"""The command line before Ray starts: refused folders, unprintable names of rows, early signals."""
+"""The command line before Ray starts: refused folders, unprintable row names, early signals."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.data.files import picture, write_jsonl
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def said(*overrides: str, status: int) -> str:
-    done = subprocess.run(
+def output_of(*overrides: str, status: int) -> str:
+    completed = subprocess.run(
         [sys.executable, "-m", "othink_ray.main", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -30,28 +30,28 @@ def said(*overrides: str, status: int) -> str:
         timeout=120,
         check=False,
     )
-    assert done.returncode == status, done.stdout
-    assert "Traceback" not in done.stdout and "starting Ray" not in done.stdout, done.stdout
-    return done.stdout
+    assert completed.returncode == status, completed.stdout
+    assert "Traceback" not in completed.stdout and "starting Ray" not in completed.stdout, completed.stdout
+    return completed.stdout
 
 
 @pytest.mark.parametrize("mode", ["train", "sft", "eval"])
-def test_the_folder_of_another_run_is_refused_and_left_as_it_is(mode: str, tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_refused_and_unchanged(mode: str, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "evaluation.json", "report.html", "config.yaml"):
         (tmp_path / name).write_text("the other run's")
     with lock_run_dir(tmp_path):
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-        lines = said(f"mode={mode}", f"run.dir={tmp_path}", status=1).splitlines()
+        lines = output_of(f"mode={mode}", f"run.dir={tmp_path}", status=1).splitlines()
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"} == {
             name: time for name, time in before.items() if name != ".lock"
         }
-    why = "another run is at work in it; wait for it, or give this one a folder of its own"
-    assert lines == [f"stopped: run.dir = {tmp_path}: {why}"]
+    reason = "in use by another run; wait until that run ends, or set another run.dir"
+    assert lines == [f"stopped: run.dir = {tmp_path}: {reason}"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    [line] = said(f"run.dir={tmp_path / 'file' / 'run'}", status=1).splitlines()
+    [line] = output_of(f"run.dir={tmp_path / 'file' / 'run'}", status=1).splitlines()
     assert line.startswith("stopped: run.dir = ") and "cannot be written (Not a directory)" in line
 
 
@@ -63,21 +63,21 @@ def test_check_mode_prints_no_control_character_of_a_rows_name(tmp_path: Path) -
     settings = {"source": "jsonl", "files.path": str(rows)}
     settings |= {f"files.columns.{use}": column for use, column in columns.items()}
     parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
-    shown = said("mode=check", "data=own", f"run.cache_dir={tmp_path}", *parts, status=0)
-    assert "1 bad, such as own/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in shown
-    assert not any(character in shown for character in "\x1b\x07")
+    output = output_of("mode=check", "data=own", f"run.cache_dir={tmp_path}", *parts, status=0)
+    assert " bad, such as own/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in output
+    assert not any(character in output for character in "\x1b\x07")
 
 
 @pytest.mark.parametrize("mode", ["check", "train", "eval", "study"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_early_signal_ends_it_without_a_traceback(number: signal.Signals, mode: str, tmp_path: Path) -> None:
-    own = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}")
+    folders = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}")
     with subprocess.Popen(
-        [sys.executable, "-m", "othink_ray.main", f"mode={mode}", *own],
+        [sys.executable, "-m", "othink_ray.main", f"mode={mode}", *folders],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as command:
-        while command.poll() is None and not _answers(command.pid):
+        while command.poll() is None and not _handles_sigterm(command.pid):
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.3 if mode == "check" else 1.5))
         command.send_signal(number)
@@ -103,12 +103,12 @@ def test_a_signal_ends_all_runs_of_a_sweep(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("terminal", "number"), [(False, signal.SIGINT), (True, signal.SIGHUP)])
 def test_a_closed_pipe_or_terminal_does_not_change_the_end(terminal: bool, number: int, tmp_path: Path) -> None:
-    ours, theirs = os.openpty() if terminal else os.pipe()
-    with _started(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}", stdout=theirs) as command:
-        os.close(theirs)
-        while b"starting Ray" not in os.read(ours, 1000):
+    reader, writer = os.openpty() if terminal else os.pipe()
+    with _started(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={tmp_path}", stdout=writer) as command:
+        os.close(writer)
+        while b"starting Ray" not in os.read(reader, 1000):
             pass
-        os.close(ours)
+        os.close(reader)
         command.send_signal(number)
         assert command.wait(90) == 130
 
@@ -118,8 +118,8 @@ def _started(*overrides: str, stdout: int = subprocess.PIPE) -> subprocess.Popen
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"CI": "true"})
 
 
-def _answers(pid: int) -> bool:
-    """Whether the process has handlers of its own: Python itself has none for SIGTERM."""
+def _handles_sigterm(pid: int) -> bool:
+    """Return whether the process has installed its handlers; Python itself has none for SIGTERM."""
     caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert caught is not None
     return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint has the KL weights of one that never stopped, whatever the schedule."""
+"""A resumed run has the KL weights, prompts and metrics of an uninterrupted one, with every schedule."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ STEPS = 6
 
 
 @dataclass
-class Pupil:
-    """A team that answers by the dice of prompt and version; its KL depends on the betas that it was held with."""
+class FakeWorkers:
+    """Answers depend only on prompt and version, and the KL on the betas so far."""
 
     version: int = -1
     drift: float = 0.0
@@ -57,14 +57,14 @@ class Pupil:
     def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
         scored = []
         for group in groups:
-            dice = np.random.default_rng([group.version, *group.prompt.id.encode()])
-            right = (dice.random(len(group.completions)) < 0.2 + 0.1 * group.version).astype(np.float64)
+            rng = np.random.default_rng([group.version, *group.prompt.id.encode()])
+            correct = (rng.random(len(group.completions)) < 0.2 + 0.1 * group.version).astype(np.float64)
             scored.append(
                 ScoredGroup(
                     group=group,
-                    rewards=right,
-                    parts={"accuracy": right, "format": np.ones_like(right)},
-                    valid=np.ones(len(right), dtype=np.bool_),
+                    rewards=correct,
+                    parts={"accuracy": correct, "format": np.ones_like(correct)},
+                    valid=np.ones(len(correct), dtype=np.bool_),
                 )
             )
         return scored
@@ -74,7 +74,7 @@ class Pupil:
         return stats_of(kl_mean=self.drift)
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """A hint that this one does without."""
+        """Ignore the hint."""
 
     def push(self, version: int) -> Audit:
         self.version = version
@@ -93,52 +93,52 @@ class Pupil:
         return {}
 
 
-def live(config: Config, run_dir: Path, team: Pupil, state: TrainState, until: int) -> list[dict[str, float]]:
-    """Steps from `state` on, as the real run makes them; the lines of metrics.jsonl."""
+def run(config: Config, run_dir: Path, workers: FakeWorkers, state: TrainState, until: int) -> list[dict[str, float]]:
+    """Run the steps from `state` to `until` with real callbacks; return the lines of metrics.jsonl."""
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop", position=state.data_position)
     schedule = beta_schedule(config)
-    exam = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
+    eval_set = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
         RunRecords(
             run_dir,
             wandb=config.wandb,
             config_yaml=to_yaml(config),
             environment={},
-            tell=pytest.fail,
+            log=pytest.fail,
             resume_step=state.step - 1,
         ) as records,
         Console(io.StringIO()) as console,
         open_loop(config) as loop,
     ):
         loop(
-            team,
+            workers,
             stream,
             steps=range(state.step, until),
             recipe=recipe(config),
             schedule=schedule,
             schedule_state=schedule.resume(state.schedule_state),
             lr=lr_schedule(config),
-            journal=journal_of(config, run_dir, team, stream, exam, records, console, state),
+            callbacks=callbacks_of(config, run_dir, workers, stream, eval_set, records, console, state),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def journal_of(
+def callbacks_of(
     config: Config,
     run_dir: Path,
-    team: Pupil,
+    workers: FakeWorkers,
     stream: PromptStream,
-    exam: EvalSet,
+    eval_set: EvalSet,
     records: RunRecords,
     console: Console,
     state: TrainState,
 ) -> RunCallbacks:
-    checkpoints = Checkpoints(run_dir, team, keep_last=9, keep_best=False, tell=console.say)
+    checkpoints = Checkpoints(run_dir, workers, keep_last=9, keep_best=False, log=console.say)
     return RunCallbacks(
         config,
-        team,
+        workers,
         stream,
-        [exam],
+        [eval_set],
         records,
         lambda numbers: None,
         console,
@@ -151,7 +151,7 @@ def journal_of(
 
 @pytest.mark.parametrize("algo", ["grpo_d", "dapo"])
 @pytest.mark.parametrize("schedule", ["paper", "target", "accuracy"])
-def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, schedule: str, algo: str) -> None:
+def test_a_resumed_run_has_the_betas_of_an_uninterrupted_one(tmp_path: Path, schedule: str, algo: str) -> None:
     overrides = [
         f"algo={algo}",
         f"algo.kl.schedule={schedule}",
@@ -163,7 +163,7 @@ def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, s
         "eval.every=0",
     ]
     config = load([*overrides, f"run.dir={tmp_path / 'whole'}"])
-    whole = live(config, tmp_path / "whole", Pupil(), checkpoint.fresh(0), STEPS)
+    whole = run(config, tmp_path / "whole", FakeWorkers(), checkpoint.fresh(0), STEPS)
     betas = [line["kl/beta"] for line in whole]
     assert len(set(betas)) > 3
 
@@ -171,23 +171,23 @@ def test_a_resumed_run_has_the_betas_of_one_that_never_stopped(tmp_path: Path, s
     state = checkpoint.read(folder, 0)
     assert bool(state.schedule_state) == (schedule != "paper")
     config = load([*overrides, f"run.dir={tmp_path / 'rest'}"])
-    rest = live(config, tmp_path / "rest", Pupil(drift=float((folder / "drift").read_text())), state, STEPS)
+    rest = run(config, tmp_path / "rest", FakeWorkers(drift=float((folder / "drift").read_text())), state, STEPS)
     assert [line["step"] for line in rest] == [3, 4, 5]
     assert [line["kl/beta"] for line in rest] == betas[3:]
-    for name in ("reward/mean", "groups/requested", "kl/mean"):
+    for name in ("reward/mean", "groups/asked", "kl/mean"):
         assert [line[name] for line in rest] == [line[name] for line in whole[3:]]
 
 
 @pytest.mark.parametrize("algo", ["grpo_d", "dapo"])
-def test_a_resumed_overlapped_run_asks_again_what_was_asked_ahead(tmp_path: Path, algo: str) -> None:
+def test_a_resumed_overlapped_run_repeats_prefetched_prompts(tmp_path: Path, algo: str) -> None:
     overrides = [
         *(f"algo={algo}", f"train.steps={STEPS}", "train.prompts_per_step=4", "train.checkpoint_every=3"),
         *("eval.every=0", "train.overlap=true"),
     ]
-    whole, rest = Pupil(), Pupil()
-    live(load([*overrides, f"run.dir={tmp_path / 'whole'}"]), tmp_path / "whole", whole, checkpoint.fresh(0), STEPS)
+    whole, rest = FakeWorkers(), FakeWorkers()
+    run(load([*overrides, f"run.dir={tmp_path / 'whole'}"]), tmp_path / "whole", whole, checkpoint.fresh(0), STEPS)
     state = checkpoint.read(tmp_path / "whole" / "checkpoints" / "step_3", 0)
-    lines = live(load([*overrides, f"run.dir={tmp_path / 'rest'}"]), tmp_path / "rest", rest, state, STEPS)
+    lines = run(load([*overrides, f"run.dir={tmp_path / 'rest'}"]), tmp_path / "rest", rest, state, STEPS)
     assert rest.requested.keys() == {3, 4, 5}
     assert rest.requested[3][:4] == whole.requested[3][:4]
     assert [line["sampler/staleness"] for line in lines] == [0, 1, 1]
@@ -195,19 +195,21 @@ def test_a_resumed_overlapped_run_asks_again_what_was_asked_ahead(tmp_path: Path
         assert rest.requested == {step: whole.requested[step] for step in (3, 4, 5)}
 
 
-def test_a_run_that_stopped_after_its_last_step_still_reports_what_it_reached(tmp_path: Path) -> None:
+def test_a_run_stopped_after_its_last_step_is_evaluated(tmp_path: Path) -> None:
     config = load([f"train.steps={STEPS}", "train.prompts_per_step=4", f"run.dir={tmp_path}"])
-    live(config, tmp_path, Pupil(), checkpoint.fresh(0), STEPS)
+    run(config, tmp_path, FakeWorkers(), checkpoint.fresh(0), STEPS)
     state = checkpoint.read(tmp_path / "checkpoints" / f"step_{STEPS}", 0)
-    exam = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
+    eval_set = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop")
     with (
         RunRecords(
-            tmp_path, wandb=config.wandb, config_yaml="", environment={}, tell=pytest.fail, resume_step=STEPS - 1
+            tmp_path, wandb=config.wandb, config_yaml="", environment={}, log=pytest.fail, resume_step=STEPS - 1
         ) as records,
         Console(io.StringIO()) as console,
     ):
-        journal = journal_of(config, tmp_path, Pupil(version=STEPS), stream, exam, records, console, state)
-        journal.begin(STEPS)
-        assert journal.before == {"counting": Evaluation(**state.before["counting"])}
-        assert journal.after.keys() == {"counting"}
+        callbacks = callbacks_of(
+            config, tmp_path, FakeWorkers(version=STEPS), stream, eval_set, records, console, state
+        )
+        callbacks.on_start(STEPS)
+        assert callbacks.before == {"counting": Evaluation(**state.before["counting"])}
+        assert callbacks.after.keys() == {"counting"}

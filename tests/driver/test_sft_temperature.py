@@ -1,4 +1,4 @@
-"""Worked answers are learned as often as they are in the data, whatever the temperature that answers are sampled at."""
+"""SFT learns the answer frequencies of the data at temperature 1, whatever rollout.temperature is."""
 
 from __future__ import annotations
 
@@ -17,42 +17,44 @@ from tests.conftest import OVERRIDES
 from tests.engines.samples import ask, batch_of, distributions, group_of, picture, scored
 
 STEPS = 80
-SHARES = (6, 2, 2)  # of ten answers of one token
+SHARES = (6, 2, 2)  # frequencies among ten answers of one token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
     losses: list[float]
     grad_norms: list[float]
-    shares: list[float]  # of the answers at temperature 1
+    shares: list[float]  # probabilities of the answers at temperature 1
 
 
-def learn(folder: Path, port: int, lives: Sequence[Sequence[str]]) -> list[Learned]:
-    """What the learner of each of these configurations makes of the same ten worked answers to one question."""
+def learn(folder: Path, port: int, overrides_of_runs: Sequence[Sequence[str]]) -> list[Learned]:
+    """Train a learner of each configuration on the same ten demonstrations of one prompt."""
     from othink_ray.driver.build import learner_engine
     from othink_ray.engines.policy import Policy
     from othink_ray.families import open_family
 
-    place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=port)
+    rendezvous = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=port)
     found = []
-    for overrides in lives:
+    for overrides in overrides_of_runs:
         config = load([*OVERRIDES, "learner.weight_decay=0", *overrides])
         family = open_family(config.model, str(folder))
-        requested = group_of(family, ask("only", picture(56, 56, 0)), [1] * sum(SHARES), seed=0)
-        words = [requested.completions[0].token_ids + k for k in range(len(SHARES))]
-        said = [word for word, times in zip(words, SHARES, strict=True) for _ in range(times)]
-        completions = tuple(replace(one, token_ids=own) for one, own in zip(requested.completions, said, strict=True))
-        row = pack(scored(replace(requested, completions=completions), [1.0] * len(said)), np.ones(len(said)), 1)
+        group = group_of(family, ask("only", picture(56, 56, 0)), [1] * sum(SHARES), seed=0)
+        tokens = [group.completions[0].token_ids + k for k in range(len(SHARES))]
+        answers = [token for token, times in zip(tokens, SHARES, strict=True) for _ in range(times)]
+        completions = tuple(
+            replace(completion, token_ids=ids) for completion, ids in zip(group.completions, answers, strict=True)
+        )
+        sample = pack(scored(replace(group, completions=completions), [1.0] * len(answers)), np.ones(len(answers)), 1)
 
-        learner = learner_engine(config, str(folder), place, with_reference=False)
-        steps = [learner.update([[[row]]], beta=0.0, lr=2e-3, loss="sft", correction="none") for _ in range(STEPS)]
+        learner = learner_engine(config, str(folder), rendezvous, with_reference=False)
+        steps = [learner.update([[[sample]]], beta=0.0, lr=2e-3, loss="sft", correction="none") for _ in range(STEPS)]
         at_1 = Policy(learner.engine.module.network, family, temperature=1.0, logit_rows=64)
-        first = distributions(at_1, batch_of([row], family))[0].detach().exp()
+        first = distributions(at_1, batch_of([sample], family))[0].detach().exp()
         found.append(
             Learned(
-                losses=[one.loss for one in steps],
-                grad_norms=[one.grad_norm for one in steps],
-                shares=[float(first[int(word)]) for [word] in words],
+                losses=[stats.loss for stats in steps],
+                grad_norms=[stats.grad_norm for stats in steps],
+                shares=[float(first[int(token)]) for [token] in tokens],
             )
         )
     return found
@@ -60,23 +62,25 @@ def learn(folder: Path, port: int, lives: Sequence[Sequence[str]]) -> list[Learn
 
 @pytest.fixture(scope="module")
 def learned(model_folder: Path) -> list[Learned]:
-    """In a process of their own, which DeepSpeed keeps for itself."""
-    meeting = rendezvous_info()
-    lives = [(f"mode={mode}", f"rollout.temperature={at}") for mode, at in (("sft", 0.5), ("sft", 1.0), ("train", 0.5))]
+    """Train in a separate process, because DeepSpeed keeps global state."""
+    info = rendezvous_info()
+    overrides_of_runs = [
+        (f"mode={mode}", f"rollout.temperature={at}") for mode, at in (("sft", 0.5), ("sft", 1.0), ("train", 0.5))
+    ]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(learn, (model_folder, meeting.port, lives))
+        return pool.apply(learn, (model_folder, info.port, overrides_of_runs))
 
 
-def test_every_loss_and_gradient_is_that_of_temperature_1(learned: list[Learned]) -> None:
+def test_sft_losses_and_gradients_are_those_of_temperature_1(learned: list[Learned]) -> None:
     cool, plain, sampled = learned
     assert cool == plain
     assert sampled.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
     assert sampled.grad_norms[0] != pytest.approx(plain.grad_norms[0], rel=1e-3)
 
 
-def test_shares_of_60_and_20_percent_are_learned_as_such(learned: list[Learned]) -> None:
+def test_sft_learns_answer_frequencies_of_60_and_20_percent(learned: list[Learned]) -> None:
     cool, _, sampled = learned
     assert cool.shares == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
-    # Learned at 0.5, where logits count twice, an answer that comes three times as often has log(3) / 2 more at 1.
+    # Trained at 0.5, logits count twice: an answer three times as frequent has a logit log(3) / 2 higher at 1.
     first, *others = sampled.shares
     assert [first / other for other in others] == pytest.approx([3**0.5] * 2, rel=0.02)

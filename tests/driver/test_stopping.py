@@ -1,4 +1,4 @@
-"""Requests to end a run that come before its first step."""
+"""Stop requests and interrupts, also before the first step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from othink_ray.runtime.futures import ProcessLost
 
 
 class Dropped:
-    """Python prints and drops what is raised in a destructor."""
+    """Interrupts inside a destructor, where Python prints and drops exceptions."""
 
     def __del__(self) -> None:
         stopping.interrupt(signal.SIGTERM, None)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_sigterm_that_python_dropped_ends_the_run_before_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sigterm_dropped_by_python_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "_interrupts", [])
     with stopping.finishing_steps(print) as request:
         assert not request.made
@@ -34,22 +34,22 @@ def test_a_sigterm_that_python_dropped_ends_the_run_before_its_steps(monkeypatch
         pass
     console = Console(io.StringIO())
     with pytest.raises(KeyboardInterrupt), console.phase("loading"):
-        pytest.fail("the phase went on")
+        pytest.fail("the phase continued")
     with pytest.raises(KeyboardInterrupt):
         console.progress(1, 2)
     assert stopping.interrupted_status() == 143
 
 
-def test_a_request_that_is_repeated_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `ray job stop` of a study makes it: Ray signals all processes, and the study its runs."""
+def test_a_request_repeated_within_two_seconds_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray job stop` of a study sends it: Ray signals all processes, and the study signals its runs."""
     clock = {"now": 0.0}
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock["now"])
-    told: list[str] = []
+    logged: list[str] = []
     with stopping.interruptible():
-        with stopping.finishing_steps(told.append) as request:
+        with stopping.finishing_steps(logged.append) as request:
             for clock["now"] in (100.0, 100.5, 101.9):
                 signal.raise_signal(signal.SIGTERM)
-                assert request.made and len(told) == 1
+                assert request.made and len(logged) == 1
             clock["now"] = 102.1
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
@@ -58,7 +58,7 @@ def test_a_request_that_is_repeated_at_once_is_one_request(monkeypatch: pytest.M
         assert not stopping.stop_requested()
 
 
-def test_a_request_outlives_a_restart_of_the_processes() -> None:
+def test_a_stop_request_survives_a_restart_of_the_processes() -> None:
     with stopping.interruptible():
         with stopping.finishing_steps(print):
             signal.raise_signal(signal.SIGTERM)
@@ -67,20 +67,20 @@ def test_a_request_outlives_a_restart_of_the_processes() -> None:
     stopping._request.since_s = None
 
 
-def test_nothing_starts_again_after_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_restarted_after_a_stop_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(*_: object) -> None:
         raise ProcessLost("a learner rank died")
 
     monkeypatch.setattr(training, "_train", lose)
     monkeypatch.setattr(training, "stop_requested", lambda: True)
-    with pytest.raises(stopping.Stopped, match="goes on after step 0"):
+    with pytest.raises(stopping.Stopped, match=r"run\.resume=auto resumes after step 0"):
         training.train_model(load([]), tmp_path, Console(io.StringIO()), lambda folder: folder, started=0.0)
 
 
 HELD_LOCKS = {
     "KeyboardInterrupt within an import": ("_imp.acquire_lock()", "raise"),
     "KeyboardInterrupt within logging": ("logging._lock.acquire()", "raise"),
-    "another exception, which a library made of it": ("logging._lock.acquire()", "raise OSError('failed')"),
+    "another exception, raised by a library instead": ("logging._lock.acquire()", "raise OSError('failed')"),
 }
 INTERRUPTED = """
 import _imp, logging, signal, subprocess, sys
@@ -90,7 +90,7 @@ from othink_ray.driver import run
 
 @contextmanager
 def starting(cluster):
-    subprocess.Popen(["sleep", "300"])  # as Ray's servers
+    subprocess.Popen(["sleep", "300"])  # like Ray's servers
     {take}
     try:
         signal.raise_signal(signal.SIGTERM)
@@ -105,7 +105,7 @@ sys.exit(run.run(load([f"run.dir={{sys.argv[1]}}"]), lambda folder: folder))
 
 @pytest.mark.parametrize("name", HELD_LOCKS)
 def test_an_interrupt_that_leaves_a_lock_held_ends_the_run(name: str, tmp_path: Path) -> None:
-    """The imports beside Ray's start then wait for ever."""
+    """The background imports then wait forever."""
     take, then = HELD_LOCKS[name]
     program = INTERRUPTED.format(take=take, then=then)
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, capture_output=True, text=True)

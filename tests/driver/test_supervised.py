@@ -1,16 +1,16 @@
-"""Supervised training beside engines that are requested now and then."""
+"""SFT with engines for evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from othink_ray.driver.sft import ExaminedClass
+from othink_ray.driver.sft import EvaluatedSFTWorkers
 from othink_ray.types import Audit, Group, Prompt, ScoredGroup
 
 
 class Recorded:
-    """Teacher, learner and engines in one, which only write down what they are called for."""
+    """Demonstrations, learner and engines in one; records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -33,14 +33,14 @@ class Recorded:
         self.calls.append("sleep")
 
 
-def test_engines_sleep_while_the_learner_works_and_get_the_weights_when_they_are_asked() -> None:
-    seen = Recorded()
-    taught = ExaminedClass(seen, seen, seen)
+def test_sft_engines_sleep_between_evaluations() -> None:
+    fake = Recorded()
+    workers = EvaluatedSFTWorkers(fake, fake, fake)
     for version in range(4):
-        taught.push(version)
+        workers.push(version)
         if version in (0, 3):
-            taught.answer_greedily([])
-            taught.answer_greedily([])
-        taught.update([], updates=1, beta=0.0, lr=1e-3, stale=False)
-    evaluated = ["answer", "answer", "sleep", "update"]
-    assert seen.calls == ["push 0", *evaluated, "update", "update", "push 3", *evaluated]
+            workers.answer_greedily([])
+            workers.answer_greedily([])
+        workers.update([], updates=1, beta=0.0, lr=1e-3, stale=False)
+    evaluation = ["answer", "answer", "sleep", "update"]
+    assert fake.calls == ["push 0", *evaluation, "update", "update", "push 3", *evaluation]

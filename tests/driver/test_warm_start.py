@@ -1,4 +1,4 @@
-"""The kept base model belongs to exactly one recipe."""
+"""The cache folder and the warm start of base models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from othink_ray.config.model_rules import base_model_folder
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import temperature
 from othink_ray.driver.console import Console
-from othink_ray.driver.warm_start import Classroom, warm_started
+from othink_ray.driver.warm_start import OpenedSFT, warm_started_model
 from othink_ray.families import smol
 
 
@@ -29,7 +29,7 @@ from othink_ray.families import smol
         "model.dtype=bfloat16",
     ],
 )
-def test_whatever_shapes_the_base_model_gives_it_another_folder(override: str) -> None:
+def test_settings_that_shape_the_base_model_change_its_folder(override: str) -> None:
     assert base_model_folder(load([override])) != base_model_folder(load([]))
 
 
@@ -40,48 +40,48 @@ def test_whatever_shapes_the_base_model_gives_it_another_folder(override: str) -
         *("learner.freeze=vision", "learner.lora.rank=8", "data.blind=true", "data.test.size=7"),
     ],
 )
-def test_runs_that_differ_only_in_training_share_it(override: str) -> None:
+def test_runs_that_differ_only_in_training_share_a_base_model(override: str) -> None:
     assert base_model_folder(load([override])) == base_model_folder(load([]))
 
 
 class _Opened(Exception):
-    pass
+    """Stops the run when it opens the SFT workers."""
 
 
-def _first_room(config: Config) -> Config:
-    """With what the first lessons are given."""
+def _first_sft_config(config: Config) -> Config:
+    """Return the configuration of the first warm start."""
     requested: list[Config] = []
 
-    def open_classroom(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[Classroom]:
+    def open_sft(config: Config, folder: Path, say: Callable[[str], None]) -> AbstractContextManager[OpenedSFT]:
         requested.append(config)
         raise _Opened
 
     with Console() as console, pytest.raises(_Opened):
-        warm_started(config, console, open_classroom)
-    [room] = requested
-    return room
+        warm_started_model(config, console, open_sft)
+    [first] = requested
+    return first
 
 
-def test_the_base_model_is_taught_with_all_of_its_weights_at_temperature_1(tmp_path: Path) -> None:
-    room = _first_room(
+def test_the_warm_start_trains_all_weights_at_temperature_1(tmp_path: Path) -> None:
+    first = _first_sft_config(
         load([f"run.cache_dir={tmp_path}", "learner.lora.rank=8", "learner.freeze=vision", "rollout.temperature=0.5"])
     )
-    assert (room.learner.freeze, room.learner.lora.rank, temperature(room)) == ("none", 0, 1.0)
+    assert (first.learner.freeze, first.learner.lora.rank, temperature(first)) == ("none", 0, 1.0)
 
 
-def test_the_pretrained_model_is_made_after_its_eyes_have_learned_in_a_small_one(tmp_path: Path) -> None:
-    room = _first_room(load([f"run.cache_dir={tmp_path}", "model=smol", "data=easy_vqa"]))
-    assert (room.model.name, room.model.smol, room.sft.reasoning) == ("smol-eyes", None, False)
+def test_the_vision_tower_is_trained_before_the_smol_model(tmp_path: Path) -> None:
+    first = _first_sft_config(load([f"run.cache_dir={tmp_path}", "model=smol", "data=easy_vqa"]))
+    assert (first.model.name, first.model.smol, first.sft.reasoning) == ("smol-eyes", None, False)
 
 
 @pytest.mark.parametrize("data", ["counting", "easy_vqa"])
-def test_the_pretrained_model_is_taught_by_the_questions_of_the_run(
+def test_the_smol_model_is_warm_started_on_the_runs_data(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load([f"run.cache_dir={tmp_path}", "model=smol", f"data={data}"])
-    eyes = base_model_folder(replace(config, model=replace(config.model, name="smol-eyes", smol=None)))
-    eyes.mkdir()
-    (eyes / "config.json").touch()  # they were made before
+    tower = base_model_folder(replace(config, model=replace(config.model, name="smol-eyes", smol=None)))
+    tower.mkdir()
+    (tower / "config.json").touch()  # cached by an earlier run
     monkeypatch.setattr(smol, "build_smol", lambda *_: None)
-    room = _first_room(config)
-    assert (room.model.name, room.data.train, room.sft.reasoning) == ("smol", config.data.train, True)
+    first = _first_sft_config(config)
+    assert (first.model.name, first.data.train, first.sft.reasoning) == ("smol", config.data.train, True)

@@ -1,4 +1,4 @@
-"""Reading a trace, by the rules of the trace-event format."""
+"""Read a trace and check the rules of the trace-event format."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Done:
 
 
 def spans_in(path: Path) -> list[Done]:
-    """All spans of a sound trace, in the order of their starts."""
+    """Return all spans of a valid trace, sorted by start."""
     events = json.loads(path.read_text())
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    rows = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
-    own: dict[tuple[int, int], list[Done]] = defaultdict(list)
+    threads = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
+    by_thread: dict[tuple[int, int], list[Done]] = defaultdict(list)
     begun: dict[int, dict[str, Any]] = {}
     found = []
     for event in events:
         assert event["ph"] in ("M", "X", "b", "e")
         if event["ph"] == "M":
             continue
-        assert (event["pid"], event["tid"]) in rows
+        assert (event["pid"], event["tid"]) in threads
         process = names[event["pid"]].partition(" (")[0]
         if event["ph"] == "X":
             assert event["dur"] >= 0
-            one = Done(process, event["name"], event["ts"], event["ts"] + event["dur"], event["args"])
-            own[event["pid"], event["tid"]].append(one)
+            done = Done(process, event["name"], event["ts"], event["ts"] + event["dur"], event["args"])
+            by_thread[event["pid"], event["tid"]].append(done)
         elif event["ph"] == "b":
             assert event["id"] not in begun
             begun[event["id"]] = event
@@ -52,16 +52,17 @@ def spans_in(path: Path) -> list[Done]:
         else:
             start = begun.pop(event["id"])
             assert all(start[key] == event[key] for key in ("name", "cat", "pid", "tid"))
-            one = Done(process, event["name"], start["ts"], event["ts"], start["args"])
-        found.append(one)
+            done = Done(process, event["name"], start["ts"], event["ts"], start["args"])
+        found.append(done)
     assert begun == {}
-    for row in own.values():
-        assert list(crossing(row)) == [], "complete events of one thread must nest"
-    return sorted(found, key=lambda one: one.start)
+    for spans in by_thread.values():
+        assert list(crossing(spans)) == [], "complete events of one thread must nest"
+    return sorted(found, key=lambda done: done.start)
 
 
-def crossing(row: list[Done]) -> Iterator[tuple[Done, Done]]:
-    for place, one in enumerate(row):
-        for other in row[:place]:
-            if one.meets(other) and not (one.holds(other) or other.holds(one)):
-                yield one, other
+def crossing(spans: list[Done]) -> Iterator[tuple[Done, Done]]:
+    """Yield pairs of spans that overlap without nesting."""
+    for index, first in enumerate(spans):
+        for second in spans[:index]:
+            if first.meets(second) and not (first.holds(second) or second.holds(first)):
+                yield first, second

@@ -52,7 +52,7 @@ def test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none(
     assert [fault for fault, _ in saboteur.done] == faults
     assert_same_run(hurt, plain_run)
     assert "a rollout actor is back after" in hurt.screen
-    assert "all processes start again; training goes on after step" in hurt.screen
+    assert "restarting all processes; training resumes after step" in hurt.screen
     assert hurt.summary["restarts"] == 2
 
 

@@ -90,9 +90,9 @@ def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path
     """As Slurm and spot machines ask for it."""
     ended = ended_by(signal.SIGTERM, cache, tmp_path, "train.checkpoint_every=0")
     assert ended.status == 143, ended.screen
-    assert "asked to end: this step is finished and saved first" in ended.screen
+    assert "stopping after this step is finished and saved" in ended.screen
     last = steps_done(tmp_path)
-    assert f"step {last} of 500 is saved; run.resume=auto goes on from it" in ended.screen
+    assert f"step {last} of 500 is saved; run.resume=auto resumes from it" in ended.screen
     assert checkpoint.find(tmp_path, "auto", 0, print)[1].step == last
 
 
@@ -102,7 +102,7 @@ def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path
         ("starting Ray ...", ()),
         ("loading the rollout engines and the learner ...", ()),
         ("loading the rollout engines and the learner ...", ("train.overlap=true", "learner.world_size=2")),
-        ("asking", ("mode=eval",)),
+        ("evaluating", ("mode=eval",)),
     ],
 )
 def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
@@ -143,7 +143,7 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
     ended = ended_by(kill, cache, tmp_path)
     assert ended.status == 1, ended.screen
     assert re.search("stopped: (Ray's raylet on this node|its process died)", ended.screen), ended.screen
-    assert "report of what was done" in ended.screen
+    assert "partial report: " in ended.screen
 
 
 @pytest.mark.parametrize(("name", "what"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
@@ -159,6 +159,6 @@ def test_a_run_whose_ray_is_gone_says_so_in_a_line(
     ended = ended_by(kill, cache, tmp_path)
     assert ended.status == 1, ended.screen
     assert f"stopped: Ray's {what}" in ended.screen
-    assert "run.resume=auto goes on" in ended.screen
-    assert "report of what was done" in ended.screen
+    assert "run.resume=auto resumes the run" in ended.screen
+    assert "partial report: " in ended.screen
     assert "node_manager.cc" not in ended.screen and "rpc_client.h" not in ended.screen, ended.screen

@@ -94,7 +94,7 @@ def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartR
         "run.resume=auto",
         folder=examined.folder,
     )
-    assert "asking 1 questions of counting" in again.screen and "asking 16" not in again.screen
+    assert "evaluating 1 questions of counting" in again.screen and "evaluating 16" not in again.screen
     assert cells(again) == before
     assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
 

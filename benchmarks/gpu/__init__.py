@@ -1,1 +1,1 @@
-"""What a machine with one NVIDIA GPU can show and a CPU cannot: `launch/gpu_check.sh` runs it."""
+"""Checks that need an NVIDIA GPU: correctness and speed of vLLM, attention kernels and pushes; `launch/gpu_check.sh`."""

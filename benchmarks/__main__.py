@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def variants_of(work: Workload) -> dict[str, tuple[str, ...]]:
-    """Return the variants to measure; two learner ranks only with the small model: the pretrained one exceeds 24 GiB."""
+    """Return the variants to measure; two learner ranks of the pretrained model would not fit in 24 GiB."""
     return {name: overrides for name, overrides in VARIANTS.items() if work.model == "bench" or name != TWO_RANKS}
 
 
@@ -99,7 +99,7 @@ def _summary(metrics: Sequence[dict[str, Any]], work: Workload) -> dict[str, Any
 
 
 def table(measured: dict[str, Any]) -> str:
-    """Return a table with a row per side: seconds per step, samples per second, speedup over TRL, seconds of each phase."""
+    """Return a table with a row per side: seconds per step, throughput, speedup over TRL, seconds of each phase."""
     rows = [f"  {'':<20}{'step s (min - max)':<24}{'samples/s':>10}{'x TRL':>7}   " + "  ".join(PARTS)]
     for side, result in measured["sides"].items():
         step = result["step_s"]
@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--cells", type=int, nargs="+", default=[4, 12, 24], help="image sizes: N cells a side, N*N image tokens")
+    parser.add_argument(
+        "--cells", type=int, nargs="+", default=[4, 12, 24], help="image sizes: N means N*N image tokens"
+    )
     parser.add_argument("--model", choices=list(MODELS), default="bench", help="model of the comparison with the peer")
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts per step")
     parser.add_argument("--answers", type=int, default=8, help="G, answers per prompt")

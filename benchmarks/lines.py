@@ -68,25 +68,25 @@ class Runs:
         self.folder, self.steps = folder, steps
         self.cache: dict[tuple[Any, ...], Any] = {}
 
-    def metrics(self, work: Work, *overrides: str) -> list[dict[str, Any]]:
+    def metrics(self, work: Workload, *overrides: str) -> list[dict[str, Any]]:
         """Return the metrics of the timed steps of a run."""
         metrics: list[dict[str, Any]] = self._once(
             ("run", work, overrides), lambda folder: ours.train(work, self.steps, folder, overrides)
         )
         return metrics
 
-    def times(self, work: Work, *overrides: str) -> dict[str, dict[str, float]]:
+    def times(self, work: Workload, *overrides: str) -> dict[str, dict[str, float]]:
         """Return median, min, max and count of the seconds of each phase of a step, and of the whole."""
         return spreads(self.metrics(work, *overrides))
 
-    def bare(self, parts: Sequence[str], work: Work, *overrides: str) -> dict[str, list[float]]:
+    def bare(self, parts: Sequence[str], work: Workload, *overrides: str) -> dict[str, list[float]]:
         """Return the step seconds of each engine, a process each, running at the same time."""
         seconds: dict[str, list[float]] = self._once(
             (" and ".join(parts), work, overrides), lambda folder: ours.bare(parts, work, self.steps, folder, overrides)
         )
         return seconds
 
-    def limits(self, work: Work, *overrides: str) -> dict[str, float]:
+    def limits(self, work: Workload, *overrides: str) -> dict[str, float]:
         """Return the FLOPs of a learner step, and the FLOP/s of this machine."""
         rates: dict[str, float] = self._once(
             ("limits", work, overrides), lambda folder: ours.limits(work, folder, overrides)
@@ -101,7 +101,7 @@ class Runs:
 
 
 def rows(runs: Runs) -> list[LimitCheck]:
-    """Speedup of shared-prefix packing over one padded sample per answer, in transformers' model and in this learner."""
+    """Speedup of shared-prefix packing over a sample per answer, padded in transformers or single in this learner."""
     checks = []
     for cells, limit in ((2, 1.0), (12, 3.5), (24, 6.0)):
         work = replace(USUAL, cells=cells)
@@ -223,8 +223,12 @@ def cost(runs: Runs) -> list[LimitCheck]:
     images = [seconds(replace(USUAL, answers=16, cells=cells)) for cells in (4, 12)]
     return [
         LimitCheck(name="4 times the prompts / 4", found=prompts[2] / prompts[0] / 4, limit=1.1, detail={"s": prompts}),
-        LimitCheck(name="4 times the answer tokens / 4", found=tokens[2] / tokens[0] / 4, limit=1.1, detail={"s": tokens}),
-        LimitCheck(name="144 image tokens / 16, 16 answers", found=images[1] / images[0], limit=1.6, detail={"s": images}),
+        LimitCheck(
+            name="4 times the answer tokens / 4", found=tokens[2] / tokens[0] / 4, limit=1.1, detail={"s": tokens}
+        ),
+        LimitCheck(
+            name="144 image tokens / 16, 16 answers", found=images[1] / images[0], limit=1.6, detail={"s": images}
+        ),
     ]
 
 
@@ -255,7 +259,9 @@ def switches(runs: Runs) -> list[LimitCheck]:
     for switch, others in {**dict.fromkeys(SWITCHES, ()), "train.prepare_ahead=false": ("train.overlap=true",)}.items():
         on, off = curve(*others), curve(*others, switch)
         distance = max(abs(with_it - without) for with_it, without in zip(on, off, strict=True))
-        checks.append(LimitCheck(name=f"loss and KL with {switch}", found=distance, limit=_TOLERANCE, detail={"off": off}))
+        checks.append(
+            LimitCheck(name=f"loss and KL with {switch}", found=distance, limit=_TOLERANCE, detail={"off": off})
+        )
     return checks
 
 

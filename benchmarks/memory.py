@@ -148,7 +148,7 @@ _STEP_METRICS = ("time/step_s", "grad_norm", "push/mb", "audit/logp_gap_mean", "
 
 
 def _windows(events: Sequence[Mapping[str, Any]], ended_s: float) -> dict[str, tuple[float, float]]:
-    """Return Unix start and end of each phase; the last evaluation ends as the step's metrics are written, at `ended_s`."""
+    """Return Unix start and end of each phase; the last evaluation ends at `ended_s`, when the metrics are written."""
     spans: dict[str, list[tuple[float, float]]] = {}
     for event in events:
         if event["ph"] == "X":

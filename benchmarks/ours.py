@@ -38,7 +38,7 @@ def run(
     environment: dict[str, str] | None = None,
     watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Run a command to its end, in the context of `watch(pid)`; on an interrupt, let it clean up before it is killed."""
+    """Run a command to its end, in the context of `watch(pid)`; on an interrupt, let it clean up first."""
     process = _start(command, log, environment)
     try:
         with watch(process.pid):

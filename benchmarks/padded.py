@@ -19,7 +19,10 @@ from othink_ray.types import Group
 
 
 def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Sequence[float]], float]:
-    """Return a step on groups and advantages (reference, forward, backward, AdamW, in one batch) that returns its seconds."""
+    """Return a function that runs a step on groups and advantages, in one batch, and returns its seconds.
+
+    A step is the reference's forward pass, forward, backward and AdamW.
+    """
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
     family, learner = open_family(config.model, path), config.learner
@@ -29,7 +32,9 @@ def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Seq
     )
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learner.lr, eps=learner.adam_eps, fused=True)
-    policy_forward, reference_forward = (torch.compile(network) if learner.compile else network for network in (policy, reference))
+    policy_forward, reference_forward = (
+        torch.compile(network) if learner.compile else network for network in (policy, reference)
+    )
 
     def step(groups: Sequence[Group], advantages: Sequence[float]) -> float:
         start = time.perf_counter()

@@ -44,7 +44,7 @@ def train(work: Workload, steps: int, folder: Path, python: Path) -> list[float]
 
 
 def _questions(work: Workload, folder: Path) -> Path:
-    """Write the run's questions and images as files that the peer reads without this package; return the list's path."""
+    """Write the run's questions and images as files that the peer reads without this package; return their list."""
     config, _ = read(work.overrides())
     assert config is not None
     stream = PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")

@@ -1,4 +1,4 @@
-"""Train with TRL, in the peer's environment:  python peer_trl.py settings.json   Writes steps.json, seconds per step."""
+"""Train with TRL, in the peer's environment; writes steps.json, seconds per step:  python peer_trl.py settings.json"""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def main(settings: dict[str, Any]) -> None:
         for row in rows
     ]
     processor = AutoProcessor.from_pretrained(settings["model"])
-    suppressed = sorted({*processor.tokenizer.all_special_ids, processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")})
+    tokenizer = processor.tokenizer
+    suppressed = sorted({*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("<|image_pad|>")})
     samples = settings["prompts"] * settings["answers"]
     config = GRPOConfig(
         output_dir=settings["output"],

@@ -63,9 +63,7 @@ def in_turn(sides: Sequence[Mapping[str, Program]], turns: int, steps: int) -> l
             windows.append({})
             for side in sides:
                 windows[-1] |= dict.fromkeys(side, _turn(side, steps))
-        return [
-            {name: _within(programs[name].steps(), *window) for name, window in turn.items()} for turn in windows
-        ]
+        return [{name: _within(programs[name].steps(), *window) for name, window in turn.items()} for turn in windows]
 
 
 def _turn(side: Mapping[str, Program], steps: int) -> tuple[float, float]:

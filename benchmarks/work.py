@@ -9,7 +9,7 @@ BETA = 0.04
 RATE = 1e-5
 MODELS = {
     "bench": ("model=bench",),
-    "smol": ("model=smol", "model.tiny.warm_steps=0", "model.smol.warm_steps=0"),  # step times do not depend on its skill
+    "smol": ("model=smol", "model.tiny.warm_steps=0", "model.smol.warm_steps=0"),  # skill does not affect step times
 }
 
 

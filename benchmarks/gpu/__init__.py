@@ -1,1 +1,1 @@
-"""Checks that need an NVIDIA GPU: correctness and speed of vLLM, attention kernels and pushes; `launch/gpu_check.sh`."""
+"""Checks that need an NVIDIA GPU: vLLM, the learner, attention kernels and pushes; `launch/gpu_check.sh` runs them."""

@@ -165,7 +165,7 @@ def _audit(setup: Setup, learner: PlainLearner, engine: EngineProcess, version: 
 
 
 def _audit_row(setting: str, audit: Audit) -> Row:
-    return Row(setting=setting, figures={_GAP: audit.gap_mean, "gap max": audit.gap_max, "audited tokens": audit.tokens})
+    return Row(setting=setting, figures={_GAP: audit.gap_mean, "gap max": audit.gap_max, "tokens": audit.tokens})
 
 
 def _used_gb(setup: Setup) -> float:

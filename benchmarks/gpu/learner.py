@@ -112,7 +112,7 @@ class PlainLearner:
         return logprobs
 
     def operations(self, samples: Sequence[Pack]) -> float:
-        """Return the FLOPs of one update, counted as in benchmarks.limits: matmuls that torch dispatches, and attention."""
+        """Return the FLOPs of one update, counted as in benchmarks.limits: torch's matmuls, attention included."""
         selected, self.attention = self.attention, "blocks"
         try:
             with FlopCounterMode(display=False) as counter:
@@ -137,7 +137,7 @@ class PlainLearner:
         return logprobs
 
     def reset(self) -> None:
-        """Drop gradients and cached memory, which a step that ran out of memory leaves, and reset the peak statistics."""
+        """Drop gradients and cached memory that an out-of-memory step leaves, and reset the peak statistics."""
         self.optimizer.zero_grad()
         release_cache(self.device)
         if self.device.type == "cuda":

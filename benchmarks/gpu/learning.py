@@ -172,7 +172,7 @@ def memory(setup: Setup) -> Iterator[Row]:
 
 
 def kernels(setup: Setup) -> Iterator[Row]:
-    """Profile an update: the kernels with the largest shares of its time; the full table is written beside the figures."""
+    """Profile an update by kernel: the row has the five longest; the full table is written beside the figures."""
     learner = open_learner(setup, lr=RATE)
     side, tokens = setup.sides[-1], setup.tokens[0]
 

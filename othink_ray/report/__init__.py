@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of a run and of an evaluation, and the charts and templates that the study's page shares."""
+"""Self-contained HTML pages of runs and evaluations, with charts and templates that other pages share."""
 
 from othink_ray.report.evaluation import write_evaluation_report
 from othink_ray.report.page import write_report

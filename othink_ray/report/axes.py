@@ -20,7 +20,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return the relative position of a value: 0 at `low`, 1 at `high`; a logarithmic axis clamps values below `low`."""
+        """Return a value's relative position: 0 at `low`, 1 at `high`; a logarithmic axis clamps values below `low`."""
         if self.log:
             low, high = math.log10(self.low), math.log10(self.high)
             return (math.log10(max(value, self.low)) - low) / (high - low)
@@ -61,7 +61,7 @@ def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
 
 
 def level_axis(levels: Sequence[float], *, most_ticks: int = 8) -> Axis:
-    """Return the x axis of a sweep: a tick at each level if the labels fit, else round ticks; a margin on either side."""
+    """Return the x axis of a sweep, with margins; it has a tick at each level if the labels fit, else round ticks."""
     ticks: Sequence[float] = sorted(set(levels))
     if len(ticks) == 1:
         return Axis(ticks[0] - 0.5, ticks[0] + 0.5, ticks)

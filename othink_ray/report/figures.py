@@ -77,7 +77,7 @@ def figures(run: RunFiles) -> list[Chart]:
             left=Scale(log=True),
             reference=("tolerance of the mean", tolerances[-1][1]) if tolerances else None,
         ),
-        area_chart("Seconds a step", time_split(rows), scale=PLAIN),
+        area_chart("Seconds per step", time_split(rows), scale=PLAIN),
         chart("Throughput", [curve("answers/s", "throughput/samples_per_s", BLUE, smooth=True)], left=PLAIN),
         chart(
             "Groups whose answers all score the same",

@@ -33,7 +33,7 @@ class RunFiles:
     unreadable_lines: int
 
     def evaluation(self, when: str) -> Mapping[str, float] | None:
-        """Return the evaluation "before" or "after" training; None if it is absent or has a number that is not finite."""
+        """Return the evaluation "before" or "after" training; None if it is absent or has a non-finite number."""
         result = self.summary.get(when) or {}
         if not all(is_finite(result.get(name)) for name in EVALUATION):
             return None

@@ -169,7 +169,7 @@ def learning_on_padded_samples(config: Config, path: str) -> Callable[[Sequence[
     def step(prompts: Sequence[Prompt]) -> float:
         scored = answers(prompts)
         advantages = [float(value) for group in scored for value in group.rewards - group.rewards.mean()]
-        return update([one.group for one in scored], advantages)
+        return update([group.group for group in scored], advantages)
 
     return step
 

@@ -40,25 +40,25 @@ SWITCHES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitCheck:
-    """A measured value `found` and its limit; `detail` holds the measurements behind it."""
+    """A measured value and its limit; `detail` holds the measurements behind it."""
 
     name: str
-    found: float
+    value: float
     limit: float
-    more_is_better: bool = False
+    higher_is_better: bool = False
     detail: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
-        return self.found >= self.limit if self.more_is_better else self.found <= self.limit
+        return self.value >= self.limit if self.higher_is_better else self.value <= self.limit
 
     def record(self) -> dict[str, Any]:
-        limit = {"at_least" if self.more_is_better else "at_most": self.limit}
-        return {"name": self.name, "found": self.found, **limit, "holds": self.holds, "detail": self.detail}
+        limit = {"at_least" if self.higher_is_better else "at_most": self.limit}
+        return {"name": self.name, "found": self.value, **limit, "holds": self.holds, "detail": self.detail}
 
     def __str__(self) -> str:
-        sign = ">=" if self.more_is_better else "<="
-        return f"  {'ok ' if self.holds else 'NOT'} {self.name:<62} {self.found:8.3g}   {sign} {self.limit:g}"
+        sign = ">=" if self.higher_is_better else "<="
+        return f"  {'ok ' if self.holds else 'NOT'} {self.name:<62} {self.value:8.3g}   {sign} {self.limit:g}"
 
 
 class Runs:
@@ -96,7 +96,7 @@ class Runs:
     def _once(self, key: tuple[Any, ...], make: Callable[[Path], Any]) -> Any:
         if key not in self.cache:
             print(f"    {key[0]} {key[1]} {' '.join(key[2])}", flush=True)
-            self.cache[key] = make(self.folder / f"own_{len(self.cache)}")
+            self.cache[key] = make(self.folder / f"run_{len(self.cache)}")
         return self.cache[key]
 
 
@@ -112,7 +112,7 @@ def rows(runs: Runs) -> list[LimitCheck]:
         detail["this learner on single samples / on packed samples"] = single["median"] / shared["median"]
         name = f"learner: speedup over padded samples, {work.image_tokens} image tokens"
         speedup = padded["median"] / shared["median"]
-        checks.append(LimitCheck(name=name, found=speedup, limit=limit, more_is_better=True, detail=detail))
+        checks.append(LimitCheck(name=name, value=speedup, limit=limit, higher_is_better=True, detail=detail))
     return checks
 
 
@@ -156,7 +156,7 @@ def _ratio(
     medians = [{part: median(seconds) for part, seconds in turn.items()} for turn in turns]
     ratios = [turn["step_s"] / combine([turn["generate"], turn["learn"]]) for turn in medians]
     detail: dict[str, Any] = {part: spread([s for turn in turns for s in turn[part]]) for part in turns[0]}
-    return LimitCheck(name=name, found=median(ratios), limit=limit, detail=detail | {"turns": ratios})
+    return LimitCheck(name=name, value=median(ratios), limit=limit, detail=detail | {"turns": ratios})
 
 
 def limits(runs: Runs) -> list[LimitCheck]:
@@ -181,7 +181,7 @@ def _over_matmuls(runs: Runs, work: Workload, part: str, limit: float) -> LimitC
     whole, matmuls = (spread(runs.bare([name], work)[name]) for name in (part, f"{part}_matmuls"))
     name = f"{part}: time / time of its matmuls alone, {work}"
     detail = {"s": whole, "matmuls_s": matmuls}
-    return LimitCheck(name=name, found=whole["median"] / matmuls["median"], limit=limit, detail=detail)
+    return LimitCheck(name=name, value=whole["median"] / matmuls["median"], limit=limit, detail=detail)
 
 
 def _shares(runs: Runs, work: Workload, **limits_by_part: float) -> list[LimitCheck]:
@@ -197,7 +197,7 @@ def _shares(runs: Runs, work: Workload, **limits_by_part: float) -> list[LimitCh
         share = operations[part] / whole["a_second"] / measured["median"]
         detail = {"gflop": operations[part] / 1e9, "gflop_a_second": whole["a_second"] / 1e9, "s": measured}
         name = f"{part}: share of the peak matmul rate, {work}"
-        checks.append(LimitCheck(name=name, found=share, limit=limit, more_is_better=True, detail=detail))
+        checks.append(LimitCheck(name=name, value=share, limit=limit, higher_is_better=True, detail=detail))
     return checks
 
 
@@ -206,8 +206,8 @@ def push(runs: Runs) -> list[LimitCheck]:
     times = runs.times(replace(USUAL, cells=8))
     step = times["step_s"]["median"]
     return [
-        LimitCheck(name="push and audit / step, 64 image tokens", found=times["push_s"]["median"] / step, limit=0.05),
-        LimitCheck(name="scoring / step, 64 image tokens", found=times["score_s"]["median"] / step, limit=0.02),
+        LimitCheck(name="push and audit / step, 64 image tokens", value=times["push_s"]["median"] / step, limit=0.05),
+        LimitCheck(name="scoring / step, 64 image tokens", value=times["score_s"]["median"] / step, limit=0.02),
     ]
 
 
@@ -222,12 +222,12 @@ def cost(runs: Runs) -> list[LimitCheck]:
     tokens = [seconds(replace(USUAL, tokens=count)) for count in (32, 64, 128)]
     images = [seconds(replace(USUAL, answers=16, cells=cells)) for cells in (4, 12)]
     return [
-        LimitCheck(name="4 times the prompts / 4", found=prompts[2] / prompts[0] / 4, limit=1.1, detail={"s": prompts}),
+        LimitCheck(name="4 times the prompts / 4", value=prompts[2] / prompts[0] / 4, limit=1.1, detail={"s": prompts}),
         LimitCheck(
-            name="4 times the answer tokens / 4", found=tokens[2] / tokens[0] / 4, limit=1.1, detail={"s": tokens}
+            name="4 times the answer tokens / 4", value=tokens[2] / tokens[0] / 4, limit=1.1, detail={"s": tokens}
         ),
         LimitCheck(
-            name="144 image tokens / 16, 16 answers", found=images[1] / images[0], limit=1.6, detail={"s": images}
+            name="144 image tokens / 16, 16 answers", value=images[1] / images[0], limit=1.6, detail={"s": images}
         ),
     ]
 
@@ -240,9 +240,9 @@ def ranks(runs: Runs) -> list[LimitCheck]:
     return [
         LimitCheck(
             name=f"{name}: speedup over one",
-            found=one[part]["median"] / two[part]["median"],
+            value=one[part]["median"] / two[part]["median"],
             limit=1.0,
-            more_is_better=True,
+            higher_is_better=True,
             detail={"one": one[part], "two": two[part]},
         )
         for name, part, two in (("2 learner ranks", "update_s", learners), ("2 rollout actors", "generate_s", actors))
@@ -260,7 +260,7 @@ def switches(runs: Runs) -> list[LimitCheck]:
         on, off = curve(*others), curve(*others, switch)
         distance = max(abs(with_it - without) for with_it, without in zip(on, off, strict=True))
         checks.append(
-            LimitCheck(name=f"loss and KL with {switch}", found=distance, limit=_TOLERANCE, detail={"off": off})
+            LimitCheck(name=f"loss and KL with {switch}", value=distance, limit=_TOLERANCE, detail={"off": off})
         )
     return checks
 
@@ -291,8 +291,8 @@ def memory(runs: Runs) -> list[LimitCheck]:
     actors = {name: mb / early[name] for name, mb in growth.items() if name != "driver"}
     detail = {"early_mb": early, "late_mb": late}
     return [
-        LimitCheck(name="driver's growth over 200 steps, MB", found=growth["driver"], limit=100, detail=detail),
-        LimitCheck(name="largest growth of an actor over 200 steps, share", found=max(actors.values()), limit=0.05),
+        LimitCheck(name="driver's growth over 200 steps, MB", value=growth["driver"], limit=100, detail=detail),
+        LimitCheck(name="largest growth of an actor over 200 steps, share", value=max(actors.values()), limit=0.05),
     ]
 
 
@@ -320,7 +320,7 @@ def start(runs: Runs) -> list[LimitCheck]:
         ours.run([sys.executable, *command], folder.with_suffix(".txt"))
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     seconds = next(record["time/unix_s"] for record in records if "time/step_s" in record) - began
-    return [LimitCheck(name="start of the demo to the end of its first step, s", found=seconds, limit=25.0)]
+    return [LimitCheck(name="start of the demo to the end of its first step, s", value=seconds, limit=25.0)]
 
 
 CHECKS: dict[str, Callable[[Runs], Sequence[LimitCheck]]] = {

@@ -1,4 +1,4 @@
-"""Description of the processor: speedups depend on it, as another one splits the same work differently."""
+"""Description of the processor: on another one, phases take different shares of a step, so speedups differ."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def write_bench_page(folder: Path, results: Mapping[str, Any]) -> Path:
         machine=results["machine"],
         colors=_COLORS,
         works=[_bars(measured) for measured in results["works"]],
-        lines=results["lines"],
+        checks=results["lines"],
     )
 
 

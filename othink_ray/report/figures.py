@@ -21,8 +21,8 @@ def figures(run: RunFiles) -> list[Chart]:
     """Return all charts that have at least one value."""
     rows = run.rows
 
-    def curve(label: str, name: str, colour: int, **how: Any) -> Series:
-        return Series(label=label, colour=colour, points=column(rows, name), **how)
+    def curve(label: str, name: str, colour: int, **settings: Any) -> Series:
+        return Series(label=label, colour=colour, points=column(rows, name), **settings)
 
     tolerances = column(rows, "audit/tolerance")
     steps = (rows[0]["step"], rows[-1]["step"]) if rows else (0, 0)

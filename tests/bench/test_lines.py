@@ -28,9 +28,11 @@ def test_each_switch_gives_a_valid_and_different_run(switch: str) -> None:
     assert changed != usual
 
 
-@pytest.mark.parametrize(("found", "more", "holds"), [(1.0, False, True), (1.2, False, False), (1.2, True, True)])
-def test_a_check_holds_on_the_right_side_of_its_limit(found: float, more: bool, holds: bool) -> None:
-    check = LimitCheck(name="ratio", found=found, limit=1.1, more_is_better=more)
+@pytest.mark.parametrize(
+    ("value", "higher_is_better", "holds"), [(1.0, False, True), (1.2, False, False), (1.2, True, True)]
+)
+def test_a_check_holds_on_the_right_side_of_its_limit(value: float, higher_is_better: bool, holds: bool) -> None:
+    check = LimitCheck(name="ratio", value=value, limit=1.1, higher_is_better=higher_is_better)
     assert check.holds == holds
     assert check.record()["holds"] == holds
     assert str(check).split()[0] == ("ok" if holds else "NOT")
@@ -42,8 +44,8 @@ def test_the_page_shows_every_side_and_every_check(tmp_path: Path) -> None:
     plain |= {f"{name}_s": part for name in ("generate", "score", "update", "push")}
     sides = {"plain": plain, "trl": {"step_s": spread([3.75]), "samples_per_s": 16.0}}
     checks = [
-        LimitCheck(name="held <b>", found=1.0, limit=1.1).record(),
-        LimitCheck(name="missed", found=2.0, limit=3.0, more_is_better=True).record(),
+        LimitCheck(name="held <b>", value=1.0, limit=1.1).record(),
+        LimitCheck(name="missed", value=2.0, limit=3.0, higher_is_better=True).record(),
     ]
     results = {"machine": "a machine", "works": [{"name": "W(8, 8, 64, 16)", "sides": sides}], "lines": checks}
     html = write_bench_page(tmp_path, results).read_text()
@@ -74,9 +76,9 @@ def test_recorded_matmuls_keep_shapes_and_memory_layouts() -> None:
         torch.nn.functional.linear(left, right, bias)
         right.t() @ torch.ones(5, 2)
         left @ right.t()
-    shapes = [(tuple(one.shape), tuple(two.shape), added is not None) for one, two, added in recorder.operands]
+    shapes = [(tuple(left.shape), tuple(right.shape), added is not None) for left, right, added in recorder.operands]
     assert shapes == [((3, 4), (4, 5), True), ((4, 5), (5, 2), False), ((3, 4), (4, 5), False)]
-    assert [two.stride() for _, two, _ in recorder.operands] == [(1, 4), (2, 1), (1, 4)]
+    assert [right.stride() for _, right, _ in recorder.operands] == [(1, 4), (2, 1), (1, 4)]
     assert recorder.operands[0][1] is recorder.operands[2][1]
 
 
@@ -103,7 +105,7 @@ def test_a_slow_phase_of_the_machine_affects_one_turn(monkeypatch: pytest.Monkey
     for start in ("training", "bare_training"):
         monkeypatch.setattr(ours, start, lambda *arguments: started.append(arguments))
     plain, overlapped = loop(Runs(tmp_path, steps=4))
-    assert (plain.found, overlapped.found) == (pytest.approx(1.0 / 0.9), pytest.approx(1.0 / 0.5))
+    assert (plain.value, overlapped.value) == (pytest.approx(1.0 / 0.9), pytest.approx(1.0 / 0.5))
     assert plain.detail["turns"] == pytest.approx([1 / 0.9, 3 / 0.9, 1 / 0.9, 1 / 2.4, 1 / 0.9])
     assert (plain.holds, overlapped.holds) == (False, False)
     assert plain.detail["step_s"]["count"] == 15

@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=choices, default=choices, help="what to measure; everything takes about an hour"
     )
     parser.add_argument("--no-peer", action="store_true", help="measure this system only")
-    parser.add_argument("--dir", help="folder for bench.json and all runs (default: a new one in runs/)")
+    parser.add_argument("--dir", help="folder for bench.json and all runs; else a new folder in runs/")
     return parser
 
 

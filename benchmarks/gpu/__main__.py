@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="file for the figures")
     parser.add_argument("--minutes", type=float, default=9.5, help="time limit for all parts")
-    parser.add_argument("--scratch", help="folder for 12 GB of random weights (default: the temporary folder)")
+    parser.add_argument("--scratch", help="folder for 12 GB of random weights; else the system's temporary folder")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""The same work here and in Hugging Face TRL, in turn on the same cores: `make bench`."""
+"""Benchmark of this system against Hugging Face TRL, in turn on the same cores: `make bench`."""

@@ -1,4 +1,4 @@
-"""Counts what operators really allocate and free, tensor by tensor; it shares nothing with the planned figures."""
+"""Counter of what operators allocate and free, tensor by tensor; independent of the memory plan that it verifies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of CPU storages that operators return while it is active: `now`, and `peak` so far.
+    """Count bytes of the CPU storages that operators return while this mode is active: `now`, and `peak` so far.
 
-    A storage counts from when it is first seen until it is freed; those of `known` tensors do not count.
+    A storage counts from its first appearance until it is freed; storages of `known` tensors do not count.
     """
 
     def __init__(self, *known: torch.Tensor) -> None:
@@ -29,19 +29,19 @@ class Allocations(TorchDispatchMode):
         return out
 
     def note(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count these, too, if they are on the CPU: no operator returned them here, such as weights loaded before."""
+        """Count CPU tensors that no operator returned under this mode, such as weights loaded earlier."""
         for tensor in tensors:
             if tensor.device.type == "cpu":
                 self._note(tensor.untyped_storage())
 
     def _note(self, storage: Any) -> None:
-        place = storage.data_ptr()
-        if place == 0 or place in self.known or place in self.held:
+        address = storage.data_ptr()
+        if address == 0 or address in self.known or address in self.held:
             return
-        self.held[place] = storage.nbytes()
+        self.held[address] = storage.nbytes()
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, place)
+        weakref.finalize(storage, self._drop, address)
 
-    def _drop(self, place: int) -> None:
-        self.now -= self.held.pop(place)
+    def _drop(self, address: int) -> None:
+        self.now -= self.held.pop(address)

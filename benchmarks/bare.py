@@ -1,6 +1,6 @@
-"""One engine in a process, without Ray or loop:  python -m benchmarks.bare PART OVERRIDE ...  (a key of PARTS)
+"""Time one engine in this process, without Ray or the loop:  python -m benchmarks.bare PART OVERRIDE ...
 
-It says of each of `train.steps` steps, as JSON, when it began and the seconds that it took.
+PART is a key of PARTS. Prints a JSON line for each of `train.steps` steps: its start as Unix time, and its seconds.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
 
 def main(part: str, overrides: Sequence[str]) -> None:
     config, path, stream = opened(overrides)
-    turn = PARTS[part](config, path)
+    step = PARTS[part](config, path)
     for _ in range(config.train.steps):
         prompts = stream.take(config.train.prompts_per_step)
         began = time.time()
-        print(json.dumps({"began": began, "seconds": turn(prompts)}), flush=True)
+        print(json.dumps({"began": began, "seconds": step(prompts)}), flush=True)
 
 
 def opened(overrides: Sequence[str]) -> tuple[Config, str, PromptStream]:
-    """The run's settings, its model's folder and its questions."""
-    config, found = read(overrides)
-    assert config is not None and not found, found
+    """Return the run's config, its model folder and its prompt stream."""
+    config, problems = read(overrides)
+    assert config is not None and not problems, problems
     with Console() as console:
         path = base_model(config, console, open_sft_workers)
     return config, path, PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
@@ -54,36 +54,36 @@ def generating(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]
     return _sampling(rollout_engine(config, path), config)
 
 
-def generating_products(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    """Time the matrix products of one vLLM sampling step, replayed alone: same kernels, shapes and order."""
+def generating_matmuls(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    """Time only the matmuls of one vLLM sampling step, replayed with the same kernels, shapes and order."""
     engine: Any = rollout_engine(config, path)
     [layers] = engine.engine.collective_rpc(lambda worker: [layer for _, layer in worker.packed])
     kernels = [layer.cpu_linear for layer in layers]
-    made: list[tuple[int, Tensor, Tensor | None]] = []  # index of a layer, a random input, its bias
+    calls: list[tuple[int, Tensor, Tensor | None]] = []  # (layer index, random input, bias)
 
     def sample_once(prompts: Sequence[Prompt]) -> None:
         inputs: dict[torch.Size, Tensor] = {}
 
-        def recorded(index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            made.append((index, inputs.setdefault(x.shape, torch.rand_like(x)), bias))
+        def record(index: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            calls.append((index, inputs.setdefault(x.shape, torch.rand_like(x)), bias))
             product: Tensor = kernels[index](x, weight, bias)
             return product
 
         for index, layer in enumerate(layers):
-            layer.cpu_linear = partial(recorded, index)
+            layer.cpu_linear = partial(record, index)
         _sampling(engine, config)(prompts)
         for layer, kernel in zip(layers, kernels, strict=True):
             layer.cpu_linear = kernel
 
-    def turn(prompts: Sequence[Prompt]) -> float:
-        if not made:
+    def step(prompts: Sequence[Prompt]) -> float:
+        if not calls:
             sample_once(prompts)
         start = time.perf_counter()
-        for index, x, bias in made:
+        for index, x, bias in calls:
             kernels[index](x, layers[index].weight, bias)
         return time.perf_counter() - start
 
-    return turn
+    return step
 
 
 def _sampling(engine: RolloutEngine, config: Config) -> Callable[[Sequence[Prompt]], float]:
@@ -94,88 +94,88 @@ def _sampling(engine: RolloutEngine, config: Config) -> Callable[[Sequence[Promp
         seed=config.train.seed,
     )
 
-    def turn(prompts: Sequence[Prompt]) -> float:
-        engine.begin_push()  # what it keeps of earlier steps is of older weights in a run
+    def step(prompts: Sequence[Prompt]) -> float:
+        engine.begin_push()  # an empty push drops cached prefixes, as the push before each step of a run does
         engine.finish_push(0, 0)
         start = time.perf_counter()
         for _ in engine.generate(prompts, sampling):
             pass
         return time.perf_counter() - start
 
-    return turn
+    return step
 
 
 def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    meeting = rendezvous_info()
-    place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=meeting.port)
-    engine = learner_engine(config, path, place, with_reference=True)
-    own, answers = recipe(config), random_answers(config, path)
+    store = rendezvous_info()
+    rendezvous = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=store.port)
+    engine = learner_engine(config, path, rendezvous, with_reference=True)
+    algorithm, answers = recipe(config), random_answers(config, path)
 
-    def turn(prompts: Sequence[Prompt]) -> float:
+    def step(prompts: Sequence[Prompt]) -> float:
         scored = answers(prompts)
-        rewards, valid = np.stack([one.rewards for one in scored]), np.stack([one.valid for one in scored])
-        packs = own.pack(scored, list(own.advantages(rewards, valid)))
+        rewards, valid = np.stack([group.rewards for group in scored]), np.stack([group.valid for group in scored])
+        packs = algorithm.pack(scored, list(algorithm.advantages(rewards, valid)))
         [[micro_batches]] = plan(packs, ranks=1, updates=1, micro_tokens=config.learner.micro_tokens)
-        batches: list[list[Pack]] = [[packs[index] for index in rows] for rows in micro_batches]
+        batches: list[list[Pack]] = [[packs[index] for index in indices] for indices in micro_batches]
         lr, loss = config.learner.lr, config.algo.loss
         start = time.perf_counter()
         engine.update([batches], beta=config.algo.kl.beta_min, lr=lr, loss=loss, correction="none")
         return time.perf_counter() - start
 
-    return turn
+    return step
 
 
-def learning_products(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    """Time the matrix products of one update, without those of attention, replayed alone by the learner's kernel."""
-    plain = replace(config.learner, onednn=False, compile=False, attention="grouped")  # products that torch dispatches
-    learn_once, made = learning(replace(config, learner=plain), path), Products()
+def learning_matmuls(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    """Time only the matmuls of one update, except those of attention, replayed with the learner's kernel."""
+    plain = replace(config.learner, onednn=False, compile=False, attention="grouped")  # so that torch dispatches them
+    learn_once, recorder = learning(replace(config, learner=plain), path), MatmulRecorder()
 
-    def turn(prompts: Sequence[Prompt]) -> float:
-        if not made.factors:
-            with made:
+    def step(prompts: Sequence[Prompt]) -> float:
+        if not recorder.operands:
+            with recorder:
                 learn_once(prompts)
         start = time.perf_counter()
-        for left, right, added in made.factors:
+        for left, right, added in recorder.operands:
             multiply(left, right, added)
         return time.perf_counter() - start
 
-    return turn
+    return step
 
 
-class Products(TorchDispatchMode):
-    """Notes random factors that lie in memory as those of each product do; factors of a shape are noted as one."""
+class MatmulRecorder(TorchDispatchMode):
+    """Record random operands with the shape and memory layout of each matmul's; equal shapes share one tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.factors: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.drawn: dict[tuple[torch.Size, bool], Tensor] = {}
+        self.operands: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.random: dict[tuple[torch.Size, bool], Tensor] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             *added, left, right = given
-            self.factors.append((self._like(left), self._like(right), torch.rand_like(added[0]) if added else None))
+            self.operands.append((self._like(left), self._like(right), torch.rand_like(added[0]) if added else None))
         return function(*given, **(named or {}))
 
-    def _like(self, factor: Tensor) -> Tensor:
-        kind = factor.shape, factor.is_contiguous()
-        if kind not in self.drawn:
-            self.drawn[kind] = torch.rand(factor.shape) if factor.is_contiguous() else torch.rand(factor.mT.shape).mT
-        return self.drawn[kind]
+    def _like(self, operand: Tensor) -> Tensor:
+        layout = operand.shape, operand.is_contiguous()
+        if layout not in self.random:
+            self.random[layout] = torch.rand(operand.shape) if layout[1] else torch.rand(operand.mT.shape).mT
+        return self.random[layout]
 
 
-def learning_on_padded_rows(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    step, answers = learning_padded(config, path), random_answers(config, path)
+def learning_on_padded_samples(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
+    update, answers = learning_padded(config, path), random_answers(config, path)
 
-    def turn(prompts: Sequence[Prompt]) -> float:
+    def step(prompts: Sequence[Prompt]) -> float:
         scored = answers(prompts)
-        gains = [float(gain) for one in scored for gain in one.rewards - one.rewards.mean()]
-        return step([one.group for one in scored], gains)
+        advantages = [float(value) for group in scored for value in group.rewards - group.rewards.mean()]
+        return update([group.group for group in scored], advantages)
 
-    return turn
+    return step
 
 
 def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], list[ScoredGroup]]:
-    """Answers of random tokens, randomly rewarded: as much work as any others."""
+    """Return a sampler of random tokens with random rewards; such answers cost a learner as much as real ones."""
     family, rng = open_family(config.model, path), np.random.default_rng(0)
     tokens, answers = config.rollout.max_tokens, config.algo.group_size
 
@@ -189,8 +189,8 @@ def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], li
             )
             for _ in range(answers)
         )
-        asked = family.expand(family.prompt_token_ids(prompt), family.image_token_counts(prompt.images))
-        group = Group(prompt=prompt, prompt_token_ids=np.array(asked), completions=completions, version=0)
+        prompt_ids = family.expand(family.prompt_token_ids(prompt), family.image_token_counts(prompt.images))
+        group = Group(prompt=prompt, prompt_token_ids=np.array(prompt_ids), completions=completions, version=0)
         return ScoredGroup(group=group, rewards=rng.random(answers), parts={}, valid=np.ones(answers, dtype=bool))
 
     return lambda prompts: [answer(prompt) for prompt in prompts]
@@ -198,10 +198,10 @@ def random_answers(config: Config, path: str) -> Callable[[Sequence[Prompt]], li
 
 PARTS = {
     "generate": generating,
-    "generate_products": generating_products,
+    "generate_matmuls": generating_matmuls,
     "learn": learning,
-    "learn_products": learning_products,
-    "learn_padded": learning_on_padded_rows,
+    "learn_matmuls": learning_matmuls,
+    "learn_padded": learning_on_padded_samples,
 }
 
 

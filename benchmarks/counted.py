@@ -1,6 +1,6 @@
-"""One update of the learner under a counter of allocations:  python -m benchmarks.counted OVERRIDE ...
+"""Count the allocations of one learner update:  python -m benchmarks.counted OVERRIDE ...
 
-Its last line is the number of bytes that all tensors of the process have at their peak.
+The last line printed is the peak number of bytes of all CPU tensors of the process.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def peak_of_update(config: Config, path: str, prompts: Sequence[Prompt]) -> int:
-    """Bytes that all CPU tensors of the process hold at the peak of one update, weights included."""
-    turn = learning(config, path)
-    with Allocations() as seen:
-        seen.note(thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-        turn(prompts)
-    peak: int = seen.peak
+    """Return the bytes that all CPU tensors of the process hold at the peak of one update, weights included."""
+    step = learning(config, path)
+    with Allocations() as allocations:
+        allocations.note(item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+        step(prompts)
+    peak: int = allocations.peak
     return peak
 
 

@@ -1,6 +1,6 @@
-"""The arithmetic of a learner step, and this machine's rate of it:  python -m benchmarks.limits OVERRIDE ...
+"""Count the FLOPs of a learner step and measure this machine's peak rate:  python -m benchmarks.limits OVERRIDE ...
 
-Its last line is JSON: floating-point operations of one step's matrix products, and how many of them a second.
+The last line printed is JSON: floating-point operations of one step's matmuls, and operations per second.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _TRIES = 30
 
 def main(overrides: Sequence[str]) -> None:
     config, path, stream = opened(overrides)
-    # The counter sees torch's own products, and no fused attention.
+    # The counter sees only matmuls that torch dispatches, and no fused attention.
     plain = replace(config.learner, onednn=False, compile=False, attention="blocks")
-    turn = learning(replace(config, learner=plain), path)
+    step = learning(replace(config, learner=plain), path)
     with FlopCounterMode(display=False) as counter:
-        turn(stream.take(config.train.prompts_per_step))
+        step(stream.take(config.train.prompts_per_step))
     torch.set_num_threads(share_of_cores(config.learner.threads, 1))
-    print(json.dumps({"operations": counter.get_total_flops(), "a_second": yardstick()}))
+    print(json.dumps({"operations": counter.get_total_flops(), "a_second": peak_rate()}))
 
 
-def yardstick() -> float:
-    """Of the best of some products of two square matrices."""
+def peak_rate() -> float:
+    """Return the FLOP/s of the fastest of several square float32 matmuls."""
     left, right = torch.rand(_SIDE, _SIDE), torch.rand(_SIDE, _SIDE)
     seconds = []
     for _ in range(_TRIES):

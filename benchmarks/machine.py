@@ -1,4 +1,4 @@
-"""The machine, as far as ratios depend on it: on another processor the same work is shared out otherwise."""
+"""Description of the processor: on another one, phases take different shares of a step, so speedups differ."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def machine(cpus: Path = Path("/proc/cpuinfo")) -> str:
-    """Its processor and number of cores; family and model tell apart what is sold under one name."""
-    known = _first_processor(cpus)
-    numbers = [f"{key} {known[key]}" for key in ("cpu family", "model") if key in known]
-    return ", ".join([known.get("model name", platform.machine()), *numbers, f"{os.cpu_count()} cores"])
+    """Return processor and core count; family and model distinguish processors sold under one name."""
+    fields = _first_processor(cpus)
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return ", ".join([fields.get("model name", platform.machine()), *numbers, f"{os.cpu_count()} cores"])
 
 
 def _first_processor(cpus: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""bench.json as a page with bars."""
+"""The benchmark's HTML page: bars of step times, and a table of checks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 from othink_ray.report.rendering import date, write_page
 
-_COLOURS = {"generate": 1, "score": 4, "update": 2, "push": 3, "the rest": 5, "the peer": 0}
+_COLORS = {"generate": 1, "score": 4, "update": 2, "push": 3, "other": 5, "peer": 0}
 
 
-def write_bench_page(folder: Path, found: Mapping[str, Any]) -> Path:
+def write_bench_page(folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write report.html from the content of bench.json, and return its path."""
     return write_page(
         folder,
         "bench.html.j2",
         styles=("style.css.j2",),
         date=date(time.time()),
-        machine=found["machine"],
-        colours=_COLOURS,
-        works=[_bars(measured) for measured in found["works"]],
-        lines=found["lines"],
+        machine=results["machine"],
+        colors=_COLORS,
+        works=[_bars(measured) for measured in results["works"]],
+        checks=results["lines"],
     )
 
 
@@ -32,8 +33,8 @@ def _bars(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def _side(name: str, side: Mapping[str, Any]) -> dict[str, Any]:
     whole = side["step_s"]["median"]
-    known = {part: side[f"{part}_s"]["median"] for part in _COLOURS if f"{part}_s" in side}
-    rest = "the rest" if known else "the peer"
+    known = {part: side[f"{part}_s"]["median"] for part in _COLORS if f"{part}_s" in side}
+    rest = "other" if known else "peer"
     parts = {**known, rest: max(0.0, whole - sum(known.values()))}
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""A program for the peer's environment:  python peer_trl.py settings.json   It writes steps.json, seconds by step."""
+"""Train with TRL, in the peer's environment; writes steps.json, seconds per step:  python peer_trl.py settings.json"""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def main(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])
     rows = json.loads(Path(settings["questions"]).read_text())
-    asked = [
+    examples = [
         {"prompt": [{"role": "user", "content": row["question"]}], "image": row["image"], "answer": row["answer"]}
         for row in rows
     ]
     processor = AutoProcessor.from_pretrained(settings["model"])
-    never = sorted({*processor.tokenizer.all_special_ids, processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")})
+    tokenizer = processor.tokenizer
+    suppressed = sorted({*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("<|image_pad|>")})
     samples = settings["prompts"] * settings["answers"]
     config = GRPOConfig(
         output_dir=settings["output"],
@@ -32,7 +33,7 @@ def main(settings: dict[str, Any]) -> None:
         gradient_accumulation_steps=samples // settings["rows"],
         num_generations=settings["answers"],
         max_completion_length=settings["tokens"],
-        generation_kwargs={"suppress_tokens": never},  # the end token among them: every answer has all its tokens
+        generation_kwargs={"suppress_tokens": suppressed},  # including EOS: every answer has full length
         beta=settings["beta"],
         learning_rate=settings["lr"],
         lr_scheduler_type="constant",
@@ -49,35 +50,35 @@ def main(settings: dict[str, Any]) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    marks: list[float] = []
+    step_ends: list[float] = []
 
-    class Marks(TrainerCallback):  # type: ignore[misc]
+    class StepTimer(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
+            step_ends.append(time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
+            step_ends.append(time.perf_counter())
 
     lengths: set[int] = set()
 
-    def right(completions: Any, answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """The last number of the answer, as ours is graded."""
+    def accuracy(completions: Any, answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """Grade the last number of each answer, as this system does."""
         lengths.update(map(len, completion_ids))
-        texts = [one[0]["content"] for one in completions]
+        texts = [messages[0]["content"] for messages in completions]
         numbers = [re.findall(r"\d+", text) for text in texts]
-        return [float(found[-1:] == [true]) for found, true in zip(numbers, answer, strict=True)]
+        return [float(found[-1:] == [truth]) for found, truth in zip(numbers, answer, strict=True)]
 
     trainer = GRPOTrainer(
         model=settings["model"],
-        reward_funcs=right,
+        reward_funcs=accuracy,
         args=config,
-        train_dataset=Dataset.from_list(asked).cast_column("image", Image()),
+        train_dataset=Dataset.from_list(examples).cast_column("image", Image()),
         processing_class=processor,
-        callbacks=[Marks()],
+        callbacks=[StepTimer()],
     )
     trainer.train()
-    assert lengths == {settings["tokens"]}, f"answers of {lengths} tokens"
-    seconds = [after - before for before, after in pairwise(marks)]
+    assert lengths == {settings["tokens"]}, f"answers have {lengths} tokens, expected {settings['tokens']}"
+    seconds = [after - before for before, after in pairwise(step_ends)]
     (Path(settings["output"]) / "steps.json").write_text(json.dumps(seconds))
 
 

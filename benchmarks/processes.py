@@ -1,4 +1,4 @@
-"""What each process of a run holds in memory while it goes on, by its role, as the kernel counts it."""
+"""Memory of each process of a run over time, by role: proportional set size (PSS) as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -15,62 +15,64 @@ import psutil
 ROLES = {"RolloutActor": "engine", "LearnerActor": "learner", "RewardActor": "reward"}
 OTHERS = "Ray itself"
 TOGETHER = "together"
-_LOOK_S = 0.3
+_POLL_S = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """All processes at one time. A page that several share counts in each as its share."""
+class MemorySample:
+    """Memory of all processes at one time; a shared page counts in each process in proportion."""
 
     unix_s: float
     held: dict[str, int]  # bytes by role
 
 
-class Watch:
-    """Looks at a driver and all its descendants every 0.3 s: a peak that is shorter may be missed."""
+class MemoryMonitor:
+    """Sample the memory of a driver and all its descendants every 0.3 s; shorter peaks may be missed."""
 
     def __init__(self) -> None:
-        self.looks: list[Look] = []
-        self._over = threading.Event()
+        self.samples: list[MemorySample] = []
+        self._done = threading.Event()
 
     @contextmanager
     def of(self, driver: int) -> Iterator[None]:
-        thread = threading.Thread(target=self._watch, args=(driver,), name="watch", daemon=True)
+        """Sample in a thread while the context is open; `driver` is a process id."""
+        thread = threading.Thread(target=self._watch, args=(driver,), name="memory monitor", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._over.set()
+            self._done.set()
             thread.join()
 
     def peaks(self, start_s: float, end_s: float) -> dict[str, int]:
-        """Bytes of each role at its own peak between two times, and of all together at their fullest."""
-        within = [look.held for look in self.looks if start_s <= look.unix_s <= end_s]
+        """Return the peak bytes of each role between two times, and the peak of their sum."""
+        within = [sample.held for sample in self.samples if start_s <= sample.unix_s <= end_s]
         roles = sorted({role for held in within for role in held})
-        found = {role: max(held.get(role, 0) for held in within) for role in roles}
-        return found | {TOGETHER: max((sum(held.values()) for held in within), default=0)}
+        peaks = {role: max(held.get(role, 0) for held in within) for role in roles}
+        return peaks | {TOGETHER: max((sum(held.values()) for held in within), default=0)}
 
     def _watch(self, driver: int) -> None:
-        while not self._over.wait(_LOOK_S):
+        while not self._done.wait(_POLL_S):
             held: dict[str, int] = defaultdict(int)
             for role, pid in _processes(driver):
                 held[role] += _proportional(pid)
-            self.looks.append(Look(unix_s=time.time(), held=dict(held)))
+            self.samples.append(MemorySample(unix_s=time.time(), held=dict(held)))
 
 
 def _processes(driver: int) -> Iterator[tuple[str, int]]:
+    """Yield (role, process id) of the driver and its descendants."""
     try:
-        below = psutil.Process(driver).children(recursive=True)
+        descendants = psutil.Process(driver).children(recursive=True)
     except psutil.NoSuchProcess:
         return
     yield "driver", driver
-    for one in below:
-        title = _title(one)
-        yield next((role for actor, role in ROLES.items() if actor in title), OTHERS), one.pid
+    for process in descendants:
+        title = _title(process)
+        yield next((role for actor, role in ROLES.items() if actor in title), OTHERS), process.pid
 
 
 def _title(process: psutil.Process) -> str:
-    """Ray names its workers by actor and method."""
+    """Return the command line, in which Ray puts actor and method; empty if the process has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -78,7 +80,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def _proportional(pid: int) -> int:
-    """Bytes; 0 of a process that has ended."""
+    """Return the PSS in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

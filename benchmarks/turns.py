@@ -1,4 +1,4 @@
-"""Programs that are all up and work in turn, a few steps each: a slow spell of the machine meets every one of them."""
+"""Programs kept running and resumed in turn, a few steps each, so that a slow phase of the machine affects all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import psutil
 from benchmarks.times import WARM_UP
 from othink_ray.study.launch import end
 
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
+class TimedStep:
     """One step of a program; `began` is time.time()."""
 
     began: float
@@ -27,34 +27,34 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A process with all that it starts; `said` is what it has told of its steps."""
+    """A process with its descendants; `steps` returns the steps finished so far."""
 
     process: subprocess.Popen[bytes]
-    said: Callable[[], Sequence[Timed]]
-    require: Callable[[], None]  # raises where it has failed
+    steps: Callable[[], Sequence[TimedStep]]
+    require_running: Callable[[], None]  # raises if the process has failed
 
-    def signal(self, what: signal.Signals) -> None:
-        """To each of its processes."""
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and all its descendants."""
         try:
-            own = psutil.Process(self.process.pid)
-            everyone = [own, *own.children(recursive=True)]
+            root = psutil.Process(self.process.pid)
+            processes = [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
-        for one in everyone:
+        for process in processes:
             try:
-                one.send_signal(what)
+                process.send_signal(number)
             except psutil.NoSuchProcess:
                 continue
 
 
 def in_turn(sides: Sequence[Mapping[str, Program]], turns: int, steps: int) -> list[dict[str, list[float]]]:
-    """Of each turn the seconds of the steps, at least so many, of each program; those of one side work together.
+    """Return for each turn the seconds of at least `steps` steps of each program; programs of one side run together.
 
-    All are warm before the first turn. A step that was stopped on its way counts nowhere.
+    All are warm before the first turn. A step that is suspended on its way is not counted.
     """
     programs = {name: program for side in sides for name, program in side.items()}
-    with ended(list(programs.values())):
-        while any(len(program.said()) <= WARM_UP for program in programs.values()):
+    with terminating(list(programs.values())):
+        while any(len(program.steps()) <= WARM_UP for program in programs.values()):
             _wait(programs)
         for program in programs.values():
             program.signal(signal.SIGSTOP)
@@ -63,18 +63,16 @@ def in_turn(sides: Sequence[Mapping[str, Program]], turns: int, steps: int) -> l
             windows.append({})
             for side in sides:
                 windows[-1] |= dict.fromkeys(side, _turn(side, steps))
-        return [
-            {name: _within(programs[name].said(), *window) for name, window in of_all.items()} for of_all in windows
-        ]
+        return [{name: _within(programs[name].steps(), *window) for name, window in turn.items()} for turn in windows]
 
 
 def _turn(side: Mapping[str, Program], steps: int) -> tuple[float, float]:
-    """When it began and ended."""
+    """Resume a side until each program has done `steps` steps; return when the turn began and ended."""
     for program in side.values():
         program.signal(signal.SIGCONT)
     began = time.time()
     ended = began
-    while any(len(_within(program.said(), began, ended)) < steps for program in side.values()):
+    while any(len(_within(program.steps(), began, ended)) < steps for program in side.values()):
         _wait(side)
         ended = time.time()
     for program in side.values():
@@ -83,18 +81,18 @@ def _turn(side: Mapping[str, Program], steps: int) -> tuple[float, float]:
 
 
 def _wait(programs: Mapping[str, Program]) -> None:
-    time.sleep(_LOOK_S)
+    time.sleep(_POLL_S)
     for program in programs.values():
-        program.require()
+        program.require_running()
 
 
-def _within(steps: Sequence[Timed], began: float, ended: float) -> list[float]:
+def _within(steps: Sequence[TimedStep], began: float, ended: float) -> list[float]:
     return [step.seconds for step in steps if began <= step.began and step.began + step.seconds <= ended]
 
 
 @contextmanager
-def ended(programs: Sequence[Program]) -> Iterator[None]:
-    """Whatever happens, none of them is left, stopped or not."""
+def terminating(programs: Sequence[Program]) -> Iterator[None]:
+    """Terminate all programs on exit, suspended ones included."""
     try:
         yield
     finally:

@@ -1,27 +1,27 @@
-"""W(P, G, T, I): the work of one training step, as overrides of a run."""
+"""W(P, G, T, I): the workload of one training step, as overrides of a run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-CELL = 28  # pixels; one cell of an image is one image token
+CELL = 28  # pixels per side; one cell of an image is one image token
 BETA = 0.04
 RATE = 1e-5
 MODELS = {
     "bench": ("model=bench",),
-    "smol": ("model=smol", "model.tiny.warm_steps=0", "model.smol.warm_steps=0"),  # what it knows costs no time
+    "smol": ("model=smol", "model.tiny.warm_steps=0", "model.smol.warm_steps=0"),  # skill does not affect step times
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Workload:
     """P prompts x G answers of exactly T tokens, each prompt with an image of `cells` x `cells` tokens."""
 
     prompts: int
     answers: int
     tokens: int
     cells: int
-    model: str = "bench"  # of MODELS
+    model: str = "bench"  # a key of MODELS
 
     @property
     def image_tokens(self) -> int:
@@ -38,7 +38,10 @@ class Work:
         return asdict(self) | {"image_tokens": self.image_tokens}
 
     def overrides(self) -> list[str]:
-        """What makes a run of mode=train this work. The last number counts: an untaught model's answers must differ."""
+        """Return the overrides that give a run of mode=train this workload.
+
+        The last number of an answer is graded even without tags, so that rewards of an untrained model differ.
+        """
         return [
             *MODELS[self.model],
             f"model.max_pixels={max(self.image_tokens, 4) * CELL**2}",
@@ -48,6 +51,6 @@ class Work:
             f"rollout.max_num_seqs={max(128, self.samples)}",
             f"data.scenes.max_items={min(6, self.image_tokens)}",
             *("data.prompt_suffix=''", f"data.scenes.image_cells={self.cells}", "algo.reward.without_tag=last_number"),
-            *("eval.every=0", "eval.questions=1", "train.checkpoint_every=0"),  # the peer neither asks nor saves
+            *("eval.every=0", "eval.questions=1", "train.checkpoint_every=0"),  # the peer neither evaluates nor saves
             *(f"learner.lr={RATE}", "learner.warmup_frac=0"),
         ]

@@ -1,1 +1,1 @@
-"""What a machine with one NVIDIA GPU can show and a CPU cannot: `launch/gpu_check.sh` runs it."""
+"""Checks that need an NVIDIA GPU: vLLM, the learner, attention kernels and pushes; `launch/gpu_check.sh` runs them."""

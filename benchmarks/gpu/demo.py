@@ -1,4 +1,4 @@
-"""The tiny demo as a whole run on the GPU, and the same on this machine's CPU: two curves side by side."""
+"""The tiny demo as a complete run on the GPU and on the CPU, to compare their reward curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from benchmarks.gpu.rows import Figures, Row, each
+from benchmarks.gpu.rows import Figures, Row, measure_each
 from benchmarks.gpu.setup import Setup
 from benchmarks.ours import run
 
@@ -18,21 +18,21 @@ _TIMES = ("step", "generate", "update", "push")
 
 
 def demo(setup: Setup) -> Iterator[Row]:
-    """vLLM's build for GPUs has no engine for CPUs: there transformers generates."""
-    return each((name, partial(_side, setup, name, settings)) for name, settings in _SIDES.items())
+    """Run the demo on both; vLLM's GPU build has no CPU engine, so transformers generates on the CPU."""
+    return measure_each((name, partial(_side, setup, name, settings)) for name, settings in _SIDES.items())
 
 
 def _side(setup: Setup, name: str, settings: Sequence[str]) -> Figures:
     folder = setup.folder / f"demo_{name}"
-    own = [f"run.dir={folder}", f"run.cache_dir={setup.folder / 'cache'}", f"train.steps={STEPS}", "model=tiny"]
+    overrides = [f"run.dir={folder}", f"run.cache_dir={setup.folder / 'cache'}", f"train.steps={STEPS}", "model=tiny"]
     short = ["eval.every=0", "eval.questions=32", "train.checkpoint_every=0"]
-    run([sys.executable, "-m", "othink_ray.main", *settings, *own, *short], folder.with_suffix(".txt"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return curve([line for line in lines if "time/step_s" in line])
+    run([sys.executable, "-m", "othink_ray.main", *settings, *overrides, *short], folder.with_suffix(".txt"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return curve([record for record in records if "time/step_s" in record])
 
 
 def curve(steps: Sequence[dict[str, float]]) -> Figures:
-    """Mean rewards of every five steps, and where a step's time went."""
+    """Return the mean reward of every five steps, the median seconds of each phase, and the largest mean audit gap."""
     rewards = [step["reward/mean"] for step in steps]
     means = [statistics.mean(rewards[start : start + 5]) for start in range(0, len(rewards), 5)]
     times = {f"{part} s": statistics.median(step[f"time/{part}_s"] for step in steps) for part in _TIMES}

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, which CUDA IPC needs: asked through a pipe, one verb at a time."""
+"""An engine in a separate process, as CUDA IPC requires, called through a pipe, one method at a time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _STOP_SECONDS = 20
 
 
 class EngineError(RuntimeError):
-    """What the engine's process said, or that it is gone."""
+    """The engine's process raised an error or exited."""
 
 
 class EngineProcess:
-    """Open it with `with`. It is the engines' end of vLLM's weight transfer too."""
+    """Context manager of an engine's process; also the engines' end of vLLM's weight transfer."""
 
     def __init__(self, setup: Setup, *, transport: str, gpu: int | None = None, **changes: Any) -> None:
-        """`gpu` is the number of a device of its own."""
+        """Start the process; `gpu` is the index of a separate device."""
         spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve_engine, args=(theirs, setup, transport, gpu, changes))
+        self.pipe, child_end = spawn.Pipe()
+        self.process = spawn.Process(target=serve_engine, args=(child_end, setup, transport, gpu, changes))
         self.process.start()
-        theirs.close()  # or the end of the process would not be the end of the pipe
+        child_end.close()  # otherwise recv would not see EOF when the process exits
 
     def __enter__(self) -> Self:
-        self._answer()  # that it is open
+        self._result()  # the engine is open
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -40,34 +40,36 @@ class EngineProcess:
         self.process.kill()
         self.process.join()
 
-    def ask(self, verb: str, *arguments: Any) -> Any:
-        self.pipe.send((verb, arguments))
-        return self._answer()
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the engine and return its result."""
+        self.pipe.send((method, arguments))
+        return self._result()
 
-    def _answer(self) -> Any:
+    def _result(self) -> Any:
         try:
-            done, found = self.pipe.recv()
+            succeeded, result = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise EngineError(f"the engine's process ended with {self.process.exitcode}") from None
-        if not done:
-            raise EngineError(found)
-        return found
+            raise EngineError(f"the engine's process exited with status {self.process.exitcode}") from None
+        if not succeeded:
+            raise EngineError(result)
+        return result
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.ask("transfer", "init_weight_transfer_engine", init_info)
+        self.call("transfer", "init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
-        self.ask("transfer", "start_weight_update")
+        self.call("transfer", "start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        self.ask("transfer", "update_weights", update_info)
+        self.call("transfer", "update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.ask("transfer", "finish_weight_update")
+        self.call("transfer", "finish_weight_update")
 
 
 def serve_engine(pipe: Connection, setup: Setup, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
+    """Open an engine and serve calls from the pipe until it closes."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     try:
@@ -78,11 +80,11 @@ def serve_engine(pipe: Connection, setup: Setup, transport: str, gpu: int | None
         return
     while True:
         try:
-            verb, arguments = pipe.recv()
+            method, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            found = getattr(engine, verb)(*arguments)
-            pipe.send((True, list(found) if verb == "generate" else found))
+            result = getattr(engine, method)(*arguments)
+            pipe.send((True, list(result) if method == "generate" else result))
         except Exception as error:
             pipe.send((False, failed("", error).error))

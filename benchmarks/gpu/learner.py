@@ -1,6 +1,6 @@
-"""The learner's step in plain torch around the same policy, rows and loss: it needs neither Ray nor DeepSpeed.
+"""Learner in plain torch with a run's policy, packed samples and loss, but without Ray and DeepSpeed.
 
-AdamW works on the weights as they are; DeepSpeed would keep float32 copies of bfloat16 ones.
+AdamW updates the weights in their dtype; DeepSpeed would keep float32 copies of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from othink_ray.types import Pack, Probe, ScoredGroup
 LOGIT_ROWS = 1024
 CLIP = (0.2, 0.2)
 ATTENTIONS = ("flex", "dense")
-# Of what a forward pass computes: backward twice as much, and the reference's forward pass once more.
+# In FLOPs of a forward pass: forward 1, backward 2, and the reference's forward 1.
 PASSES = 4
 
 
 class PlainLearner:
-    """One process, one device. A row is a micro-batch of its own."""
+    """Learner on one device in this process; each packed sample is a micro-batch."""
 
     def __init__(self, model: ModelConfig, device: torch.device, *, lr: float, shares_gpu: bool = False) -> None:
         assert model.path is not None
@@ -51,37 +51,38 @@ class PlainLearner:
         return Policy(network, self.family, temperature=1.0, logit_rows=LOGIT_ROWS).to(self.device)
 
     def choose_attention(self, groups: Sequence[ScoredGroup]) -> None:
-        """The quickest that goes forward and backward here."""
+        """Select the fastest attention whose forward and backward pass work on this device."""
         for self.attention in ATTENTIONS:
             try:
-                for row in self.rows(groups):
-                    self.policy(self.batch(row))[0].sum().backward()
+                for sample in self.packs(groups):
+                    self.policy(self.batch(sample))[0].sum().backward()
                 return
-            except Exception:  # whatever a compiler or a kernel may raise; part "learn" tells it
+            except Exception:  # a compiler or a kernel may raise anything; part "learn" reports it
                 continue
             finally:
-                self.clear()
+                self.reset()
 
-    def rows(self, groups: Sequence[ScoredGroup]) -> list[Pack]:
-        return [pack(one, one.rewards - one.rewards.mean(), len(groups)) for one in groups]
+    def packs(self, groups: Sequence[ScoredGroup]) -> list[Pack]:
+        return [pack(group, group.rewards - group.rewards.mean(), len(groups)) for group in groups]
 
-    def batch(self, row: Pack) -> MicroBatch:
-        return collate([row], self.family, attention_for(self.attention, self.device), self.device)
+    def batch(self, sample: Pack) -> MicroBatch:
+        return collate([sample], self.family, attention_for(self.attention, self.device), self.device)
 
-    def set_checkpointing(self, wanted: bool) -> None:
-        if wanted:
+    def set_checkpointing(self, enabled: bool) -> None:
+        if enabled:
             checkpoint_layers(self.policy.network)
         else:
             self.policy.network.gradient_checkpointing_disable()  # type: ignore[operator]
 
     def update(self, batches: Sequence[MicroBatch]) -> None:
+        """Run one optimizer step, with gradient accumulation over the micro-batches."""
         for batch in batches:
             with torch.no_grad():
                 reference = self.reference(batch, candidates=batch.targets[:, None]).squeeze(1)
-            found, _ = self.policy(batch)
+            policy_logprobs, _ = self.policy(batch)
             loss, _ = LOSSES["grpo"](
-                found,
-                found.detach(),
+                policy_logprobs,
+                policy_logprobs.detach(),
                 reference,
                 batch.advantages,
                 batch.loss_weights,
@@ -91,51 +92,52 @@ class PlainLearner:
                 estimator="k3",
             )
             loss.backward()
-        self.descend()
+        self.optimizer_step()
         self.release_memory()
 
     def release_memory(self) -> None:
-        """As a run's learner does after an update and after sending a push."""
+        """Release cached GPU memory, as a run's learner does after an update and after a push."""
         if self.shares_gpu:
             release_cache(self.device)
 
-    def descend(self) -> None:
+    def optimizer_step(self) -> None:
+        """Clip the gradients, step the optimizer and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         with torch.no_grad():
-            found: Tensor = self.policy(batch)[0]
-        return found
+            logprobs: Tensor = self.policy(batch)[0]
+        return logprobs
 
-    def operations(self, rows: Sequence[Pack]) -> float:
-        """Of one update, counted as `bench.limits` does: torch's own products, with attention among them."""
-        used, self.attention = self.attention, "blocks"
+    def operations(self, samples: Sequence[Pack]) -> float:
+        """Return the FLOPs of one update, counted as in benchmarks.limits: torch's matmuls, attention included."""
+        selected, self.attention = self.attention, "blocks"
         try:
             with FlopCounterMode(display=False) as counter:
-                for row in rows:
-                    self.logprobs(self.batch(row))
+                for sample in samples:
+                    self.logprobs(self.batch(sample))
         finally:
-            self.attention = used
+            self.attention = selected
         return float(PASSES * counter.get_total_flops())
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.policy.network.named_parameters()
 
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        """The policy's (T, K) of each probe's candidates."""
-        found = []
+        """Return the policy's logprobs (T, K) of each probe's candidates."""
+        logprobs = []
         for probe in probes:
-            nothing = np.zeros(len(probe.group.completions))
-            row = pack(ScoredGroup(group=probe.group, rewards=nothing, parts={}, valid=nothing == 0), nothing, 1)
+            zeros = np.zeros(len(probe.group.completions))
+            sample = pack(ScoredGroup(group=probe.group, rewards=zeros, parts={}, valid=zeros == 0), zeros, 1)
             candidates = torch.from_numpy(probe.candidates).to(self.device)
             with torch.no_grad():
-                found.append(self.policy(self.batch(row), candidates=candidates).cpu().numpy())
-        return found
+                logprobs.append(self.policy(self.batch(sample), candidates=candidates).cpu().numpy())
+        return logprobs
 
-    def clear(self) -> None:
-        """After a step that found no memory: what it left is dropped, and the peak is counted anew."""
+    def reset(self) -> None:
+        """Drop gradients and cached memory that an out-of-memory step leaves, and reset the peak statistics."""
         self.optimizer.zero_grad()
         release_cache(self.device)
         if self.device.type == "cuda":

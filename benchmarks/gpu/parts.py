@@ -1,4 +1,4 @@
-"""What the check consists of; one part in this process:  python -m benchmarks.gpu.parts NAME FOLDER"""
+"""The parts of the check; run one part in this process:  python -m benchmarks.gpu.parts NAME FOLDER"""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.gpu.rows import Row, failed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A function of a module here, which is imported where it runs: what it needs may be absent elsewhere."""
+    """A function of a module of this package, imported only in the part's process: its dependencies may be missing."""
 
     module: str
     function: str
-    seconds: int  # at most
+    seconds: int  # time limit
     model: str = "qwen2_vl_2b"
     needs: tuple[str, ...] = ("torch", "transformers")
 
@@ -29,7 +29,7 @@ class Part:
 
 
 _VLLM = ("torch", "transformers", "vllm")
-# In this order: what takes long and says least comes last.
+# In this order: slow parts with little information come last.
 PARTS = {
     "device": Part(module="learning", function="device", seconds=60),
     "learn 2B": Part(module="learning", function="learn", seconds=150),
@@ -48,7 +48,7 @@ PARTS = {
 
 def main(name: str, folder: str) -> int:
     part = PARTS[name]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it started is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that child processes are cleaned up
     states = set()
     for row in _rows(part, Path(folder)):
         states.add(row.state)
@@ -62,7 +62,7 @@ def _rows(part: Part, folder: Path) -> Iterator[Row]:
     try:
         run = getattr(import_module(f"benchmarks.gpu.{part.module}"), part.function)
         yield from run(Setup(folder=folder, name=part.model))
-    except Exception as error:  # whatever an engine may raise: the check goes on with the next part
+    except Exception as error:  # an engine may raise anything; the check goes on with the next part
         yield failed("did not finish", error)
 
 

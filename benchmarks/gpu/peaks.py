@@ -1,4 +1,4 @@
-"""How many operations a GPU can make: its maker's figure, or what a large product reaches."""
+"""Peak FLOP/s of a GPU: the vendor's figure, or the rate that a large matmul reaches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import torch
 
-# Dense bfloat16 products a second, without sparsity. The first name that is part of the device's counts.
+# Dense bfloat16 FLOP/s, without sparsity. The first name contained in the device's name applies.
 PEAKS = (
     ("B200", 2250e12),
     ("H200 NVL", 835e12),
@@ -24,29 +24,29 @@ _TRIES = 10
 
 
 def peak(name: str) -> float | None:
-    """Operations a second of the device called `name`, where its maker's figure is known."""
-    return next((figure for known, figure in PEAKS if known in name), None)
+    """Return the vendor's FLOP/s for a device name, or None for an unknown device."""
+    return next((flops for device, flops in PEAKS if device in name), None)
 
 
 def measured_peak(device: torch.device, side: int) -> float:
-    """Operations a second of the best of some products of two square bfloat16 matrices."""
+    """Return the FLOP/s of the fastest of several matmuls of two square bfloat16 matrices."""
     left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(_TRIES):
-        settle(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(left, right)
-        settle(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return float(2 * side**3 / min(seconds))
 
 
-def settle(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait for all queued work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def mfu(operations: float, seconds: float, peak: float) -> float:
-    """Share of the peak that the model's own operations reach; what is computed again does not count."""
+    """Return the model FLOPs utilization, a share of the peak; recomputed operations do not count."""
     return operations / seconds / peak

@@ -1,4 +1,4 @@
-"""What the parts of the check are run with."""
+"""Settings of the check's parts."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from othink_ray.config.schema import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One machine and the work that it is given; the defaults are the check's own."""
+    """Device, workload and limits of a check; the defaults are those of launch/gpu_check.sh."""
 
-    folder: Path  # for models and what a part leaves
+    folder: Path  # for models and the parts' output files
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     dtype: str = "bfloat16"
-    name: str = "qwen2_vl_2b"  # of the model
+    name: str = "qwen2_vl_2b"  # of the model, a key of `shapes`
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
-    sides: tuple[int, ...] = (448, 1024)  # of images, in pixels
-    tokens: tuple[int, ...] = (256, 1024)  # of each answer
+    sides: tuple[int, ...] = (448, 1024)  # of square images, in pixels
+    tokens: tuple[int, ...] = (256, 1024)  # per answer
     answers: int = 8
-    asked: int = 16  # prompts of one generation
-    learned: int = 2  # groups of one learner step
-    steps: int = 3  # that are timed, after one that is not
+    prompts: int = 16  # per generation
+    groups: int = 2  # per learner step
+    steps: int = 3  # timed, after one warm-up step
     colocated_steps: int = 20
-    yardstick: int = 8192  # side of the matrices that measure a peak
-    # What is wanted: a row that has less than that is failed.
-    gap: float = 0.05  # nats between engine and learner after a push, on average; bfloat16 rounds that much
-    push_s: float = 1.0  # of a push by IPC, at the median
-    grown_gb: float = 0.2  # of memory in use, from an early step to the last one
-    times_padded: float = 3.0  # as fast as padded rows
-    # What the engine is set to, beside conf/rollout.
+    matmul_side: int = 8192  # side of the matrices whose matmul measures the peak
+    # Limits: a row that misses one is marked as failed.
+    gap: float = 0.05  # mean nats between engine and learner after a push; rounding of bfloat16 stays below
+    push_s: float = 1.0  # median of a push by IPC
+    grown_gb: float = 0.2  # growth of the memory in use, from an early step to the last
+    times_padded: float = 3.0  # minimum speedup over padded samples
+    # Engine settings on top of conf/rollout.
     engine: Mapping[str, Any] = field(default_factory=lambda: {"gpus_per_actor": 1, "max_model_len": 3072})
 
     def model(self) -> ModelConfig:
+        """Write the model's folder if needed, and return its config."""
         return write_model(self.shapes[self.name], self.folder / self.name, self.device, self.dtype)
 
     @cached_property
@@ -49,5 +50,5 @@ class Setup:
 
     @cached_property
     def peak(self) -> float:
-        """Operations a second: the maker's figure, else a measured one."""
-        return peak(self.device_name) or measured_peak(self.device, self.yardstick)
+        """Return the peak FLOP/s: the vendor's figure if known, else a measured one."""
+        return peak(self.device_name) or measured_peak(self.device, self.matmul_side)

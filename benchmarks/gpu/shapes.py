@@ -1,4 +1,4 @@
-"""Networks of the sizes of public models, with random weights and a tokenizer made here: nothing is downloaded."""
+"""Networks of the sizes of public models, with random weights and a small tokenizer; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PROCESSORS: dict[str, Any] = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What tells a network of a family from another one; both towers under the names of transformers."""
+    """Sizes of a network within its family, for both towers, under the names of transformers."""
 
     family: str
     text: dict[str, Any]
@@ -90,7 +90,7 @@ SHAPES = {
 
 
 def write_model(shape: Shape, folder: Path, device: torch.device, dtype: str) -> ModelConfig:
-    """A Hugging Face folder, made once: another part of the check finds it."""
+    """Write a Hugging Face folder unless it exists, and return its config; parts of the check share it."""
     model = shape.model(folder, dtype)
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
@@ -112,7 +112,7 @@ def write_model(shape: Shape, folder: Path, device: torch.device, dtype: str) ->
 
 
 def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast, dtype: str) -> Any:
-    """Tied, as both of the public ones are."""
+    """Return the transformers config, with tied embeddings as in both public models."""
     token_id = tokenizer.convert_tokens_to_ids
     text = dict(shape.text)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section")}
@@ -139,7 +139,7 @@ def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast, dtype: str) -> Any
 
 
 def questions(count: int, side: int) -> list[Prompt]:
-    """Each with an image of its own, `side` x `side` pixels of noise."""
+    """Return prompts, each with a different image: `side` x `side` pixels of noise."""
     return [
         Prompt(
             id=f"check/{side}/{index}",
@@ -160,7 +160,7 @@ def _noise(side: int, seed: int) -> bytes:
 
 
 def random_answers(family: Any, prompts: list[Prompt], answers: int, tokens: int) -> list[ScoredGroup]:
-    """Groups as a sampler would give them, of random tokens and randomly rewarded."""
+    """Return groups of random tokens with random rewards, as a sampler would."""
     rng = np.random.default_rng(0)
     return [
         scored(
@@ -187,7 +187,7 @@ def random_answers(family: Any, prompts: list[Prompt], answers: int, tokens: int
 
 
 def scored(group: Group, seed: int) -> ScoredGroup:
-    """Random rewards: an untaught model's answers are all worth the same, which teaches nothing."""
+    """Return the group with random rewards: those of an untrained model are all equal and give no gradient."""
     answers = len(group.completions)
     rewards = np.random.default_rng(seed).random(answers)
     return ScoredGroup(group=group, rewards=rewards, parts={}, valid=np.ones(answers, dtype=bool))

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: about a run, made from the run's folder, and about a study, made from its study.json."""
+"""Self-contained HTML pages of runs and evaluations, with charts and templates that other pages share."""
 
 from othink_ray.report.evaluation import write_evaluation_report
 from othink_ray.report.page import write_report

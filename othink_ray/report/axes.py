@@ -1,4 +1,4 @@
-"""Round tick positions and short tick labels."""
+"""Axes with round tick positions and short tick labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at `low`, 1 at `high`; values below a logarithmic axis lie on its foot."""
+        """Return a value's relative position: 0 at `low`, 1 at `high`; a logarithmic axis clamps values below `low`."""
         if self.log:
             low, high = math.log10(self.low), math.log10(self.high)
             return (math.log10(max(value, self.low)) - low) / (high - low)
@@ -28,11 +28,11 @@ class Axis:
 
 
 def linear_axis(values: Sequence[float], *, from_zero: bool, most_ticks: int = 5) -> Axis:
-    """An axis over all values that begins and ends on a tick, steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Return an axis over all values that starts and ends on a tick; tick steps are 1, 2, 2.5 or 5 times 10^k."""
     low, high = min(values), max(values)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all equal but for rounding
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all equal up to rounding
         margin = 0.5 * abs(high) or 1.0
         low, high = (low, high + margin) if from_zero else (low - margin, high + margin)
     step = _round_step((high - low) / (most_ticks - 1))
@@ -42,7 +42,7 @@ def linear_axis(values: Sequence[float], *, from_zero: bool, most_ticks: int = 5
 
 
 def log_axis(values: Sequence[float], *, most_ticks: int = 5) -> Axis:
-    """An axis of whole decades over all positive values."""
+    """Return an axis of whole decades over all positive values."""
     positive = [value for value in values if value > 0] or [1.0]
     first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     last = max(last, first + 1)
@@ -52,7 +52,7 @@ def log_axis(values: Sequence[float], *, most_ticks: int = 5) -> Axis:
 
 
 def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
-    """The x axis: whole steps only, no margin; one single step gets half a step on either side."""
+    """Return an x axis of whole training steps without margin; a single step gets half a step on either side."""
     if first == last:
         return Axis(first - 0.5, last + 0.5, [first])
     step = max(1, round(_round_step((last - first) / (most_ticks - 1))))
@@ -61,7 +61,7 @@ def step_axis(first: int, last: int, *, most_ticks: int = 6) -> Axis:
 
 
 def level_axis(levels: Sequence[float], *, most_ticks: int = 8) -> Axis:
-    """The x axis of a sweep: a tick at each level tried where they have room, a margin on either side."""
+    """Return the x axis of a sweep, with margins; it has a tick at each level if the labels fit, else round ticks."""
     ticks: Sequence[float] = sorted(set(levels))
     if len(ticks) == 1:
         return Axis(ticks[0] - 0.5, ticks[0] + 0.5, ticks)
@@ -73,7 +73,7 @@ def level_axis(levels: Sequence[float], *, most_ticks: int = 8) -> Axis:
 
 
 def tick_labels(axis: Axis, *, percent: bool = False) -> list[str]:
-    """Labels of at most seven characters, with the same number of decimals all along an axis."""
+    """Return labels of at most seven characters, all with the same number of decimals."""
     if axis.log:
         return [f"1e{round(math.log10(tick))}" for tick in axis.ticks]
     ticks = [100 * tick for tick in axis.ticks] if percent else list(axis.ticks)
@@ -88,7 +88,7 @@ def tick_labels(axis: Axis, *, percent: bool = False) -> list[str]:
 
 
 def short(value: float) -> str:
-    """A value in about four digits: 0.621, 23.10, 1,240, 3.1e-06; a dash when it is not finite."""
+    """Format a value in about four digits: 0.621, 23.10, 1,240, 3.1e-06; a dash if it is not finite."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -99,12 +99,12 @@ def short(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A value with its sign, +0.77; a dash when it is not finite."""
+    """Format a value with its sign, such as +0.77; a dash if it is not finite."""
     return f"{value:+.2f}" if math.isfinite(value) else "–"
 
 
 def _scientific(value: float) -> str:
-    """2.5e-5, where Python would write 2.5e-05."""
+    """Format as 2.5e-5, where Python would write 2.5e-05."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)) + 1e-9)

@@ -1,4 +1,4 @@
-"""Curves and stacked areas as geometry in SVG units; the page template only draws what is here."""
+"""Line and area charts as geometry in SVG units, ready for the template to draw."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from othink_ray.report.axes import Axis, level_axis, linear_axis, log_axis, shor
 WIDTH, HEIGHT = 400, 220
 LEFT, TOP, BOTTOM = 50, 10, 26
 RIGHT, RIGHT_WITH_AXIS = 14, 46
-DIGIT_WIDTH = 7.5  # of a tick label, at most
+DIGIT_WIDTH = 7.5  # upper bound, in a tick label
 MOST_POINTS = 300
 MOST_AREA_BINS = 120
 MOST_HOVERS = 100
-SMOOTHED_FROM = 40  # points; fewer are few enough to be seen one by one
+SMOOTHED_FROM = 40  # points; with fewer, single values stay readable
 
 Point = tuple[float, float]
 Reduce = Callable[[Sequence[float]], float]
@@ -26,7 +26,7 @@ Reduce = Callable[[Sequence[float]], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One measured quantity over steps or levels of a sweep; those without a value are simply absent."""
+    """One quantity over training steps or over the levels of a sweep; steps without a value are absent."""
 
     label: str
     colour: int
@@ -34,14 +34,14 @@ class Series:
     side: Literal["left", "right"] = "left"
     smooth: bool = False
     dots: bool = False
-    reduce: Reduce = fmean  # how several steps become one point of a long run
+    reduce: Reduce = fmean  # how a long run's steps are merged into one point
     intervals: Sequence[tuple[float, float, float]] = ()
-    band: bool = False  # intervals as a band along the curve instead of bars
+    band: bool = False  # draw intervals as a band along the curve instead of bars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """A tick of an axis: where, and what it says."""
+    """A tick of an axis: position, label and text anchor."""
 
     at: float
     label: str
@@ -49,8 +49,8 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A drawn curve: the bold path, the faint raw one under it, dots, vertical interval bars or a band of them."""
+class PlotLine:
+    """A drawn curve: bold path, faint unsmoothed path under it, dots, and intervals as bars or as a band."""
 
     path: str
     raw_path: str
@@ -62,7 +62,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """A legend entry with the value that stands for its curve."""
+    """A legend entry: label and representative value of a curve."""
 
     label: str
     value: str
@@ -72,7 +72,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hover:
-    """A strip of the plot that shows its values under the pointer."""
+    """A vertical strip of the plot with a tooltip."""
 
     x: float
     width: float
@@ -81,7 +81,7 @@ class Hover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A finished chart."""
+    """A chart ready to draw; coordinates are in SVG units."""
 
     title: str
     keys: Sequence[Key]
@@ -90,7 +90,7 @@ class Chart:
     right_ticks: Sequence[Tick] = ()
     left_colour: int = 0
     right_colour: int = 0
-    lines: Sequence[Line] = ()
+    lines: Sequence[PlotLine] = ()
     areas: Sequence[tuple[int, str]] = ()
     reference_y: float | None = None
     hovers: Sequence[Hover] = ()
@@ -100,12 +100,12 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How an axis wants to be: in percent, logarithmic, from zero."""
+    """Requirements on an axis: percent, logarithmic, starting at zero, minimum span."""
 
     percent: bool = False
     log: bool = False
     from_zero: bool = True
-    least_span: float = 0.0  # a smaller range is widened, so that noise does not look like a climb
+    least_span: float = 0.0  # widen a smaller range, so that noise does not look like a trend
 
     def axis(self, values: Sequence[float]) -> Axis:
         if self.log:
@@ -132,25 +132,28 @@ def line_chart(
     right: Scale | None = None,
     reference: tuple[str, float] | None = None,
 ) -> Chart | None:
-    """Curves over at least `steps` (first, last) or over the `levels` of what this names; None without any point."""
-    series = [one for one in series if one.points]
+    """Return curves over at least `steps` (first, last), or over the levels of the quantity that `levels` names.
+
+    None if no series has a point.
+    """
+    series = [curve for curve in series if curve.points]
     if not series:
         return None
     right_edge = WIDTH - (RIGHT if right is None else RIGHT_WITH_AXIS)
     if levels:
-        x_axis = level_axis([level for one in series for level, _ in one.points])
+        x_axis = level_axis([level for curve in series for level, _ in curve.points])
     else:
-        ends = [*(steps or ()), *(one.points[i][0] for one in series for i in (0, -1))]
+        ends = [*(steps or ()), *(curve.points[i][0] for curve in series for i in (0, -1))]
         x_axis = step_axis(round(min(ends)), round(max(ends)))
     scales = {"left": left, "right": right or left}
     axes: dict[str, Axis] = {}
     for side, scale in scales.items():
-        values = [value for one in series if one.side == side for value in _values(one)]
+        values = [value for curve in series if curve.side == side for value in _values(curve)]
         if side == "left" and reference is not None:
             values.append(reference[1])
         if values:
             axes[side] = scale.axis(values)
-    keys = [_key(one, scales[one.side], levels) for one in series]
+    keys = [_key(curve, scales[curve.side], levels) for curve in series]
     if reference is not None:
         keys.append(Key(label=reference[0], value=left.text(reference[1]), colour=0, dashed=True))
     return Chart(
@@ -161,7 +164,7 @@ def line_chart(
         right_ticks=_y_ticks(axes.get("right"), right) if right is not None else (),
         left_colour=_side_colour(series, "left") if right is not None else 0,
         right_colour=_side_colour(series, "right"),
-        lines=[_line(one, x_axis, axes[one.side], right_edge) for one in series],
+        lines=[_plot_line(curve, x_axis, axes[curve.side], right_edge) for curve in series],
         reference_y=_y(axes["left"], reference[1]) if reference is not None else None,
         hovers=_hovers(series, scales, x_axis, right_edge, name=levels or "step"),
         right=right_edge,
@@ -170,12 +173,15 @@ def line_chart(
 
 
 def area_chart(title: str, series: Sequence[Series], *, scale: Scale) -> Chart | None:
-    """Series stacked on one another, one block a step (or a few steps of a long run); all share their steps."""
-    series = [one for one in series if one.points]
+    """Return stacked series, one block per step (or per few steps of a long run); None if no series has a point.
+
+    All series must have the same steps.
+    """
+    series = [curve for curve in series if curve.points]
     if not series:
         return None
     right_edge = WIDTH - RIGHT
-    blocks = [binned(one, MOST_AREA_BINS) for one in series]
+    blocks = [binned(curve, MOST_AREA_BINS) for curve in series]
     steps = [step for step, _ in blocks[0]]
     totals = [0.0] * len(steps)
     x_axis = step_axis(round(series[0].points[0][0]), round(series[0].points[-1][0]))
@@ -187,17 +193,17 @@ def area_chart(title: str, series: Sequence[Series], *, scale: Scale) -> Chart |
         tops.append(totals)
     axis = scale.axis(totals)
     areas = []
-    for one, below, above in zip(series, tops, tops[1:], strict=False):
+    for curve, below, above in zip(series, tops, tops[1:], strict=False):
         up = [f"{x:.1f},{_y(axis, top):.1f}" for i, top in enumerate(above) for x in (corners[i], corners[i + 1])]
         down = [
             f"{x:.1f},{_y(axis, bottom):.1f}"
             for i, bottom in reversed(list(enumerate(below)))
             for x in (corners[i + 1], corners[i])
         ]
-        areas.append((one.colour, f"M{' '.join(up + down)}Z"))
+        areas.append((curve.colour, f"M{' '.join(up + down)}Z"))
     return Chart(
         title=title,
-        keys=[Key(label=one.label, value=scale.text(one.points[-1][1]), colour=one.colour) for one in series],
+        keys=[Key(label=curve.label, value=scale.text(curve.points[-1][1]), colour=curve.colour) for curve in series],
         x_ticks=_x_ticks(x_axis, right_edge),
         left_ticks=_y_ticks(axis, scale),
         areas=areas,
@@ -206,7 +212,7 @@ def area_chart(title: str, series: Sequence[Series], *, scale: Scale) -> Chart |
 
 
 def binned(series: Series, most: int) -> list[Point]:
-    """At most `most` points: neighbours are joined by the series' own rule at their middle step."""
+    """Return at most `most` points: neighbors are merged by `series.reduce` and placed at their middle step."""
     points = series.points
     if len(points) <= most:
         return list(points)
@@ -217,7 +223,7 @@ def binned(series: Series, most: int) -> list[Point]:
 
 
 def moving_average(points: Sequence[Point]) -> list[Point]:
-    """Mean over a centred window of a fifteenth of the points, shorter at both ends."""
+    """Return means over a centered window of a fifteenth of the points, shorter at both ends."""
     half = max(2, len(points) // 30)
     return [
         (step, fmean(value for _, value in points[max(0, i - half) : i + half + 1]))
@@ -229,30 +235,30 @@ def _values(series: Series) -> list[float]:
     return [value for _, value in series.points] + [end for _, low, high in series.intervals for end in (low, high)]
 
 
-def _line(series: Series, x_axis: Axis, y_axis: Axis, right_edge: float) -> Line:
-    def at(step: float, value: float) -> tuple[float, float]:
+def _plot_line(series: Series, x_axis: Axis, y_axis: Axis, right_edge: float) -> PlotLine:
+    def to_svg(step: float, value: float) -> tuple[float, float]:
         return round(_x(x_axis, step, right_edge), 1), round(_y(y_axis, value), 1)
 
     def path(points: Sequence[Point]) -> str:
-        return "M" + " ".join(f"{x},{y}" for x, y in (at(*point) for point in points))
+        return "M" + " ".join(f"{x},{y}" for x, y in (to_svg(*point) for point in points))
 
     points = binned(series, MOST_POINTS)
     smoothed = series.smooth and len(points) >= SMOOTHED_FROM
-    lows = [at(step, low) for step, low, _ in series.intervals]
-    highs = [at(step, high) for step, _, high in series.intervals]
+    lows = [to_svg(step, low) for step, low, _ in series.intervals]
+    highs = [to_svg(step, high) for step, _, high in series.intervals]
     band = series.band and len(lows) > 1
-    return Line(
+    return PlotLine(
         path=path(moving_average(points) if smoothed else points),
         raw_path=path(points) if smoothed else "",
         colour=series.colour,
-        dots=[at(*point) for point in points] if series.dots or len(points) == 1 else [],
+        dots=[to_svg(*point) for point in points] if series.dots or len(points) == 1 else [],
         bars=[] if band else [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)],
         band=f"M{' '.join(f'{x},{y}' for x, y in lows + highs[::-1])}Z" if band else "",
     )
 
 
 def _key(series: Series, scale: Scale, levels: str) -> Key:
-    """The latest value of a curve over steps; the highest one of a sweep, where no value is the latest."""
+    """Return a legend entry: the latest value of a curve over steps, or the highest value of a sweep."""
     if not levels:
         return Key(label=series.label, value=scale.text(series.points[-1][1]), colour=series.colour)
     level, value = max(series.points, key=lambda point: point[1])
@@ -264,38 +270,38 @@ def _key(series: Series, scale: Scale, levels: str) -> Key:
 def _hovers(
     series: Sequence[Series], scales: dict[str, Scale], x_axis: Axis, right_edge: float, *, name: str = "step"
 ) -> list[Hover]:
-    """One strip for every shown step, at most MOST_HOVERS; each tells the values of all series there."""
-    steps = sorted({step for one in series for step, _ in one.points})
-    values = [dict(one.points) for one in series]
+    """Return one tooltip strip per shown step, at most MOST_HOVERS, each with the values of all series."""
+    steps = sorted({step for curve in series for step, _ in curve.points})
+    values = [dict(curve.points) for curve in series]
     stride = math.ceil(len(steps) / MOST_HOVERS)
     shown = steps[stride // 2 :: stride]
     edges = [x_axis.low, *((a + b) / 2 for a, b in pairwise(shown)), x_axis.high]
     hovers = []
     for step, (start, end) in zip(shown, pairwise(edges), strict=True):
-        known = [
-            f"{one.label} {scales[one.side].text(by_step[step])}"
-            for one, by_step in zip(series, values, strict=True)
+        shown_values = [
+            f"{curve.label} {scales[curve.side].text(by_step[step])}"
+            for curve, by_step in zip(series, values, strict=True)
             if step in by_step
         ]
         x = _x(x_axis, start, right_edge)
-        text = "\n".join([f"{name} {step:,.10g}", *known])
+        text = "\n".join([f"{name} {step:,.10g}", *shown_values])
         hovers.append(Hover(x=round(x, 1), width=round(_x(x_axis, end, right_edge) - x, 1), text=text))
     return hovers
 
 
 def _side_colour(series: Sequence[Series], side: str) -> int:
-    """An axis takes the colour of its series when it has just one."""
-    colours = [one.colour for one in series if one.side == side]
+    """Return the color of an axis: that of its series if it has exactly one, else 0."""
+    colours = [curve.colour for curve in series if curve.side == side]
     return colours[0] if len(colours) == 1 else 0
 
 
 def _x_ticks(axis: Axis, right_edge: float) -> list[Tick]:
-    """A label that would be cut off at the right border ends there instead of standing centred under its tick."""
+    """Return ticks with centered labels; a label that would cross the right border is right-aligned to its tick."""
     ticks = []
     for step, label in zip(axis.ticks, tick_labels(axis), strict=True):
         at = round(_x(axis, step, right_edge), 1)
-        centred = at + len(label) * DIGIT_WIDTH / 2 < WIDTH
-        ticks.append(Tick(at=at, label=label) if centred else Tick(at=at, label=label, anchor="end"))
+        fits = at + len(label) * DIGIT_WIDTH / 2 < WIDTH
+        ticks.append(Tick(at=at, label=label) if fits else Tick(at=at, label=label, anchor="end"))
     return ticks
 
 

@@ -1,4 +1,4 @@
-"""Which curves a run's page shows, in order."""
+"""The charts of a run's page, in order."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from othink_ray.report.charts import Chart, Point, Scale, Series, area_chart, li
 from othink_ray.report.records import RunFiles, is_finite
 
 BLUE, ORANGE, GREEN, VIOLET, GREY = 1, 2, 3, 4, 5
-PARTS_OF_A_STEP = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("push", VIOLET))
+STEP_PHASES = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("push", VIOLET))
 FRACTION = Scale(percent=True)
 PLAIN = Scale()
 FREE = Scale(from_zero=False)
-OTHER = "eval/accuracy/"
+ALSO_PREFIX = "eval/accuracy/"
 
 
 def figures(run: RunFiles) -> list[Chart]:
-    """All charts that have at least one value."""
+    """Return all charts that have at least one value."""
     rows = run.rows
 
-    def curve(label: str, name: str, colour: int, **how: Any) -> Series:
-        return Series(label=label, colour=colour, points=column(rows, name), **how)
+    def curve(label: str, name: str, colour: int, **settings: Any) -> Series:
+        return Series(label=label, colour=colour, points=column(rows, name), **settings)
 
     tolerances = column(rows, "audit/tolerance")
     steps = (rows[0]["step"], rows[-1]["step"]) if rows else (0, 0)
-    lines = partial(line_chart, steps=steps)
+    chart = partial(line_chart, steps=steps)
     charts = [
-        lines(
+        chart(
             "Reward in training",
             [
                 curve("reward", "reward/mean", BLUE, smooth=True),
@@ -37,19 +37,19 @@ def figures(run: RunFiles) -> list[Chart]:
             ],
             left=PLAIN,
         ),
-        *supervised(run, curve, lines),
-        lines(
+        *supervised(run, curve, chart),
+        chart(
             "Held-out accuracy",
             [held_out(run), *other_tasks(run)],
             left=Scale(percent=True, from_zero=False, least_span=0.2),
         ),
-        lines(
+        chart(
             "KL weight and KL",
             [curve("β(s)", "kl/beta", BLUE), curve("KL", "kl/mean", ORANGE, side="right", smooth=True)],
             left=PLAIN,
             right=PLAIN,
         ),
-        lines(
+        chart(
             "Policy ratio and clipping",
             [
                 curve("mean ratio", "ratio/raw_mean", BLUE, smooth=True),
@@ -59,16 +59,16 @@ def figures(run: RunFiles) -> list[Chart]:
             left=Scale(from_zero=False, least_span=0.2),
             right=FRACTION,
         ),
-        lines(
+        chart(
             "Entropy and answer length",
             [
                 curve("entropy, nats", "entropy", BLUE, smooth=True),
-                curve("tokens an answer", "tokens/completion_mean", ORANGE, side="right", smooth=True),
+                curve("tokens per answer", "tokens/completion_mean", ORANGE, side="right", smooth=True),
             ],
             left=PLAIN,
             right=FREE,
         ),
-        lines(
+        chart(
             "Audit gap: engines against learner, nats",
             [
                 curve("largest", "audit/logp_gap_max", VIOLET, reduce=max, smooth=True),
@@ -77,46 +77,46 @@ def figures(run: RunFiles) -> list[Chart]:
             left=Scale(log=True),
             reference=("tolerance of the mean", tolerances[-1][1]) if tolerances else None,
         ),
-        area_chart("Seconds a step", time_split(rows), scale=PLAIN),
-        lines("Throughput", [curve("answers/s", "throughput/samples_per_s", BLUE, smooth=True)], left=PLAIN),
-        lines(
+        area_chart("Seconds per step", time_split(rows), scale=PLAIN),
+        chart("Throughput", [curve("answers/s", "throughput/samples_per_s", BLUE, smooth=True)], left=PLAIN),
+        chart(
             "Groups whose answers all score the same",
             [curve("no signal", "groups/constant_frac", BLUE, smooth=True)],
             left=FRACTION,
         ),
     ]
-    return [chart for chart in charts if chart is not None]
+    return [drawn for drawn in charts if drawn is not None]
 
 
-def supervised(run: RunFiles, curve: Callable[..., Series], lines: Callable[..., Chart | None]) -> list[Chart | None]:
-    """What supervised training has instead of rewards."""
+def supervised(run: RunFiles, curve: Callable[..., Series], chart: Callable[..., Chart | None]) -> list[Chart | None]:
+    """Return the loss chart of a supervised run, which logs no rewards."""
     if column(run.rows, "reward/mean"):
         return []
     loss, rate = curve("loss, nats", "loss", BLUE, smooth=True), curve("learning rate", "lr", ORANGE, side="right")
-    return [lines("Loss", [loss, rate], left=PLAIN, right=PLAIN)]
+    return [chart("Loss", [loss, rate], left=PLAIN, right=PLAIN)]
 
 
 def other_tasks(run: RunFiles) -> list[Series]:
-    """Accuracy on the data sets of eval.also; the one before training is in the summary alone."""
-    found = []
+    """Return accuracy curves on the data sets of eval.also; the value before training is only in the summary."""
+    series = []
     colours = (ORANGE, GREEN, VIOLET)
-    names = sorted({name.removeprefix(OTHER) for row in run.rows for name in row if name.startswith(OTHER)})
+    names = sorted({name.removeprefix(ALSO_PREFIX) for row in run.rows for name in row if name.startswith(ALSO_PREFIX)})
     for name, colour in zip(names, colours, strict=False):
-        points = dict(column(run.rows, OTHER + name))
+        points = dict(column(run.rows, ALSO_PREFIX + name))
         before = (run.summary.get("also") or {}).get(name, {}).get("before", {}).get("accuracy")
         if is_finite(before):
             points.setdefault(0, before)
-        found.append(Series(label=name, colour=colour, points=sorted(points.items()), dots=True))
-    return found
+        series.append(Series(label=name, colour=colour, points=sorted(points.items()), dots=True))
+    return series
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    """The finite values of one metric with their steps."""
+    """Return the finite values of one metric as (step, value)."""
     return [(row["step"], float(row[name])) for row in rows if is_finite(row.get(name))]
 
 
 def held_out(run: RunFiles) -> Series:
-    """Accuracy at every evaluation; the ones before and after training bring their 95 % intervals."""
+    """Return accuracy at every evaluation, with 95 % intervals before and after training."""
     points = dict(column(run.rows, "eval/accuracy"))
     last_step = run.rows[-1]["step"] if run.rows else 0
     intervals = []
@@ -129,19 +129,19 @@ def held_out(run: RunFiles) -> Series:
 
 
 def time_split(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
-    """The verbs of each step and, where the whole step took longer than their sum, what is left over."""
-    timed = [row for row in rows if any(is_finite(row.get(f"time/{part}_s")) for part, _ in PARTS_OF_A_STEP)]
+    """Return the seconds of each phase of a step and, if the whole step takes longer than their sum, the remainder."""
+    timed = [row for row in rows if any(is_finite(row.get(f"time/{phase}_s")) for phase, _ in STEP_PHASES)]
 
     def seconds(row: Mapping[str, Any], name: str) -> float:
         value = row.get(f"time/{name}_s")
         return float(value) if value is not None and is_finite(value) else 0.0
 
     series = [
-        Series(label=part, colour=colour, points=[(row["step"], seconds(row, part)) for row in timed])
-        for part, colour in PARTS_OF_A_STEP
+        Series(label=phase, colour=colour, points=[(row["step"], seconds(row, phase)) for row in timed])
+        for phase, colour in STEP_PHASES
     ]
     rest = [
-        (row["step"], max(0.0, seconds(row, "step") - sum(seconds(row, part) for part, _ in PARTS_OF_A_STEP)))
+        (row["step"], max(0.0, seconds(row, "step") - sum(seconds(row, phase) for phase, _ in STEP_PHASES)))
         for row in timed
     ]
     if any(value > 0 for _, value in rest):

@@ -1,4 +1,4 @@
-"""Reading a run's folder, whatever state it is in: running, stopped half-way through a line, or finished."""
+"""Reader of a run's folder in any state: running, stopped in the middle of a line, or finished."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EVALUATION = ("accuracy", "lo", "hi", "format", "n", "tokens_mean")
 
 
 def is_finite(value: object) -> bool:
-    """True of a number that can be drawn; the records have null where it was NaN or infinite."""
+    """Return whether a value can be drawn; the records hold null for NaN and infinity."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What a run has written so far; `summary` is empty until the run is finished."""
+    """Frozen record of a run's files so far; `summary` is empty until the run is finished."""
 
     config_yaml: str
     config: Mapping[str, Any]
@@ -29,11 +29,11 @@ class RunFiles:
     samples: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     environment: Mapping[str, Any]
-    incidents: Sequence[tuple[float, str]]  # when, and what was told
+    incidents: Sequence[tuple[float, str]]  # (unix seconds, text)
     unreadable_lines: int
 
     def evaluation(self, when: str) -> Mapping[str, float] | None:
-        """The evaluation "before" or "after" training, when there is one and all its numbers are finite."""
+        """Return the evaluation "before" or "after" training; None if it is absent or has a non-finite number."""
         result = self.summary.get(when) or {}
         if not all(is_finite(result.get(name)) for name in EVALUATION):
             return None
@@ -41,11 +41,11 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read what a run writes; only config.yaml has to be there."""
+    """Read a run's files; only config.yaml must exist."""
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"{config_file} does not exist: a report needs a run's folder (run.dir), and this is none"
+            f"{config_file} does not exist: a report needs a run's folder (run.dir), which has a config.yaml"
         )
     config_yaml = config_file.read_text(encoding="utf-8")
     config = OmegaConf.to_container(OmegaConf.create(config_yaml))
@@ -64,29 +64,29 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def read_environment(run_dir: Path) -> Mapping[str, Any]:
-    """What the run was made with; nothing of one of an older version."""
+    """Return versions, machines and command of the run; empty for runs of versions that did not record them."""
     return _read_object(run_dir / "environment.json")
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 def _read_incidents(path: Path) -> list[tuple[float, str]]:
-    """Those that can be read: a run may have ended while it told one."""
-    found = []
+    """Return the readable incidents: a run may have ended while writing one."""
+    incidents = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             record = json.loads(line)
-            found.append((float(record["unix_s"]), str(record["text"])))
+            incidents.append((float(record["unix_s"]), str(record["text"])))
         except (ValueError, TypeError, KeyError):
             continue
-    return found
+    return incidents
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a JSONL file that have a step, in order of steps, and how many lines could not be read."""
+    """Return the records of a JSONL file that have a step, sorted by step, and the number of unreadable lines."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     records: list[dict[str, Any]] = []
     unreadable = 0

@@ -1,4 +1,4 @@
-"""What every page is made with: the templates of this package, and the writing of the file."""
+"""Rendering shared by all pages: the templates of this package, formatting of dates, and the atomic write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLOT = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "bottom": HE
 
 
 def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values: object) -> Path:
-    """Write the rendered template as the folder's report.html, replacing the old one at once, and return its path."""
+    """Write the rendered template as the folder's report.html, atomically, and return its path."""
     style = "\n".join(map(_package_text, styles))
     html = render(template, style=style, **values)
     path = folder / "report.html"
@@ -25,26 +25,26 @@ def write_page(folder: Path, template: str, *, styles: tuple[str, ...], **values
 
 
 def render(template: str, **values: object) -> str:
-    """A template of this package, which can draw charts."""
+    """Render a template of this package; `plot` holds the chart geometry."""
     return _environment().get_template(template).render(plot=PLOT, **values)
 
 
 def date(unix_seconds: float) -> str:
-    """9 October 2025, 08:53 UTC."""
+    """Format a date and time: 9 October 2025, 08:53 UTC."""
     return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %B %Y, %H:%M UTC")
 
 
 def moment(unix_seconds: float) -> str:
-    """9 Oct 08:53:07 UTC."""
+    """Format a moment of a run: 9 Oct 08:53:07 UTC."""
     return datetime.fromtimestamp(unix_seconds, tz=UTC).strftime("%-d %b %H:%M:%S UTC")
 
 
 def duration(seconds: float) -> str:
-    """48 s, 6 min 12 s or 1 h 24 min."""
+    """Format a duration: 48 s, 6 min 12 s or 1 h 24 min."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
-    minutes, whole_seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {whole_seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, remainder = divmod(round(seconds), 60)
+    return f"{minutes} min {remainder:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _environment() -> Environment:

@@ -1,4 +1,4 @@
-"""The picture of the KL weights beta(s) in docs/grpo_d.md:  python -m othink_ray.report.schedules docs/schedules.svg"""
+"""Draw the KL weights beta(s) for docs/grpo_d.md:  python -m othink_ray.report.schedules docs/schedules.svg"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 100
 
 
 def beta_chart() -> Chart:
-    """Every fixed schedule over 100 steps, with the paper's values for counting as conf/algo/grpo_d.yaml has them."""
+    """Return every fixed schedule over 100 steps, with the paper's values for counting from conf/algo/grpo_d.yaml."""
     kl = load(["algo=grpo_d"]).algo.kl
     curves = [
         Series(
@@ -34,6 +34,7 @@ def beta_chart() -> Chart:
 
 
 def picture() -> str:
+    """Return the chart as an SVG document."""
     return render("schedules.svg.j2", chart=beta_chart())
 
 

@@ -1,4 +1,4 @@
-"""What a bench says of the machine."""
+"""The description of the machine in bench.json."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ model\t\t: 18
 """
 
 
-def test_a_processor_is_named_with_its_family_and_model(tmp_path: Path) -> None:
+def test_a_processor_has_its_family_and_model(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(TWO_CPUS)
     assert machine(tmp_path / "cpuinfo") == f"AMD EPYC, cpu family 25, model 17, {os.cpu_count()} cores"
 
 
-def test_an_unknown_processor_is_named_by_its_kind(tmp_path: Path) -> None:
+def test_an_unknown_processor_has_its_architecture(tmp_path: Path) -> None:
     assert machine(tmp_path / "missing") == f"{platform.machine()}, {os.cpu_count()} cores"

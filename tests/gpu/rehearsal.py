@@ -48,7 +48,7 @@ class RunsLearner:
             shares_gpu=shares_gpu,
         )
 
-    def rows(self, groups: Sequence[ScoredGroup]) -> list[Pack]:
+    def packs(self, groups: Sequence[ScoredGroup]) -> list[Pack]:
         return [pack(one, one.rewards - one.rewards.mean(), len(groups)) for one in groups]
 
     def batch(self, row: Pack) -> Pack:

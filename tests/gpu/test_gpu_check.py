@@ -31,8 +31,8 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         sides=(56,),
         tokens=(8,),
         answers=3,
-        asked=2,
-        learned=2,
+        prompts=2,
+        groups=2,
         steps=1,
         colocated_steps=2,
         push_s=60.0,
@@ -62,7 +62,7 @@ def test_the_colocated_part_pushes_by_ipc_and_sleeps(setup: Setup) -> None:
         rows = by_setting(list(colocated.colocated(setup)))
     assert float(rows["first push by ipc"].figures["gap max"]) < 1e-5
     assert float(rows["ipc: worst of 2 audits"].figures["gap max"]) < 1e-5
-    assert set(rows["ipc: seconds of a step, 2 x 3 answers"].figures) == set(colocated.PARTS)
+    assert set(rows["ipc: seconds per step, 2 x 3 answers"].figures) == set(colocated.PARTS)
 
 
 def test_the_part_of_two_gpus_pushes_by_nccl(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

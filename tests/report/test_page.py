@@ -1,3 +1,5 @@
+"""A run's page: its content, its safety against hostile text, and runs in any state."""
+
 from __future__ import annotations
 
 import json
@@ -51,7 +53,7 @@ CHARTS = [
     "Policy ratio and clipping",
     "Entropy and answer length",
     "Audit gap: engines against learner, nats",
-    "Seconds a step",
+    "Seconds per step",
     "Throughput",
     "Groups whose answers all score the same",
 ]
@@ -84,7 +86,7 @@ def row(step: int) -> dict[str, Any]:
     }
 
 
-def sample(step: int, *, text: str = "<think> x </think><answer> 3 </answer>", **changed: Any) -> dict[str, Any]:
+def sample(step: int, *, text: str = "<think> x </think><answer> 3 </answer>", **changes: Any) -> dict[str, Any]:
     answer = {"text": text, "finish": "stop", "tokens": 9, "parts": {"accuracy": 1.0}, "valid": True}
     return {
         "step": step,
@@ -98,7 +100,7 @@ def sample(step: int, *, text: str = "<think> x </think><answer> 3 </answer>", *
             {**answer, "reward": 2.0, "advantage": 1.0},
             {**answer, "reward": 1.0, "advantage": -1.0},
         ],
-        **changed,
+        **changes,
     }
 
 
@@ -111,8 +113,8 @@ def write_run(
     environment: Mapping[str, Any] | None = None,
 ) -> Path:
     (folder / "config.yaml").write_text(CONFIG)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rows))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in samples))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
     if environment is not None:
@@ -121,7 +123,7 @@ def write_run(
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes, and all text outside of the style sheet."""
+    """Parsed page: every tag with its attributes, and all text outside the style sheet."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -154,7 +156,7 @@ def page_of(folder: Path) -> Page:
     return Page(write_report(folder))
 
 
-def test_a_finished_run_leads_with_accuracy_before_and_after_and_its_intervals(tmp_path: Path) -> None:
+def test_a_finished_run_shows_accuracy_before_and_after_training(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, rows=map(row, range(1, 201)), samples=[sample(1)], summary=SUMMARY))
     for fact in ("46.0 %", "66.0 %", "+20.0 points", "39.2 – 52.9", "59.2 – 72.2", "grpo_d · tiny · counting"):
         assert fact in page.text
@@ -169,18 +171,19 @@ def test_a_finished_run_leads_with_accuracy_before_and_after_and_its_intervals(t
     assert "not finished" not in page.text
 
 
-def test_at_its_bottom_stands_what_the_run_was_made_with_and_where(tmp_path: Path) -> None:
+def test_the_footer_shows_versions_machines_commit_and_command(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, rows=[row(1)], environment=ENVIRONMENT))
     for fact in (
-        *("python 3.11.2", "torch 2.13.0", "commit 0123abcd, changed since", "started on head", "head: 16 CPUs"),
-        *("worker: 64 CPUs, 8 GPUs H200", "python -m othink_ray.main train.steps=200"),
+        *("python 3.11.2", "torch 2.13.0", "commit 0123abcd, with uncommitted changes"),
+        *("started on head", "head: 16 CPUs", "worker: 64 CPUs, 8 GPUs H200"),
+        "python -m othink_ray.main train.steps=200",
     ):
         assert fact in page.text
     page = page_of(write_run(tmp_path, rows=[row(1)], environment=ENVIRONMENT | {"git": None}))
     assert "commit unknown" in page.text
 
 
-def test_every_figure_is_drawn(tmp_path: Path) -> None:
+def test_every_chart_is_drawn(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, rows=map(row, range(1, 201)), summary=SUMMARY))
     labels = [label.removesuffix(" against training step") for label in page.attributes("aria-label")]
     assert [label for label in labels if label in CHARTS and label != "Held-out accuracy"] == [
@@ -189,9 +192,9 @@ def test_every_figure_is_drawn(tmp_path: Path) -> None:
     assert "Held-out accuracy against training step" in page.attributes("aria-label")
 
 
-def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
-    outside = sample(2, images=["https://example.org/x.png", PIXEL])
-    page = page_of(write_run(tmp_path, rows=[row(1), row(2)], samples=[sample(1), outside], summary=SUMMARY))
+def test_the_page_loads_nothing_from_outside(tmp_path: Path) -> None:
+    external = sample(2, images=["https://example.org/x.png", PIXEL])
+    page = page_of(write_run(tmp_path, rows=[row(1), row(2)], samples=[sample(1), external], summary=SUMMARY))
     assert page.attributes("src") == [PIXEL, PIXEL]
     assert not page.attributes("href")
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
@@ -200,7 +203,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
-def test_text_from_models_and_data_is_only_ever_text(tmp_path: Path, attack: str) -> None:
+def test_text_from_models_and_data_is_escaped(tmp_path: Path, attack: str) -> None:
     hostile = sample(1, text=attack, question=attack, answer=attack, prompt_id=attack)
     summary = {**SUMMARY, "model": attack, "dropped": [[attack, attack]]}
     environment = {**ENVIRONMENT, "versions": {attack: attack}, "command": attack, "host": attack}
@@ -212,7 +215,7 @@ def test_text_from_models_and_data_is_only_ever_text(tmp_path: Path, attack: str
     assert "49" not in page.text.split("Answers, early and late")[1]
 
 
-def test_an_unfinished_run_with_a_torn_last_line_is_shown_as_such(tmp_path: Path) -> None:
+def test_an_unfinished_run_with_a_partial_last_line_is_marked(tmp_path: Path) -> None:
     write_run(tmp_path, rows=[row(1), {**row(2), "eval/accuracy": 0.55}, row(3)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "reward/me')
@@ -220,7 +223,7 @@ def test_an_unfinished_run_with_a_torn_last_line_is_shown_as_such(tmp_path: Path
     assert "not finished: step 3 of 200" in page.text
     assert "55.0 %" in page.text
     assert "latest evaluation, step 2" in page.text
-    assert "1 unreadable line was left out" in page.text
+    assert "1 unreadable line was skipped" in page.text
 
 
 def test_a_run_of_one_step_has_a_dot_in_every_line_chart(tmp_path: Path) -> None:
@@ -229,37 +232,37 @@ def test_a_run_of_one_step_has_a_dot_in_every_line_chart(tmp_path: Path) -> None
     assert "only · step 1" in page.text
 
 
-def test_a_run_that_has_not_logged_anything_still_has_a_page(tmp_path: Path) -> None:
+def test_a_run_without_any_log_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     page = page_of(tmp_path)
     assert "not finished: step 0 of 200" in page.text
     assert not any("svg" in tag for tag, _ in page.tags)
 
 
-def test_a_folder_that_is_no_run_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_raises_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.yaml does not exist: a report needs a run's folder"):
         write_report(tmp_path)
 
 
-def test_values_that_were_not_finite_are_gaps_not_errors(tmp_path: Path) -> None:
-    nameless = sample(1)
-    nameless["completions"][0] |= {"reward": None, "advantage": None, "parts": {"accuracy": None}}
+def test_non_finite_values_are_gaps_not_errors(tmp_path: Path) -> None:
+    unscored = sample(1)
+    unscored["completions"][0] |= {"reward": None, "advantage": None, "parts": {"accuracy": None}}
     broken = {**SUMMARY, "audit_gap_max": None, "after": {**SUMMARY["after"], "accuracy": None}}
     rows = [row(1), {**row(2), "kl/mean": None}, row(3)]
-    page = page_of(write_run(tmp_path, rows=rows, samples=[nameless], summary=broken))
+    page = page_of(write_run(tmp_path, rows=rows, samples=[unscored], summary=broken))
     assert "46.0 %" in page.text
     assert "66.0 %" not in page.text
     assert "nan" not in page.text.lower()
     assert not [style for style in page.attributes("style") if "nan" in style]
 
 
-def test_first_middle_and_last_sampled_step_are_shown(tmp_path: Path) -> None:
+def test_first_middle_and_last_sampled_steps_are_shown(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, rows=[row(1)], samples=[sample(step) for step in (1, 20, 40, 60, 80)]))
     shown = re.findall(r"(\w+) · step (\d+)", page.text)
     assert shown == [("early", "1"), ("midway", "40"), ("late", "80")]
 
 
-def test_a_group_whose_answers_differ_is_preferred(tmp_path: Path) -> None:
+def test_a_group_with_different_rewards_is_preferred(tmp_path: Path) -> None:
     same = sample(1, prompt_id="all-equal")
     for answer in same["completions"]:
         answer["reward"] = 1.0
@@ -268,7 +271,7 @@ def test_a_group_whose_answers_differ_is_preferred(tmp_path: Path) -> None:
     assert "all-equal" not in page.text
 
 
-def test_masked_and_cut_answers_are_marked(tmp_path: Path) -> None:
+def test_masked_and_truncated_answers_are_marked(tmp_path: Path) -> None:
     marked = sample(1)
     marked["completions"][0] |= {"valid": False}
     marked["completions"][1] |= {"finish": "length"}
@@ -277,29 +280,30 @@ def test_masked_and_cut_answers_are_marked(tmp_path: Path) -> None:
     assert "9 tokens, cut off" in page.text
 
 
-def test_a_negative_advantage_points_left_and_a_positive_one_right(tmp_path: Path) -> None:
+def test_advantage_bars_point_left_if_negative_else_right(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, rows=[row(1)], samples=[sample(1)]))
-    fills = [(one["class"], one["style"]) for tag, one in page.tags if (one.get("class") or "").startswith("fill")]
+    bars = [attributes for _, attributes in page.tags if (attributes.get("class") or "").startswith("fill")]
+    fills = [(bar["class"], bar["style"]) for bar in bars]
     assert fills == [("fill plus", "left:50.0%;width:50.0%"), ("fill minus", "left:0.0%;width:50.0%")]
 
 
-def test_dropped_rows_and_configuration_are_on_the_page(tmp_path: Path) -> None:
+def test_dropped_rows_and_the_configuration_are_shown(tmp_path: Path) -> None:
     many = [[f"row-{i}", "no answer"] for i in range(130)]
     page = page_of(write_run(tmp_path, rows=[row(1)], summary={**SUMMARY, "dropped": many}))
     assert "row-99 no answer and 30 more" in page.text
     assert "bucket_mb: 64" in page.text
 
 
-def test_what_went_wrong_and_was_mended_is_on_the_page(tmp_path: Path) -> None:
+def test_incidents_are_shown_and_partial_records_are_skipped(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, rows=[row(1)])
-    told = [json.dumps({"unix_s": 1.7e9 + at, "text": f"actor {at} <died>"}) for at in range(2)]
-    (tmp_path / "incidents.jsonl").write_text("\n".join([*told, '{"unix_s": 17']))
+    incidents = [json.dumps({"unix_s": 1.7e9 + at, "text": f"actor {at} <died>"}) for at in range(2)]
+    (tmp_path / "incidents.jsonl").write_text("\n".join([*incidents, '{"unix_s": 17']))
     page = page_of(run_dir)
-    assert "what was done about it 2" in page.text
+    assert "Incidents 2" in page.text
     assert "14 Nov 22:13:21 UTC" in page.text and "actor 1 <died>" in page.text
 
 
-def test_a_long_run_stays_a_small_file(tmp_path: Path) -> None:
+def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     rows = [{**row(step), "entropy": 1 + math.sin(step / 50)} for step in range(1, 5001)]
     write_run(tmp_path, rows=rows)
     assert write_report(tmp_path).stat().st_size < 400_000

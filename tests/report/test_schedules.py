@@ -1,4 +1,4 @@
-"""The picture in docs/grpo_d.md is what core/kl.py computes."""
+"""The chart of KL weights in docs/grpo_d.md shows the schedules that core/kl.py computes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from othink_ray.report.schedules import beta_chart, picture
 FILE = Path(__file__).resolve().parents[2] / "docs" / "schedules.svg"
 
 
-def test_the_page_shows_what_the_code_computes() -> None:
-    found = picture()
+def test_docs_schedules_svg_matches_the_code() -> None:
+    svg = picture()
     if os.environ.get("WRITE_PAGES"):
-        FILE.write_text(found)
-    assert found == FILE.read_text(), "docs/schedules.svg is not what is computed: WRITE_PAGES=1 draws it again"
+        FILE.write_text(svg)
+    assert svg == FILE.read_text(), "docs/schedules.svg is out of date; run this test with WRITE_PAGES=1 to redraw it"
 
 
-def test_each_schedule_has_its_curve_and_the_papers_turns_at_its_explored_share() -> None:
+def test_each_schedule_has_a_curve_and_paper_turns_at_30_percent() -> None:
     chart = beta_chart()
     assert [key.label for key in chart.keys] == list(SCHEDULES)
     paper = chart.lines[list(SCHEDULES).index("paper")].path
     heights = [float(y) for _, y in re.findall(r"([\d.]+),([\d.]+)", paper)]
-    assert heights.index(max(heights)) == 30  # the lowest beta is the lowest point: SVG counts from the top
+    assert heights.index(max(heights)) == 30  # SVG's y axis points down: the largest y is the smallest beta

@@ -87,7 +87,7 @@ def _figure_1(study: StudyRecord) -> PaperFigure:
 
 def _figure_4(study: StudyRecord) -> PaperFigure:
     def panel(title: str, key: str, color: int) -> Chart | None:
-        return _sweep(title, study.fig4, level="alpha", key=key, colour=color, levels="α")
+        return _sweep(title, study.fig4, level="alpha", key=key, color=color, levels="α")
 
     return _figure(
         "Fig. 4",

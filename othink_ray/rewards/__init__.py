@@ -1,4 +1,4 @@
-"""Grading: from (completion text, true answer) to a number: `accuracy` and `format_reward` purely, `Grader` fully."""
+"""Rewards of completions: `accuracy` and `format_reward` are pure functions; `Grader` adds the symbolic layer."""
 
 from __future__ import annotations
 

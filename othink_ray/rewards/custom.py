@@ -1,4 +1,4 @@
-"""A reward of the user's own: a function in a Python file, named by `algo.reward.own`."""
+"""Load a custom reward: a function in a Python file, named by `algo.reward.own=FILE.py:FUNCTION`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CustomReward:
-    """Read where the run starts: the processes that grade need no such file on their nodes."""
+    """Source of a custom reward, read on the driver so that reward actors on other nodes do not need the file."""
 
     name: str
     file: str
     source: str
 
     def function(self) -> Callable[[str, str], float]:
-        """Of a completion's text and the true answer. Runs the user's file; what a model wrote is never run."""
+        """Execute the file and return its function (completion text, true answer) -> reward.
+
+        Only the user's file is executed, never text that a model wrote.
+        """
         names: dict[str, Any] = {"__name__": "own_reward", "__file__": self.file}
         exec(compile(self.source, self.file, "exec"), names)
         function: Callable[[str, str], float] = names[self.name]
         return function
 
 
-def parts_of(own: str) -> tuple[Path, str]:
-    """FILE.py:FUNCTION."""
-    file, _, name = own.rpartition(":")
-    return Path(file).expanduser(), name
-
-
-def load_custom_reward(own: str | None) -> CustomReward | None:
-    if own is None:
+def load_custom_reward(spec: str | None) -> CustomReward | None:
+    """Read the file of a FILE.py:FUNCTION spec; return None without a spec."""
+    if spec is None:
         return None
-    file, name = parts_of(own)
+    file, name = _parse_spec(spec)
     return CustomReward(name=name, file=str(file), source=file.read_text(encoding="utf-8"))
+
+
+def _parse_spec(spec: str) -> tuple[Path, str]:
+    file, _, name = spec.rpartition(":")
+    return Path(file).expanduser(), name

@@ -1,4 +1,8 @@
-"""Numbers in English words, exactly: twenty-one, one hundred and five, 2.5 million, two thirds, three and a half."""
+"""Read numbers and expressions in answers: numerals in English words, cleanup of LaTeX and markup, and their kinds.
+
+`spelled` reads numerals exactly (twenty-one, 2.5 million, two thirds, three and a half); `plain` strips an answer to
+plain LaTeX; `is_expression` and `may_be_number` classify what remains.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
+# Numerals in words.
 _SMALL = {
     word: value
     for value, word in enumerate(
@@ -36,142 +41,31 @@ def _ordinal(cardinal: str) -> str:
     return _IRREGULAR.get(cardinal, cardinal.removesuffix("y") + ("ieth" if cardinal.endswith("y") else "th"))
 
 
-# Denominators in the singular. A second is a unit of time, or comes after a first: never a half.
-_PARTS = {"half": 2, "quarter": 4} | {
+# Denominators in the singular. Second is not one: it is a unit of time, or the ordinal after first, never a half.
+_SINGULAR_DENOMINATORS = {"half": 2, "quarter": 4} | {
     _ordinal(word): value
     for word, value in (_SMALL | _TENS | {"hundred": 100} | _LARGE).items()
     if word not in ("zero", "one", "two")
 }
-_DENOMINATORS = {f"{word}s": value for word, value in _PARTS.items()} | {"halves": 2}
+_PLURAL_DENOMINATORS = {f"{word}s": value for word, value in _SINGULAR_DENOMINATORS.items()} | {"halves": 2}
 
 _SINGULAR = (*_SMALL, *_TENS, "hundred", *_LARGE)
 _PLURAL = (word.removesuffix("y") + {"x": "es", "y": "ies"}.get(word[-1], "s") for word in _SINGULAR)  # sixes, twenties
 CARDINALS = frozenset((*_SINGULAR, *_PLURAL))
-ORDINALS = frozenset((*_PARTS, *_DENOMINATORS, "first"))
+ORDINALS = frozenset((*_SINGULAR_DENOMINATORS, *_PLURAL_DENOMINATORS, "first"))
 
 _DIGITS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,20}(?:\.[0-9]{1,20})?")
 _HYPHENS = re.compile(r"[a-z]+(?:-[a-z]+)+")
 _NUMERAL_WORDS = CARDINALS | ORDINALS | {"and", "a"}
 
-_Read: TypeAlias = "tuple[Fraction, int] | None"  # a value, and where the words after it begin
+_Parsed: TypeAlias = "tuple[Fraction, int] | None"  # a value, and the index of the first word after it
 
-
-def spelled(text: str) -> tuple[Fraction, str] | None:
-    """The number that a text begins with, at least one word of it in words, and the text after it.
-
-    Read as long as it goes, so that no part of a number is taken for the whole.
-    """
-    words = text.split()
-    lower: list[str] = []
-    origin: list[int] = []  # of each word in `lower`, the word of the text that it ends
-    for index, word in enumerate(map(str.lower, words)):
-        parts = word.split("-") if _HYPHENS.fullmatch(word) else [word]
-        pieces = parts if _NUMERAL_WORDS.issuperset(parts) else [word]
-        lower += pieces
-        origin += [index] * len(pieces)
-    negative = lower[:1] in (["minus"], ["negative"])
-    read = _number(lower, int(negative))
-    if read is None:
-        return None
-    value, end = read
-    if _DIGITS.fullmatch(" ".join(lower[:end])) or (end < len(lower) and origin[end] == origin[end - 1]):
-        return None
-    return -value if negative else value, " ".join(words[origin[end - 1] + 1 :])
-
-
-def _number(words: Sequence[str], at: int) -> _Read:
-    """A cardinal, a decimal, a fraction or a mixed number."""
-    read = _fraction(words, at)
-    if read is not None:
-        return read
-    read = _cardinal(words, at)
-    if read is None:
-        return None
-    value, at = read
-    if words[at : at + 1] == ["point"]:
-        return _decimals(value, words, at + 1)
-    if words[at : at + 1] == ["and"] and (part := _fraction(words, at + 1)) is not None and part[0] < 1:
-        return value + part[0], part[1]
-    return value, at
-
-
-def _fraction(words: Sequence[str], at: int) -> _Read:
-    """Half, a third, one fifth, three quarters, 3 hundredths."""
-    if words[at : at + 1] == ["half"]:
-        return Fraction(1, 2), at + 1
-    read = (Fraction(1), at + 1) if words[at : at + 1] in (["a"], ["an"]) else _cardinal(words, at)
-    if read is None or read[1] == len(words):
-        return None
-    numerator, at = read
-    names = _PARTS if numerator == 1 else _DENOMINATORS
-    if words[at] in names:
-        return numerator / names[words[at]], at + 1
-    if words[at] in _TENS and at + 1 < len(words) and 2 < names.get(words[at + 1], 0) < 10:
-        return numerator / (_TENS[words[at]] + names[words[at + 1]]), at + 2  # three twenty-fifths
-    return None
-
-
-def _decimals(whole: Fraction, words: Sequence[str], at: int) -> _Read:
-    """The digits after a point, one by one."""
-    digits = ""
-    while at < len(words) and len(digits) < 20:
-        digit = words[at] if words[at].isascii() and words[at].isdigit() else str(_SMALL.get(words[at], ""))
-        if not digit or len(digit) > 20 or (len(digit) > 1 and words[at] in _SMALL):
-            break
-        digits, at = digits + digit, at + 1
-    return (whole + Fraction(int(digits), 10 ** len(digits)), at) if digits else None
-
-
-def _cardinal(words: Sequence[str], at: int, below: int = 10**40) -> _Read:
-    """A whole number, or digits before thousand, million ..., as far as the words make one smaller than `below`."""
-    read = _below_thousand(words, at)
-    if read is None:
-        return None
-    value, at = read
-    size = _LARGE.get(words[at]) if at < len(words) else None
-    if size is not None and value * size < below:
-        value, at = value * size, at + 1
-        more = _cardinal(words, at + (words[at : at + 1] == ["and"]), size)
-        if more is not None and more[0] < size:
-            return value + more[0], more[1]
-    return value, at
-
-
-def _below_thousand(words: Sequence[str], at: int) -> _Read:
-    read = _below_hundred(words, at)
-    if read is None and words[at : at + 1] in (["a"], ["an"]) and at + 1 < len(words):
-        read = (Fraction(1), at + 1) if words[at + 1] in _LARGE or words[at + 1] == "hundred" else None
-    if read is None:
-        return None
-    value, at = read
-    if words[at : at + 1] == ["hundred"]:
-        value, at = value * 100, at + 1
-        more = _below_hundred(words, at + (words[at : at + 1] == ["and"]))
-        if more is not None and more[0] < 100:
-            return value + more[0], more[1]
-    return value, at
-
-
-def _below_hundred(words: Sequence[str], at: int) -> _Read:
-    """Of words a number below 100; digits may stand for any."""
-    if at >= len(words):
-        return None
-    word = words[at]
-    if word in _SMALL:
-        return Fraction(_SMALL[word]), at + 1
-    if word in _TENS:
-        unit = _SMALL.get(words[at + 1], 0) if at + 1 < len(words) else 0
-        return Fraction(_TENS[word] + unit * (unit < 10)), at + 1 + (0 < unit < 10)
-    if _DIGITS.fullmatch(word):
-        return Fraction(word.replace(",", "")), at + 1
-    return None
-
-
-_LAYERS = 6  # at most this many wrappings are taken off one answer
+# Cleanup to plain LaTeX.
+_MAX_LAYERS = 6  # wrappers (lead-in, quotes, bold) stripped from one answer
 _FUNCTIONS = "sqrt pi sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_FULL_WIDTH = {0xFF01 + place: chr(0x21 + place) for place in range(0x5E)}  # ！ to ～
+_FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(0x5E)}  # ！ to ～
 _MARKS = (("__", "__"), *((mark, mark) for mark in "*_`\"'"), ("“", "”"), ("‘", "’"), ("«", "»"))
 
 _LEAD_IN = re.compile(
@@ -193,12 +87,12 @@ _BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?=[\s.,;:!?]|$)")
 _MATH = re.compile(r"(?<!\\)(\$\$?)(?P<dollars>[^$]+)(?<!\\)\1|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
 
 
-def _vulgar(fraction: str) -> str:
-    upper, lower = unicodedata.normalize("NFKC", fraction).split("\u2044")
-    return f"\\frac{{{upper}}}{{{lower}}}"
+def _latex_fraction(character: str) -> str:
+    numerator, denominator = unicodedata.normalize("NFKC", character).split("\u2044")
+    return f"\\frac{{{numerator}}}{{{denominator}}}"
 
 
-# In this order: each step reads what the ones before it left.
+# The order matters: each step reads the output of the previous ones.
 _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -219,7 +113,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"[₀-₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}"),
         (r"!=", "≠"),
         (r"(?<=[A-Za-z]{3})!+$", ""),
-        (r"[¼-¾⅓-⅞]", lambda match: _vulgar(match[0])),
+        (r"[¼-¾⅓-⅞]", lambda match: _latex_fraction(match[0])),
         (r"π", r"\\pi "),
         (r"√", r"\\sqrt "),
         (rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?![A-Za-z])", r"\\\1 "),
@@ -233,27 +127,169 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
     )
 )
 
+# Expressions in plain LaTeX.
+_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}|\\]|[A-Za-z]+|[0-9.,;+\-*/^_=<>(){}\[\]|!'°\s]")
+_OPERATOR = re.compile(r"[\\+\-*/^_=<>(){}\[\]|!,]|[0-9][A-Za-z]")
+_SHORT_WORDS = frozenset("am an as at be by do go he if in is it me my no of on or so to up us we".split())
+_ARITHMETIC = re.compile(r"(?:[0-9.+\-*/(){}\s]|\\frac(?![A-Za-z]))*")
+_NO_NUMBER = re.compile(r"[,;=<>]|\\[{}]|[0-9][eE]|(?<!\\log)(?<!\\log )_")
+_CONSTANTS = frozenset("ei")
+_NUMERIC_COMMANDS = frozenset(_FUNCTIONS) | {"frac"}
+
+
+def spelled(text: str) -> tuple[Fraction, str] | None:
+    """Return the number at the start of a text, at least one part of it in words, and the remaining text.
+
+    Reads the longest numeral, so that part of a number is never taken for the whole.
+    """
+    words = text.split()
+    lower: list[str] = []
+    origin: list[int] = []  # index into `words` of each word in `lower`: hyphenated words are split
+    for index, word in enumerate(map(str.lower, words)):
+        parts = word.split("-") if _HYPHENS.fullmatch(word) else [word]
+        pieces = parts if _NUMERAL_WORDS.issuperset(parts) else [word]
+        lower += pieces
+        origin += [index] * len(pieces)
+    negative = lower[:1] in (["minus"], ["negative"])
+    parsed = _parse_number(lower, int(negative))
+    if parsed is None:
+        return None
+    value, end = parsed
+    if _DIGITS.fullmatch(" ".join(lower[:end])) or (end < len(lower) and origin[end] == origin[end - 1]):
+        return None
+    return -value if negative else value, " ".join(words[origin[end - 1] + 1 :])
+
 
 def plain(text: str) -> str:
-    """The bare answer in plain LaTeX: without lead-in, $…$, \\boxed{…}, **…**, quotes, full stop; units and words stay.
+    """Return the bare answer in plain LaTeX.
 
-    For a text of at most a few hundred characters: callers bound it.
+    Strips lead-in, $…$, \\boxed{…}, **…**, quotes and the final period; keeps units and words. Callers must bound the
+    text to a few hundred characters.
     """
     text = _BOLD.sub(r" \1 ", text.translate(_FULL_WIDTH))
     text = _MATH.sub(lambda math: f" {math['dollars'] or math['inline'] or math['display']} ", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _braced_roots(_unboxed(text)).strip()
-    for _ in range(_LAYERS):
-        inner = _unwrapped(text)
+    text = _brace_roots(_unbox(text)).strip()
+    for _ in range(_MAX_LAYERS):
+        inner = _unwrap(text)
         if inner == text:
             break
         text = inner
     return " ".join(text.split())
 
 
-def _unwrapped(text: str) -> str:
-    """One layer less."""
+def is_expression(plain_text: str) -> bool:
+    """Return whether the text is pure mathematics: symbols, commands and variables of one or two letters, no words."""
+    if not _OPERATOR.search(plain_text) or _PIECE.sub("", plain_text):
+        return False
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
+    return all(len(word) <= 2 and word.lower() not in _SHORT_WORDS for word in words)
+
+
+def may_be_number(plain_text: str) -> bool:
+    """Return whether an expression could evaluate to a number although `closed_form` returns None for it.
+
+    False with a variable, a list or a relation. Also False for plain arithmetic: `closed_form` covers it, so its None
+    means that the text is not a number.
+    """
+    if _NO_NUMBER.search(plain_text) or _ARITHMETIC.fullmatch(plain_text):
+        return False
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
+    commands = re.findall(r"\\([A-Za-z]+)", plain_text)
+    return _CONSTANTS.issuperset(words) and _NUMERIC_COMMANDS.issuperset(commands)
+
+
+def _parse_number(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a cardinal, a decimal, a fraction or a mixed number."""
+    parsed = _parse_fraction(words, i)
+    if parsed is not None:
+        return parsed
+    parsed = _parse_cardinal(words, i)
+    if parsed is None:
+        return None
+    value, i = parsed
+    if words[i : i + 1] == ["point"]:
+        return _parse_decimals(value, words, i + 1)
+    if words[i : i + 1] == ["and"] and (part := _parse_fraction(words, i + 1)) is not None and part[0] < 1:
+        return value + part[0], part[1]
+    return value, i
+
+
+def _parse_fraction(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a fraction: half, a third, one fifth, three quarters, 3 hundredths."""
+    if words[i : i + 1] == ["half"]:
+        return Fraction(1, 2), i + 1
+    parsed = (Fraction(1), i + 1) if words[i : i + 1] in (["a"], ["an"]) else _parse_cardinal(words, i)
+    if parsed is None or parsed[1] == len(words):
+        return None
+    numerator, i = parsed
+    names = _SINGULAR_DENOMINATORS if numerator == 1 else _PLURAL_DENOMINATORS
+    if words[i] in names:
+        return numerator / names[words[i]], i + 1
+    if words[i] in _TENS and i + 1 < len(words) and 2 < names.get(words[i + 1], 0) < 10:
+        return numerator / (_TENS[words[i]] + names[words[i + 1]]), i + 2  # three twenty-fifths
+    return None
+
+
+def _parse_decimals(whole: Fraction, words: Sequence[str], i: int) -> _Parsed:
+    """Parse the digits after a decimal point, one word each."""
+    digits = ""
+    while i < len(words) and len(digits) < 20:
+        digit = words[i] if words[i].isascii() and words[i].isdigit() else str(_SMALL.get(words[i], ""))
+        if not digit or len(digit) > 20 or (len(digit) > 1 and words[i] in _SMALL):
+            break
+        digits, i = digits + digit, i + 1
+    return (whole + Fraction(int(digits), 10 ** len(digits)), i) if digits else None
+
+
+def _parse_cardinal(words: Sequence[str], i: int, below: int = 10**40) -> _Parsed:
+    """Parse the longest whole number smaller than `below`; digits may precede thousand, million, ..."""
+    parsed = _parse_below_thousand(words, i)
+    if parsed is None:
+        return None
+    value, i = parsed
+    size = _LARGE.get(words[i]) if i < len(words) else None
+    if size is not None and value * size < below:
+        value, i = value * size, i + 1
+        more = _parse_cardinal(words, i + (words[i : i + 1] == ["and"]), size)
+        if more is not None and more[0] < size:
+            return value + more[0], more[1]
+    return value, i
+
+
+def _parse_below_thousand(words: Sequence[str], i: int) -> _Parsed:
+    parsed = _parse_below_hundred(words, i)
+    if parsed is None and words[i : i + 1] in (["a"], ["an"]) and i + 1 < len(words):
+        parsed = (Fraction(1), i + 1) if words[i + 1] in _LARGE or words[i + 1] == "hundred" else None
+    if parsed is None:
+        return None
+    value, i = parsed
+    if words[i : i + 1] == ["hundred"]:
+        value, i = value * 100, i + 1
+        more = _parse_below_hundred(words, i + (words[i : i + 1] == ["and"]))
+        if more is not None and more[0] < 100:
+            return value + more[0], more[1]
+    return value, i
+
+
+def _parse_below_hundred(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a number below 100 in words, or any number in digits."""
+    if i >= len(words):
+        return None
+    word = words[i]
+    if word in _SMALL:
+        return Fraction(_SMALL[word]), i + 1
+    if word in _TENS:
+        unit = _SMALL.get(words[i + 1], 0) if i + 1 < len(words) else 0
+        return Fraction(_TENS[word] + unit * (unit < 10)), i + 1 + (0 < unit < 10)
+    if _DIGITS.fullmatch(word):
+        return Fraction(word.replace(",", "")), i + 1
+    return None
+
+
+def _unwrap(text: str) -> str:
+    """Strip one layer: a lead-in, a final period, or one pair of quotes or markup."""
     if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]
     if text.endswith(".") and not text.endswith(".."):
@@ -266,8 +302,8 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _unboxed(text: str) -> str:
-    """The contents in place of each box."""
+def _unbox(text: str) -> str:
+    """Replace each \\boxed{…} or \\fbox{…} by its contents."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", text))):
         end = _closing(text, match.end(), "{}")
         if end > 0:
@@ -275,49 +311,20 @@ def _unboxed(text: str) -> str:
     return text
 
 
-def _closing(text: str, at: int, pair: str) -> int:
-    """Where the bracket that opens at `at` is closed; -1 where it is not."""
+def _closing(text: str, start: int, pair: str) -> int:
+    """Return the index of the bracket that closes the one at `start`, or -1."""
     depth = 0
-    for index in range(at, len(text)):
+    for index in range(start, len(text)):
         depth += (text[index] == pair[0]) - (text[index] == pair[1])
         if depth == 0:
             return index
     return -1
 
 
-def _braced_roots(text: str) -> str:
-    """\\sqrt (…) as \\sqrt{…}."""
+def _brace_roots(text: str) -> str:
+    """Rewrite \\sqrt (…) as \\sqrt{…}."""
     for match in reversed(list(re.finditer(r"\\sqrt\s*\(", text))):
         end = _closing(text, match.end() - 1, "()")
         if end > 0:
             text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end]}}}{text[end + 1 :]}"
     return text
-
-
-_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}|\\]|[A-Za-z]+|[0-9.,;+\-*/^_=<>(){}\[\]|!'°\s]")
-_OPERATOR = re.compile(r"[\\+\-*/^_=<>(){}\[\]|!,]|[0-9][A-Za-z]")
-_SHORT_WORDS = frozenset("am an as at be by do go he if in is it me my no of on or so to up us we".split())
-_ARITHMETIC = re.compile(r"(?:[0-9.+\-*/(){}\s]|\\frac(?![A-Za-z]))*")
-_NO_NUMBER = re.compile(r"[,;=<>]|\\[{}]|[0-9][eE]|(?<!\\log)(?<!\\log )_")
-_CONSTANTS = frozenset("ei")
-_NUMERIC_COMMANDS = frozenset(_FUNCTIONS) | {"frac"}
-
-
-def is_expression(plain_text: str) -> bool:
-    """Whether it reads as mathematics throughout: symbols, commands and variables of one or two letters, no words."""
-    if not _OPERATOR.search(plain_text) or _PIECE.sub("", plain_text):
-        return False
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
-    return all(len(word) <= 2 and word.lower() not in _SHORT_WORDS for word in words)
-
-
-def may_be_number(plain_text: str) -> bool:
-    """Whether an expression may have a number as its value that `closed_form` cannot tell.
-
-    So none with a variable, a list or a relation, and no mere arithmetic, where `closed_form` refuses what is none.
-    """
-    if _NO_NUMBER.search(plain_text) or _ARITHMETIC.fullmatch(plain_text):
-        return False
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
-    commands = re.findall(r"\\([A-Za-z]+)", plain_text)
-    return _CONSTANTS.issuperset(words) and _NUMERIC_COMMANDS.issuperset(commands)

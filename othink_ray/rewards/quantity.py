@@ -1,4 +1,4 @@
-"""Units after a number: their kind and size, a percent sign, and what else they may stand for."""
+"""Read quantities exactly: a closed form or a numeral in words, with its unit, percent sign or counted things."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from othink_ray.rewards.text import is_harmless, names_several, names_things, wi
 
 Dimension: TypeAlias = tuple[tuple[str, int], ...]  # (kind, power) of each factor
 
-# kind: {names: size in the kind's first unit}
+# {kind: {space-separated names: size in the first unit of the kind}}
 _KINDS: dict[str, dict[str, Fraction]] = {
     "length": {
         "m meter meters metre metres": Fraction(1),
@@ -45,7 +45,7 @@ _UNITS = {
     for name in names.split()
 } | {name: ("angle", pi_times(Fraction(1, 180))) for name in "° deg degree degrees".split()}
 _UNITS |= {name: ("angle", rational(1)) for name in "rad radian radians".split()}
-_SINGLE = frozenset("gsh")  # also names of variables: units only after a space
+_SINGLE_LETTERS = frozenset("gsh")  # also common variable names: units only after a space
 
 _POWER = r"\s*\^\s*(?:\{\s*[23]\s*\}|[23])|\s+(?:squared|cubed)\b"
 _UNIT = re.compile(
@@ -59,81 +59,36 @@ _UNIT = re.compile(
 )
 _EXPONENTS = {"square": 2, "squared": 2, "sq": 2, "sq.": 2, "cubic": 3, "cubed": 3, "cu": 3, "cu.": 3}
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """`dimension` is empty without a known unit, and `scale` is that unit in the kind's first one."""
-
-    dimension: Dimension = ()
-    scale: Form | None = None
-    percent: bool = False
-
-
-def is_unit(name: str) -> bool:
-    return name.lower() in _UNITS
-
-
-def parse_unit(text: str, *, spaced: bool) -> Unit | None:
-    """The unit that follows a number (after a space, if `spaced`), and says no more than that and what is measured."""
-    found = _UNIT.fullmatch(text)
-    if found is None or not names_things(found["words"] or ""):
-        return None
-    if found["degree"]:
-        return DEGREE
-    if found["percent"]:
-        return Unit(percent=True)
-    name, power = found["name"], _exponent(found["power"] or found["shape"])
-    if len(name) == 1 and name != "m" and not (spaced and name in _SINGLE):
-        return None
-    if not is_unit(name):  # 12 square units
-        return Unit() if names_things(name) and not found["per"] else None
-    unit = _unit(name, power)
-    if found["per"]:
-        if not is_unit(found["per"]):
-            return None
-        below = _unit(found["per"], -_exponent(found["per_power"]))
-        assert unit.scale is not None and below.scale is not None
-        return Unit((*unit.dimension, *below.dimension), multiply(unit.scale, below.scale))
-    return unit
-
-
-def _exponent(power: str | None) -> int:
-    if power is None:
-        return 1
-    power = power.strip(" ^{}")
-    return int(power) if power.isdigit() else _EXPONENTS[power.lower()]
-
-
-def _unit(name: str, power: int) -> Unit:
-    kind, size = _UNITS[name.lower()]
-    [(key, factor)] = size.items()
-    return Unit(((kind, power),), {(1, key[1] * power): factor**power})
-
-
-DEGREE = _unit("°", 1)
-
-
-_AFTER_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%]")  # where a unit or what is counted may begin
+_AFTER_NUMBER = re.compile(r"(?<![A-Za-z\\])[A-Za-z°%]")  # possible start of a unit or of the counted things
 _MINUTES = re.compile(r"(-?)([0-9]{1,6})°\s*([0-9]{1,2})\s*['′](?:\s*([0-9]{1,2})\s*(?:''|[\"″]))?")
 _CURRENCY = re.compile(r"^[$£€¥]\s*(?=[0-9.])|(?<=[0-9])\s*[$£€¥]$")
 _EXACTLY = re.compile(
     r"(?:exactly|precisely|only|just|equal\s+to|(?:a\s+)?(?:grand\s+)?total\s+of|in\s+(?:total|all),?)\s+",
     re.IGNORECASE,
 )
-_RESTATED = re.compile(r"(?P<before>[^()]+)\((?P<again>[^()]+)\)(?P<after>[^()]*)")
+_REPEATED = re.compile(r"(?P<before>[^()]+)\((?P<again>[^()]+)\)(?P<after>[^()]*)")
 _NONE_OF = re.compile(r"no\s+(?P<things>.+)", re.IGNORECASE)
 _EQUALS = re.compile(r"=|\s(?:is|equals)\s")
-# What an equation may give the value of: x, x_1, ∠ABC, ∠1, \sin A.
-_OF = r"(?:\\(?:sin|cos|tan|cot|sec|csc|angle|triangle)(?![A-Za-z])|m?\s*[∠△]|angle\s)\s*"
+# Left side of an equation: x, x_1, ∠ABC, ∠1, \sin A.
+_PREFIX = r"(?:\\(?:sin|cos|tan|cot|sec|csc|angle|triangle)(?![A-Za-z])|m?\s*[∠△]|angle\s)\s*"
 _NAME = re.compile(
-    rf"(?:{_OF})*[A-Za-z]{{1,4}}(?:[0-9]|_\{{?[0-9A-Za-z]{{1,3}}\}}?)?['′]?|(?:{_OF})+[1-9]", re.IGNORECASE
+    rf"(?:{_PREFIX})*[A-Za-z]{{1,4}}(?:[0-9]|_\{{?[0-9A-Za-z]{{1,3}}\}}?)?['′]?|(?:{_PREFIX})+[1-9]", re.IGNORECASE
 )
 _SEVERAL = re.compile(r"[,;<>]|\\(?:leq|geq|neq?|in)(?![A-Za-z])|[0-9]\s+[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True)
+class Unit:
+    """Unit after a number: `dimension` is empty if unknown; `scale` is its size in the first unit of its kind."""
+
+    dimension: Dimension = ()
+    scale: Form | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value; `dimension` is empty without a known unit, and `scale` is that unit in the kind's first one."""
+    """Exact value with its unit: `dimension` and `scale` as in `Unit`."""
 
     value: Form
     dimension: Dimension = ()
@@ -143,21 +98,72 @@ class Quantity:
 
 @lru_cache(maxsize=4096)
 def parse_quantity(text: str) -> Quantity | None:
-    """The one number that a text in plain LaTeX states, exactly, or None.
+    """Return the exact value of the single number in a text in plain LaTeX, or None.
 
-    Taken: closed forms and numbers in words; before them a name (x =, ∠ABC =), a computation (10 - 3 =) or a currency;
-    after them one unit, what is counted (3 red cubes in total), or the number once more, in brackets. Not taken: more
-    than one number (3 or 4), and words that make it another one or leave it open (3 less, about 3).
+    Accepted: closed forms and numerals in words; before the number a name (x =, ∠ABC =), a computation (10 - 3 =) or a
+    currency; after it one unit, the counted things (3 red cubes in total), or the number repeated in brackets.
+    Rejected: more than one number (3 or 4), and words that change the number or leave it open (3 less, about 3).
     """
     side = _last_side(text)
     if side is None:
         return None
     side = _EXACTLY.sub("", side, count=1) if _EXACTLY.match(side) else side
-    return _angle(side) or _with_unit(side) or _restated(side) or _none_of(side)
+    return _parse_angle(side) or _parse_with_unit(side) or _parse_repeated(side) or _parse_none_of(side)
+
+
+def same(stated: Quantity, truth: Quantity) -> bool:
+    """Return whether two quantities are exactly equal.
+
+    A unit may be missing on one side. Two known units are converted; different kinds differ. A percent sign may be
+    missing (50% is 50) or evaluated (50% is 0.5).
+    """
+    if stated.scale is not None and truth.scale is not None:
+        left, right = multiply(stated.value, stated.scale), multiply(truth.value, truth.scale)
+        return stated.dimension == truth.dimension and left is not None and left == right
+    if stated.percent != truth.percent:
+        percent, other = (stated, truth) if stated.percent else (truth, stated)
+        if multiply(percent.value, rational(Fraction(1, 100))) == other.value:
+            return True
+    return stated.value == truth.value
+
+
+def is_unit(name: str) -> bool:
+    """Return whether a word names a known unit."""
+    return name.lower() in _UNITS
+
+
+def parse_unit(text: str, *, spaced: bool) -> Unit | None:
+    """Return the unit in the text after a number, or None; `spaced` if a space separates the two.
+
+    The text may contain only the unit and the name of what is measured or counted.
+    """
+    found = _UNIT.fullmatch(text)
+    if found is None or not names_things(found["words"] or ""):
+        return None
+    if found["degree"]:
+        return DEGREE
+    if found["percent"]:
+        return Unit(percent=True)
+    name, power = found["name"], _exponent(found["power"] or found["shape"])
+    if len(name) == 1 and name != "m" and not (spaced and name in _SINGLE_LETTERS):
+        return None
+    if not is_unit(name):  # 12 square units
+        return Unit() if names_things(name) and not found["per"] else None
+    unit = _unit(name, power)
+    if found["per"]:
+        if not is_unit(found["per"]):
+            return None
+        divisor = _unit(found["per"], -_exponent(found["per_power"]))
+        assert unit.scale is not None and divisor.scale is not None
+        return Unit((*unit.dimension, *divisor.dimension), multiply(unit.scale, divisor.scale))
+    return unit
 
 
 def _last_side(text: str) -> str | None:
-    """The value of a chain of equations, whose first side is a name or a number; a text without any is its own."""
+    """Return the last side of a chain of equations whose first side is a name or a number, or None.
+
+    A text without an equation is returned as it is.
+    """
     *sides, last = (side.strip() for side in _EQUALS.split(text))
     if not sides:
         return last
@@ -177,8 +183,8 @@ def _has_value(side: str) -> bool:
     return closed_form(side.replace("°", "")) is not None or (is_expression(side) and may_be_number(side))
 
 
-def _angle(text: str) -> Quantity | None:
-    """Degrees with minutes."""
+def _parse_angle(text: str) -> Quantity | None:
+    """Parse an angle in degrees and minutes, optionally seconds."""
     angle = _MINUTES.fullmatch(text)
     if angle is None:
         return None
@@ -187,41 +193,41 @@ def _angle(text: str) -> Quantity | None:
     return Quantity(rational(-size if sign else size), DEGREE.dimension, DEGREE.scale)
 
 
-def _restated(text: str) -> Quantity | None:
-    """A number with itself in brackets: five (5) cubes."""
-    twice = _RESTATED.fullmatch(text)
-    if twice is None:
+def _parse_repeated(text: str) -> Quantity | None:
+    """Parse a number repeated in brackets: five (5) cubes."""
+    repeated = _REPEATED.fullmatch(text)
+    if repeated is None:
         return None
-    quantity = _with_unit(f"{twice['before'].strip()} {twice['after'].strip()}".strip())
-    again = _with_unit(twice["again"].strip())
+    quantity = _parse_with_unit(f"{repeated['before'].strip()} {repeated['after'].strip()}".strip())
+    again = _parse_with_unit(repeated["again"].strip())
     return quantity if quantity is not None and again is not None and same(again, quantity) else None
 
 
-def _none_of(text: str) -> Quantity | None:
-    """No cubes are 0 of them. Only a plural counts: no idea is none."""
+def _parse_none_of(text: str) -> Quantity | None:
+    """Parse `no cubes` as 0. Requires a plural: `no idea` is not a number."""
     things = _NONE_OF.fullmatch(text)
     return Quantity(rational(0)) if things and names_several(without_tail(things["things"])) else None
 
 
-def _with_unit(text: str) -> Quantity | None:
-    """A number, and the unit or the counted things after it."""
+def _parse_with_unit(text: str) -> Quantity | None:
+    """Parse a number and the unit or the counted things after it."""
     text = _CURRENCY.sub("", text, count=1)
     if (value := closed_form(text)) is not None:
         return Quantity(value)
-    if in_words := spelled(text):
-        number, after = in_words
-        return _of(rational(number), after, spaced=True)
-    for place in _AFTER_NUMBER.finditer(text):
-        before = text[: place.start()]
+    if numeral := spelled(text):
+        number, after = numeral
+        return _quantity_of(rational(number), after, spaced=True)
+    for start in (match.start() for match in _AFTER_NUMBER.finditer(text)):
+        before = text[:start]
         if (value := closed_form(before)) is None:
             continue
-        if quantity := _of(value, text[place.start() :], spaced=before[-1:].isspace()):
+        if quantity := _quantity_of(value, text[start:], spaced=before[-1:].isspace()):
             return quantity
     return None
 
 
-def _of(value: Form, after: str, *, spaced: bool) -> Quantity | None:
-    """The value with what stands after it, if that is a unit or names what is counted."""
+def _quantity_of(value: Form, after: str, *, spaced: bool) -> Quantity | None:
+    """Return the value with the unit from the text after it; None unless that is a unit or names the counted things."""
     after = without_tail(after)
     if not after:
         return Quantity(value)
@@ -229,16 +235,17 @@ def _of(value: Form, after: str, *, spaced: bool) -> Quantity | None:
     return None if unit is None else Quantity(value, unit.dimension, unit.scale, unit.percent)
 
 
-def same(stated: Quantity, truth: Quantity) -> bool:
-    """Equal values, exactly. A unit may be left out; of two known ones of a kind the size counts, other kinds differ.
+def _exponent(power: str | None) -> int:
+    if power is None:
+        return 1
+    power = power.strip(" ^{}")
+    return int(power) if power.isdigit() else _EXPONENTS[power.lower()]
 
-    A percent sign may be left out (50% is 50) or worked out (50% is 0.5).
-    """
-    if stated.scale is not None and truth.scale is not None:
-        left, right = multiply(stated.value, stated.scale), multiply(truth.value, truth.scale)
-        return stated.dimension == truth.dimension and left is not None and left == right
-    if stated.percent != truth.percent:
-        share, other = (stated, truth) if stated.percent else (truth, stated)
-        if multiply(share.value, rational(Fraction(1, 100))) == other.value:
-            return True
-    return stated.value == truth.value
+
+def _unit(name: str, power: int) -> Unit:
+    kind, size = _UNITS[name.lower()]
+    [(key, factor)] = size.items()
+    return Unit(((kind, power),), {(1, key[1] * power): factor**power})
+
+
+DEGREE = _unit("°", 1)

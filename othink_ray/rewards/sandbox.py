@@ -1,4 +1,4 @@
-"""Symbolic comparison in a process that can be killed: an answer may be a computation without an end."""
+"""Compare answers with math-verify in a separate process that can be killed: an expression may never finish."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
-_PROGRAM = Path(__file__).with_name("sandbox_worker.py")
-_START_TIMEOUT_S = 120  # loading sympy takes a second; on a crowded machine, many
-_CROWDED = 10  # the clock may run this much longer than an answer's CPU time before all is killed from here
+_WORKER = Path(__file__).with_name("sandbox_worker.py")
+_START_TIMEOUT_S = 120  # importing sympy takes about a second, and much longer on an overloaded machine
+_WALL_PER_CPU = 10  # wall-clock limit as a multiple of an answer's CPU limit; past it the whole process is killed
 
-Outcome: TypeAlias = Literal["right", "wrong", "timeout", "crash"]
-_OUTCOMES: dict[bytes, Outcome] = {b"1": "right", b"0": "wrong", b"t": "timeout", b"c": "crash"}
+SymbolicVerdict: TypeAlias = Literal["right", "wrong", "timeout", "crash"]
+_VERDICTS: dict[bytes, SymbolicVerdict] = {b"1": "right", b"0": "wrong", b"t": "timeout", b"c": "crash"}
 
 
 class GradingFailed(RuntimeError):
-    """The grading process does not work at all: the installation's fault, not an answer's."""
+    """Raised when the grading process cannot run at all: the installation is broken, not one answer."""
 
 
 class SymbolicProcess:
-    """math-verify behind a pipe, started when it is first asked; not for several threads."""
+    """math-verify behind a pipe, started on the first call; not thread-safe."""
 
     def __init__(self, *, answer_cpu_s: float, memory_mb: int) -> None:
         self.answer_cpu_s, self.memory_mb = answer_cpu_s, memory_mb
@@ -36,17 +36,18 @@ class SymbolicProcess:
 
     @property
     def pid(self) -> int | None:
+        """Process id of the grading process, or None while it is not running."""
         return self._process.pid if self._process else None
 
-    def equal(self, truth: str, stated: str) -> Outcome:
-        """Over within `answer_cpu_s`, start-up aside.
+    def equal(self, truth: str, stated: str) -> SymbolicVerdict:
+        """Return the verdict on one answer after at most `answer_cpu_s` of CPU time, start-up excluded.
 
-        `crash`: its process ended of something else, memory above the limit for one; where math-verify catches that
-        itself, the answer is `wrong`.
+        `crash` means that the process ended for another reason than the time limit, e.g. memory above its limit. If
+        math-verify catches the MemoryError itself, the verdict is `wrong`.
         """
         line = json.dumps([truth, stated]).encode() + b"\n"
-        for _ in range(2):  # a process that ended while idle is replaced
-            process = self._started()
+        for _ in range(2):  # retry once: a process that died while idle is restarted
+            process = self._ensure_started()
             assert process.stdin is not None
             try:
                 process.stdin.write(line)
@@ -54,23 +55,26 @@ class SymbolicProcess:
             except BrokenPipeError:
                 self.close()
                 continue
-            answer = self._read(process, _CROWDED * self.answer_cpu_s)
-            if answer in _OUTCOMES:
-                return _OUTCOMES[answer]
+            reply = self._read(process, _WALL_PER_CPU * self.answer_cpu_s)
+            if reply in _VERDICTS:
+                return _VERDICTS[reply]
             self.close()
-            return "timeout" if answer is None else "crash"
-        raise GradingFailed("the grading process ends as soon as it starts")
+            return "timeout" if reply is None else "crash"
+        raise GradingFailed(
+            "the grading process exited twice right after it started. If memory ran out, raise algo.reward.memory_mb "
+            f"(now {self.memory_mb})."
+        )
 
     def close(self) -> None:
-        """Ends the process and its child, whatever they do."""
+        """Kill the process and its child."""
         process, self._process = self._process, None
         if process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: all its processes
+            os.killpg(process.pid, signal.SIGKILL)  # it leads its own session, so this reaches the child too
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # a line that nobody will read
+            with suppress(BrokenPipeError):  # unflushed input of the killed process
                 pipe.close()
         process.wait()
 
@@ -82,22 +86,23 @@ class SymbolicProcess:
     ) -> None:
         self.close()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _ensure_started(self) -> subprocess.Popen[bytes]:
         if self._process is not None:
             return self._process
-        with tempfile.TemporaryFile() as complaints:
-            # -P: the folder of the program, with our modules of everyday names, stays off the import path.
+        with tempfile.TemporaryFile() as stderr:
+            # -P keeps this folder off sys.path: its modules (numbers.py) would shadow the standard library.
             process = self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_PROGRAM), str(self.answer_cpu_s), str(self.memory_mb)],
+                [sys.executable, "-P", str(_WORKER), str(self.answer_cpu_s), str(self.memory_mb)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=complaints,
-                start_new_session=True,  # one group to kill, and Ctrl-C is the run's to handle
+                stderr=stderr,
+                start_new_session=True,  # one process group to kill; Ctrl-C reaches only the main process
             )
             if self._read(process, _START_TIMEOUT_S) != b"+":
                 self.close()
-                complaints.seek(0)
-                last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["it was too slow"]
+                stderr.seek(0)
+                timed_out = f"not ready within {_START_TIMEOUT_S} s"
+                last = stderr.read().decode(errors="replace").strip().splitlines()[-1:] or [timed_out]
                 raise GradingFailed(
                     f"the grading process did not start: {last[0]}. Is math-verify installed? If memory ran out, "
                     f"raise algo.reward.memory_mb (now {self.memory_mb})."
@@ -106,7 +111,7 @@ class SymbolicProcess:
 
     @staticmethod
     def _read(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
-        """One byte; empty when the process ended, None when the time was over."""
+        """Read one byte; return b"" if the process ended and None on timeout."""
         assert process.stdout is not None
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)

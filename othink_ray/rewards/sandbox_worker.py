@@ -1,7 +1,8 @@
-"""The grading process: a line of JSON in, a byte out. Run by its path, so that it loads math-verify and little else.
+"""Grading process: reads one line of JSON per answer and writes one byte. A script that imports little but math-verify.
 
-Arguments: CPU seconds for one answer, MiB of memory. It loads and warms up once; each answer gets a child of its own,
-which the kernel ends when its time is over. So a verdict hangs on no other answer, and a kill costs milliseconds.
+Arguments: CPU seconds per answer, memory limit in MiB. The process loads and warms up once, then forks one child per
+answer, which the kernel kills at its CPU limit. So no verdict depends on an earlier answer, and a kill costs
+milliseconds.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import sys
 from math_verify import LatexExtractionConfig, parse, verify
 
 READY, RIGHT, WRONG, TIMEOUT, CRASH = b"+", b"1", b"0", b"t", b"c"
-_EXIT = {0: WRONG, 1: RIGHT}
+_VERDICT_OF_EXIT = {0: WRONG, 1: RIGHT}
 
-# math-verify's own time limits are off: they raise inside Python code, which a long computation in C never reaches.
-# Decimals become fractions and numbers are compared to many digits: close is not equal, as in the rules.
+# math-verify's time limits are off: they raise between Python instructions, and a long computation in C reaches none.
+# Decimals become fractions, and numbers are compared to many digits: as in the rules, close is not equal.
 _DIGITS = 50
 _LATEX = (LatexExtractionConfig(boxed_match_priority=-1),)
 _DEGREES = re.compile(r"([0-9]+|\{\\frac\{[0-9]+\}\{[0-9]+\}\})\s*°")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 _SET = re.compile(r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-# ANTLR and sympy load and learn lazily; without these the first answers would pay for it.
+# ANTLR and sympy import modules and fill caches lazily; without a warm-up the first answers would pay for it.
 _WARM_UP = (
     ("x^2+2x", "x(x+2)"),
     ("\\{1, 2\\}", "\\{2, 1\\}"),
@@ -42,14 +43,14 @@ _WARM_UP = (
 
 
 def equal(truth: str, stated: str) -> bool:
-    """Whether two expressions in plain LaTeX are equal; an unreadable one equals nothing."""
-    gold, found = _parsed(truth), _parsed(stated)
+    """Return whether two expressions in plain LaTeX are equal; False if either cannot be parsed."""
+    gold, found = _parse_latex(truth), _parse_latex(stated)
     if not gold or not found:
         return False
     return bool(verify(gold, found, numeric_precision=_DIGITS, timeout_seconds=None, raise_on_error=True))
 
 
-def _parsed(text: str) -> list[object]:
+def _parse_latex(text: str) -> list[object]:
     text = _DECIMAL.sub(lambda part: f"{{\\frac{{{part[1]}{part[2]}}}{{1{'0' * len(part[2])}}}}}", text)
     text = _DEGREES.sub(r"(\1*\\pi/180)", text)
     if _SET.fullmatch(text):
@@ -70,15 +71,16 @@ def _is_right(line: bytes) -> bool:
         return equal(*json.loads(line))
     except MemoryError:
         raise
-    except Exception:  # a model's text meets four parsers here; what they cannot read is no right answer
+    except Exception:  # untrusted text runs through four parsers: text that they cannot read is a wrong answer
         return False
 
 
-def _graded(line: bytes, seconds: float) -> bytes:
-    """The verdict of a child on one answer."""
+def _grade(line: bytes, seconds: float) -> bytes:
+    """Grade one answer in a forked child and return its verdict byte."""
     child = os.fork()
     if child == 0:
-        # CPU time: a crowded machine must not make a right answer wrong. SIGPROF has no handler: the kernel ends us.
+        # CPU time, not wall time: a busy machine must not make a right answer wrong. SIGPROF has no handler, so the
+        # kernel kills the child.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             os._exit(_is_right(line))
@@ -87,23 +89,23 @@ def _graded(line: bytes, seconds: float) -> bytes:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return TIMEOUT if os.WTERMSIG(status) == signal.SIGPROF else CRASH
-    return _EXIT.get(os.WEXITSTATUS(status), CRASH)
+    return _VERDICT_OF_EXIT.get(os.WEXITSTATUS(status), CRASH)
 
 
 def _serve(seconds: float, memory_mb: int) -> None:
-    answers, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # whatever a library prints is no verdict
+    verdicts, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)  # output printed by a library must not be read as a verdict
     logging.disable(logging.CRITICAL)
     for pair in _WARM_UP:
         equal(*pair)
-    gc.freeze()  # children share what is loaded
+    gc.freeze()  # keeps loaded objects in shared pages of the forked children
     limit = memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(nowhere, 2)  # until here it says why it did not start
-    os.write(answers, READY)
+    os.dup2(devnull, 2)  # until here stderr carries the reason of a failed start
+    os.write(verdicts, READY)
     for line in sys.stdin.buffer:
-        os.write(answers, _graded(line, seconds))
+        os.write(verdicts, _grade(line, seconds))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The paper's experiments as a list of runs, and the tables made from them."""
+"""Run the paper's experiments as a list of runs and report their tables, figures and claims."""

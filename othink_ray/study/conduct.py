@@ -1,4 +1,4 @@
-"""mode=study: makes the runs that are not done yet, and keeps study.json and its page up to date."""
+"""mode=study: execute the runs that are not done yet, and keep study.json and the report up to date."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from othink_ray.atomic_write import atomic_write
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.study.claims import claims
-from othink_ray.study.launch import NOT_YET, Job, Outcome, Workshop
+from othink_ray.study.launch import WAITING, Job, JobOutcome, RunLauncher
 from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, compared_seeds, for_runs, planned
-from othink_ray.study.results import FinishedRun, read
+from othink_ray.study.results import FinishedRun, read_finished_run
 from othink_ray.study.tables import Tables
 
 BASE = "base"
 
 
-class Screen(Protocol):
-    """The console of a study."""
+class StudyConsole(Protocol):
+    """Console interface that a study needs."""
 
     def say(self, text: str) -> None: ...
 
@@ -31,103 +31,108 @@ class Screen(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A run with the job that makes it."""
+class PlannedJob:
+    """A planned run and the job that executes it."""
 
     run: StudyRun
     job: Job
 
 
 class Study:
-    """A study in its folder."""
+    """A study in its folder: its jobs, their launcher and study.json."""
 
     def __init__(self, config: Config, overrides: Sequence[str]) -> None:
         self.config, self.overrides = config, list(overrides)
         self.folder = Path(config.run.dir)
-        self.workshop = Workshop(self.folder)
+        self.launcher = RunLauncher(self.folder)
         extra = for_runs(overrides)
         self.base: Job | None = None
         if config.model.path is None:
-            self.base = Job(name=BASE, overrides=base_overrides(config.study, extra), leaves="export/config.json")
-        stands_on = self.base.overrides if self.base else ()
-        self.start_from = self.workshop.path(self.base) if self.base else None
-        self.entries = [
-            Entry(
+            self.base = Job(name=BASE, overrides=base_overrides(config.study, extra), output_file="export/config.json")
+        base_job_overrides = self.base.overrides if self.base else ()
+        self.base_folder = self.launcher.path(self.base) if self.base else None
+        self.planned_jobs = [
+            PlannedJob(
                 run=run,
-                job=Job(name=run.name, overrides=run.overrides, leaves="summary.json", stands_on=stands_on),
+                job=Job(
+                    name=run.name,
+                    overrides=run.overrides,
+                    output_file="summary.json",
+                    base_overrides=base_job_overrides,
+                ),
             )
             for run in planned(config.study, extra)
         ]
 
-    def conduct(self, screen: Screen, write_report: Callable[[Path], Path]) -> int:
-        """Its exit status: 0 when every run is done."""
+    def conduct(self, console: StudyConsole, write_report: Callable[[Path], Path]) -> int:
+        """Execute the study and return its exit status: 1 if a run failed, else 0."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_write(self.folder / "config.yaml", to_yaml(self.config))
         started = time.monotonic()
-        before = _read_seconds(self.folder)
+        earlier_seconds = _read_seconds(self.folder)
 
-        def seen(job: Job, outcome: Outcome) -> None:
-            screen.say(self._line(job, outcome))
-            self._write(before + time.monotonic() - started)
+        def on_outcome(job: Job, outcome: JobOutcome) -> None:
+            console.say(self._line(job, outcome))
+            self._write(earlier_seconds + time.monotonic() - started)
             write_report(self.folder)
-            screen.progress(self._count("done"), self._total(), self._time_left())
+            console.progress(self._count("done"), self._total(), self._time_left())
 
         try:
             if self.base:
-                self.workshop.make([self.base], 1, seen, screen.say)
-            if self.base is None or self.workshop.outcome(self.base).status == "done":
-                jobs = [entry.job for entry in self.entries]
-                self.workshop.make(jobs, self.config.study.parallel, seen, screen.say, self.start_from)
+                self.launcher.run([self.base], 1, on_outcome, console.say)
+            if self.base is None or self.launcher.outcome(self.base).status == "done":
+                jobs = [planned_job.job for planned_job in self.planned_jobs]
+                self.launcher.run(jobs, self.config.study.parallel, on_outcome, console.say, self.base_folder)
         finally:
-            self._write(before + time.monotonic() - started, at_rest=True)
-            screen.say(f"report: {write_report(self.folder)}")
+            self._write(earlier_seconds + time.monotonic() - started, at_rest=True)
+            console.say(f"report: {write_report(self.folder)}")
         failed = self._count("failed")
         if failed:
-            screen.say(f"{failed} run(s) failed: the report says why; the same command tries them again")
+            console.say(f"{failed} run(s) failed: see the report for the reasons; run the same command to retry them")
         return 1 if failed else 0
 
     def _jobs(self) -> list[Job]:
-        return [*([self.base] if self.base else []), *(entry.job for entry in self.entries)]
+        return [*([self.base] if self.base else []), *(planned_job.job for planned_job in self.planned_jobs)]
 
     def _total(self) -> int:
         return len(self._jobs())
 
     def _count(self, status: str) -> int:
-        return sum(self.workshop.outcome(job).status == status for job in self._jobs())
+        return sum(self.launcher.outcome(job).status == status for job in self._jobs())
 
     def _time_left(self) -> str:
-        outcomes = [self.workshop.outcome(entry.job) for entry in self.entries]
-        spent = [one.seconds for one in outcomes if one.status == "done" and one.seconds]
-        if not spent:
+        outcomes = [self.launcher.outcome(planned_job.job) for planned_job in self.planned_jobs]
+        durations = [outcome.seconds for outcome in outcomes if outcome.status == "done" and outcome.seconds]
+        if not durations:
             return ""
-        left = sum(one.status in ("waiting", "running") for one in outcomes)
-        minutes = left * sum(spent) / len(spent) / self.config.study.parallel / 60
+        left = sum(outcome.status in ("waiting", "running") for outcome in outcomes)
+        minutes = left * sum(durations) / len(durations) / self.config.study.parallel / 60
         return f"about {minutes:.0f} min left"
 
-    def _line(self, job: Job, outcome: Outcome) -> str:
+    def _line(self, job: Job, outcome: JobOutcome) -> str:
         if outcome.status == "running":
             return f"{job.name}: started"
         took = f"{outcome.seconds or 0:.0f} s"
         if outcome.status == "failed":
             return f"{job.name}: failed after {took}: {outcome.reason}"
-        summary = json.loads((self.workshop.path(job) / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((self.launcher.path(job) / "summary.json").read_text(encoding="utf-8"))
         before, after = (100 * summary[when]["accuracy"] for when in ("before", "after"))
         return f"{job.name}: done in {took}, accuracy {before:.1f} -> {after:.1f} %"
 
-    def _measured(self) -> list[FinishedRun]:
+    def _finished_runs(self) -> list[FinishedRun]:
         return [
-            read(self.workshop.path(entry.job), entry.run)
-            for entry in self.entries
-            if self.workshop.outcome(entry.job).status == "done"
+            read_finished_run(self.launcher.path(planned_job.job), planned_job.run)
+            for planned_job in self.planned_jobs
+            if self.launcher.outcome(planned_job.job).status == "done"
         ]
 
     def _write(self, seconds: float, *, at_rest: bool = False) -> None:
-        """study.json, whole; `at_rest`: nothing runs any more."""
-        study, measured = self.config.study, self._measured()
-        tables = Tables(study, measured)
-        accuracy = {one.run.name: one.own("after") for one in measured}
-        steps = {one.summary["steps"] for one in measured}
-        whole = {
+        """Rewrite study.json; `at_rest` once no run is active."""
+        study, finished_runs = self.config.study, self._finished_runs()
+        tables = Tables(study, finished_runs)
+        accuracy = {finished.run.name: finished.trained_task("after") for finished in finished_runs}
+        steps = {finished.summary["steps"] for finished in finished_runs}
+        record = {
             "name": study.name,
             "size": study.size,
             "finished": at_rest and self._count("done") == self._total(),
@@ -136,34 +141,39 @@ class Study:
             "model": self.config.model.path or self.config.model.name,
             "seeds": list(compared_seeds(study)),
             "steps": max(steps, default=None),
-            "questions": max((one.summary["before"]["n"] for one in measured), default=None),
+            "questions": max((finished.summary["before"]["n"] for finished in finished_runs), default=None),
             "tasks": {VC: study.counting.data, GR: study.geometry.data},
             "runs": [self._record(job, accuracy.get(job.name), at_rest=at_rest) for job in self._jobs()],
             **tables.all(),
             "claims": claims(tables),
         }
-        atomic_write(self.folder / "study.json", json.dumps(whole, indent=2) + "\n")
+        atomic_write(self.folder / "study.json", json.dumps(record, indent=2) + "\n")
 
     def _record(self, job: Job, accuracy: float | None, *, at_rest: bool) -> dict[str, Any]:
-        outcome = self.workshop.outcome(job)
+        outcome = self.launcher.outcome(job)
         if at_rest and outcome.status == "running":
-            outcome = NOT_YET
-        experiments = [one for entry in self.entries if entry.job == job for one in entry.run.experiments]
+            outcome = WAITING
+        experiments = [
+            experiment
+            for planned_job in self.planned_jobs
+            if planned_job.job == job
+            for experiment in planned_job.run.experiments
+        ]
         return {
             "name": job.name,
             "status": outcome.status,
             "reason": outcome.reason,
             "seconds": outcome.seconds,
             "folder": f"runs/{job.name}",
-            "command": self.workshop.shown_command(job, None if job == self.base else self.start_from),
+            "command": self.launcher.shown_command(job, None if job == self.base else self.base_folder),
             "experiments": experiments,
             "accuracy": accuracy,
-            "has_report": (self.workshop.path(job) / "report.html").is_file(),
+            "has_report": (self.launcher.path(job) / "report.html").is_file(),
         }
 
 
 def _read_seconds(folder: Path) -> float:
-    """Seconds that earlier commands of this study took."""
+    """Return the seconds that earlier invocations of this study took."""
     try:
         return float(json.loads((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""The paper's figures with the study's numbers: each says what the paper found and what its intervals are."""
+"""Build the paper's figures from the study's numbers, each with the paper's finding and a note on its intervals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from othink_ray.report.charts import Chart, Scale, Series, line_chart
 from othink_ray.report.figures import BLUE, GREEN, ORANGE
-from othink_ray.study.records import Row, Study, Value, curve_of, number, text, value_of
+from othink_ray.study.records import RecordedValue, Row, StudyRecord, curve_of, number, text, value_of
 
 INK = 0
-METHODS = {"base": ("base", INK), "grpo": ("GRPO", BLUE), "sft": ("SFT", ORANGE), "grpo_d": ("GRPO-D", GREEN)}
-FIRST_OF_RAMP, RAMP = 6, 5  # colours of the style sheet that stand for levels in order
+METHOD_STYLES = {"base": ("base", INK), "grpo": ("GRPO", BLUE), "sft": ("SFT", ORANGE), "grpo_d": ("GRPO-D", GREEN)}
+FIRST_OF_RAMP, RAMP = 6, 5  # ordered colors c6..c10 of the style sheet, for the levels of a sweep
 ACCURACY = Scale(percent=True, from_zero=False, least_span=0.2)
 REWARD = Scale(from_zero=False, least_span=0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One figure of the paper; `panels` is empty and `missing` says so when nothing of it was run."""
+class PaperFigure:
+    """One figure of the paper; `panels` is empty if none of its runs is done, and `missing` names the absent ones."""
 
     number: str
     title: str
@@ -26,37 +26,37 @@ class Figure:
     note: str
     panels: Sequence[Chart]
     missing: str
-    table: Sequence[tuple[float, Sequence[Value | None]]] = ()
+    table: Sequence[tuple[float, Sequence[RecordedValue | None]]] = ()
     columns: Sequence[str] = ()
 
 
-def figures(study: Study) -> dict[str, Figure]:
-    """The figures that are curves, by their key in study.json."""
+def figures(study: StudyRecord) -> dict[str, PaperFigure]:
+    """Return the figures drawn as charts, by their key in study.json."""
     return {"fig1": _figure_1(study), "fig4": _figure_4(study), "fig5": _figure_5(study), "fig6": _figure_6(study)}
 
 
 def method_name(method: str) -> str:
-    """GRPO-D for grpo_d; an unknown method keeps its name."""
-    return METHODS.get(method, (method, INK))[0]
+    """Return the displayed name of a method (GRPO-D for grpo_d); an unknown method keeps its name."""
+    return METHOD_STYLES.get(method, (method, INK))[0]
 
 
-def method_colour(method: str) -> int:
-    """The colour that a method has all over the page."""
-    return METHODS.get(method, (method, INK))[1]
+def method_color(method: str) -> int:
+    """Return the color index of a method, the same on the whole page."""
+    return METHOD_STYLES.get(method, (method, INK))[1]
 
 
-def seeds_note(values: Iterable[Value | None]) -> str:
-    """How many seeds the values come from and what their interval is; empty without any value."""
+def seeds_note(values: Iterable[RecordedValue | None]) -> str:
+    """Return a note on the number of seeds and the interval of the values; empty without a value."""
     known = [value for value in values if value is not None]
     return _interval_note(list(map(_seeds, known)), cut=any(value.cut for value in known)) if known else ""
 
 
-def _figure_1(study: Study) -> Figure:
+def _figure_1(study: StudyRecord) -> PaperFigure:
     curves = [(text(row, "method", "?"), curve_of(row.get("points"))) for row in study.fig1]
     series = [
         Series(
             label=method_name(method),
-            colour=method_colour(method),
+            colour=method_color(method),
             points=curve.points,
             intervals=curve.intervals,
             dots=len(curve.points) <= 30,
@@ -85,9 +85,9 @@ def _figure_1(study: Study) -> Figure:
     )
 
 
-def _figure_4(study: Study) -> Figure:
-    def panel(title: str, key: str, colour: int) -> Chart | None:
-        return _sweep(title, study.fig4, level="alpha", key=key, colour=colour, levels="α")
+def _figure_4(study: StudyRecord) -> PaperFigure:
+    def panel(title: str, key: str, color: int) -> Chart | None:
+        return _sweep(title, study.fig4, level="alpha", key=key, color=color, levels="α")
 
     return _figure(
         "Fig. 4",
@@ -96,12 +96,12 @@ def _figure_4(study: Study) -> Figure:
         seeds_note(value_of(row.get(key)) for row in study.fig4 for key in ("accuracy", "format")),
         [panel("Accuracy", "accuracy", BLUE), panel("Format accuracy", "format", ORANGE)],
         _missing_levels(study.fig4, "α", "alpha", lambda row: value_of(row.get("accuracy")) is not None),
-        table=_levels(study.fig4, "alpha", ("accuracy", "format")),
+        table=_level_table(study.fig4, "alpha", ("accuracy", "format")),
         columns=("α", "accuracy, %", "format, %"),
     )
 
 
-def _figure_5(study: Study) -> Figure:
+def _figure_5(study: StudyRecord) -> PaperFigure:
     rows = sorted(
         (row for row in study.fig5 if number(row.get("alpha")) is not None), key=lambda row: float(row["alpha"])
     )
@@ -110,18 +110,18 @@ def _figure_5(study: Study) -> Figure:
         series = [
             Series(
                 label=f"α {row['alpha']:g}",
-                colour=_ramp(place, len(rows)),
+                colour=_ramp(index, len(rows)),
                 points=curve_of(row.get(key)).points,
                 smooth=True,
             )
-            for place, row in enumerate(rows)
+            for index, row in enumerate(rows)
         ]
         return line_chart(title, series, left=REWARD)
 
-    def is_there(row: Row) -> bool:
+    def has_data(row: Row) -> bool:
         return bool(curve_of(row.get("accuracy")).points or curve_of(row.get("format")).points)
 
-    drawn = {row["alpha"] for row in rows if is_there(row)}
+    drawn = {row["alpha"] for row in rows if has_data(row)}
     same_runs = [value_of(row.get("accuracy")) for row in study.fig4 if number(row.get("alpha")) in drawn]
     return _figure(
         "Fig. 5",
@@ -129,19 +129,19 @@ def _figure_5(study: Study) -> Figure:
         "The paper draws these curves for the same values of α as in Fig. 4.",
         f"{_no_interval_note(_seeds_of_curves(study, same_runs))}; faint: single steps, bold: their moving average",
         [panel("Accuracy reward", "accuracy"), panel("Format reward", "format")],
-        _missing_levels(rows, "α", "alpha", is_there),
+        _missing_levels(rows, "α", "alpha", has_data),
     )
 
 
-def _figure_6(study: Study) -> Figure:
+def _figure_6(study: StudyRecord) -> PaperFigure:
     return _figure(
         "Fig. 6",
         "A constant KL weight β, geometry",
         "In the paper accuracy rises with β at first, then falls.",
         seeds_note(value_of(row.get("accuracy")) for row in study.fig6),
-        [_sweep("Accuracy", study.fig6, level="beta", key="accuracy", colour=BLUE, levels="β")],
+        [_sweep("Accuracy", study.fig6, level="beta", key="accuracy", color=BLUE, levels="β")],
         _missing_levels(study.fig6, "β", "beta", lambda row: value_of(row.get("accuracy")) is not None),
-        table=_levels(study.fig6, "beta", ("accuracy",)),
+        table=_level_table(study.fig6, "beta", ("accuracy",)),
         columns=("β", "accuracy, %"),
     )
 
@@ -154,12 +154,12 @@ def _figure(
     panels: Sequence[Chart | None],
     missing: Sequence[str],
     *,
-    table: Sequence[tuple[float, Sequence[Value | None]]] = (),
+    table: Sequence[tuple[float, Sequence[RecordedValue | None]]] = (),
     columns: Sequence[str] = (),
-) -> Figure:
+) -> PaperFigure:
     drawn = [panel for panel in panels if panel is not None]
     absent = f"no run done: {', '.join(missing)}" if missing and drawn else "" if drawn else "no run done"
-    return Figure(
+    return PaperFigure(
         number=number,
         title=title,
         found=found,
@@ -171,77 +171,75 @@ def _figure(
     )
 
 
-def _sweep(title: str, rows: Sequence[Row], *, level: str, key: str, colour: int, levels: str) -> Chart | None:
-    """One dot with its interval for each level that has a value."""
-    found = _placed(rows, level, key)
+def _sweep(title: str, rows: Sequence[Row], *, level: str, key: str, color: int, levels: str) -> Chart | None:
+    """Chart one dot with its interval for each level that has a value."""
+    found = _level_values(rows, level, key)
     series = Series(
         label=title.lower(),
-        colour=colour,
-        points=[(place, value.mean) for place, value in found],
-        intervals=[(place, value.lo, value.hi) for place, value in found],
+        colour=color,
+        points=[(x, value.mean) for x, value in found],
+        intervals=[(x, value.lo, value.hi) for x, value in found],
         dots=True,
     )
     return line_chart(title, [series], levels=levels, left=ACCURACY)
 
 
-def _placed(rows: Sequence[Row], level: str, key: str) -> list[tuple[float, Value]]:
+def _level_values(rows: Sequence[Row], level: str, key: str) -> list[tuple[float, RecordedValue]]:
     pairs = [(number(row.get(level)), value_of(row.get(key))) for row in rows]
-    known = [(place, value) for place, value in pairs if place is not None and value is not None]
+    known = [(x, value) for x, value in pairs if x is not None and value is not None]
     return sorted(known, key=lambda pair: pair[0])
 
 
-def _levels(rows: Sequence[Row], level: str, keys: Sequence[str]) -> list[tuple[float, list[Value | None]]]:
-    """The values of a sweep as a table, one row a level."""
+def _level_table(
+    rows: Sequence[Row], level: str, keys: Sequence[str]
+) -> list[tuple[float, list[RecordedValue | None]]]:
+    """Return the values of a sweep as a table, one row per level."""
     return sorted(
-        (
-            (place, [value_of(row.get(key)) for key in keys])
-            for row in rows
-            if (place := number(row.get(level))) is not None
-        ),
-        key=lambda line: line[0],
+        ((x, [value_of(row.get(key)) for key in keys]) for row in rows if (x := number(row.get(level))) is not None),
+        key=lambda table_row: table_row[0],
     )
 
 
-def _missing_levels(rows: Sequence[Row], symbol: str, level: str, is_there: Callable[[Row], bool]) -> list[str]:
-    absent = [place for row in rows if (place := number(row.get(level))) is not None and not is_there(row)]
-    return [f"{symbol} {place:g}" for place in sorted(absent)]
+def _missing_levels(rows: Sequence[Row], symbol: str, level: str, has_data: Callable[[Row], bool]) -> list[str]:
+    absent = [x for row in rows if (x := number(row.get(level))) is not None and not has_data(row)]
+    return [f"{symbol} {x:g}" for x in sorted(absent)]
 
 
 def _interval_note(seeds: Sequence[int], *, cut: bool) -> str:
-    several, one = (
-        "mean of the seeds, with its 95 % interval",
-        "one seed, with its 95 % interval",
-    )
+    single_seed = "one seed, with its 95 % interval"
     counts = [count for count in seeds if count > 1]
-    note = one if not counts else f"{_counted(counts)} seeds: {several}"
+    note = f"{_range(counts)} seeds: mean of the seeds, with its 95 % interval" if counts else single_seed
     if counts and len(counts) < len(seeds):
-        note += f"; elsewhere {one}"
+        note += f"; elsewhere {single_seed}"
     return note + (", cut at 0 and 100 %" if cut else "")
 
 
 def _no_interval_note(seeds: Sequence[int]) -> str:
-    return ("one seed" if max(seeds) == 1 else f"{_counted(seeds)} seeds: mean over the seeds") + ", no interval"
+    return ("one seed" if max(seeds) == 1 else f"{_range(seeds)} seeds: mean over the seeds") + ", no interval"
 
 
-def _seeds(value: Value) -> int:
+def _seeds(value: RecordedValue) -> int:
     return max(1, len(value.by_seed))
 
 
-def _seeds_of_curves(study: Study, same_runs: Iterable[Value | None]) -> list[int]:
-    """Curves do not tell their seeds: the values at the end of the same runs do, or else the study's list."""
+def _seeds_of_curves(study: StudyRecord, same_runs: Iterable[RecordedValue | None]) -> list[int]:
+    """Return the seed counts of curves, which do not record them.
+
+    Taken from the final values of the same runs, or else from the study's list of seeds.
+    """
     return [_seeds(value) for value in same_runs if value is not None] or [max(1, len(study.seeds))]
 
 
-def _claim(study: Study, experiment: str, otherwise: str) -> str:
-    """The paper's first claim about an experiment, as the study words it."""
+def _claim(study: StudyRecord, experiment: str, otherwise: str) -> str:
+    """Return the paper's first claim about an experiment, as worded in study.json."""
     claims = [text(row, "claim") for row in study.claims if row.get("experiment") == experiment]
     return next((f"The paper: {claim}" for claim in claims if claim), otherwise)
 
 
-def _ramp(place: int, count: int) -> int:
-    return FIRST_OF_RAMP + round(place * (RAMP - 1) / max(1, count - 1))
+def _ramp(index: int, count: int) -> int:
+    return FIRST_OF_RAMP + round(index * (RAMP - 1) / max(1, count - 1))
 
 
-def _counted(counts: Sequence[int]) -> str:
+def _range(counts: Sequence[int]) -> str:
     least, most = min(counts), max(counts)
     return str(most) if least == most else f"{least} to {most}"

@@ -1,4 +1,4 @@
-"""The paper's results (arXiv 2503.16081v2), in percent."""
+"""Results reported by the paper (arXiv 2503.16081v2), in percent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE_1 = {
     ("GR", "grpo_d"): (34.35, 45.49),
 }
 
-# Fig. 7, 2B, trained on one task and tested on the other: (trained on, method, against) -> relative change
+# Fig. 7, 2B, trained on one task and tested on the other: (trained on, method, baseline) -> relative change
 FIG_7 = {
     ("GR", "grpo_d", "base"): 63.53,
     ("GR", "grpo_d", "sft"): 61.63,

@@ -1,4 +1,4 @@
-"""The experiments as runs: each is a list of overrides, and one that two experiments share is there once."""
+"""Plan the experiments as runs: each run is a list of config overrides; a run shared by experiments is planned once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from othink_ray.config.schema import StudyConfig, StudyTask
 VC, GR = "VC", "GR"  # the paper's names: visual counting, geometry reasoning
 METHODS = ("grpo", "sft", "grpo_d")
 ALPHA, BETA = "algo.reward.format_weight", "algo.kl.beta_min"
-OWN = ("mode", "study", "run.dir", "run.resume")  # keys that mean the study itself, not its runs
+STUDY_KEYS = ("mode", "study", "run.dir", "run.resume")  # keys that configure the study, not its runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
-    """One run of the list, with what tells it from the others."""
+    """One planned run and the settings that distinguish it from the others."""
 
     name: str
     experiments: tuple[str, ...]
@@ -23,38 +23,38 @@ class StudyRun:
     method: str  # one of METHODS
     seed: int
     alpha: float
-    beta: float | None  # of a constant schedule
+    beta: float | None  # constant KL weight; None under another schedule
     overrides: tuple[str, ...]
 
 
 def planned(study: StudyConfig, extra: Sequence[str]) -> list[StudyRun]:
-    """All runs but the base model's, in the order in which they are made; `extra` overrides what is the same in all."""
-    found: dict[tuple[object, ...], StudyRun] = {}
-    for run in _wanted(study, extra):
+    """Return all runs except the base model's in execution order; `extra` overrides the settings common to all runs."""
+    runs: dict[tuple[object, ...], StudyRun] = {}
+    for run in _all_runs(study, extra):
         key = (run.task, run.method, run.seed, run.alpha, run.beta)
-        shared = found.setdefault(key, run)
+        shared = runs.setdefault(key, run)
         experiments = tuple(dict.fromkeys((*shared.experiments, *run.experiments)))
-        found[key] = replace(shared, experiments=experiments)
-    return list(found.values())
+        runs[key] = replace(shared, experiments=experiments)
+    return list(runs.values())
 
 
 def compared_seeds(study: StudyConfig) -> range:
-    """Of each method where methods are compared."""
+    """Return the seeds of each method in comparisons of methods."""
     return range(study.seeds if study.size == "full" else study.small_seeds)
 
 
 def swept_seeds(study: StudyConfig) -> range:
-    """Of each value in a sweep."""
+    """Return the seeds of each value in a sweep."""
     return range(study.sweep_seeds if study.size == "full" else study.small_seeds)
 
 
 def base_overrides(study: StudyConfig, extra: Sequence[str]) -> tuple[str, ...]:
-    """The run that makes the base model."""
-    return merged(study.base, [one for one in extra if key_of(one) not in map(key_of, study.base)])
+    """Return the overrides of the run that trains the base model."""
+    return merged(study.base, [override for override in extra if key_of(override) not in map(key_of, study.base)])
 
 
-def _wanted(study: StudyConfig, extra: Sequence[str]) -> Iterator[StudyRun]:
-    """Every run of every experiment, the same one possibly several times."""
+def _all_runs(study: StudyConfig, extra: Sequence[str]) -> Iterator[StudyRun]:
+    """Yield every run of every experiment; shared runs repeat."""
     compared, swept = compared_seeds(study), swept_seeds(study)
     for experiment in study.experiments:
         if experiment in ("same_task", "cross_task"):
@@ -71,7 +71,7 @@ def _wanted(study: StudyConfig, extra: Sequence[str]) -> Iterator[StudyRun]:
                 for alpha in study.alphas:
                     yield _run(study, extra, experiment, GR, "grpo", seed, alpha=alpha)
         else:
-            assert experiment == "beta", "config.check: no other experiment"
+            assert experiment == "beta", "config.rules rejects other experiments"
             for seed in swept:
                 for beta in study.betas:
                     yield _run(study, extra, experiment, GR, "grpo", seed, beta=beta)
@@ -88,15 +88,15 @@ def _run(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> StudyRun:
-    own, other = (study.counting, study.geometry) if task == VC else (study.geometry, study.counting)
+    trained, other = (study.counting, study.geometry) if task == VC else (study.geometry, study.counting)
     if method == "grpo" and beta is None:
-        beta = own_beta(own)
+        beta = baseline_beta(trained)
     name = f"{task}-{method}"
     if experiment in ("alpha", "beta"):
         name += f"-alpha{alpha:g}-beta{beta:g}"
     swept = [f"{ALPHA}={alpha:g}"] if method != "sft" else []
     swept += [f"{BETA}={beta:g}"] if beta is not None else []
-    own_keys = [f"data={own.data}", f"eval.also=[{other.data}]", f"train.seed={seed}", *swept]
+    distinguishing = [f"data={trained.data}", f"eval.also=[{other.data}]", f"train.seed={seed}", *swept]
     return StudyRun(
         name=f"{name}-seed{seed}",
         experiments=(experiment,),
@@ -106,30 +106,40 @@ def _run(
         alpha=alpha,
         beta=beta,
         overrides=merged(
-            study.all, own.all, study.small if study.size == "small" else (), extra, getattr(own, method), own_keys
+            study.all,
+            trained.all,
+            study.small if study.size == "small" else (),
+            extra,
+            getattr(trained, method),
+            distinguishing,
         ),
     )
 
 
-def own_beta(task: StudyTask) -> float:
-    """The constant KL weight of the task's GRPO baseline."""
-    [value] = [one.partition("=")[2] for one in task.grpo if key_of(one) == BETA]
+def baseline_beta(task: StudyTask) -> float:
+    """Return the constant KL weight of the task's GRPO baseline."""
+    [value] = [override.partition("=")[2] for override in task.grpo if key_of(override) == BETA]
     return float(value)
 
 
 def merged(*parts: Iterable[str]) -> tuple[str, ...]:
-    """All overrides; where a key is set twice, the last one holds."""
+    """Concatenate overrides; the last one of a key wins."""
     last: dict[str, str] = {}
-    for one in (one for part in parts for one in part):
-        last.pop(key_of(one), None)
-        last[key_of(one)] = one
+    for override in (override for part in parts for override in part):
+        last.pop(key_of(override), None)
+        last[key_of(override)] = override
     return tuple(last.values())
 
 
 def key_of(override: str) -> str:
+    """Return the key of a Hydra override: `a.b` for a.b=c and +a.b=c."""
     return override.lstrip("+").partition("=")[0]
 
 
 def for_runs(overrides: Sequence[str]) -> list[str]:
-    """Those overrides of the study's command that its runs get."""
-    return [one for one in overrides if key_of(one) not in OWN and not key_of(one).startswith("study.")]
+    """Return the overrides of the study's command that are passed on to its runs."""
+    return [
+        override
+        for override in overrides
+        if key_of(override) not in STUDY_KEYS and not key_of(override).startswith("study.")
+    ]

@@ -1,4 +1,4 @@
-"""Reading study.json, however much of the study has been run: what is null, missing or not finite is left out."""
+"""Read study.json at any stage of the study; null, missing and non-finite values are left out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """A fraction measured with one or more seeds; its interval lies in 0..1, `cut` when it had to be made to."""
+class RecordedValue:
+    """Mean of a fraction over seeds with its interval, clipped to [0, 1]; `cut` if clipping changed it."""
 
     mean: float
     lo: float
@@ -25,8 +25,8 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """(step, value) points, and (step, lo, hi) where there is an interval, `cut` when one did not lie in 0..1."""
+class RecordedCurve:
+    """Points (step, value) and intervals (step, lo, hi) clipped to [0, 1]; `cut` if clipping changed one."""
 
     points: Sequence[tuple[int, float]]
     intervals: Sequence[tuple[int, float, float]]
@@ -34,7 +34,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RecordedRun:
     """One training run of the study."""
 
     name: str
@@ -49,8 +49,8 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
-    """The whole of study.json; `row` lists keep the file's keys and are read by the figure or table they are for."""
+class StudyRecord:
+    """Contents of study.json; the `Row` lists keep the file's keys, and their figure or table reads them."""
 
     name: str
     size: str
@@ -62,7 +62,7 @@ class Study:
     steps: float | None
     questions: float | None
     tasks: Mapping[str, str]
-    runs: Sequence[Run]
+    runs: Sequence[RecordedRun]
     claims: Sequence[Row]
     table1: Sequence[Row]
     fig1: Sequence[Row]
@@ -72,21 +72,21 @@ class Study:
     fig7: Sequence[Row]
 
 
-def read_study(study_dir: Path) -> Study:
-    """Read the study's only file; it has to be there and hold one JSON object."""
+def read_study(study_dir: Path) -> StudyRecord:
+    """Read study.json; raise unless it exists and holds one JSON object."""
     path = study_dir / "study.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a study report needs a study's folder, and this is none")
+        raise FileNotFoundError(f"{path} does not exist: pass the folder of a study (run.dir of mode=study)")
     try:
         record = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): run the study again, it will write the file anew"
-        ) from None
+        raise ValueError(f"{path} is not valid JSON ({error}): run the study again to rewrite it") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} holds a {type(record).__name__}, not an object: it is no record of a study")
+        raise ValueError(
+            f"{path} holds a {type(record).__name__}, not an object: run the study again to rewrite the file"
+        )
     tasks = record.get("tasks")
-    return Study(
+    return StudyRecord(
         name=text(record, "name", "unnamed"),
         size=text(record, "size"),
         finished=record.get("finished") is True,
@@ -103,28 +103,28 @@ def read_study(study_dir: Path) -> Study:
 
 
 def number(value: object) -> float | None:
-    """A number that can be shown, or None."""
+    """Return a finite number as a float, else None."""
     return float(value) if isinstance(value, int | float) and is_finite(value) else None
 
 
 def text(row: Row, key: str, otherwise: str = "") -> str:
-    """A text of a row, or what stands for it when it is null, missing or empty."""
+    """Return a field of a row as text, or `otherwise` if it is null, missing or empty."""
     value = row.get(key)
     return str(value) if value not in (None, "") else otherwise
 
 
-def value_of(record: object) -> Value | None:
-    """A measured value, or None when it has no mean; without an interval the mean is its own."""
+def value_of(record: object) -> RecordedValue | None:
+    """Parse a value; None without a mean. A missing bound of the interval defaults to the mean."""
     mean = number(record.get("mean")) if isinstance(record, dict) else None
     if mean is None or not isinstance(record, dict):
         return None
-    lo, hi = _or(number(record.get("lo")), mean), _or(number(record.get("hi")), mean)
+    lo, hi = _default(number(record.get("lo")), mean), _default(number(record.get("hi")), mean)
     by_seed = [value for item in _items(record.get("values")) if (value := number(item)) is not None]
-    return Value(mean=mean, lo=_within(lo), hi=_within(hi), by_seed=by_seed, cut=lo < 0 or hi > 1)
+    return RecordedValue(mean=mean, lo=_clip(lo), hi=_clip(hi), by_seed=by_seed, cut=lo < 0 or hi > 1)
 
 
-def curve_of(points: object) -> Curve:
-    """A curve from [step, value] or [step, mean, lo, hi] lists in order of steps; unusable points are left out."""
+def curve_of(points: object) -> RecordedCurve:
+    """Parse [step, value] or [step, mean, lo, hi] lists, sorted by step; malformed points are left out."""
     found: dict[int, list[float | None]] = {}
     for point in _items(points):
         numbers = [number(item) for item in _items(point)]
@@ -136,15 +136,15 @@ def curve_of(points: object) -> Curve:
         for step in means
         if len(found[step]) >= 3 and (lo := found[step][1]) is not None and (hi := found[step][2]) is not None
     ]
-    return Curve(
+    return RecordedCurve(
         points=list(means.items()),
-        intervals=[(step, _within(lo), _within(hi)) for step, lo, hi in intervals],
+        intervals=[(step, _clip(lo), _clip(hi)) for step, lo, hi in intervals],
         cut=any(lo < 0 or hi > 1 for _, lo, hi in intervals),
     )
 
 
-def _run(row: Row) -> Run:
-    return Run(
+def _run(row: Row) -> RecordedRun:
+    return RecordedRun(
         name=text(row, "name", "unnamed"),
         status=text(row, "status", "waiting"),
         reason=text(row, "reason"),
@@ -165,9 +165,9 @@ def _items(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else []
 
 
-def _or(value: float | None, otherwise: float) -> float:
+def _default(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _within(fraction: float) -> float:
+def _clip(fraction: float) -> float:
     return min(max(fraction, 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""The paper's tables and figures from the runs that are done: plain values, as study.json holds them."""
+"""Compute the paper's tables and figures from the finished runs, as plain values for study.json."""
 
 from __future__ import annotations
 
@@ -8,49 +8,64 @@ from typing import Any
 
 from othink_ray.config.schema import StudyConfig
 from othink_ray.study.paper_numbers import FIG_7, TABLE_1
-from othink_ray.study.plan import GR, METHODS, VC, own_beta, swept_seeds
-from othink_ray.study.results import FinishedRun, Value, held_out_curve, mean_curve, over_seeds
+from othink_ray.study.plan import GR, METHODS, VC, baseline_beta, swept_seeds
+from othink_ray.study.results import FinishedRun, SeedMean, held_out_curve, mean_curve, over_seeds
 
 Row = dict[str, Any]
 
+_REWARDS = ("accuracy", "format")
+
 
 class Tables:
-    """What is asked of the finished runs, by task, method and swept value."""
+    """Results of the finished runs by task, method and swept value."""
 
-    def __init__(self, study: StudyConfig, done: Sequence[FinishedRun]) -> None:
-        self.study, self.done = study, done
+    def __init__(self, study: StudyConfig, finished: Sequence[FinishedRun]) -> None:
+        self.study, self.finished = study, finished
 
     def runs(self, task: str, method: str, *, alpha: float = 1.0, beta: float | None = None) -> list[FinishedRun]:
-        """Of all seeds; a constant KL weight that is not given is the baseline's own."""
+        """Return the finished runs of all seeds; for GRPO without `beta`, with the KL weight of the baseline."""
         if method == "grpo" and beta is None:
-            beta = own_beta(self.study.counting if task == VC else self.study.geometry)
+            beta = baseline_beta(self.study.counting if task == VC else self.study.geometry)
         wanted = (task, method, alpha, beta)
-        return [one for one in self.done if (one.run.task, one.run.method, one.run.alpha, one.run.beta) == wanted]
+        return [
+            finished
+            for finished in self.finished
+            if (finished.run.task, finished.run.method, finished.run.alpha, finished.run.beta) == wanted
+        ]
 
-    def same_task(self, task: str, method: str) -> Value | None:
-        """Accuracy after training on the task itself; that of the base model is the same before every run."""
+    def same_task(self, task: str, method: str) -> SeedMean | None:
+        """Return the accuracy after training on the same task.
+
+        The base model's is the accuracy before any run on the task: all of them start from the same model.
+        """
         if method == "base":
-            return over_seeds([one for one in self.done if one.run.task == task][:1], lambda one: one.own("before"))
-        return over_seeds(self.runs(task, method), lambda one: one.own("after"))
+            return over_seeds(self._any_run_on(task), lambda finished: finished.trained_task("before"))
+        return over_seeds(self.runs(task, method), lambda finished: finished.trained_task("after"))
 
-    def cross_task(self, train: str, method: str) -> Value | None:
-        """Accuracy on the other task than the one trained on."""
+    def cross_task(self, train: str, method: str) -> SeedMean | None:
+        """Return the accuracy on the task that was not trained on."""
         if method == "base":
-            return over_seeds([one for one in self.done if one.run.task == train][:1], lambda one: one.other("before"))
-        return over_seeds(self.runs(train, method), lambda one: one.other("after"))
+            return over_seeds(self._any_run_on(train), lambda finished: finished.other_task("before"))
+        return over_seeds(self.runs(train, method), lambda finished: finished.other_task("after"))
 
-    def of_alpha(self, alpha: float, name: str = "accuracy") -> Value | None:
-        return over_seeds(self._swept(alpha=alpha), lambda one: one.own("after", name))
+    def of_alpha(self, alpha: float, name: str = "accuracy") -> SeedMean | None:
+        """Return a metric after training with format reward weight `alpha`."""
+        return over_seeds(self._swept(alpha=alpha), lambda finished: finished.trained_task("after", name))
 
-    def of_beta(self, beta: float) -> Value | None:
-        return over_seeds(self._swept(beta=beta), lambda one: one.own("after"))
+    def of_beta(self, beta: float) -> SeedMean | None:
+        """Return the accuracy after training with constant KL weight `beta`."""
+        return over_seeds(self._swept(beta=beta), lambda finished: finished.trained_task("after"))
+
+    def _any_run_on(self, task: str) -> list[FinishedRun]:
+        return [finished for finished in self.finished if finished.run.task == task][:1]
 
     def _swept(self, *, alpha: float = 1.0, beta: float | None = None) -> list[FinishedRun]:
-        """The seeds that every value of a sweep has."""
-        return [one for one in self.runs(GR, "grpo", alpha=alpha, beta=beta) if one.run.seed in swept_seeds(self.study)]
+        """Return the runs of one swept value, limited to the seeds that every value of the sweep has."""
+        seeds = swept_seeds(self.study)
+        return [run for run in self.runs(GR, "grpo", alpha=alpha, beta=beta) if run.run.seed in seeds]
 
     def all(self) -> Row:
-        """Every table and figure of the experiments that are part of the study."""
+        """Return every table and figure of the study; those of experiments that it leaves out are empty lists."""
         chosen = self.study.experiments
         return {
             "table1": self._table_1() if "same_task" in chosen else [],
@@ -118,15 +133,12 @@ class Tables:
         return rows
 
 
-_REWARDS = ("accuracy", "format")
-
-
-def relative(ours: Value | None, other: Value | None) -> float | None:
-    """The relative change of a mean; None where there is nothing to compare with."""
+def relative(ours: SeedMean | None, other: SeedMean | None) -> float | None:
+    """Return the relative change of the mean; None if either value is missing or the other mean is 0."""
     if ours is None or other is None or other.mean == 0:
         return None
     return ours.mean / other.mean - 1
 
 
-def _plain(value: Value | None) -> Row | None:
+def _plain(value: SeedMean | None) -> Row | None:
     return None if value is None else asdict(value)

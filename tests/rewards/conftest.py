@@ -1,4 +1,4 @@
-"""One grader with its real process for the whole room."""
+"""Shared fixtures of the reward tests: one session-wide grader with its real grading process."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def grader() -> Iterator[Grader]:
         yield grader
 
 
-def living(session: int) -> list[int]:
-    """The processes of a session that still run."""
-    found = []
+def live_processes(session: int) -> list[int]:
+    """Return the pids of a session's processes that are still running."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it ended meanwhile
+            state, _, _, process_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # the process ended during the scan
             continue
-        if int(its_session) == session and state not in "ZX":
-            found.append(int(stat.parent.name))
-    return found
+        if int(process_session) == session and state not in "ZX":
+            pids.append(int(stat.parent.name))
+    return pids

@@ -1,3 +1,5 @@
+"""The rule-based accuracy reward: verdicts, tag handling, robustness and speed on any text."""
+
 from __future__ import annotations
 
 import time
@@ -12,7 +14,7 @@ from othink_ray.rewards import accuracy
 ANY_TEXT = st.text(st.characters(categories=None)) | st.lists(
     st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "3", "/", "e", ".", ",", "\0", "\ud800", " ", "°"])
 ).map("".join)
-# What answers are made of. Whatever they say together, it is one number or none.
+# Fragments of answers. Any combination must state one number or none.
 PHRASES = st.lists(
     st.sampled_from(
         "1 2 3 12 0.5 1/2 -1 three twenty one hundred half quarters ninths million and or not no is are = == ( ) [ ] , "
@@ -22,7 +24,7 @@ PHRASES = st.lists(
     max_size=9,
 ).map(" ".join)
 
-STATED = [  # what stands inside <answer>, the truth, the verdict
+STATED = [  # text inside <answer>, true answer, verdict
     ("3", "3", 1),
     (" 3 ", "3", 1),
     ("\n3\n", "3", 1),
@@ -137,7 +139,7 @@ STATED = [  # what stands inside <answer>, the truth, the verdict
 
 
 @pytest.mark.parametrize(("stated", "answer", "verdict"), STATED)
-def test_the_verdict_on_a_stated_answer(stated: str, answer: str, verdict: int) -> None:
+def test_verdicts_on_stated_answers(stated: str, answer: str, verdict: int) -> None:
     assert accuracy(f"<think> hm </think><answer>{stated}</answer>", answer) == verdict
 
 
@@ -178,14 +180,14 @@ def test_any_text_gets_a_verdict(text: str, answer: str) -> None:
 @example("3 is one")
 @settings(max_examples=400, deadline=None)
 def test_no_answer_is_right_for_two_numbers(stated: str) -> None:
-    """What would pay an answer for saying several."""
+    """Otherwise an answer could earn a reward by stating several numbers."""
     numbers = ["0", "1", "2", "3", "12", "20", "21", "100", "1/2", "1/9", "-1", "2000000"]
     assert sum(accuracy(f"<answer>{stated}</answer>", number) for number in numbers) <= 1
 
 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None)
-def test_any_truth_is_matched_by_itself_unless_it_is_empty(answer: str) -> None:
+def test_every_nonempty_truth_matches_itself(answer: str) -> None:
     if not any(tag in answer for tag in ("<answer>", "</answer>")):
         assert accuracy(f"<answer>{answer}</answer>", answer) == float(bool(answer.split()))
 
@@ -193,7 +195,7 @@ def test_any_truth_is_matched_by_itself_unless_it_is_empty(answer: str) -> None:
 @pytest.mark.parametrize(
     "piece", ["<answer>", "</answer>", "<answer>3", "<answer>3</answer>", "3", "3 ", "\0", " ", "1,"]
 )
-def test_a_megabyte_of_anything_is_graded_within_a_second(piece: str) -> None:
+def test_a_megabyte_of_any_text_is_graded_within_a_second(piece: str) -> None:
     text = piece * (10**6 // len(piece))
     started = time.perf_counter()
     verdicts = {accuracy(text, "3"), accuracy(f"<answer>{text}</answer>", "B"), accuracy(f"<answer>{text}", text)}

@@ -1,3 +1,5 @@
+"""The format reward: tag order, robustness and speed on any text."""
+
 from __future__ import annotations
 
 import time
@@ -51,30 +53,30 @@ PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "3", "\0", "\ud800"]), max_
         ("<think>a</think><answer>3</answer><|im_end|>", 0),
     ],
 )
-def test_the_verdict_on_a_text(text: str, verdict: int) -> None:
+def test_verdicts_on_texts(text: str, verdict: int) -> None:
     assert format_reward(text) == verdict
 
 
 @given(st.text(st.characters(categories=None)) | PIECES)
 @settings(max_examples=500, deadline=None)
-def test_any_text_gets_a_verdict_and_a_good_one_has_its_tags_in_order(text: str) -> None:
+def test_any_text_gets_a_verdict_and_1_needs_tags_in_order(text: str) -> None:
     verdict = format_reward(text)
     assert verdict in (0.0, 1.0)
     if verdict:
-        places = [text.index(tag) for tag in TAGS]
-        assert places == sorted(places)
+        positions = [text.index(tag) for tag in TAGS]
+        assert positions == sorted(positions)
         assert [text.count(tag) for tag in TAGS] == [1, 1, 1, 1]
 
 
 @given(PIECES, PIECES)
 @settings(max_examples=300, deadline=None)
-def test_tags_round_any_content_without_tags_are_good(thought: str, answer: str) -> None:
+def test_tags_around_any_content_without_tags_score_1(thought: str, answer: str) -> None:
     text = f"<think>{thought}</think>\n<answer>{answer}</answer>"
     assert format_reward(text) == float(not any(tag in thought + "|" + answer for tag in TAGS))
 
 
 @pytest.mark.parametrize("piece", ["<think>", "<think></think>", "<", "</think><answer>", " ", "\n", "\0", "<think>a "])
-def test_a_megabyte_of_anything_is_judged_within_a_second(piece: str) -> None:
+def test_a_megabyte_of_any_text_is_scored_within_a_second(piece: str) -> None:
     text = piece * (10**6 // len(piece))
     started = time.perf_counter()
     assert format_reward(text) == 0.0

@@ -1,4 +1,4 @@
-"""Numbers in words against a speller of its own, and what is none."""
+"""Numerals in English words, compared with an independent speller, and texts that are not numerals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNITS = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
-def in_words(number: int, hyphen: str, joint: str) -> str:
+def in_words(number: int, hyphen: str, separator: str) -> str:
     if number < 20:
         return UNITS[number]
     if number < 100:
@@ -25,16 +25,16 @@ def in_words(number: int, hyphen: str, joint: str) -> str:
         return TENS[tens - 2] + (hyphen + UNITS[unit] if unit else "")
     for size, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
         if number >= size:
-            many, rest = divmod(number, size)
-            return f"{in_words(many, hyphen, joint)} {name}" + (
-                f"{joint}{in_words(rest, hyphen, joint)}" if rest else ""
+            count, rest = divmod(number, size)
+            return f"{in_words(count, hyphen, separator)} {name}" + (
+                f"{separator}{in_words(rest, hyphen, separator)}" if rest else ""
             )
     raise AssertionError
 
 
 @given(st.integers(0, 10**9 - 1), st.sampled_from("- "), st.sampled_from([" ", " and "]))
-def test_every_number_below_a_billion_reads_back(number: int, hyphen: str, joint: str) -> None:
-    words = in_words(number, hyphen, joint)
+def test_every_number_below_a_billion_round_trips(number: int, hyphen: str, separator: str) -> None:
+    words = in_words(number, hyphen, separator)
     assert spelled(words) == (number, "")
     assert spelled(f"{words.upper()} red cubes") == (number, "red cubes")
     assert spelled(f"minus {words}") == (-number, "")
@@ -61,12 +61,12 @@ def test_every_number_below_a_billion_reads_back(number: int, hyphen: str, joint
         ("three and five halves", Fraction(3), "and five halves"),
     ],
 )
-def test_the_longest_number_is_read_and_the_rest_is_kept(text: str, value: Fraction, rest: str) -> None:
+def test_the_longest_numeral_is_read_and_the_rest_kept(text: str, value: Fraction, rest: str) -> None:
     assert spelled(text) == (value, rest)
 
 
 @pytest.mark.parametrize(
     "text", ["", "3", "1,234", "cubes", "third", "the third", "a", "and", "three-sided", "five-six", "point five"]
 )
-def test_what_is_no_number_in_words_is_none(text: str) -> None:
+def test_texts_that_are_not_numerals_give_none(text: str) -> None:
     assert spelled(text) is None

@@ -1,4 +1,4 @@
-"""A reward of the user's own."""
+"""Custom rewards (algo.reward.own): weighting, masking and configuration errors."""
 
 from __future__ import annotations
 
@@ -39,34 +39,35 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def group() -> Group:
     ids = np.zeros(1, np.int64)
-    said = [
+    completions = [
         Completion(token_ids=ids, sampler_logprobs=np.zeros(1, np.float32), text=text, finish="stop") for text in TEXTS
     ]
     prompt = Prompt(id="one", messages=(), images=(), answer="2", task="counting")
-    return Group(prompt=prompt, prompt_token_ids=ids, completions=tuple(said), version=0)
+    return Group(prompt=prompt, prompt_token_ids=ids, completions=tuple(completions), version=0)
 
 
-def scored(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, list[float]], list[bool]]:
-    own = load_custom_reward(reward.own)
-    assert own is not None
+def score(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, list[float]], list[bool]]:
+    custom = load_custom_reward(reward.own)
+    assert custom is not None
     with Grader(reward) as grader:
-        found = score_group(group, reward, grader, opened(own))
-    return found.rewards.tolist(), {name: part.tolist() for name, part in found.parts.items()}, found.valid.tolist()
+        result = score_group(group, reward, grader, opened(custom))
+    parts = {name: part.tolist() for name, part in result.parts.items()}
+    return result.rewards.tolist(), parts, result.valid.tolist()
 
 
-def test_it_is_weighed_and_added_to_accuracy_and_format(file: Path, group: Group) -> None:
+def test_a_custom_reward_is_weighted_and_added(file: Path, group: Group) -> None:
     reward = load([f"algo.reward.own={file}:brevity", "algo.reward.own_weight=10"]).algo.reward
-    brief = [1 / len(text) for text in TEXTS]
-    rewards, parts, valid = scored(group, reward)
-    assert parts == {"accuracy": [1, 0], "format": [1, 0], "brevity": brief}
-    assert rewards == pytest.approx([2 + 10 * brief[0], 10 * brief[1]])
+    brevity = [1 / len(text) for text in TEXTS]
+    rewards, parts, valid = score(group, reward)
+    assert parts == {"accuracy": [1, 0], "format": [1, 0], "brevity": brevity}
+    assert rewards == pytest.approx([2 + 10 * brevity[0], 10 * brevity[1]])
     assert valid == [True, True]
-    alone = scored(group, replace(reward, accuracy_weight=0.0, format_weight=0.0))[0]
-    assert alone == pytest.approx([10 * one for one in brief])
+    custom_only = score(group, replace(reward, accuracy_weight=0.0, format_weight=0.0))[0]
+    assert custom_only == pytest.approx([10 * value for value in brevity])
 
 
-def test_an_answer_on_which_it_fails_is_masked(file: Path, group: Group) -> None:
-    rewards, parts, valid = scored(group, load([f"algo.reward.own={file}:fussy"]).algo.reward)
+def test_an_answer_on_which_a_custom_reward_fails_is_masked(file: Path, group: Group) -> None:
+    rewards, parts, valid = score(group, load([f"algo.reward.own={file}:fussy"]).algo.reward)
     assert valid == [False, True]
     assert (rewards, parts["fussy"]) == ([0, 3], [0, 3])
 
@@ -79,12 +80,12 @@ def test_an_answer_on_which_it_fails_is_masked(file: Path, group: Group) -> None
         ("accuracy", "accuracy is the name of a reward that is there already"),
     ],
 )
-def test_a_function_that_cannot_be_it_is_a_problem_before_the_run(file: Path, function: str, words: str) -> None:
+def test_an_unusable_function_is_a_configuration_error(file: Path, function: str, words: str) -> None:
     [problem] = problems(load([f"algo.reward.own={file}:{function}"]), None)
     assert words in " ".join(str(problem).split())
 
 
-def test_a_file_that_is_not_there_or_no_python_is_a_problem(tmp_path: Path) -> None:
+def test_a_missing_or_invalid_file_is_a_configuration_error(tmp_path: Path) -> None:
     [absent] = problems(load([f"algo.reward.own={tmp_path}/none.py:brevity"]), None)
     assert "there is no such file here" in str(absent)
     (tmp_path / "broken.py").write_text("def brevity(text, answer:\n")

@@ -1,3 +1,5 @@
+"""The answer inside <answer>…</answer>."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,5 +26,5 @@ from othink_ray.rewards.parse import answer_text
         ("", None),
     ],
 )
-def test_the_last_complete_answer_is_the_one_stated(text: str, expected: str | None) -> None:
+def test_the_last_complete_answer_counts(text: str, expected: str | None) -> None:
     assert answer_text(text) == expected

@@ -1,3 +1,5 @@
+"""Exact values: numbers, fractions, closed forms, and texts that are too large or malformed."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +15,7 @@ from othink_ray.rewards.quantity import parse_quantity
 
 
 def rational(text: str) -> Fraction | None:
-    """The value of a quantity, which must be rational."""
+    """Return the value of a quantity and assert that it is rational."""
     quantity = parse_quantity(text)
     if quantity is None:
         return None
@@ -47,12 +49,12 @@ def test_numbers_are_exact(text: str, expected: Fraction | None) -> None:
 
 
 @given(st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**6))
-def test_every_fraction_reads_back(value: Fraction) -> None:
+def test_every_fraction_round_trips(value: Fraction) -> None:
     assert rational(f"{value}") == value
 
 
 @given(st.integers(min_value=-(10**12), max_value=10**12))
-def test_every_integer_reads_back_plain_and_with_thousands(value: int) -> None:
+def test_every_integer_round_trips_with_and_without_commas(value: int) -> None:
     assert rational(str(value)) == rational(f"{value:,}") == value
 
 
@@ -62,7 +64,7 @@ def test_every_integer_reads_back_plain_and_with_thousands(value: int) -> None:
     st.integers(0, 3000),
     st.integers(-50, 50),
 )
-def test_a_closed_form_has_the_value_that_floats_give(a: int, b: int, c: int, d: int) -> None:
+def test_a_closed_form_agrees_with_floating_point(a: int, b: int, c: int, d: int) -> None:
     form = closed_form(f"\\frac{{{a}\\sqrt{{{c}}}}}{{{b}}}+{d}\\pi")
     assert form is not None
     assert as_float(form) == pytest.approx(a * math.sqrt(c) / b + d * math.pi, rel=1e-12, abs=1e-9)
@@ -74,7 +76,7 @@ def test_a_product_of_roots_is_the_root_of_the_product(a: int, b: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "+", "(", "3)", "\\sqrt", "\\frac{1}", "2^", "2^{", "1..2", "\\pi3", "3x"])
-def test_what_is_cut_off_or_ill_formed_is_no_number(text: str) -> None:
+def test_truncated_or_malformed_texts_are_not_numbers(text: str) -> None:
     assert closed_form(text) is None
 
 
@@ -90,7 +92,7 @@ def test_what_is_cut_off_or_ill_formed_is_no_number(text: str) -> None:
         "+".join(f"\\sqrt{{{n}}}" for n in range(30)),
     ],
 )
-def test_what_is_too_large_is_given_up_at_once(text: str) -> None:
+def test_too_large_expressions_are_rejected_quickly(text: str) -> None:
     started = time.perf_counter()
     closed_form(text)
     assert time.perf_counter() - started < 0.5

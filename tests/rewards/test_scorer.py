@@ -1,3 +1,5 @@
+"""Scoring of groups: the weighted sum, masked answers, and counts per grading layer."""
+
 from __future__ import annotations
 
 import time
@@ -50,55 +52,55 @@ def test_the_reward_is_accuracy_plus_weighted_format(alpha: float, grader: Grade
     assert scored.valid.tolist() == [True] * 4
 
 
-def test_the_arrays_have_their_types(grader: Grader) -> None:
+def test_the_score_arrays_have_their_dtypes(grader: Grader) -> None:
     scored = score_group(group(RIGHT), REWARD, grader)
     assert str(scored.rewards.dtype) == "float64"
     assert str(scored.valid.dtype) == "bool"
     assert {str(part.dtype) for part in scored.parts.values()} == {"float64"}
 
 
-def picky(text: str, answer: str, grader: Grader) -> float:
+def partly_failing(text: str, answer: str, grader: Grader) -> float:
     if text == LOOSE:
         raise RecursionError("too deep")
     return float("nan") if text == WRONG else 1.0
 
 
 @pytest.mark.parametrize("broken", ["accuracy", "format"])
-def test_a_failing_reward_costs_only_the_answer_it_failed_on(
+def test_a_failing_reward_masks_only_the_answer_it_failed_on(
     broken: str, grader: Grader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(REWARDS, broken, picky)
+    monkeypatch.setitem(REWARDS, broken, partly_failing)
     scored = score_group(group(RIGHT, LOOSE, WRONG, RIGHT), REWARD, grader)
     assert scored.valid.tolist() == [True, False, False, True]
     assert scored.rewards.tolist() == [2, 0, 0, 2]
     assert all(part.tolist() == [1, 0, 0, 1] for part in scored.parts.values())
 
 
-def test_a_group_says_which_layer_decided_how_many_of_its_own_answers(grader: Grader) -> None:
+def test_a_scored_group_counts_its_answers_by_grading_layer(grader: Grader) -> None:
     stated = ["x(x+2)", "x^2+2x", "two", "9^{9^{9^{9}}}", "2x+x^2"]
     answers = group(*[f"<answer>{text}</answer>" for text in stated], "x^2+2x", answer="x^2+2x")
     scored = score_group(answers, REWARD, grader)
     assert scored.graded == {"rules": 2, "symbolic": 2, "timeout": 1, "untagged": 1}
     assert scored.parts["accuracy"].tolist() == [1, 1, 0, 0, 1, 0]
-    assert scored.valid.all(), "an answer that was given up is wrong, not masked"
+    assert scored.valid.all(), "an answer that ran into the time limit is wrong, not masked"
     again = score_group(group(RIGHT), REWARD, grader)
     assert again.graded == {"rules": 1}
 
 
-def test_a_grader_that_does_not_work_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_grading_process_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with Grader(REWARD) as broken, pytest.raises(GradingFailed):
         score_group(group("<answer>x+1</answer>", answer="1+x"), REWARD, broken)
 
 
-def test_a_step_of_plain_counting_is_scored_in_five_milliseconds(grader: Grader) -> None:
+def test_a_step_of_counting_answers_is_scored_in_5_ms(grader: Grader) -> None:
     texts = [f"<think> I count {count} items. </think><answer> {count} </answer>" for count in (3, 4, 5, 2, 1, 6, 3, 3)]
     groups = [group(*texts) for _ in range(16)]
 
     def seconds() -> float:
         started = time.perf_counter()
-        for one in groups:
-            score_group(one, REWARD, grader)
+        for answers in groups:
+            score_group(answers, REWARD, grader)
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(10)) < 0.005

@@ -1,4 +1,4 @@
-"""verdicts.tsv, drawn up before the code: every case through the layer that must decide it."""
+"""Every case of verdicts.tsv, which was written before the code: its verdict and the layer that decides it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ TABLE = (Path(__file__).parents[2] / "docs" / "own_reward.md").read_text(encodin
 CASES = [tuple(line.split("\t")) for line in LINES if not line.startswith("#")]
 
 
-def test_the_table_is_large_and_has_both_verdicts_of_both_layers() -> None:
+def test_the_table_covers_both_verdicts_of_both_layers() -> None:
     assert len(CASES) >= 840
     assert len(set(CASES)) == len(CASES)
     assert {case[2:] for case in CASES} == {(verdict, layer) for verdict in "01" for layer in ("rules", "symbolic")}
 
 
 @pytest.mark.parametrize(("stated", "truth", "verdict", "layer"), CASES)
-def test_the_verdict_and_who_decides_it(stated: str, truth: str, verdict: str, layer: str, grader: Grader) -> None:
+def test_each_case_has_its_verdict_and_deciding_layer(
+    stated: str, truth: str, verdict: str, layer: str, grader: Grader
+) -> None:
     text = f"<think> 99 </think><answer>{stated}</answer>"
     before = grader.counts.copy()
     assert grader.accuracy(text, truth) == float(verdict)
@@ -33,7 +35,7 @@ def test_the_verdict_and_who_decides_it(stated: str, truth: str, verdict: str, l
     assert accuracy(text, truth) == (float(verdict) if layer == "rules" else 0.0)
 
 
-def test_the_documented_verdicts_are_those_given() -> None:
+def test_the_documented_verdicts_hold() -> None:
     rows = [line.strip("| ").split(" | ") for line in TABLE if line.startswith("| ")][1:]
     assert len(rows) > 5
     for truth, *columns in rows:
@@ -60,13 +62,13 @@ def test_the_documented_verdicts_are_those_given() -> None:
         ("last_number", "none", 0),
     ],
 )
-def test_an_answer_without_its_tag_is_graded_as_the_policy_says(policy: str, text: str, verdict: int) -> None:
+def test_an_answer_without_a_tag_is_graded_by_the_policy(policy: str, text: str, verdict: int) -> None:
     with Grader(replace(REWARD, without_tag=policy)) as grader:
         assert grader.accuracy(text, "25") == verdict
 
 
 @pytest.mark.parametrize("policy", WITHOUT_TAG)
-def test_no_policy_looks_outside_a_tag_that_is_there(policy: str) -> None:
+def test_no_policy_reads_outside_an_existing_tag(policy: str) -> None:
     assert stated_text("24 <answer>25</answer> 26", policy) == "25"
 
 
@@ -76,5 +78,5 @@ def test_an_untagged_answer_is_counted() -> None:
         assert grader.counts == {"untagged": 1}
 
 
-def test_the_policies_known_to_the_configuration_are_those_there_are() -> None:
+def test_the_configuration_knows_exactly_these_policies() -> None:
     assert set(NAMES) == set(WITHOUT_TAG)

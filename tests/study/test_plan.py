@@ -1,4 +1,4 @@
-"""The list of runs: what the paper's experiments need, each run once, each a sound configuration."""
+"""The planned runs: all that the paper's experiments need, each run once, each a valid configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from othink_ray.config.validate import Machine, problems
 from othink_ray.study.plan import GR, VC, StudyRun, base_overrides, for_runs, merged, planned
 
 STUDY = load([]).study
-config_of = functools.cache(load)  # of a run's overrides: several tests look at the same run
+config_of = functools.cache(load)  # several tests load the overrides of the same run
 MACHINE = Machine(cpus=2, gpus=0)
 
 
-def test_the_study_has_every_run_of_the_papers_five_experiments() -> None:
+def test_the_study_plans_every_run_of_the_five_experiments() -> None:
     runs = planned(STUDY, [])
     compared = {(run.task, run.method, run.seed) for run in runs if "same_task" in run.experiments}
     assert compared == {
@@ -29,7 +29,7 @@ def test_the_study_has_every_run_of_the_papers_five_experiments() -> None:
     assert {name for run in runs for name in run.experiments} == set(EXPERIMENTS)
 
 
-def test_a_run_that_experiments_share_is_made_once() -> None:
+def test_a_run_shared_by_experiments_is_planned_once() -> None:
     runs = planned(STUDY, [])
     assert len({run.name for run in runs}) == len({frozenset(run.overrides) for run in runs}) == len(runs)
     [shared] = [
@@ -40,7 +40,7 @@ def test_a_run_that_experiments_share_is_made_once() -> None:
 
 @pytest.mark.parametrize("study", ["paper", "alpha", "beta"])
 @pytest.mark.parametrize("size", ["full", "small"])
-def test_every_run_is_a_sound_configuration(study: str, size: str) -> None:
+def test_every_run_is_a_valid_configuration(study: str, size: str) -> None:
     config = load([f"study={study}", f"study.size={size}"]).study
     first_seed = [run.overrides for run in planned(config, []) if run.seed == 0]
     for overrides in (base_overrides(config, []), *first_seed):
@@ -48,7 +48,7 @@ def test_every_run_is_a_sound_configuration(study: str, size: str) -> None:
 
 
 @pytest.mark.parametrize("run", planned(STUDY, []), ids=lambda run: run.name)
-def test_a_runs_configuration_is_what_its_name_says(run: StudyRun) -> None:
+def test_the_configuration_of_a_run_matches_its_name(run: StudyRun) -> None:
     config = config_of(run.overrides)
     assert config.data.name == {VC: "counting", GR: "geometry"}[run.task]
     assert config.eval.also == ({VC: "geometry", GR: "counting"}[run.task],)
@@ -66,7 +66,7 @@ def test_a_runs_configuration_is_what_its_name_says(run: StudyRun) -> None:
         assert bounds == {VC: (0.04, 0.1), GR: (0.0, 0.02)}[run.task]
 
 
-def test_what_is_added_to_the_command_goes_to_every_run_but_never_blurs_what_tells_them_apart() -> None:
+def test_extra_overrides_reach_all_runs_and_keep_them_distinct() -> None:
     typed = ["mode=study", "study.size=small", "run.dir=x", "train.steps=7", "train.seed=9", "rollout=hf"]
     extra = for_runs(typed)
     assert extra == ["train.steps=7", "train.seed=9", "rollout=hf"]
@@ -101,25 +101,27 @@ def test_full_size_runs_train_at_the_rates_of_the_r1_v_recipe(run: StudyRun) -> 
 
 
 @pytest.mark.parametrize("size", ["full", "small"])
-def test_full_size_runs_miss_nothing_but_the_users_own_test_files(size: str) -> None:
+def test_full_size_runs_lack_only_the_users_test_files(size: str) -> None:
     study = load(["study=r1_v", f"study.size={size}"]).study
     for run in planned(study, FULL_SIZE):
         if run.seed == 0:
             found = problems(config_of(run.overrides), Machine(cpus=256, gpus=8))
             assert [
-                one for one in found if "there is none here" not in one.rule and "image_root" not in one.subject
+                problem
+                for problem in found
+                if "there is none here" not in problem.rule and "image_root" not in problem.subject
             ] == []
 
 
 def test_the_tiny_models_study_is_refused_on_a_real_model() -> None:
     for run in planned(STUDY, FULL_SIZE):
-        subjects = [one.subject for one in problems(config_of(run.overrides), Machine(cpus=256, gpus=8))]
-        assert any(one.startswith("learner.lr = ") for one in subjects), run.name
+        subjects = [problem.subject for problem in problems(config_of(run.overrides), Machine(cpus=256, gpus=8))]
+        assert any(subject.startswith("learner.lr = ") for subject in subjects), run.name
 
 
-def test_of_two_overrides_of_one_key_the_last_holds() -> None:
+def test_the_last_override_of_a_key_wins() -> None:
     assert merged(["a=1", "b=2"], ["a=3"]) == ("b=2", "a=3")
 
 
-def test_more_seeds_make_more_runs() -> None:
+def test_more_seeds_add_runs() -> None:
     assert len(planned(replace(STUDY, seeds=4), [])) == len(planned(STUDY, [])) + 6

@@ -76,7 +76,7 @@ def test_an_answer_on_which_it_fails_is_masked(file: Path, group: Group) -> None
     [
         ("brevty", "defines no function brevty Did you mean"),
         ("lonely", "lonely must take two arguments: a completion's text and the true answer"),
-        ("accuracy", "accuracy is the name of a reward that is there already"),
+        ("accuracy", "accuracy is the name of a built-in reward"),
     ],
 )
 def test_a_function_that_cannot_be_it_is_a_problem_before_the_run(file: Path, function: str, words: str) -> None:

@@ -127,7 +127,7 @@ def test_null_is_accepted_only_where_the_schema_allows_it() -> None:
     assert "eval.every = null" in report(["eval.every=null"])
 
 
-def test_unknown_key_in_a_conf_file_is_traced_to_that_file(custom_conf: Path) -> None:
+def test_an_unknown_key_in_a_conf_file_is_traced_to_it(custom_conf: Path) -> None:
     (custom_conf / "algo" / "mine.yaml").write_text("defaults: [grpo, _self_]\nclip_epz: 0.3\n")
     text = report(["algo=mine"], custom_conf)
     assert "algo.clip_epz (conf/algo/mine.yaml) unknown key Did you mean algo.clip_eps?" in text

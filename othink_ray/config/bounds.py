@@ -27,7 +27,7 @@ GRADER_MIN_MB = 256  # the grading process itself takes 70 MiB
 
 GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that generate their questions
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk", "easy_vqa")
-EASY_VQA_SUBSETS = ("open", "shape", "colour", "yes_no")  # open: shapes and colours
+EASY_VQA_SUBSETS = ("open", "shape", "colour", "yes_no")  # open: shapes and colors
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {

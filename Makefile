@@ -2,38 +2,38 @@
 .PHONY: help demo study bench test drills mutants lint clean
 python := .venv/bin/python
 
-# Every Ray worker imports vLLM and torch: without bytecode each would compile them again.
+# Every Ray worker imports vLLM and torch; without cached bytecode each would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 
-help:  ## these lines
+help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
-demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" changes settings
+demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" overrides settings
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main $(ARGS)
 
-study:  ## set up, then the paper's experiments on the embedded model; ARGS="study.size=small" is the short one
+study:  ## set up, then run the paper's experiments on the embedded model; ARGS="study.size=small" is the short version
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main mode=study $(ARGS)
 
-bench:  ## set up, then the same work here and in TRL, in turn; ARGS="--cells 4 --no-peer" chooses
+bench:  ## set up, then benchmark against TRL; ARGS="--cells 4 --no-peer" selects
 	@launch/setup_env.sh auto
 	@$(if $(findstring --no-peer,$(ARGS)),,launch/setup_peer.sh)
 	@$(python) -m benchmarks $(ARGS)
 
-test:  ## set up, then all tests, two at a time; ARGS="tests/core -k kl" chooses some, ARGS="-n 0" one at a time
+test:  ## set up, then run all tests in two processes; ARGS="tests/core -k kl" selects, ARGS="-n 0" runs in one process
 	@launch/setup_env.sh auto dev
 	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-drills:  ## set up, then faults in real runs, twenty of each kind: three hours; ARGS="--times 2 --only learner_dies" chooses
+drills:  ## set up, then inject faults into real runs, 20 per kind: 3 hours; ARGS="--times 2 --only learner_dies" selects
 	@launch/setup_env.sh auto dev
 	@$(python) -m tests.drills $(ARGS)
 
-mutants:  ## set up, then small changes of the code that tests must notice: two hours; ARGS="--only core/kl.py" chooses
+mutants:  ## set up, then run mutation tests: 2 hours; ARGS="--only core/kl.py" selects
 	@launch/setup_env.sh auto dev
 	@$(python) -m tests.mutants $(ARGS)
 
-lint:  ## set up, then style, types, import contracts, shell and Docker files
+lint:  ## set up, then check style, types, import contracts, shell scripts and Dockerfiles
 	@launch/setup_env.sh auto dev
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
@@ -42,5 +42,5 @@ lint:  ## set up, then style, types, import contracts, shell and Docker files
 	@.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 	@.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
-clean:  ## removes the environment and the caches of the tools; runs stay
+clean:  ## remove the environment and tool caches; runs are kept
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,4 +1,4 @@
-"""Files that a reader finds old or new, never half-written."""
+"""Atomic file replacement: a reader sees the old content or the new one, never a partial write."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replace the file's text at once."""
-    unfinished = path.with_name(path.name + ".part")
+    """Write `text` to a `.part` file beside `path`, fsync it and rename it over `path`."""
+    partial = path.with_name(path.name + ".part")
     try:
-        with unfinished.open("w", encoding="utf-8", errors="replace") as file:
+        with partial.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:  # a full disk needs its room back
-        unfinished.unlink(missing_ok=True)
+        partial.replace(path)
+    except BaseException:  # the disk may be full: free the space
+        partial.unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""Overrides to a checked configuration, then what its mode says."""
+"""Command line: read and validate a configuration, then run its mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from othink_ray.config.errors import ConfigError, Problem
 from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
-from othink_ray.config.paths import in_job, written
+from othink_ray.config.paths import in_ray_job, output_path
 from othink_ray.config.schema import Config
 from othink_ray.config.strict import convert
 from othink_ray.config.validate import machine_for, plan, problems
@@ -22,23 +22,23 @@ from othink_ray.driver.stopping import interrupted_status, interruptible, stop_r
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_GOES_ON = "the same command goes on with what is left"
+_RESUME_HINT = "run the same command again to resume"
 HELP = """\
 othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed.
 
   python -m othink_ray.main [group=name] [a.b=value] ...
 
 Modes
-  mode=train   GRPO-D from model and data to an exported model (the default)
-  mode=sft     supervised training on worked answers, with the same data, learner and records
-  mode=eval    questions to any Hugging Face folder or run: accuracy, mean@k, pass@k, a matrix of models and tasks
-  mode=study   the paper's experiments: all their runs, then its tables and figures beside ours (study=paper)
-  mode=check   say what is wrong with a configuration, or who would get which CPUs and GPUs; starts nothing
+  mode=train   GRPO-D from a model and a data set to an exported model (the default)
+  mode=sft     supervised fine-tuning on worked answers, with the same data, learner and run folder
+  mode=eval    evaluate Hugging Face folders or runs: accuracy, mean@k, pass@k, a matrix of models and tasks
+  mode=study   the paper's experiments: all runs, then tables and figures beside the paper's (study=paper)
+  mode=check   validate a configuration and print its resource plan; starts nothing
 
 Groups
 {groups}
 
-Keys that matter
+Common keys
   train.steps  train.prompts_per_step  train.seed  train.checkpoint_every  train.overlap
   algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
   algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator  algo.correction
@@ -46,22 +46,22 @@ Keys that matter
   learner.freeze (none, vision, projector)  learner.lora.rank (0: off)  learner.lora.targets
   model.path (a Hugging Face folder, a hub name or a run)  eval.every  eval.also  wandb.mode
   run.dir  run.resume (never, auto, a checkpoint folder)
-  All of them, with their values: --cfg job
+  All keys with their values: --cfg job
 
 Examples
-  python -m othink_ray.main                                               the tiny model learns to count, on a CPU
-  python -m othink_ray.main algo=grpo algo.kl.beta_min=0.04 train.steps=50    constant KL weight, fewer steps
+  python -m othink_ray.main                                               train the tiny model to count, on a CPU
+  python -m othink_ray.main algo=grpo algo.kl.beta_min=0.04 train.steps=50    GRPO with a constant KL weight, 50 steps
   python -m othink_ray.main -m algo=grpo_d,grpo train.seed=0,1            four runs, one after the other
   python -m othink_ray.main mode=sft train.prompts_per_step=64 learner.lr=5e-4    the supervised baseline
   python -m othink_ray.main mode=eval 'eval.models=[runs/a,runs/b]' 'eval.also=[geometry]' eval.samples=8
-  python -m othink_ray.main model=qwen2_vl_2b cluster=one_node mode=check     is it sound on 8 GPUs?
+  python -m othink_ray.main model=qwen2_vl_2b cluster=one_node mode=check     does it fit 8 GPUs?
 
-Hydra's flags: --cfg job, --info, -m (sweep), --hydra-help.
+Hydra flags: --cfg job, --info, -m (sweep), --hydra-help.
 """
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """The exit status; 2 for a configuration that is not sound."""
+    """Run the command line and return its exit status; 2 for an invalid configuration."""
     if "--help" in arguments or "-h" in arguments:
         rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
         print(HELP.format(groups="\n".join(rows)), end="")
@@ -73,23 +73,23 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
     if config is None:
-        return _report(found)
+        return _reject(found)
     machine = machine_for(config)
     found = found + problems(config, machine)
     if config.mode == "study" and not found:
-        config, found = _study_of(config, overrides)
+        config, found = _prepare_study(config, overrides)
     if found:
-        return _report(found)
-    if in_job():
-        print(f"in a job what is written starts at home: run.dir is {socket.gethostname()}:{config.run.dir}")
+        return _reject(found)
+    if in_ray_job():
+        print(f"Ray job: output is kept outside the job's folder, run.dir = {socket.gethostname()}:{config.run.dir}")
     if config.mode == "check":
         return _check(config, plan(config, machine))
     if config.mode == "study":
         return _study(config, overrides)
-    # Read when these libraries are imported: the console shows progress, and bars of theirs would cut through it.
+    # Libraries read these at import. Their progress bars would garble the console, which shows progress itself.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if config.learner.gpus_per_rank == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no other
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no accelerator
     from othink_ray.driver.run import run
     from othink_ray.report import write_evaluation_report, write_report
 
@@ -97,36 +97,36 @@ def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str
 
 
 def _check(config: Config, planned: str) -> int:
-    """Print the plan, or the problems found in data, model and disk; return the exit status. No actor starts."""
+    """Print the resource plan, or the problems of data, model and disk; return the exit status. Starts no actor."""
     from othink_ray.driver.preflight import preflight
 
     found = preflight(config)
     if found.problems:
-        return _report(list(found.problems))
+        return _reject(list(found.problems))
     from othink_ray.driver.views import printable
 
     print(f"configuration is sound\n{planned}")
     for name, text in found.lines.items():
-        print(f"  {name:<11} {printable(text)}")  # names of rows are somebody else's
+        print(f"  {name:<11} {printable(text)}")  # row names come from data files: untrusted text
     return 0
 
 
-def _study_of(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
-    """The study with a folder that the same command finds again, and the problems of all its runs."""
+def _prepare_study(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+    """Return the study with a run folder that depends only on its name and size, and the problems of all its runs."""
     from othink_ray.study.plan import base_overrides, for_runs, key_of, planned
 
     if "run.dir" not in map(key_of, overrides):
-        folder = written(f"runs/study_{config.study.name}_{config.study.size}")
+        folder = output_path(f"runs/study_{config.study.name}_{config.study.size}")
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
     extra = for_runs(overrides)
     runs = [run.overrides for run in planned(config.study, extra) if run.seed == 0]
     if config.model.path is None:
         runs.append(base_overrides(config.study, extra))
-    return config, _foresee_all(runs, starts_runs=True)
+    return config, _problems_of_runs(runs, starts_runs=True)
 
 
 def _study(config: Config, overrides: Sequence[str]) -> int:
-    """Many runs, each a process of its own."""
+    """Run a study, one process per run, and return its exit status."""
     from othink_ray.driver.console import Console
     from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
@@ -136,7 +136,7 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
         try:
             with (
                 interruptible(),
-                ExitReporter(Path(config.run.dir), "study.json", write_study_report, _GOES_ON),
+                ExitReporter(Path(config.run.dir), "study.json", write_study_report, _RESUME_HINT),
                 console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"),
             ):
                 return Study(config, overrides).conduct(console, write_study_report)
@@ -144,11 +144,12 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
             console.say(f"stopped: {error}")
             return 1
         except KeyboardInterrupt:
-            console.say(f"interrupted: {_GOES_ON}")
+            console.say(f"interrupted: {_RESUME_HINT}")
             return interrupted_status()
 
 
-def _report(found: Sequence[Problem]) -> int:
+def _reject(found: Sequence[Problem]) -> int:
+    """Print the problems to stderr and return exit status 2."""
     from othink_ray.driver.views import printable
 
     print(printable(str(ConfigError(found))), file=sys.stderr)
@@ -156,20 +157,20 @@ def _report(found: Sequence[Problem]) -> int:
 
 
 def _through_hydra(arguments: Sequence[str]) -> int:
-    """Hydra's flags: Hydra shows or sweeps, after the same checks as without flags."""
+    """Handle Hydra's flags: Hydra prints or sweeps, after the same checks as without flags."""
     import hydra
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    flags, strangers = get_args_parser().parse_known_intermixed_args(arguments)
-    overrides = [*flags.overrides, *strangers]
-    words = [argument for argument in arguments if argument not in overrides]
-    own_conf = not (flags.config_path or flags.config_name or flags.config_dir or flags.experimental_rerun)
-    if strangers or (own_conf and (flags.multirun or flags.run or flags.cfg)):
-        found = _foresee(overrides, starts_runs=flags.cfg is None)
+    flags, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+    overrides = [*flags.overrides, *unknown]
+    hydra_flags = [argument for argument in arguments if argument not in overrides]
+    shipped_conf = not (flags.config_path or flags.config_name or flags.config_dir or flags.experimental_rerun)
+    if unknown or (shipped_conf and (flags.multirun or flags.run or flags.cfg)):
+        found = _problems_of_runs(sweep_jobs(overrides), starts_runs=flags.cfg is None)
         if found:
-            return _report(found)
+            return _reject(found)
 
     codes: list[int] = []
 
@@ -181,25 +182,21 @@ def _through_hydra(arguments: Sequence[str]) -> int:
             folder = Path(config.run.dir) / str(settings.job.num)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
         status = _launch(config, found, settings.overrides.task)
-        if stop_requested():  # that is for the whole sweep
+        if stop_requested():  # stop the whole sweep, not only this job
             sys.exit(status or 143)
         codes.append(status)
 
-    sys.argv[1:] = [*overrides, *words]  # Hydra's parser takes overrides only in one piece
+    sys.argv[1:] = [*overrides, *hydra_flags]  # Hydra's parser needs the overrides to be contiguous
     job()
     return max(codes, default=0)
 
 
-def _foresee(overrides: Sequence[str], *, starts_runs: bool) -> list[Problem]:
-    """The problems of all runs of a sweep, before the first one starts."""
-    return _foresee_all(sweep_jobs(overrides), starts_runs=starts_runs)
-
-
-def _foresee_all(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Problem]:
+def _problems_of_runs(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Problem]:
+    """Return the problems of all runs, given by their overrides, before the first one starts."""
     found: list[Problem] = []
-    for run in runs:
-        config, problems_here = read(run)
-        found += problems_here
+    for overrides in runs:
+        config, problems_of_run = read(overrides)
+        found += problems_of_run
         if config is not None and starts_runs:
             found += problems(config, machine_for(config))
     return found

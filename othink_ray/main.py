@@ -1,4 +1,4 @@
-"""The entry point:  python -m othink_ray.main --help"""
+"""Entry point:  python -m othink_ray.main --help"""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status of what the command line says; 2 for a configuration that is not sound."""
+    """Run the command line and return its exit status; 2 for an invalid configuration."""
     from othink_ray.command_line import run_command  # imported after the signal handlers are installed
 
     return run_command(arguments)
 
 
-def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Handle a signal while nothing has started yet that would have to be cleaned up."""
+def exit_at_once(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by exiting with 128 + its number: nothing has started yet that needs cleanup."""
     try:
         os.write(1, b"interrupted\n")
     finally:
@@ -26,5 +26,5 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end_at_once)
+        signal.signal(number, exit_at_once)
     sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""Makes torch's companions harmless beside a CPU torch when only their CUDA builds could be had (PyPI has no others).
+"""Import hook that lets a CPU torch coexist with CUDA builds of torchvision, torchaudio and torchcodec.
 
-It stands alone: set-up also copies it into the environment, where a .pth file installs it at every interpreter start.
-So it imports nothing heavy before one of its packages is asked for.
+PyPI has only CUDA builds of them. The module is self-contained: set-up also copies it into the environment, where a
+.pth file installs it at every interpreter start, so it imports nothing heavy before one of these packages is imported.
 """
 
 from __future__ import annotations
@@ -13,47 +13,47 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-# Nothing here needs these two, but these three import them wherever they are.
-_NOT_NEEDED = ("torchaudio", "torchcodec")
-_IMPORT_THEM = ("transformers", "vllm", "datasets")
-# While torchvision is imported it attaches fake kernels to these two, even where its extension could not define them.
+# Nothing here needs the optional packages, but the importers load them wherever they are installed.
+_OPTIONAL = ("torchaudio", "torchcodec")
+_IMPORTERS = ("transformers", "vllm", "datasets")
+# torchvision's import attaches fake kernels to these operators, even if its extension failed to define them.
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = ("nms", "qnms")
 # The schemas live as long as their Library object.
-_KEPT_ALIVE: list[object] = []
+_libraries: list[object] = []
 
 
 class CompanionFinder:
-    """Finds nothing itself: it acts just before one of these packages runs."""
+    """Meta path finder that runs the workarounds just before the affected packages are imported."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name in _IMPORT_THEM:
-            hide_unfit()
+        if name in _IMPORTERS:
+            hide_broken()
         return _declaring_spec() if name == "torchvision" else None
 
 
 def install() -> None:
-    """From now on this process can import transformers, torchvision and vLLM; called before any of them is."""
+    """Install the import hook; call it before transformers, torchvision or vLLM is imported."""
     if not any(getattr(finder, "__name__", "") == CompanionFinder.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, CompanionFinder)
 
 
-def hide_unfit() -> None:
-    """Make torchaudio and torchcodec look absent where they do not load beside a CPU torch."""
-    for name in _NOT_NEEDED:
+def hide_broken() -> None:
+    """Make torchaudio and torchcodec look absent if they do not load with a CPU torch."""
+    for name in _OPTIONAL:
         if name in sys.modules or PathFinder.find_spec(name) is None or not _torch_is_for_cpu():
             continue
         try:
             import_module(name)
-        except Exception:  # a compiled part built for another torch raises almost anything
-            sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of what is not to be found
+        except Exception:  # an extension built for another torch may raise anything
+            sys.modules[name] = None  # type: ignore[assignment]  # None makes `import` raise ModuleNotFoundError
 
 
 def declare_if_missing() -> bool:
-    """Declare torchvision's operators if its extension cannot load beside a CPU torch; True when this call did it.
+    """Declare torchvision's operators if its extension cannot load with a CPU torch; return whether this call did.
 
-    Call it before the first `import torchvision`. It does nothing where torchvision fits torch, is absent or loaded.
+    Call it before the first `import torchvision`. It does nothing if torchvision matches torch, is absent or is loaded.
     """
     if "torchvision" in sys.modules and not _is_being_imported("torchvision"):
         return False
@@ -70,12 +70,12 @@ def declare_if_missing() -> bool:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in missing:
         library.define(name + _SCHEMA)
-    _KEPT_ALIVE.append(library)
+    _libraries.append(library)
     return True
 
 
 def _declaring_spec() -> ModuleSpec | None:
-    """torchvision's own spec, whose code runs after its missing operators are declared."""
+    """Return torchvision's spec, with a loader that declares the missing operators before it runs the module."""
     spec = PathFinder.find_spec("torchvision")
     if spec is not None and spec.loader is not None:
         run_module = spec.loader.exec_module
@@ -100,7 +100,7 @@ def _is_being_imported(name: str) -> bool:
 
 
 def _loads(folder: Path) -> bool:
-    """Whether torchvision's compiled extension in this folder loads; loading it twice is harmless."""
+    """Return whether torchvision's compiled extension in this folder loads; loading it twice is harmless."""
     import torch
 
     for suffix in EXTENSION_SUFFIXES:

@@ -1,4 +1,4 @@
-"""What this process did and when, for the timeline of a run's first steps; nothing is kept unless somebody asked."""
+"""Tracing of one process, for the timeline of a run's first steps: spans are dropped unless recording is on."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One thing that a thread did. Times are time.time(): hosts agree on them as well as their clocks do."""
+    """One interval of work on one thread. Times are time.time(): spans of different hosts align as their clocks do."""
 
     name: str
     start_s: float
     end_s: float
     thread: str
-    about: Mapping[str, Any]
-    beside: bool  # others of the same thread may begin before it ends
+    about: Mapping[str, Any]  # attributes shown with the span
+    beside: bool  # may overlap other spans of its thread, instead of nesting in them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spans:
-    """Of one process."""
+    """The spans of one process."""
 
     host: str
     pid: int
     spans: list[Span]
 
 
-_kept: list[Span] | None = None
+_recorded: list[Span] | None = None  # None: recording is off
 
 
 @contextmanager
 def span(name: str, **about: Any) -> Iterator[None]:
-    """Around what is to be seen; a decorator too."""
+    """Record the enclosed block as a span; works as a decorator too."""
     start_s = time.time()
     try:
         yield
@@ -47,16 +47,16 @@ def span(name: str, **about: Any) -> Iterator[None]:
 
 
 def keep(name: str, start_s: float, *, beside: bool = False, **about: Any) -> None:
-    """What began then and ends now."""
-    if _kept is not None:
+    """Record a span that started at `start_s` and ends now."""
+    if _recorded is not None:
         thread = threading.current_thread().name
-        _kept.append(Span(name=name, start_s=start_s, end_s=time.time(), thread=thread, about=about, beside=beside))
+        _recorded.append(Span(name=name, start_s=start_s, end_s=time.time(), thread=thread, about=about, beside=beside))
 
 
 def take(*, go_on: bool) -> Spans:
-    """What was kept since the last call; from now on all or nothing is."""
-    global _kept
-    taken, _kept = _kept or [], [] if go_on else None
+    """Return the spans recorded since the last call, and turn recording on or off for what follows."""
+    global _recorded
+    taken, _recorded = _recorded or [], [] if go_on else None
     return Spans(host=socket.gethostname(), pid=os.getpid(), spans=taken)
 
 
@@ -64,7 +64,10 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Laps in seconds; each ends where the next begins, so that they add up to the step. A name can have several."""
+    """Stopwatch whose laps, in seconds, each start where the previous one ended: together they add up to the step.
+
+    Laps of the same name are summed.
+    """
 
     def __init__(self) -> None:
         self.times: dict[str, float] = {}
@@ -76,6 +79,6 @@ class Clock:
         self._last = now
 
     def lap_at_end(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Passes `items` on, and ends the lap after the last one."""
+        """Yield from `items` and end the lap after the last one."""
         yield from items
         self.lap(name)

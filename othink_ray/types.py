@@ -1,4 +1,4 @@
-"""The records that flow between the rooms: one frozen type per stage, standard library and numpy only."""
+"""Frozen records passed between packages, one per pipeline stage; standard library and numpy only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One chat turn; its images (the next `images` ones of the prompt) stand before its text."""
+    """One chat turn. Its images, the next `images` of the prompt, precede its text."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -21,21 +21,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question as the data room makes it; images stay PNG or JPEG bytes until an engine needs pixels."""
+    """One question of a data set. Images stay encoded (PNG or JPEG bytes) until an engine needs pixels."""
 
     id: str
     messages: tuple[Message, ...]
     images: tuple[bytes, ...]
     answer: str
     task: str
-    thought: str = ""  # the data set's own reasoning, where it has any: supervised training imitates it
+    thought: str = ""  # reasoning from the data set, if it has any: a target of supervised training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled answer: exactly the sampled ids (the end token included) and their logprobs under the sampler.
+    """One sampled answer of T tokens: the sampled ids (T,), end token included, and their sampler logprobs (T,).
 
-    `text` is what is graded: what the chat template opened of the answer (none of the ids), then the ids decoded.
+    `text` is what is graded: what the chat template has opened of the answer (not in the ids), then the decoded ids.
     """
 
     token_ids: NDArray[np.int64]
@@ -46,21 +46,21 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All answers to one prompt, the prompt as the engine expanded it, and the weights version that sampled them."""
+    """All G answers to one prompt, the prompt ids with expanded image tokens, and the sampling weights version."""
 
     prompt: Prompt
     prompt_token_ids: NDArray[np.int64]
     completions: tuple[Completion, ...]
     version: int
-    image_encodes: int = 0  # images that the engine's vision tower saw from the group before to this one
+    image_encodes: int = 0  # by the engine's vision tower since its previous group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with its rewards; `parts` has each by name, all of length G; `valid` is False where scoring failed.
+    """A group with its total rewards, their `parts` by reward name, and `valid`, False where scoring failed; all (G,).
 
-    `graded` says how many answers each layer of grading decided: rules, symbolic; how many it gave up: timeout, crash;
-    how many stated none: untagged.
+    `graded` counts answers by how they were graded: decided (rules, symbolic), given up (timeout, crash) or without an
+    answer tag (untagged).
     """
 
     group: Group
@@ -72,10 +72,11 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """One shared-prefix row `[prompt | answer 1 | ... | answer G]` of L tokens; its positions follow from its pixels.
+    """One packed sample `[prompt | answer 1 | ... | answer G]` with a shared prefix; all arrays are (L,).
 
-    `segments` is 0 on the prompt and k on answer k. `loss_weights` is the share of each token in the whole step's loss
-    (0 on the prompt), so that the loss of a step is a plain sum over tokens, micro-batches and ranks.
+    Position ids are not stored: they follow from the images. `segments` holds segment ids, 0 on the prompt and k on
+    answer k. `loss_weights` is each token's share of the whole step's loss (0 on the prompt), so that a step's loss is
+    a plain sum over tokens, micro-batches and ranks.
     """
 
     prompt_id: str
@@ -96,10 +97,10 @@ class Pack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStats:
-    """What one learner update measured, already reduced over ranks; means are over answer tokens (each token once).
+    """Statistics of one learner update, reduced over ranks; means are over answer tokens, each counted once.
 
-    `ratio_raw_*` compare the policy with the sampler; all that is truncated, used or of a sequence compares the policy
-    before the first optimiser step with it. Sequence means are over answers.
+    `ratio_raw_*` compare the current policy with the sampler; all `used`, `truncated` and `sequence` ratios compare the
+    policy before the first optimizer step with the sampler. Sequence means are over answers.
     """
 
     loss: float  # with several optimizer steps, the mean of their losses
@@ -107,36 +108,36 @@ class UpdateStats:
     ratio_raw_mean: float
     ratio_raw_max: float
     ratio_clip_frac: float
-    ratio_used_mean: float  # what gains were multiplied by: 1 where nothing is corrected, 0 where masked
+    ratio_used_mean: float  # the applied importance weight: 1 without correction, 0 where masked
     ratio_truncated_mean: float
     ratio_truncated_frac: float  # tokens above the cap
-    ratio_masked_frac: float  # tokens whose gain the correction dropped
+    ratio_masked_frac: float  # tokens dropped by the correction
     ratio_sequence_raw_mean: float
     ratio_sequence_truncated_mean: float
     ratio_sequence_truncated_frac: float
     entropy: float
     logp_gap_mean: float
     logp_gap_max: float
-    grad_norm: float  # before clipping; the mean over the optimizer steps that were made, inf where none was
+    grad_norm: float  # before clipping; mean over the optimizer steps taken, inf if none was
     lr: float
     tokens: int
     vision_encodes: int
     reference_passes: int
-    skipped: int = 0  # optimiser steps not made, because loss or gradient was not finite
-    bad_prompts: tuple[str, ...] = ()  # whose loss was not finite; of one rank its own
+    skipped: int = 0  # optimizer steps skipped because the loss or gradient was not finite
+    bad_prompts: tuple[str, ...] = ()  # prompts with a non-finite loss; per rank, not reduced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelDigest:
-    """A checksum of a prompt's images as they go into the vision tower; they may be normalised inside it, or before."""
+    """Checksum of a prompt's images as fed to the vision tower, which some engines normalize before and some inside."""
 
-    value: int = 0  # of no image
-    dtype: str = "uint8"  # uint8: before they are normalised
+    value: int = 0  # without images
+    dtype: str = "uint8"  # uint8: not normalized yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One sampled answer with the K likeliest tokens at each of its T places: what an audit compares."""
+    """One sampled answer of T tokens with the K likeliest tokens at each index: the input of an audit."""
 
     group: Group
     candidates: NDArray[np.int64]  # (T, K)
@@ -146,25 +147,25 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """The engines' logprobs against the learner's on the probe tokens, right after a push."""
+    """Comparison of the engines' logprobs with the learner's on the probe tokens, right after a push; gaps in nats."""
 
     version: int
     gap_mean: float
     gap_max: float
     tokens: int
-    logp_mean: float = 0.0  # of |logprob|, as the learner has it
-    tolerance: float = 0.0  # of gap_mean
-    verified: int = 0  # weights that each engine was seen to hold to the bit
-    sent_bytes: int = 0  # of weights, to each engine
+    logp_mean: float = 0.0  # mean of the learner's |logprob|
+    tolerance: float = 0.0  # upper limit of gap_mean
+    verified: int = 0  # weights verified bit for bit in each engine
+    sent_bytes: int = 0  # bytes of weights sent to each engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """Where a run stands, beside the weights and the optimiser: enough to go on as if it had never stopped."""
+    """Progress of a run besides weights and optimizer state: with them, enough to resume as if never interrupted."""
 
     step: int
     data_position: int
     schedule_state: Mapping[str, float]
     seed: int
-    before: Mapping[str, Mapping[str, Any]]  # the evaluations of the untrained model, by data set
-    accuracy: float | None = None  # on held-out questions after this step, where they were asked
+    before: Mapping[str, Mapping[str, Any]]  # evaluations of the untrained model, by data set
+    accuracy: float | None = None  # on held-out questions after this step, if evaluated

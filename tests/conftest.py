@@ -1,4 +1,4 @@
-"""One tiny model, one family and one engine of each kind for the whole session: vLLM takes seconds to load."""
+"""Session fixtures: one tiny model, one family and one engine of each kind, because vLLM takes seconds to load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from othink_ray.runtime.cluster import ray_session
 from othink_ray.types import Prompt
 from tests.engines.samples import batch_of, fresh_policy, row_of
 
-# Images of 4 to 16 tokens, few places side by side: resizing and queueing happen in small tests too.
+# Images of 4 to 16 tokens and few concurrent sequences, so that small tests cover resizing and queueing.
 OVERRIDES = (
     "model.min_pixels=3136",
     "model.max_pixels=12544",
@@ -33,17 +33,19 @@ OVERRIDES = (
     "rollout.max_num_seqs=8",
     "rollout.max_model_len=192",
     "algo.group_size=4",
-    "rollout.threads=1",  # tensors this small are not worth a second thread, least of all on a busy machine
+    "rollout.threads=1",  # tensors are too small for a second thread
     "learner.threads=1",
 )
 
 
-LONG = ("drills", "gpu", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
+LONGEST = ("drills", "gpu", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders with the longest files first, so that of two processes none waits long for the other in the end."""
-    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+    """Run the folders with the longest files first, so that two pytest processes end at about the same time."""
+    items.sort(
+        key=lambda item: LONGEST.index(item.path.parent.name) if item.path.parent.name in LONGEST else len(LONGEST)
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,26 +60,26 @@ def config() -> Config:
 
 @pytest.fixture(scope="session")
 def scenes(config: Config) -> Sequence[Prompt]:
-    """The first questions of the embedded task."""
+    """The first 64 questions of the embedded counting task."""
     source = open_source(config.data, "train")
     return [source.prompt(index) for index in range(64)]
 
 
 @pytest.fixture(scope="session")
 def texts(scenes: Sequence[Prompt]) -> list[str]:
-    """What the tiny tokenizer is trained on."""
+    """The texts that the tiny tokenizer is trained on."""
     return [text for prompt in scenes for text in (prompt.messages[0].text, worked_answer(prompt))]
 
 
 @pytest.fixture(scope="session")
 def recipe(config: Config) -> ModelConfig:
-    """How the folder is made: its own pixel bounds are not the run's, which every engine must follow instead."""
+    """The settings the model folder is built with; engines must use the pixel bounds of the run instead of these."""
     return replace(config.model, min_pixels=784, max_pixels=401408)
 
 
 @pytest.fixture(scope="session")
 def model_folder(recipe: ModelConfig, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as it starts: random weights."""
+    """A folder with the tiny model at its random initial weights."""
     folder = tmp_path_factory.mktemp("tiny_model")
     build_tiny(folder, recipe, texts)
     return folder
@@ -90,23 +92,23 @@ def family(config: Config, model_folder: Path) -> Family:
 
 @pytest.fixture(scope="session")
 def policy(family: Family) -> Policy:
-    """The learner's network as it starts. Read only: `copy.deepcopy` it to change its weights."""
+    """The learner's model at its initial weights. Read-only: `copy.deepcopy` it to change weights."""
     return fresh_policy(family)
 
 
 @pytest.fixture(scope="session")
 def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
-    """The same after a few seconds of supervised training: it answers in the format, ends, and is sure of much."""
-    pupil = copy.deepcopy(policy)
-    lessons = [row_of(group) for group in Demonstrations(family).generate(scenes)]
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
+    """The policy after a few seconds of SFT: it answers in the format, ends its answers, and is mostly confident."""
+    trained = copy.deepcopy(policy)
+    samples = [row_of(group) for group in Demonstrations(family).generate(scenes)]
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(40):
-        start = step * 16 % len(lessons)
-        logprobs, _ = pupil(batch_of(lessons[start : start + 16], family))
+        start = step * 16 % len(samples)
+        logprobs, _ = trained(batch_of(samples[start : start + 16], family))
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         optimizer.step()
-    return pupil
+    return trained
 
 
 @pytest.fixture(scope="session")
@@ -123,14 +125,14 @@ def hf_engine(config: Config, family: Family) -> HFRollout:
 
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
-    """One Ray for all runs and actors; its cores are counted twice, so that a team may stay while another one comes."""
+    """One Ray for all tests, with twice the cores, so that new actors can start before old ones have stopped."""
     with ray_session(replace(load([]).cluster, num_cpus=4)):
         yield
 
 
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the library of data sets makes of a test's files stays with them, and the hub is out of reach."""
+    """Keep the cache of `datasets` in the test's folder, and disable access to the hub."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()

@@ -1,1 +1,1 @@
-"""Typed configuration: what can be set (schema), how it is read (load), which combinations make sense (check)."""
+"""Typed configuration: the keys (schema), composing and converting them (load, strict), their rules (validate)."""

@@ -1,4 +1,4 @@
-"""Rules on single settings, as two tables: the known names, and the numbers that make sense."""
+"""Rules on single keys, as two tables: the choices of named options, and the bounds of numbers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_WEIGHTS = ("answer_mean", "token_mean", "constant_length")
 CORRECTIONS = ("none", "token", "sequence", "icepop", "mis_token", "mis_sequence")
 ESTIMATORS = ("k1", "k2", "k3")
-HEAD_DIMS = (32, 64, 128)  # head sizes of vLLM's CPU attention
+HEAD_DIMS = (32, 64, 128)  # head sizes that vLLM's CPU attention supports
 FROZEN: dict[str, tuple[str, ...]] = {"none": (), "vision": ("vision",), "projector": ("vision", "projector")}
 LOST_NODE = ("wait", "continue")
 WITHOUT_TAG = ("strict", "whole_text", "last_number")
-OBJECT_STORE_MIN_MB = 80  # Ray refuses less than 75 MiB
-GRADER_MIN_MB = 256  # the process itself takes 70 MiB
+OBJECT_STORE_MIN_MB = 80  # Ray rejects less than 75 MiB
+GRADER_MIN_MB = 256  # the grading process itself takes 70 MiB
 
-GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that need no files
+GENERATED = ("scenes", "geometry_scenes", "both_scenes")  # sources that generate their questions
 SOURCES = (*GENERATED, "hub", "parquet", "jsonl", "disk", "easy_vqa")
-EASY_VQA_SUBSETS = ("open", "shape", "colour", "yes_no")  # open: shapes and colours
+EASY_VQA_SUBSETS = ("open", "shape", "colour", "yes_no")  # open: shapes and colors
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -55,7 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "study.size": STUDY_SIZES,
     "wandb.mode": ("off", "offline", "online"),
 }
-_TEXTS_OF_FILES = (
+_FILES_STRINGS = (
     *("path", "subset", "split", "image_root"),
     *("columns.image", "columns.question", "columns.answer", "columns.id"),
 )
@@ -63,7 +63,7 @@ _TEXTS_OF_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A rule on single numbers; `{key}` in the remedy is filled in."""
+    """A rule on the value of each of `keys`; `{key}` in the remedy is filled in."""
 
     rule: str
     holds: Callable[[Any], bool]
@@ -71,10 +71,13 @@ class Bound:
     keys: tuple[str, ...]
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 BOUNDS = (
     Bound(
-        "must be at least 2: the advantage compares an answer with the rest of its group (Eq. 2), "
-        "and a group of one has no rest",
+        "must be at least 2: the advantage compares an answer with the other answers of its group (Eq. 2)",
         lambda value: value >= 2,
         "Set {key}=8, the paper's value.",
         ("algo.group_size",),
@@ -83,109 +86,93 @@ BOUNDS = (
         "must be at least 1",
         lambda value: value >= 1,
         "Set {key}=1 or more.",
-        (
-            *("train.steps", "train.prompts_per_step", "algo.updates_per_step", "algo.reward.actors"),
-            *(
-                "algo.sampling_rounds",
-                "model.min_pixels",
-                "model.max_pixels",
-                "model.tiny.text_width",
-                "model.tiny.text_layers",
-            ),
-            *("model.tiny.kv_heads", "model.tiny.vision_width", "model.tiny.vision_layers", "model.tiny.warm_batch"),
-            "model.tiny.warm_questions",
-            *("data.train.size", "data.test.size", "data.scenes.max_items", "data.scenes.image_cells"),
-            *("data.train.files.stream_buffer", "data.test.files.stream_buffer"),
-            *(
-                "rollout.num_actors",
-                "rollout.tensor_parallel",
-                "rollout.threads",
-                "rollout.max_tokens",
-                "rollout.max_num_seqs",
-                "rollout.max_images",
-                "rollout.kv_cache_gb",
-            ),
-            *("learner.world_size", "learner.threads", "learner.logit_rows", "learner.micro_tokens"),
-            *("weights.bucket_mb", "weights.audit_prompts", "weights.audit_tokens", "weights.audit_candidates"),
-            *("eval.questions", "study.seeds", "study.sweep_seeds", "study.small_seeds", "study.parallel"),
-            "model.smol.warm_batch",
-            *("train.keep_last", "faults.patience", "wandb.samples_every"),
+        _keys(
+            """
+            train.steps train.prompts_per_step train.keep_last
+            algo.updates_per_step algo.reward.actors algo.sampling_rounds
+            model.min_pixels model.max_pixels model.tiny.text_width model.tiny.text_layers model.tiny.kv_heads
+            model.tiny.vision_width model.tiny.vision_layers model.tiny.warm_batch model.tiny.warm_questions
+            model.smol.warm_batch
+            data.train.size data.test.size data.scenes.max_items data.scenes.image_cells
+            data.train.files.stream_buffer data.test.files.stream_buffer
+            rollout.num_actors rollout.tensor_parallel rollout.threads rollout.max_tokens rollout.max_num_seqs
+            rollout.max_images rollout.kv_cache_gb
+            learner.world_size learner.threads learner.logit_rows learner.micro_tokens
+            weights.bucket_mb weights.audit_prompts weights.audit_tokens weights.audit_candidates
+            eval.questions
+            study.seeds study.sweep_seeds study.small_seeds study.parallel
+            faults.patience
+            wandb.samples_every
+            """
         ),
     ),
     Bound(
         "must be at least 0",
         lambda value: value >= 0,
         "Set {key}=0 or more.",
-        (
-            *(
-                "train.seed",
-                "train.checkpoint_every",
-                "run.trace_steps",
-                "faults.max_restarts",
-                "eval.every",
-                "eval.samples",
-                "model.tiny.seed",
-                "model.tiny.warm_steps",
-            ),
-            *(
-                "algo.kl.beta_min",
-                "algo.kl.beta_max",
-                "algo.reward.accuracy_weight",
-                "algo.reward.format_weight",
-                "learner.weight_decay",
-            ),
-            *("rollout.cpus_per_actor", "rollout.gpus_per_actor", "learner.cpus_per_rank", "cluster.wait_s"),
-            "learner.lora.rank",
-            *("model.smol.seed", "model.smol.warm_steps"),
+        _keys(
+            """
+            train.seed train.checkpoint_every
+            run.trace_steps
+            faults.max_restarts
+            eval.every eval.samples
+            model.tiny.seed model.tiny.warm_steps model.smol.seed model.smol.warm_steps
+            algo.kl.beta_min algo.kl.beta_max algo.reward.accuracy_weight algo.reward.format_weight
+            learner.weight_decay learner.cpus_per_rank learner.lora.rank
+            rollout.cpus_per_actor rollout.gpus_per_actor
+            cluster.wait_s
+            """
         ),
     ),
     Bound(
-        "must be more than 0",
+        "must be greater than 0",
         lambda value: value > 0,
         "Set {key} to a positive number.",
-        (
-            *("algo.clip_eps_high", "algo.kl.target", "algo.reward.timeout_s", "algo.reward.answer_cpu_s"),
-            *("model.tiny.warm_lr", "rollout.temperature"),
-            *("rollout.load_timeout_s", "rollout.step_timeout_s", "learner.load_timeout_s", "learner.step_timeout_s"),
-            *("learner.vision_lr_scale", "learner.projector_lr_scale"),
-            *("model.smol.warm_lr", "model.smol.warm_projector_scale"),
-            *("learner.lr", "learner.adam_eps", "learner.max_grad_norm", "weights.audit_tolerance"),
-            "learner.lora.alpha",
-            *("faults.kl_limit", "faults.gap_limit", "cluster.gpu_memory_gb"),
+        _keys(
+            """
+            algo.clip_eps_high algo.kl.target algo.reward.timeout_s algo.reward.answer_cpu_s
+            model.tiny.warm_lr model.smol.warm_lr model.smol.warm_projector_scale
+            rollout.temperature rollout.load_timeout_s rollout.step_timeout_s
+            learner.load_timeout_s learner.step_timeout_s learner.vision_lr_scale learner.projector_lr_scale
+            learner.lr learner.adam_eps learner.max_grad_norm learner.lora.alpha
+            weights.audit_tolerance
+            faults.kl_limit faults.gap_limit
+            cluster.gpu_memory_gb
+            """
         ),
     ),
     Bound(
-        "must be between 0 and 1, as a share of all steps (w / t)",
+        "must be between 0 and 1, as a fraction of all steps (w / t)",
         lambda value: 0 <= value <= 1,
         "Set {key}=0.3, the paper's value.",
         ("algo.kl.explore_frac",),
     ),
     Bound(
-        "must be at least 0 and less than 1, as a share of all steps",
+        "must be at least 0 and less than 1, as a fraction of all steps",
         lambda value: 0 <= value < 1,
         "Set {key}=0.05.",
         ("learner.warmup_frac",),
     ),
     Bound(
-        "must be more than 0 and at most 1: the share of the way to go in one step",
+        "must be greater than 0 and at most 1: the gain of the beta controller in one step",
         lambda value: 0 < value <= 1,
         "Set {key}=0.1.",
         ("algo.kl.adapt_rate",),
     ),
     Bound(
-        "must be more than 0 and less than 1: the ratio is clipped to 1 - eps .. 1 + eps (Eq. 4)",
+        "must be greater than 0 and less than 1: the ratio is clipped to 1 - eps .. 1 + eps (Eq. 4)",
         lambda value: 0 < value < 1,
         "Set {key}=0.2.",
         ("algo.clip_eps",),
     ),
     Bound(
-        "must be at least 1: an answer that is as likely as when it was sampled counts in full",
+        "must be at least 1: a ratio of 1 (policy equals sampler) must not be truncated",
         lambda value: value >= 1,
         "Set {key}=2.",
         ("algo.correction_cap",),
     ),
     Bound(
-        "must be at least 0 and at most 1: an answer that is as likely as when it was sampled is trusted",
+        "must be between 0 and 1: a ratio of 1 (policy equals sampler) must not be masked",
         lambda value: 0 <= value <= 1,
         "Set {key}=0.5.",
         ("algo.correction_low",),
@@ -197,37 +184,37 @@ BOUNDS = (
         ("learner.adam_beta1", "learner.adam_beta2"),
     ),
     Bound(
-        "must be more than 0 and at most 1, as a share of the GPU's memory",
+        "must be greater than 0 and at most 1, as a fraction of the GPU's memory",
         lambda value: 0 < value <= 1,
-        "Set {key}=0.85, or 0.3 where the learner shares the GPU.",
+        "Set {key}=0.85, or 0.3 if the learner shares the GPU.",
         ("rollout.gpu_memory_utilization",),
     ),
     Bound(
-        "must be 1, 2 or 3: what the ranks share out",
+        "must be a ZeRO stage: 1 (optimizer states), 2 (+ gradients) or 3 (+ parameters)",
         lambda value: value in (1, 2, 3),
-        "Set {key}=2; 3 where the weights do not fit on one device.",
+        "Set {key}=2, or 3 if the parameters do not fit on one device.",
         ("learner.zero_stage",),
     ),
     Bound(
-        "must be between 0 and 1: one process works on one device",
+        "must be between 0 and 1: one rank uses one GPU",
         lambda value: 0 <= value <= 1,
-        "Set {key}=1 and take more of them: learner.world_size.",
+        "Set {key}=1 and raise learner.world_size.",
         ("learner.gpus_per_rank",),
     ),
     Bound(
-        f"must be one of {', '.join(map(str, HEAD_DIMS))}: the engines have no other head sizes",
+        f"must be one of {', '.join(map(str, HEAD_DIMS))}: vLLM's CPU attention supports no other head sizes",
         lambda value: value in HEAD_DIMS,
         "Set {key}=32.",
         ("model.tiny.head_dim",),
     ),
     Bound(
-        f"must be at least {OBJECT_STORE_MIN_MB} (MiB): Ray refuses a smaller store",
+        f"must be at least {OBJECT_STORE_MIN_MB} (MiB): Ray rejects a smaller object store",
         lambda value: value >= OBJECT_STORE_MIN_MB,
         "Set {key}=256.",
         ("cluster.object_store_mb",),
     ),
     Bound(
-        f"must be at least {GRADER_MIN_MB} (MiB): math-verify needs room to work",
+        f"must be at least {GRADER_MIN_MB} (MiB): math-verify does not run in less",
         lambda value: value >= GRADER_MIN_MB,
         "Set {key}=1024.",
         ("algo.reward.memory_mb", "algo.reward.actor_memory_mb"),
@@ -235,10 +222,10 @@ BOUNDS = (
     Bound(
         "must not be empty",
         lambda value: value != "",
-        "Give {key} a value, or leave it out.",
+        "Set {key} to a value, or remove it from the command.",
         (
             *("run.dir", "run.cache_dir", "run.resume", "wandb.project"),
-            *(f"data.{split}.files.{key}" for split in ("train", "test") for key in _TEXTS_OF_FILES),
+            *(f"data.{split}.files.{key}" for split in ("train", "test") for key in _FILES_STRINGS),
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as one short report."""
+"""Problems of a configuration, printed as one short report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from othink_ray.config.schema import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing wrong with a configuration: what was set, the rule it breaks, and what to do."""
+    """One problem of a configuration: the key and its value, the rule it breaks, and the remedy."""
 
     subject: str
     rule: str
@@ -26,7 +26,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """All problems of one configuration; prints as one short report."""
+    """All problems of one configuration; its text is the whole report."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(dict.fromkeys(problems))
@@ -36,15 +36,22 @@ class ConfigError(ValueError):
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key; None where a section above it is null."""
+    """Return the value of a dotted key; None if a section above it is null."""
     value: Any = config
     for part in key.split("."):
         value = None if value is None else getattr(value, part)
     return value
 
 
+def as_yaml(value: Any) -> str:
+    """Return a value as YAML spells it, with '' for an empty string."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) or "''"
+
+
 def broken(config: Config, key: str, rule: str, remedy: str) -> Problem:
-    """A rule that the value of `key` breaks."""
+    """Return the problem that the value of `key` breaks `rule`."""
     value = value_of(config, key)
-    shown = "null" if value is None else f"{value:g}" if isinstance(value, float) else value
+    shown = f"{value:g}" if isinstance(value, float) else as_yaml(value)
     return Problem(subject=f"{key} = {shown}", rule=rule, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Overrides to Config: Hydra composes conf/, and every problem is collected instead of stopping at the first."""
+"""Load a Config from overrides: Hydra composes conf/, and all problems are collected instead of only the first."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from othink_ray.config.errors import Problem as Problem
 from othink_ray.config.schema import Config, DataConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
-if TYPE_CHECKING:  # Hydra is imported where it is used: `--help` and `import othink_ray.main` stay quick
+if TYPE_CHECKING:  # imported where it is used, so that `--help` and `import othink_ray.main` stay fast
     from omegaconf import DictConfig
 
 COMMAND_LINE = "command line"
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped conf files: inside an installed package, beside it in a checkout."""
+    """Return the folder of the shipped conf files: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    places = (package / "conf", package.parent / "conf")
-    for place in places:
-        if (place / "config.yaml").is_file():
-            return place
-    raise FileNotFoundError(f"no conf/config.yaml in {' or '.join(str(place.parent) for place in places)}: reinstall")
+    candidates = (package / "conf", package.parent / "conf")
+    for folder in candidates:
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml in {' or '.join(str(each.parent) for each in candidates)}: reinstall")
 
 
 def groups(folder: Path) -> dict[str, list[str]]:
-    """Each conf group with its options, by name."""
+    """Return the conf groups with their options, sorted by name."""
     found = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in found}
 
 
 def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
-    """The configuration that these overrides give; raises ConfigError with every problem found."""
+    """Return the configuration that these overrides give, or raise ConfigError with every problem found."""
     config, problems = read(overrides, folder)
     if config is None or problems:
         raise ConfigError(problems)
@@ -46,12 +46,12 @@ def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
 
 
 def data_named(name: str) -> DataConfig:
-    """The data set of conf/data/NAME.yaml, as it is written there."""
+    """Return the data section of conf/data/NAME.yaml, without overrides."""
     return load([f"data={name}"]).data
 
 
 def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config | None, list[Problem]]:
-    """As `load`, but bad overrides are named and dropped, so that what is left can still be checked."""
+    """Return the configuration (or None) and its problems; bad overrides are reported and left out."""
     from omegaconf import open_dict, read_write
 
     folder = folder or conf_dir()
@@ -59,7 +59,7 @@ def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config |
     problems: list[Problem] = []
     kept: list[str] = []
     for text in overrides:
-        found = _vet(text, options)
+        found = _check_override(text, options)
         problems += found
         if not found:
             kept.append(text)
@@ -75,7 +75,7 @@ def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config |
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as text for a run's config.yaml."""
+    """Return the whole configuration as YAML, the content of a run's config.yaml."""
     from omegaconf import OmegaConf
 
     text: str = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
@@ -83,25 +83,25 @@ def to_yaml(config: Config) -> str:
 
 
 def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
-    """Where a dotted key was set: the command line, else the last conf file that has it or its section."""
-    typed = {text.lstrip("+").partition("=")[0] for text in overrides}
+    """Return a function that says where a dotted key was set: the command line, or the last conf file that has it."""
+    from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides}
 
-    @functools.cache  # read again only for a message
+    @functools.cache  # the files are read only when a message needs them
     def files() -> list[tuple[str, dict[str, Any]]]:
         found = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
         for group, option in choices.items():
             file = folder / group / f"{option}.yaml"
             if file.is_file():
                 found += _group_files(folder, group, file)
-        return sorted(found, key=lambda named: len(named[1]) > 1)  # files of several sections are composed last
+        return sorted(found, key=lambda named: len(named[1]) > 1)  # files with several sections are composed last
 
     def origin(key: str) -> str:
         parts = key.split(".")
         for size in range(len(parts), 0, -1):
-            if ".".join(parts[:size]) in typed - set(choices):
+            if ".".join(parts[:size]) in from_command_line - set(choices):
                 return COMMAND_LINE
             found = [name for name, content in files()[::-1] if _has(content, parts[:size])]
-            # A key that no file has belongs to the file of its section, not to another that sets some of its numbers.
+            # A key that no file has is traced to the file of its section, not to another file that sets part of it.
             of_section = [name for name in found if size < len(parts) and f"/{parts[0]}/" in name]
             if found:
                 return (of_section or found)[0]
@@ -111,7 +111,7 @@ def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each run of a sweep (`a.b=1,2`): all combinations, as Hydra's own sweeper makes them."""
+    """Return the overrides of each run of a sweep (`a.b=1,2`): all combinations, like Hydra's basic sweeper."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ValueType
     from hydra.errors import HydraException
@@ -120,11 +120,11 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
         try:
             parsed = OverridesParser.create().parse_override(text)
         except HydraException:
-            return [text]  # `read` says what is wrong with it
+            return [text]  # `read` reports what is wrong with it
         if not parsed.is_sweep_override():
             return [text]
         if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP or not parsed.is_discrete_sweep():
-            return []  # only Hydra can tell its values; each run is still checked when it starts
+            return []  # only Hydra can expand it; each run is still checked when it starts
         return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
 
     return [list(job) for job in itertools.product(*filter(None, map(alternatives, overrides)))]
@@ -133,15 +133,15 @@ def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
 # ---- one override
 
 
-def _vet(text: str, options: Mapping[str, list[str]]) -> list[Problem]:
-    """What is wrong with one override, before anything is composed."""
+def _check_override(text: str, options: Mapping[str, list[str]]) -> list[Problem]:
+    """Return the problems of one override, before anything is composed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     subject = f"{text} ({COMMAND_LINE})"
     if text.startswith("-"):
-        remedy = f"Settings are written without dashes: {text.lstrip('-')}; --help lists what can be set."
-        return [Problem(subject=subject, rule="there is no such flag", remedy=remedy)]
+        remedy = f"Write settings without dashes: {text.lstrip('-')}; --help lists the common keys."
+        return [Problem(subject=subject, rule="unknown flag", remedy=remedy)]
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
@@ -150,27 +150,27 @@ def _vet(text: str, options: Mapping[str, list[str]]) -> list[Problem]:
     if override is None or not key:
         name, equals, given = text.partition("=")
         quoted = f"'{name}=\"{given}\"'" if equals and name else "'run.dir=\"~/runs/first\"'"
-        remedy = f"Write group=name or a.b=value; quote a value with any of = , ~ < > ( ) [ ] {{ }} in it: {quoted}"
+        remedy = f"Write group=name or a.b=value; quote a value that contains any of = , ~ < > ( ) [ ] {{ }}: {quoted}"
         return [Problem(subject=subject, rule="is not of the form group=name or a.b=value", remedy=remedy)]
     if key.partition(".")[0].partition("/")[0] == "hydra":
         return []
     if override.is_delete():
-        remedy = "Leave it out; where nothing is a choice, write null."
-        return [Problem(subject=subject, rule="takes a key away, but every key needs its value", remedy=remedy)]
+        remedy = "Remove this override; to unset an optional key, set it to null."
+        return [Problem(subject=subject, rule="deletes a key, but every key needs a value", remedy=remedy)]
     if override.is_sweep_override():
-        remedy = "Add -m to run them one after the other, or give one value (a text with a comma in quotes)."
+        remedy = "Add -m to run a sweep, or give one value (quote a string that contains a comma)."
         return [Problem(subject=subject, rule="gives several values to one run", remedy=remedy)]
     value: Any = override.value()
     if key in options and not isinstance(value, dict):
-        return _vet_option(subject, key, str(value), options[key])
+        return _check_option(subject, key, str(value), options[key])
     problems = list(problems_of_value(key, value, lambda _: COMMAND_LINE))
     if override.is_add() and not problems:
         remedy = f"Write it without the plus: {text.lstrip('+')}"
-        problems.append(Problem(subject=subject, rule="adds a key that is there already", remedy=remedy))
+        problems.append(Problem(subject=subject, rule="adds a key that already exists", remedy=remedy))
     return problems
 
 
-def _vet_option(subject: str, group: str, option: str, options: list[str]) -> list[Problem]:
+def _check_option(subject: str, group: str, option: str, options: list[str]) -> list[Problem]:
     if option in options:
         return []
     near = get_close_matches(option, options, n=1)
@@ -183,7 +183,7 @@ def _vet_option(subject: str, group: str, option: str, options: list[str]) -> li
 
 
 def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
-    """Hydra's tree; overrides that Hydra refuses are named and left out."""
+    """Return the tree that Hydra composes, without the overrides it rejects, and a problem for each of these."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -201,18 +201,17 @@ def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None,
         return tree, []
     base = attempt([])
     if isinstance(base, str):
-        remedy = "Mend the file that is named."
+        remedy = "Fix the file named above."
         return None, [Problem(subject=f"{folder.name}/config.yaml", rule=f"cannot be composed: {base}", remedy=remedy)]
     problems: list[Problem] = []
     kept: list[str] = []
-    remedy = "Leave it out, or choose a group option that has this key."
+    remedy = "Remove it, or choose a group option that has this key."
     for text in overrides:
-        # Group choices come first in any order, so an override is tried together with those that were found sound.
+        # Hydra applies group choices first, whatever their position: try each override with all accepted before it.
         tree = attempt([*kept, text])
         if isinstance(tree, str):
-            problems.append(
-                Problem(subject=f"{text} ({COMMAND_LINE})", rule=f"Hydra says: {tree.splitlines()[0]}", remedy=remedy)
-            )
+            rule = f"rejected by Hydra: {tree.splitlines()[0]}"
+            problems.append(Problem(subject=f"{text} ({COMMAND_LINE})", rule=rule, remedy=remedy))
         else:
             kept.append(text)
             base = tree
@@ -227,12 +226,12 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _group_files(folder: Path, group: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """A group option's file, after those it builds on."""
+    """Return the files of a group option as (name, content): the files in its defaults list first, then its own."""
     content = _yaml(file)
     bases = [entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     before = [named for base in bases for named in _group_files(folder, group, file.with_name(f"{base}.yaml"))]
-    shared = "@package _global_" in file.read_text(encoding="utf-8")
-    return [*before, (f"{folder.name}/{group}/{file.name}", content if shared else {group: content})]
+    is_global = "@package _global_" in file.read_text(encoding="utf-8")
+    return [*before, (f"{folder.name}/{group}/{file.name}", content if is_global else {group: content})]
 
 
 def _has(content: Any, parts: Sequence[str]) -> bool:

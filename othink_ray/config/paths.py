@@ -1,34 +1,34 @@
-"""Where the paths of a configuration lead: `~`, and what is relative in a job that was handed in."""
+"""Resolution of the paths in a configuration: `~`, and relative paths in a submitted Ray job."""
 
 from __future__ import annotations
 
 from glob import glob
 from pathlib import Path
 
-_COPIES = "working_dir_files"  # where Ray unpacks the files that come with a job; they go when it ends
+_UNPACKED = "working_dir_files"  # where Ray unpacks a job's working directory; deleted when the job ends
 
 
-def in_job() -> bool:
-    """Whether this process works in Ray's copy of a working directory."""
-    return _COPIES in Path.cwd().parts
+def in_ray_job() -> bool:
+    """Return whether this process runs in Ray's copy of a job's working directory."""
+    return _UNPACKED in Path.cwd().parts
 
 
-def written(path: str) -> str:
-    """Where output goes: in a job below the home folder, because Ray removes the job's own folder when it ends."""
+def output_path(path: str) -> str:
+    """Resolve an output path: in a Ray job relative to the home folder, because Ray deletes the job's folder."""
     path = _expanded(path)
-    return str(Path.home() / path) if in_job() else path
+    return str(Path.home() / path) if in_ray_job() else path
 
 
-def read(path: str) -> str:
-    """Where input is, a path or a pattern: in a job among the files that came with it, else below the home folder.
+def input_path(path: str) -> str:
+    """Resolve an input path or glob pattern: in a Ray job relative to the job's files, else to the home folder.
 
-    A name on the hub stays as it is, unless its owner is a folder at home.
+    A hub name (owner/name) is returned unchanged, unless the home folder has a folder of the owner's name.
     """
     path = _expanded(path)
-    at_home = Path.home() / path
-    if not in_job() or Path(path).exists() or glob(path) or not at_home.parent.is_dir():
+    in_home = Path.home() / path
+    if not in_ray_job() or Path(path).exists() or glob(path) or not in_home.parent.is_dir():
         return path
-    return str(at_home)
+    return str(in_home)
 
 
 def _expanded(path: str) -> str:

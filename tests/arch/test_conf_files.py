@@ -1,4 +1,4 @@
-"""The shipped conf files: each is reachable and parses, and every key of the schema is set in them alone."""
+"""The shipped conf files: each can be selected and parses, and only they set the keys of the schema."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FILES = sorted(conf_dir().rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(conf_dir())))
-def test_conf_file_is_reachable_and_parses(file: Path) -> None:
-    where = file.relative_to(conf_dir())
-    if where == Path("config.yaml"):
+def test_a_conf_file_can_be_selected_and_parses(file: Path) -> None:
+    path = file.relative_to(conf_dir())
+    if path == Path("config.yaml"):
         assert load([]).mode == "train"
         return
-    group, name = where.parent.name, file.stem
-    assert where == Path(group, f"{name}.yaml"), "conf files lie one group deep"
+    group, name = path.parent.name, file.stem
+    assert path == Path(group, f"{name}.yaml"), "conf files are one group deep"
     section = getattr(load([f"{group}={name}"]), group)
     if hasattr(section, "name"):
         assert section.name == name
@@ -35,7 +35,7 @@ def test_each_group_is_a_section_of_the_schema() -> None:
     assert set(groups(conf_dir())) <= {field.name for field in dataclasses.fields(Config)}
 
 
-def test_schema_sets_no_value_itself() -> None:
+def test_the_schema_has_no_default_values() -> None:
     def fields(section: type) -> list[dataclasses.Field[object]]:
         return list(dataclasses.fields(section))
 

@@ -1,4 +1,4 @@
-"""Broken configurations through the real command line: exit code 2, one report, no traceback, quick."""
+"""The real command line: a broken configuration gives exit code 2 and one report, quickly and without traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Outcome:
 
 
 def run(arguments: Sequence[str], folder: Path) -> Outcome:
-    """`seconds` of processor time: how long it takes does not depend on who else is on the machine."""
+    """Run the entry point; `seconds` is CPU time, which does not depend on other load on the machine."""
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", "othink_ray.main", *arguments],
@@ -38,17 +38,17 @@ def run(arguments: Sequence[str], folder: Path) -> Outcome:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        shown, complaint = (" ".join(stream.read().split()) for stream in (out, err))
-    return Outcome(process.returncode, shown, complaint, usage.ru_utime + usage.ru_stime)
+        shown, errors = (" ".join(stream.read().split()) for stream in (out, err))
+    return Outcome(process.returncode, shown, errors, usage.ru_utime + usage.ru_stime)
 
 
-# overrides -> number of problems, words of the report
+# name -> overrides, number of problems, words of the report
 BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
-    "misspelt key": (
+    "misspelled key": (
         ["algo.gruop_size=4"],
         1,
         [
-            "algo.gruop_size = 4 (command line) there is no such key",
+            "algo.gruop_size = 4 (command line) unknown key",
             "Did you mean algo.group_size?",
             "Keys of algo: name, group_size, clip_eps",
         ],
@@ -59,9 +59,9 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["no qwen2_vl_3b in the group model", "Options: bench, internvl3_1b,"],
     ),
-    "text for a number": (["train.steps=many"], 1, ["train.steps = many (command line) must be a whole number"]),
+    "text for a number": (["train.steps=many"], 1, ["train.steps = many (command line) must be an integer"]),
     "true for a number": (["learner.lr=true"], 1, ["learner.lr = true (command line) must be a finite number"]),
-    "null for a number": (["train.seed=null"], 1, ["train.seed = null (command line) must be a whole number"]),
+    "null for a number": (["train.seed=null"], 1, ["train.seed = null (command line) must be an integer"]),
     "no equals sign": (["train.steps"], 1, ["train.steps (command line) is not of the form group=name or a.b=value"]),
     "unquoted tilde": (["run.dir=~/runs"], 1, ["run.dir=~/runs (command line)", "'run.dir=\"~/runs\"'"]),
     "value for a section": (
@@ -70,15 +70,15 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         ["algo.kl = linear (command line) is a section", "algo.kl.schedule"],
     ),
     "sweep without -m": (["train.seed=0,1"], 1, ["train.seed=0,1 (command line) gives several values", "Add -m"]),
-    "key of a model that is not chosen": (
+    "key of another model": (
         ["model=qwen2_vl_2b", "model.tiny.text_width=64"],
         1,
-        ["model.tiny.text_width=64 (command line)", "Leave it out, or choose a group option that has this key"],
+        ["model.tiny.text_width=64 (command line)", "Remove it, or choose a group option that has this key"],
     ),
     "group of one": (
         ["algo.group_size=1"],
         1,
-        ["algo.group_size = 1 must be at least 2", "a group of one has no rest"],
+        ["algo.group_size = 1 must be at least 2", "the other answers of its group (Eq. 2)"],
     ),
     "swapped betas": (["algo.kl.beta_min=0.2"], 1, ["algo.kl.beta_max = 0.1", "beta_min = 0.2", "Swap them"]),
     "unknown schedule": (["algo.kl.schedule=cosin"], 1, ["must be one of paper, linear, cosine", "schedule=cosine?"]),
@@ -87,23 +87,27 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["train.prompts_per_step = 16", "learner.world_size = 3", "Set train.prompts_per_step=18"],
     ),
-    "GPUs that are not there": (
+    "missing GPUs": (
         ["rollout=vllm_gpu", "rollout.cpus_per_actor=0"],
         1,
-        ["need 4 GPUs together, but there are 0", "rollout=vllm learner=deepspeed need no GPU"],
+        ["need 4 GPUs in total, but there are 0", "rollout=vllm learner=deepspeed need no GPU"],
     ),
     "three mistakes at once": (
         ["algo.gruop_size=4", "train.steps=many", "algo.kl.beta_min=-0.1"],
         3,
         ["Did you mean algo.group_size?", "train.steps = many", "algo.kl.beta_min = -0.1 must be at least 0"],
     ),
-    "dashes": (["--learner.lr=1e-5"], 1, ["there is no such flag", "without dashes: learner.lr=1e-5"]),
+    "dashes": (
+        ["--learner.lr=1e-5"],
+        1,
+        ["--learner.lr=1e-5 (command line) unknown flag", "without dashes: learner.lr=1e-5"],
+    ),
     "misspelling in a sweep": (["-m", "algo=grpo,grpo_d", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
-    "last value of a sweep": (["train.seed=0", "-m", "learner.lr=1e-5,0"], 1, ["learner.lr = 0 must be more than 0"]),
+    "last value of a sweep": (["train.seed=0", "-m", "learner.lr=1e-5,0"], 1, ["learner.lr = 0 must be greater than 0"]),
     "misspelling beside --cfg": (["--cfg", "job", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
 }
 
-SOUND: dict[str, list[str]] = {
+VALID: dict[str, list[str]] = {
     "help": ["--help"],
     "check": ["mode=check", "train.steps=3"],
     "cfg": ["--cfg", "job", "algo=grpo"],
@@ -114,18 +118,18 @@ SOUND: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("anywhere")
+    return tmp_path_factory.mktemp("cwd")
 
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Outcome]:
-    jobs = {**{name: case[0] for name, case in BROKEN.items()}, **SOUND}
+    jobs = {**{name: case[0] for name, case in BROKEN.items()}, **VALID}
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(jobs, pool.map(lambda arguments: run(arguments, folder), jobs.values()), strict=True))
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_configuration_ends_in_one_short_report(outcomes: dict[str, Outcome], name: str) -> None:
+def test_a_broken_configuration_gives_one_report(outcomes: dict[str, Outcome], name: str) -> None:
     _, count, words = BROKEN[name]
     outcome = outcomes[name]
     assert outcome.code == 2, outcome
@@ -137,7 +141,7 @@ def test_broken_configuration_ends_in_one_short_report(outcomes: dict[str, Outco
         assert word in outcome.err
 
 
-def test_help_names_modes_groups_and_examples_within_a_second(outcomes: dict[str, Outcome]) -> None:
+def test_help_lists_modes_groups_and_examples_within_a_second(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["help"]
     assert outcome.code == 0
     for word in (
@@ -151,11 +155,11 @@ def test_help_names_modes_groups_and_examples_within_a_second(outcomes: dict[str
         "--cfg job",
     ):
         assert word in outcome.out
-    assert outcome.out.count("python -m othink_ray.main") == 7  # the form and six examples
+    assert outcome.out.count("python -m othink_ray.main") == 7  # the usage line and six examples
     assert outcome.seconds < 1
 
 
-def test_check_mode_says_sound_and_who_gets_what(outcomes: dict[str, Outcome]) -> None:
+def test_check_mode_prints_the_resource_plan(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["check"]
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("configuration is sound")
@@ -179,11 +183,11 @@ def test_sweep_runs_each_job_in_its_own_folder(outcomes: dict[str, Outcome]) -> 
     assert "swept/1" in outcome.out
 
 
-def test_hydra_help_is_hydras_own(outcomes: dict[str, Outcome]) -> None:
+def test_hydra_help_is_printed_by_hydra(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["hydra help"].code == 0
     assert "hydra.cc" in outcomes["hydra help"].out
 
 
-def test_checking_leaves_nothing_behind_but_the_sweeps_own_file(outcomes: dict[str, Outcome], folder: Path) -> None:
+def test_checks_write_no_file_but_the_record_of_the_sweep(outcomes: dict[str, Outcome], folder: Path) -> None:
     assert outcomes
     assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == ["swept/multirun.yaml"]

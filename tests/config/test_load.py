@@ -1,4 +1,4 @@
-"""Composing and strict conversion."""
+"""Composing conf/ with overrides, and strict conversion to Config."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def report(overrides: list[str], folder: Path | None = None) -> str:
 
 
 @pytest.fixture
-def own_conf(tmp_path: Path) -> Path:
+def custom_conf(tmp_path: Path) -> Path:
     return Path(shutil.copytree(conf_dir(), tmp_path / "conf"))
 
 
-def test_defaults_are_the_papers_where_it_has_them() -> None:
+def test_defaults_are_the_values_of_the_paper() -> None:
     config = load([])
     assert (config.algo.kl.schedule, config.algo.kl.beta_min, config.algo.kl.beta_max) == ("paper", 0.04, 0.1)
     assert (config.algo.kl.explore_frac, config.algo.group_size, config.algo.reward.format_weight) == (0.3, 8, 1.0)
 
 
-def test_override_beats_group_and_group_beats_default() -> None:
+def test_overrides_win_over_groups_and_groups_over_defaults() -> None:
     config = load(["algo=grpo", "algo.group_size=4"])
     assert (config.algo.name, config.algo.kl.schedule, config.algo.group_size) == ("grpo", "constant", 4)
 
 
-def test_each_model_is_given_the_adam_of_its_size() -> None:
-    """The tiny one's would shrink a real one's steps: its gradients are not much larger than 1e-6."""
+def test_each_model_gets_the_adam_settings_of_its_size() -> None:
+    """The eps of the tiny model would damp a real model's steps: its gradients are not much larger than 1e-6."""
     models, clusters = (groups(conf_dir())[group] for group in ("model", "cluster"))
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().resolve())):
         for model, cluster in itertools.product(models, clusters):
@@ -49,17 +49,17 @@ def test_each_model_is_given_the_adam_of_its_size() -> None:
             assert tuple(map(float, adam)) == expected, (model, cluster)
 
 
-def test_cluster_chooses_gpu_engines_and_an_override_still_wins() -> None:
+def test_a_cluster_selects_gpu_engines_but_overrides_win() -> None:
     config = load(["cluster=one_node", "rollout.max_tokens=5"])
     assert (config.rollout.gpus_per_actor, config.learner.zero_stage, config.rollout.max_tokens) == (1, 2, 5)
     assert load(["cluster=one_node", "rollout=hf"]).rollout.engine == "hf"
 
 
-def test_constant_beta_of_grpo_is_one_key() -> None:
+def test_the_constant_beta_of_grpo_is_one_key() -> None:
     assert load(["algo=grpo", "algo.kl.beta_min=0.01"]).algo.kl.beta_max == 0.01
 
 
-def test_whole_number_becomes_float_where_a_float_is_asked() -> None:
+def test_an_integer_is_converted_where_a_float_is_expected() -> None:
     config = load(["rollout.temperature=1", "learner.lr='1e-6'", "learner.weight_decay=1e-2"])
     assert isinstance(config.rollout.temperature, float)
     assert config.learner.lr == 1e-6
@@ -73,7 +73,7 @@ def test_home_is_expanded_in_paths() -> None:
     assert not config.run.cache_dir.startswith("~")
 
 
-def test_all_problems_stand_in_one_report() -> None:
+def test_all_problems_are_in_one_report() -> None:
     overrides = [
         "algo.gruop_size=4",
         "train.steps=many",
@@ -88,7 +88,7 @@ def test_all_problems_stand_in_one_report() -> None:
     assert str(caught.value).startswith("6 problems in the configuration:\n\nalgo.gruop_size = 4 (command line)\n")
 
 
-def test_bad_overrides_are_dropped_and_the_rest_is_read() -> None:
+def test_bad_overrides_are_dropped_and_the_rest_is_loaded() -> None:
     config, problems = read(["algo.gruop_size=4", "train.steps=many", "algo.group_size=6"])
     assert config is not None
     assert (config.algo.group_size, config.train.steps) == (6, 200)
@@ -100,75 +100,75 @@ def test_bad_overrides_are_dropped_and_the_rest_is_read() -> None:
     [
         ("beta_min=0.1", "Did you mean algo.kl.beta_min?"),
         ("algoo.group_size=3", "Did you mean algo.group_size?"),
-        ("xyzzy=1", "there is no such key Top level keys: mode, run, train"),
-        ("train={steps: 3, stpes: 4}", "train.stpes = 4 (command line) there is no such key Did you mean train.steps?"),
-        ("train.steps.more=3", "train.steps holds one value"),
-        ("train.steps=2e2", "train.steps = 200.0 (command line) must be a whole number Write 200."),
-        ("train.steps=true", "train.steps = true (command line) must be a whole number"),
+        ("xyzzy=1", "unknown key Top-level keys: mode, run, train"),
+        ("train={steps: 3, stpes: 4}", "train.stpes = 4 (command line) unknown key Did you mean train.steps?"),
+        ("train.steps.more=3", "train.steps is a single value"),
+        ("train.steps=2e2", "train.steps = 200.0 (command line) must be an integer Write 200."),
+        ("train.steps=true", "train.steps = true (command line) must be an integer"),
         ("rollout.enforce_eager=1", "must be true or false"),
-        ("wandb.project=2024", "must be text Quote it: 'wandb.project=\"2024\"'"),
-        ("cluster.num_cpus=two", "must be a whole number or null"),
+        ("wandb.project=2024", "must be a string Quote it: 'wandb.project=\"2024\"'"),
+        ("cluster.num_cpus=two", "must be an integer or null"),
         ("model.tiny=small", "model.tiny = small (command line) is a section"),
         ("learner.lr=[1, 2]", "learner.lr = [1, 2] (command line) must be a finite number"),
-        ("~train.seed", "takes a key away"),
+        ("~train.seed", "deletes a key"),
         ("+train.seed=4", "Write it without the plus: train.seed=4"),
-        ("algo.name='${nowhere}'", "algo.name (command line) cannot be worked out"),
+        ("algo.name='${nowhere}'", "algo.name (command line) cannot be resolved"),
         ("=3", "is not of the form group=name or a.b=value"),
     ],
 )
-def test_report_names_the_mistake_and_the_remedy(override: str, words: str) -> None:
+def test_a_report_names_the_problem_and_the_remedy(override: str, words: str) -> None:
     text = report([override])
     assert words in text
     assert text.startswith("1 problem in")
 
 
-def test_null_is_read_only_where_the_schema_allows_it() -> None:
+def test_null_is_accepted_only_where_the_schema_allows_it() -> None:
     assert load(["model.path=null", "cluster.num_cpus=null"]).cluster.num_cpus is None
     assert "eval.every = null" in report(["eval.every=null"])
 
 
-def test_unknown_key_in_a_conf_file_is_traced_to_that_file(own_conf: Path) -> None:
-    (own_conf / "algo" / "mine.yaml").write_text("defaults: [grpo, _self_]\nclip_epz: 0.3\n")
-    text = report(["algo=mine"], own_conf)
-    assert "algo.clip_epz (conf/algo/mine.yaml) there is no such key Did you mean algo.clip_eps?" in text
+def test_an_unknown_key_in_a_conf_file_is_traced_to_it(custom_conf: Path) -> None:
+    (custom_conf / "algo" / "mine.yaml").write_text("defaults: [grpo, _self_]\nclip_epz: 0.3\n")
+    text = report(["algo=mine"], custom_conf)
+    assert "algo.clip_epz (conf/algo/mine.yaml) unknown key Did you mean algo.clip_eps?" in text
 
 
-def test_misspelt_key_in_a_conf_file_is_one_problem(own_conf: Path) -> None:
-    file = own_conf / "algo" / "grpo_d.yaml"
+def test_a_misspelled_key_in_a_conf_file_is_one_problem(custom_conf: Path) -> None:
+    file = custom_conf / "algo" / "grpo_d.yaml"
     file.write_text(file.read_text().replace("clip_eps:", "clip_epz:"))
-    assert report([], own_conf).startswith("1 problem in")
+    assert report([], custom_conf).startswith("1 problem in")
 
 
-def test_missing_key_is_traced_to_the_file_of_its_section(own_conf: Path) -> None:
-    file = own_conf / "learner" / "deepspeed.yaml"
+def test_a_missing_key_is_traced_to_the_file_of_its_section(custom_conf: Path) -> None:
+    file = custom_conf / "learner" / "deepspeed.yaml"
     file.write_text(file.read_text().replace("zero_stage", "# zero_stage"))
-    assert "learner.zero_stage (conf/learner/deepspeed.yaml) is missing" in report([], own_conf)
+    assert "learner.zero_stage (conf/learner/deepspeed.yaml) is missing" in report([], custom_conf)
 
 
-def test_wrong_type_in_a_conf_file_is_traced_to_the_file_that_set_it(own_conf: Path) -> None:
+def test_a_wrong_type_is_traced_to_the_conf_file_that_sets_it(custom_conf: Path) -> None:
     for file, text in (("rollout/vllm.yaml", "threads: null"), ("cluster/one_gpu.yaml", "num_actors: 1")):
-        path = own_conf / file
+        path = custom_conf / file
         path.write_text(path.read_text().replace(text, text.split(":")[0] + ": few"))
-    text = report(["cluster=one_gpu"], own_conf)
+    text = report(["cluster=one_gpu"], custom_conf)
     assert "rollout.num_actors = few (conf/cluster/one_gpu.yaml)" in text
-    assert "rollout.threads" not in text  # vllm_gpu sets its own
-    assert "rollout.threads = few (conf/rollout/vllm.yaml)" in report([], own_conf)
+    assert "rollout.threads" not in text  # vllm_gpu overrides it
+    assert "rollout.threads = few (conf/rollout/vllm.yaml)" in report([], custom_conf)
 
 
-def test_conf_file_that_is_not_yaml_is_reported_with_its_line(own_conf: Path) -> None:
-    (own_conf / "algo" / "grpo_d.yaml").write_text("name: grpo_d\nkl: [1, 2\n")
-    text = report([], own_conf)
+def test_a_conf_file_that_is_not_yaml_is_reported_by_name(custom_conf: Path) -> None:
+    (custom_conf / "algo" / "grpo_d.yaml").write_text("name: grpo_d\nkl: [1, 2\n")
+    text = report([], custom_conf)
     assert "cannot be composed" in text
     assert "grpo_d.yaml" in text
 
 
-def test_unquoted_off_in_a_conf_file_is_not_taken_for_text(own_conf: Path) -> None:
-    file = own_conf / "config.yaml"
+def test_an_unquoted_off_in_a_conf_file_is_not_a_string(custom_conf: Path) -> None:
+    file = custom_conf / "config.yaml"
     file.write_text(file.read_text().replace('mode: "off"', "mode: off"))
-    assert "wandb.mode = false (conf/config.yaml) must be text" in report([], own_conf)
+    assert "wandb.mode = false (conf/config.yaml) must be a string" in report([], custom_conf)
 
 
-def test_yaml_of_a_configuration_reads_back_the_same() -> None:
+def test_the_yaml_of_a_configuration_round_trips() -> None:
     config = load(["learner.lr=1e-6", "wandb.project='on'"])
     assert yaml.safe_load(to_yaml(config)) == json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -178,14 +178,14 @@ def test_conf_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: p
     assert load([]).model.name == "tiny"
 
 
-def test_sweep_is_the_product_of_its_values() -> None:
+def test_a_sweep_is_the_product_of_its_values() -> None:
     jobs = sweep_jobs(["algo=grpo,grpo_d", "train.seed=range(0,2)", "train.steps=5"])
     assert len(jobs) == 4
     assert jobs[0] == ["algo=grpo", "train.seed=0", "train.steps=5"]
     assert len({tuple(job) for job in jobs}) == 4
 
 
-def test_the_task_says_how_long_the_embedded_model_is_warmed_up_unless_told_otherwise() -> None:
+def test_the_data_set_gives_the_warm_steps_unless_overridden() -> None:
     def steps(*overrides: str) -> int:
         tiny = load(overrides).model.tiny
         assert tiny is not None

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in README.md and docs/ works: run, or where that cannot be, checked."""
+"""Commands and Python blocks in README.md and docs/ work: each is run or, where impossible, its settings are checked."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAIN = (".venv/bin/python", "-m", "othink_ray.main")
 
-# These run for true, shortened, in this order; of the other runs the settings are checked.
-TRUE_RUNS = {
+# Commands that are really run, shortened, in this order; of all others only the settings are checked.
+EXECUTED = {
     "README.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
     "first_run.md": ("run.dir=runs/first", "run.resume=auto"),
     "own_data.md": ("run.dir=runs/own",),
     "own_reward.md": ("algo.reward.own=my_rewards.py:brevity",),
 }
-SHORT = (
+SHORTENED = (
     *("rollout=hf", "train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),
     *("model.tiny.warm_steps=1", "model.tiny.warm_batch=2", "eval.questions=2", "eval.every=0"),
 )
-# What begins so is not run. The settings in it must be sound all the same.
+# Commands with these prefixes are not run, with the reason; their settings must be valid all the same.
 NOT_RUN = {
     "launch/setup_env.sh": "installs an environment; tests/launch/test_setup_env.py",
     "launch/gpu_check.sh": "needs a GPU; tests/bench/test_gpu_check.py",
     ".venv/bin/python -m benchmarks.memory": "takes most of 24 GiB; tests/bench/test_memory.py",
     "launch/local.sh": "sets up first; tests/launch/test_launchers.py",
-    "make": "sets up first, and most of it takes minutes or hours: a dry run",
+    "make": "sets up first, and most targets take minutes or hours: a dry run",
     ".venv/bin/python -m tests.drills.unguarded": "takes a quarter of an hour; tests/drills/test_unguarded.py",
     "ray start": "has fixed ports; tests/drills/test_two_hosts.py",
     "ray job": "needs a cluster at that address; tests/drills/test_two_hosts.py",
@@ -47,9 +47,9 @@ NOT_RUN = {
     "docker build": "needs Docker",
     "envsubst": "needs Kubernetes; tests/launch/test_launchers.py",
 }
-# What a reader has and this machine has not: files of data, folders of models.
-NOT_HERE = ("there is none here", "is none of these")
-# The largest shape in conf/cluster that starts Ray itself has 8 GPUs.
+# Accepted problems: data files and model folders that only the reader has.
+MISSING_FILES = ("there is none here", "is none of these")
+# The largest option of the group cluster with a local Ray has 8 GPUs.
 LARGE = Machine(cpus=256, gpus=8)
 
 
@@ -69,24 +69,24 @@ def reason_not_to_run(command: str) -> str | None:
 
 
 def settings(text: str) -> list[str]:
-    """The settings in a command, those within a quoted word too."""
+    """Return the settings in a command, including those inside quoted words and ARGS."""
     words = [word for outer in shlex.split(text, comments=True) for word in [outer, *outer.split()]]
     found = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=\S*$", word)]
     nested = [word.partition("=")[2].split() for word in words if re.match(r"ARGS=", word)]
-    return list(dict.fromkeys([*found, *(one for inner in nested for one in inner if "=" in one)]))
+    return list(dict.fromkeys([*found, *(word for inner in nested for word in inner if "=" in word)]))
 
 
 def check(overrides: Sequence[str]) -> None:
     for job in sweep_jobs(overrides):
         found = problems(load(job), LARGE)
-        assert not [one for one in found if not any(said in one.rule for said in NOT_HERE)], found
+        assert not [problem for problem in found if not any(rule in problem.rule for rule in MISSING_FILES)], found
 
 
 def call(arguments: Sequence[str]) -> None:
-    screen = io.StringIO()
-    with redirect_stdout(screen), redirect_stderr(screen):
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
         status = main(arguments)
-    assert status == 0, screen.getvalue()
+    assert status == 0, output.getvalue()
 
 
 def shell(command: str, folder: Path) -> str:
@@ -115,10 +115,10 @@ def run(command: str, page: Path, folder: Path) -> None:
         arguments = words[3:]
         if {"--help", "--cfg"} & set(arguments):
             call(arguments)
-        elif any(mark in arguments for mark in TRUE_RUNS.get(page.name, ())):
-            # The tests' Ray works in another folder.
+        elif any(mark in arguments for mark in EXECUTED.get(page.name, ())):
+            # The Ray of the tests has another working directory.
             placed = [re.sub(r"\b(runs|my)/", rf"{folder}/\1/", argument) for argument in arguments]
-            call([*placed, *SHORT, f"run.cache_dir={folder}/cache"])
+            call([*placed, *SHORTENED, f"run.cache_dir={folder}/cache"])
         else:
             check([word for word in arguments if word != "-m"])
     else:
@@ -127,12 +127,14 @@ def run(command: str, page: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all pages are worked through, as a reader would."""
+    """The working directory in which all pages are followed, as a reader would."""
     return tmp_path_factory.mktemp("reader")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_the_page_shows_works(page: Path, folder: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_code_of_a_page_work(
+    page: Path, folder: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     code = "\n".join(blocks(page, "python"))
     done = subprocess.run(
@@ -151,16 +153,16 @@ def test_what_the_page_shows_works(page: Path, folder: Path, ray_here: None, mon
             pytest.fail(f"{page.name}: {command}\n{error}")
 
 
-def test_all_that_is_listed_is_on_the_pages() -> None:
+def test_all_listed_commands_are_on_the_pages() -> None:
     shown = {page.name: list(commands(page)) for page in PAGES}
     used = {reason_not_to_run(command) for page in shown.values() for command in page}
     assert used - {None} == set(NOT_RUN)
-    for name, marks in TRUE_RUNS.items():
+    for name, marks in EXECUTED.items():
         for mark in marks:
             assert any(mark in settings(command) for command in shown[name]), f"{name}: {mark}"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_are_valid() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the code says."""
+"""docs/troubleshooting.md quotes messages as they are in the code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
 def texts() -> Iterator[str]:
-    """All texts in the package, with … where a value is filled in; and what set-up says."""
+    """Yield all strings of the package, with … for each interpolated value, and the text of the set-up script."""
     for file in Path(othink_ray.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -25,11 +25,11 @@ def texts() -> Iterator[str]:
 
 
 def quoted() -> list[str]:
-    """First columns of the tables that quote messages."""
+    """Return the messages in the first columns of the page's tables."""
     return re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(), flags=re.MULTILINE)
 
 
-def test_each_quoted_message_can_be_said() -> None:
-    said = "\n".join(texts())
+def test_each_quoted_message_is_in_the_code() -> None:
+    strings = "\n".join(texts())
     assert len(quoted()) > 20
-    assert [message for message in quoted() if message not in said] == []
+    assert [message for message in quoted() if message not in strings] == []

@@ -77,7 +77,7 @@ def test_an_answer_on_which_a_custom_reward_fails_is_masked(file: Path, group: G
     [
         ("brevty", "defines no function brevty Did you mean"),
         ("lonely", "lonely must take two arguments: a completion's text and the true answer"),
-        ("accuracy", "accuracy is the name of a reward that is there already"),
+        ("accuracy", "accuracy is the name of a built-in reward"),
     ],
 )
 def test_an_unusable_function_is_a_configuration_error(file: Path, function: str, words: str) -> None:

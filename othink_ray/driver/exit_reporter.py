@@ -5,15 +5,19 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-_ARMED = "+"  # what the driver writes first: without it the end of the pipe means nothing
-_CLEAN_EXIT = "+-"
+import psutil
+
+# What the driver writes: that it is at work, a line for each process that should end with it, and how it ended.
+_ARMED = "+"  # without it the end of the pipe means nothing
+_CLEAN_EXIT = "-"
 _NO_REASON = "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
 _PATIENCE_S = 120.0
+_GRACE_S = 5.0
 
 
 class ExitReporter:
@@ -34,12 +38,18 @@ class ExitReporter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._write(_CLEAN_EXIT.removeprefix(_ARMED), last=True)
+        self._write(_CLEAN_EXIT, last=True)
         self.wait()
+
+    def end_with_driver(self, processes: Iterable[psutil.Process]) -> None:
+        """Have it kill these if the driver ends before the exit and they are alive `_GRACE_S` later."""
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                self._write(f"{process.pid} {process.create_time()}\n")
 
     def report(self, reason: str) -> None:
         """Have it print this reason and write the report."""
-        self._write(reason, last=True)
+        self._write(" ".join(reason.splitlines()), last=True)
 
     def wait(self) -> None:
         """Wait for the process to exit."""
@@ -64,17 +74,32 @@ def main(arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with the driver
     text = sys.stdin.read()
-    if text == _CLEAN_EXIT or not text.startswith(_ARMED):
+    *processes, reason = text.removeprefix(_ARMED).split("\n")
+    if reason == _CLEAN_EXIT or not text.startswith(_ARMED):
         return
     if sys.stdout.isatty():
         _say("\x1b[?25h")  # the cursor, which a progress bar hides
-    _say(f"stopped: {text.removeprefix(_ARMED) or _NO_REASON}; {remedy}\n")
+    _say(f"stopped: {reason or _NO_REASON}; {remedy}\n")
     if (Path(folder) / records_file).is_file():
         write_report: Callable[[Path], Path] = getattr(import_module(module), function)
         try:
             _say(f"report of what was done: {write_report(Path(folder))}\n")
         except Exception as error:  # whatever was wrong with the files of a run that died
             _say(f"no report could be written: {error}\n")
+    _end(processes)
+
+
+def _end(listed: Sequence[str]) -> None:
+    """Kill the listed processes, `<pid> <create time>` each, that do not end by themselves."""
+    alive = []
+    for pid, created in map(str.split, listed):
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(created):  # else another process has the number now
+                alive.append(process)
+    for process in psutil.wait_procs(alive, timeout=_GRACE_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _say(text: str) -> None:

@@ -22,7 +22,7 @@ from othink_ray.driver.folder import FolderError, own_folder
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import close_token_file, prepare, ray_session
 from othink_ray.runtime.job import short_notice
-from othink_ray.runtime.watch import kill_children, kill_own_ray, watching
+from othink_ray.runtime.watch import agents, kill_children, kill_own_ray, watching
 
 WriteReport = Callable[[Path], Path]
 _GOES_ON = "the same command with run.resume=auto goes on"
@@ -89,6 +89,7 @@ def _work(
         with console.phase("starting Ray"):
             imports.start()
             stack.enter_context(ray_session(config.cluster))
+            reporter.end_with_driver(agents())
             imports.join()
         stack.enter_context(watching(lambda what: _end_without_ray(what, console, reporter)))
         if config.mode == "eval":

@@ -48,7 +48,7 @@ def kill_own_ray() -> None:
 
 
 def agents() -> list[psutil.Process]:
-    """Return Ray's agents, where this process started Ray: they outlive it by a minute if all of it is killed at once."""
+    """Return Ray's agents if this process started Ray: they outlive it by a minute if it is killed all at once."""
     raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
     return [agent for raylet in raylets for agent in raylet.children()]
 

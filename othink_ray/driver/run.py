@@ -21,6 +21,7 @@ from othink_ray.driver.exit_reporter import ExitReporter
 from othink_ray.driver.run_dir import FolderError, lock_run_dir
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import (
+    agents,
     close_token_file,
     kill_children,
     kill_local_ray,
@@ -95,6 +96,7 @@ def _work(
         with console.phase("starting Ray"):
             imports.start()
             stack.enter_context(ray_session(config.cluster))
+            reporter.end_with_driver(agents())
             imports.join()
         stack.enter_context(watching(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":

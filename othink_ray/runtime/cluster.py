@@ -238,6 +238,12 @@ def kill_local_ray() -> None:
                     process.kill()
 
 
+def agents() -> list[psutil.Process]:
+    """Return Ray's agents if this process started Ray: they outlive it by a minute if it is killed all at once."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [agent for raylet in raylets for agent in raylet.children()]
+
+
 def kill_children() -> None:
     """Kill all processes that this one started, and theirs."""
     for process in psutil.Process().children(recursive=True):

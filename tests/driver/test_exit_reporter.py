@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -88,3 +89,39 @@ def test_a_driver_survives_the_death_of_the_reporter(tmp_path: Path) -> None:
     helper.kill()
     assert process.communicate("reporter.report('reason')", timeout=60)[0] == ""
     assert process.returncode == 0
+
+
+STARTS = """
+import psutil, subprocess
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+started = [subprocess.Popen(["sleep", "300"], start_new_session=True, **quiet) for _ in range(3)]
+reporter.end_with_driver(psutil.Process(one.pid) for one in started[:2])
+print(*(one.pid for one in started), flush=True)
+"""
+DEATHS = ("os.kill(os.getpid(), signal.SIGKILL)", "reporter.report('Ray is\\ngone')\nos._exit(1)")
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_what_should_end_with_the_driver_is_killed_and_nothing_else(how: str, tmp_path: Path) -> None:
+    said, _ = driver(tmp_path).communicate(STARTS + how, timeout=60)
+    listed, _, other = map(int, said.splitlines()[0].split())
+    assert said.splitlines()[1].startswith("stopped: ")
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(listed).wait(60)
+    left = psutil.Process(other)
+    left.kill()
+
+
+def test_what_should_end_with_the_driver_is_its_own_at_a_clean_exit(tmp_path: Path) -> None:
+    said, _ = driver(tmp_path).communicate(STARTS, timeout=60)
+    for pid in map(int, said.split()):
+        psutil.Process(pid).kill()
+
+
+def test_a_number_that_another_process_has_now_is_left_alone(tmp_path: Path) -> None:
+    bystander = subprocess.Popen(["sleep", "300"])
+    line = f"reporter._write('{bystander.pid} 1.5\\n')\n"
+    driver(tmp_path).communicate(line + DEATHS[0], timeout=60)
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()

@@ -133,6 +133,13 @@ def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
     assert wait_until(lambda: not processes_with(mark), 60), processes_with(mark)
 
 
+def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    ended = ended_by(signal.SIGKILL, cache, tmp_path)
+    assert ended.status == -9, ended.screen
+    assert "stopped: its process died without an error message" in ended.screen
+    assert "report of what was done" in ended.screen
+
+
 def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     """Its raylet ends with it, in good order, on which Ray exits the driver within a tenth of a second."""
 

@@ -27,7 +27,8 @@ import ast, builtins, os, sys, time
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 
-_file = os.open(os.path.join(os.environ["OTHINK_RAY_ENTERED"], f"{{os.getpid()}}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+_path = os.path.join(os.environ["OTHINK_RAY_ENTERED"], f"{{os.getpid()}}.txt")
+_file = os.open(_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 _seen = set()
 
 def _note(name):

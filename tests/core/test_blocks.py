@@ -101,8 +101,8 @@ def test_an_images_blocks_have_so_many_scores_at_most(
 ) -> None:
     monkeypatch.setattr(blocks, "_SCORES", scores)
     cut = blocks_of_image(5)
-    assert [block.asking.stop - block.asking.start for block in cut] == heights
-    assert [block.asking.start for block in cut] == [sum(heights[:number]) for number in range(len(heights))]
+    assert [block.queries.stop - block.queries.start for block in cut] == heights
+    assert [block.queries.start for block in cut] == [sum(heights[:number]) for number in range(len(heights))]
 
 
 def test_half_precision_sums_in_float32() -> None:

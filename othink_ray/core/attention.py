@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from othink_ray.core import flex, fused
 from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_sequence, worth_it
-from othink_ray.core.packed_sequence import PackedSequence, seen_spans, stretches, visibility
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans, visibility, visible_spans
 
 
 class Attention(ABC):
@@ -195,7 +195,7 @@ def _blocks(sequence: PackedSequence, device: torch.device) -> tuple[Tensor, Ten
     so the first token of a block reaches furthest back, and what both its first and its last token see, all others see.
     """
     # Padding tokens of the last block see nothing, so the block never counts as seeing all of another.
-    spans = pad(torch.stack(seen_spans(sequence)), (0, -len(sequence) % flex.BLOCK), value=len(sequence))
+    spans = pad(torch.stack(visible_spans(sequence)), (0, -len(sequence) % flex.BLOCK), value=len(sequence))
     bounds = torch.stack([spans[:, :: flex.BLOCK], spans[:, flex.BLOCK - 1 :: flex.BLOCK]])
     (prompt, prompt_end, segment), (last_prompt, _, last_segment) = bounds[..., None].to(device, non_blocking=True)
     start = torch.arange(0, len(sequence), flex.BLOCK, device=device)
@@ -248,7 +248,7 @@ def packs_images(attention: Attention, device: torch.device) -> bool:
 
 
 def _by_length(sequence: PackedSequence, device: torch.device) -> Attention:
-    prompts = [stop - start for start, stop, of_answer in stretches(sequence) if not of_answer]
+    prompts = [stop - start for start, stop, of_answer in segment_spans(sequence) if not of_answer]
     return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(sequence, device)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from othink_ray.core.packed_sequence import PackedSequence, stretches
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans
 
 ENOUGH = 512  # keys; with fewer, the overhead of many calls exceeds what faster matmuls save
 _GAIN = 1.5  # matmul speed-up needed: torch's kernel saves the calls and a second pass over the scores
@@ -47,7 +47,7 @@ def blocks_of_sequence(sequence: PackedSequence, *, in_last_layer: bool = False)
     """
     blocks: list[Block] = []
     prompt = slice(0)
-    for start, stop, of_answer in stretches(sequence):
+    for start, stop, of_answer in segment_spans(sequence):
         if not of_answer:
             prompt = slice(start, stop)
         before = (prompt,) if of_answer else ()
@@ -62,11 +62,11 @@ def _cut(start: int, stop: int, height: int) -> list[slice]:
 
 def worth_it(tokens: int) -> bool:
     """Return whether blocks are faster than torch's kernel on this CPU, with `tokens` keys."""
-    return tokens >= ENOUGH and products_gain() >= _GAIN
+    return tokens >= ENOUGH and matmul_gain() >= _GAIN
 
 
 @cache
-def products_gain() -> float:
+def matmul_gain() -> float:
     """Measure once how many times faster this process's matmul is than torch's BLAS, which torch's kernels use."""
     factor = torch.ones(384, 384)
     out = torch.empty_like(factor)

@@ -26,9 +26,9 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 struct Block {
-    int64_t first, stop;              // query tokens
-    int64_t whole_start, whole_stop;  // key tokens visible to all queries (an answer's prompt)
-    int64_t own_start, own_stop;      // further key tokens; if causal, visible up to the query itself
+    int64_t first, stop;                  // query tokens
+    int64_t prefix_start, prefix_stop;    // key tokens visible to all queries (an answer's prompt)
+    int64_t segment_start, segment_stop;  // further key tokens; if causal, visible up to the query itself
     int64_t causal;
 };
 
@@ -84,16 +84,16 @@ void score(const float* left, const float* right, int64_t pitch, int64_t keys, i
 
 // sum[row] += sum over keys of probs[row][key] * values[key]
 void gather(const float* probs, int64_t pitch, const float* values, int64_t stride, int64_t keys, vec (&sum)[ROWS][2]) {
-    vec own[ROWS][2];
-    std::memcpy(own, sum, sizeof own);
+    vec local[ROWS][2];
+    std::memcpy(local, sum, sizeof local);
     for (int64_t key = 0; key < keys; key++) {
         vec low = load(values + key * stride), high = load(values + key * stride + LANES);
         for (int row = 0; row < ROWS; row++) {
             vec prob = all(probs[row * pitch + key]);
-            own[row][0] += prob * low, own[row][1] += prob * high;
+            local[row][0] += prob * low, local[row][1] += prob * high;
         }
     }
-    std::memcpy(sum, own, sizeof own);
+    std::memcpy(sum, local, sizeof local);
 }
 
 // out[key] += sum over rows of probs[row][key] * rows[row], for COUNT keys
@@ -161,7 +161,8 @@ struct Head {
         if (with_values) values = transposed(value(0), in.value_token, in.tokens, in.depth, pitch);
         for (int64_t i = 0; i < in.block_count; i++) {
             const Block& block = in.blocks[i];
-            room = std::max(room, block.whole_stop - block.whole_start + block.own_stop - block.own_start + PART + LANES);
+            const int64_t seen = block.prefix_stop - block.prefix_start + block.segment_stop - block.segment_start;
+            room = std::max(room, seen + PART + LANES);
         }
     }
     const float* key(int64_t token) const { return in.key + number * in.key_head + token * in.key_token; }
@@ -172,13 +173,13 @@ struct Head {
 struct Tile {
     const Head& head;
     const Block& block;
-    int64_t begin, rows, whole, own, seen, end;
+    int64_t begin, rows, prefix, segment, seen, end;
 
     Tile(const Head& head, const Block& block, int64_t begin) : head(head), block(block), begin(begin) {
         rows = std::min<int64_t>(ROWS, (block.stop - block.first) * head.each - begin);
-        whole = block.whole_stop - block.whole_start;
-        own = (block.causal ? token(rows - 1) + 1 : block.own_stop) - block.own_start;
-        seen = whole + own, end = (seen + LANES - 1) / LANES * LANES;
+        prefix = block.prefix_stop - block.prefix_start;
+        segment = (block.causal ? token(rows - 1) + 1 : block.segment_stop) - block.segment_start;
+        seen = prefix + segment, end = (seen + LANES - 1) / LANES * LANES;
     }
     int64_t token(int64_t row) const { return block.first + (begin + row) / head.each; }
     int64_t query_head(int64_t row) const { return head.number * head.each + (begin + row) % head.each; }
@@ -189,12 +190,12 @@ struct Tile {
 
     void dot(const std::vector<float>& right, const float* left, const float* start, float* out) const {
         const int64_t depth = head.in.depth, pitch = head.pitch, room = head.room;
-        score(left, right.data() + block.whole_start, pitch, whole, depth, start, out, room);
-        score(left, right.data() + block.own_start, pitch, own, depth, start, out + whole, room);
+        score(left, right.data() + block.prefix_start, pitch, prefix, depth, start, out, room);
+        score(left, right.data() + block.segment_start, pitch, segment, depth, start, out + prefix, room);
     }
     void mask_future(float* scores) const {
         for (int64_t row = 0; row < ROWS; row++) {
-            int64_t limit = block.causal && row < rows ? whole + token(row) + 1 - block.own_start : seen;
+            int64_t limit = block.causal && row < rows ? prefix + token(row) + 1 - block.segment_start : seen;
             for (int64_t key = limit; key < end; key++) scores[row * head.room + key] = -INFINITY;
         }
     }
@@ -250,9 +251,10 @@ void forward(const Inputs* inputs, float* out, float* logs, int threads) {
                 }
                 for (int64_t at = 0; at < depth; at += PART) {
                     vec sum[ROWS][2] = {};
-                    gather(scores.data(), head.room, head.value(tile.block.whole_start) + at, in.value_token, tile.whole, sum);
-                    gather(scores.data() + tile.whole, head.room, head.value(tile.block.own_start) + at, in.value_token,
-                           tile.own, sum);
+                    gather(scores.data(), head.room, head.value(tile.block.prefix_start) + at, in.value_token,
+                           tile.prefix, sum);
+                    gather(scores.data() + tile.prefix, head.room, head.value(tile.block.segment_start) + at,
+                           in.value_token, tile.segment, sum);
                     for (int64_t row = 0; row < tile.rows; row++) {
                         float *to = out + tile.index(row) * depth + at, inverse = 1.0f / total[row];
                         if (as_vllm) store(to, sum[row][0] * inverse), store(to + LANES, sum[row][1] * inverse);
@@ -263,7 +265,7 @@ void forward(const Inputs* inputs, float* out, float* logs, int threads) {
         }
 }
 
-// All gradients are (N, heads, D); those of keys and values are one per thread, zero-initialized, for the caller to sum.
+// All gradients are (N, heads, D); those of keys and values are zero-initialized, one per thread, to be summed after.
 void backward(const Inputs* inputs, const float* out, const float* logs, const float* grad, float* grad_query,
               float* grad_key, float* grad_value, int threads) {
     const Inputs& in = *inputs;
@@ -301,11 +303,11 @@ void backward(const Inputs* inputs, const float* out, const float* logs, const f
                     }
                 for (int64_t at = 0; at < depth; at += PART) {
                     vec sum[ROWS][2] = {};
-                    for (bool whole : {true, false}) {
-                        const int64_t start = whole ? tile.block.whole_start : tile.block.own_start;
-                        const int64_t keys = whole ? tile.whole : tile.own, to = start * stride + at;
-                        const float* prob = probs.data() + (whole ? 0 : tile.whole);
-                        const float* grad_score = grad_scores.data() + (whole ? 0 : tile.whole);
+                    for (bool in_prefix : {true, false}) {
+                        const int64_t start = in_prefix ? tile.block.prefix_start : tile.block.segment_start;
+                        const int64_t keys = in_prefix ? tile.prefix : tile.segment, to = start * stride + at;
+                        const float* prob = probs.data() + (in_prefix ? 0 : tile.prefix);
+                        const float* grad_score = grad_scores.data() + (in_prefix ? 0 : tile.prefix);
                         gather(grad_score, head.room, head.key(start) + at, in.key_token, keys, sum);
                         scatter(prob, head.room, grads + at, depth, to_value + to, stride, keys);
                         scatter(grad_score, head.room, queries + at, depth, to_key + to, stride, keys);

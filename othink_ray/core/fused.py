@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from othink_ray.core.packed_sequence import PackedSequence, stretches
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -90,7 +90,7 @@ def blocks_of_sequence(sequence: PackedSequence, *, in_last_layer: bool) -> Tens
     """
     blocks = []
     prompt = (0, 0)
-    for start, stop, of_answer in stretches(sequence):
+    for start, stop, of_answer in segment_spans(sequence):
         if not of_answer:
             prompt = (start, stop)
         first = stop - 1 if in_last_layer and not of_answer else start

@@ -50,7 +50,7 @@ def visibility(sequence: PackedSequence) -> torch.Tensor:
     return (same_sample & ((key == 0) | (key == query))).tril()
 
 
-def seen_spans(sequence: PackedSequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def visible_spans(sequence: PackedSequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `visibility` as spans, three tensors (N,): start and end of the token's prompt, start of its segment.
 
     A token attends to the tokens between the first two, and from the third up to itself, but to nothing after itself.
@@ -89,7 +89,7 @@ def answer_index(sequence: PackedSequence) -> torch.Tensor:
     return _starts(sequence)[sequence.is_answer].cumsum(0) - 1
 
 
-def stretches(sequence: PackedSequence) -> list[tuple[int, int, bool]]:
+def segment_spans(sequence: PackedSequence) -> list[tuple[int, int, bool]]:
     """Return (start, end, is answer) of each prompt and each non-empty answer, in order."""
     starts = _starts(sequence).nonzero().squeeze(1)
     ends = [*starts[1:].tolist(), len(sequence)]

@@ -15,7 +15,7 @@ from othink_ray.core.blocks import (
     attend_in_blocks,
     blocks_of_image,
     blocks_of_sequence,
-    products_gain,
+    matmul_gain,
     worth_it,
 )
 from othink_ray.core.packed_sequence import build_packed_sequence
@@ -118,7 +118,7 @@ def test_half_precision_sums_in_float32() -> None:
 
 
 def test_blocks_are_not_used_where_matmul_is_torchs_blas() -> None:
-    assert products_gain() < 1.5  # matmul is not replaced in this process
+    assert matmul_gain() < 1.5  # matmul is not replaced in this process
     assert not worth_it(10 * ENOUGH)
 
 
@@ -126,7 +126,7 @@ def test_blocks_are_not_used_where_matmul_is_torchs_blas() -> None:
 def test_blocks_need_enough_tokens_and_enough_gain(
     monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, worth: bool
 ) -> None:
-    monkeypatch.setattr(blocks, "products_gain", lambda: blocks._GAIN + gain)
+    monkeypatch.setattr(blocks, "matmul_gain", lambda: blocks._GAIN + gain)
     assert worth_it(ENOUGH + tokens) == worth
 
 
@@ -140,4 +140,4 @@ def test_the_gain_compares_the_fastest_of_both_matmuls(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "mm", multiply)
     monkeypatch.setattr(blocks.time, "perf_counter", lambda: clock)
-    assert products_gain.__wrapped__() == (3.0 + 0) / (1.0 + 1)
+    assert matmul_gain.__wrapped__() == (3.0 + 0) / (1.0 + 1)

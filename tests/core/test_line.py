@@ -31,9 +31,9 @@ from othink_ray.core.packed_sequence import (
     offsets,
     predicting,
     predictors,
-    seen_spans,
-    stretches,
+    segment_spans,
     visibility,
+    visible_spans,
 )
 from tests.reference import grpo_d
 
@@ -79,8 +79,8 @@ def test_a_packed_sequence_has_int64_indices() -> None:
     assert sequence.rows.dtype == sequence.segments.dtype == torch.int64
 
 
-def test_stretches_are_python_ints_per_prompt_and_answer() -> None:
-    found = stretches(sequence_of([(2, [2, 0, 1]), (1, [3])]))
+def test_segment_spans_are_python_ints() -> None:
+    found = segment_spans(sequence_of([(2, [2, 0, 1]), (1, [3])]))
     assert repr(found) == "[(0, 2, False), (2, 4, True), (4, 5, True), (5, 6, False), (6, 9, True)]"
 
 
@@ -126,12 +126,14 @@ def test_visibility_predictors_and_offsets_equal_slow_ones(samples: list[tuple[i
 
 @REPEATABLE
 @given(SAMPLES)
-def test_seen_spans_equal_visibility(samples: list[tuple[int, list[int]]]) -> None:
+def test_visible_spans_equal_visibility(samples: list[tuple[int, list[int]]]) -> None:
     sequence = sequence_of(samples)
-    prompt, prompt_end, segment = (bound[:, None] for bound in seen_spans(sequence))
+    prompt, prompt_end, segment = (bound[:, None] for bound in visible_spans(sequence))
     seen = torch.arange(len(sequence))
     assert torch.equal((((prompt <= seen) & (seen < prompt_end)) | (segment <= seen)).tril(), visibility(sequence))
-    assert segment.flatten().tolist() == [start for start, stop, _ in stretches(sequence) for _ in range(start, stop)]
+    assert segment.flatten().tolist() == [
+        start for start, stop, _ in segment_spans(sequence) for _ in range(start, stop)
+    ]
 
 
 def states(length: int) -> list[Tensor]:
@@ -263,7 +265,7 @@ def test_auto_takes_blocks_for_long_prompts_if_faster(
     monkeypatch: pytest.MonkeyPatch, chosen: Callable[[], bool], faster: bool
 ) -> None:
     monkeypatch.setattr(fused, "is_quick", lambda: False)
-    monkeypatch.setattr(blocks, "products_gain", lambda: 9.0 if faster else 1.0)
+    monkeypatch.setattr(blocks, "matmul_gain", lambda: 9.0 if faster else 1.0)
     attend, for_long = attention_for("auto", CPU), BlockAttention if faster else GroupedAttention
     assert isinstance(attend(sequence_of([(ENOUGH, [2]), (7, [4])]), CPU), for_long)
     assert isinstance(attend(sequence_of([(7, [2]), (ENOUGH, [4])]), CPU), for_long)

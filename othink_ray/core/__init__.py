@@ -1,1 +1,1 @@
-"""The maths of GRPO-D: pure functions on numbers, arrays and tensors."""
+"""The math of GRPO-D: pure functions on numbers, arrays and tensors."""

@@ -1,4 +1,4 @@
-"""Advantages: how much better an answer is than its group (Eq. 2), and what GRPO's relatives take for it."""
+"""Group-relative advantages: GRPO's (Eq. 2), and those of Dr. GRPO, RLOO and REINFORCE++."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 DDOF = 1  # std(r) of Eq. 2 is the sample std, as in the R1-V recipe that the paper follows (torch's default)
-EPS = 1e-8  # far below any real difference of rewards, far above float64 rounding
+EPS = 1e-8  # far below any real difference between rewards, far above float64 rounding
 
 
 @overload
@@ -29,11 +29,11 @@ def group_advantages(
     *,
     eps: float = EPS,
 ) -> torch.Tensor | NDArray[np.float64]:
-    """Eq. 2: (r - mean) / (std + eps) inside each group, over the last axis of (G,) or (N, G); always float64.
+    """Return (r - mean) / (std + eps) within each group (Eq. 2), over the last axis of (G,) or (N, G), in float64.
 
-    Invalid answers count in neither mean nor std, and get 0. Equal rewards give exactly 0 because they are compared,
-    not because their std is small. Rewards that differ, however little, are different: at most (G - 1) / sqrt(G) in
-    size, and next to nothing when they differ by no more than float64 rounding (far less than eps).
+    Invalid answers are excluded from mean and std, and get 0. Equal rewards give exactly 0: they are detected by
+    comparison, not by a small std. Rewards that differ at all give nonzero advantages of magnitude at most
+    (G - 1) / sqrt(G), close to 0 when the difference is within float64 rounding (far below eps).
     """
     if isinstance(rewards, torch.Tensor):
         values = rewards.detach().to("cpu", torch.float64).numpy()
@@ -44,18 +44,24 @@ def group_advantages(
         mask = valid.detach().cpu().numpy() if isinstance(valid, torch.Tensor) else np.asarray(valid)
         mask = mask.astype(np.bool_)
     _check(values, mask, eps)
-    advantages = _normalise(values, mask, eps)
+    advantages = _normalize(values, mask, eps)
     return torch.from_numpy(advantages).to(rewards.device) if isinstance(rewards, torch.Tensor) else advantages
 
 
 def mean_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Dr. GRPO: r - mean of the group, (N, G) -> (N, G); undivided, so that easy and hard questions weigh the same."""
+    """Return Dr. GRPO's advantages, r - group mean: (N, G) -> (N, G).
+
+    There is no division by the std, so easy and hard questions weigh the same.
+    """
     _check(rewards, valid, EPS)
     return _deviations(rewards, valid)
 
 
 def leave_one_out_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """RLOO: r - mean of the group's other answers, (N, G) -> (N, G); that is n / (n - 1) of the deviation from all."""
+    """Return RLOO's advantages, r - mean of the group's other answers: (N, G) -> (N, G).
+
+    This equals n / (n - 1) times the deviation from the mean of all n valid answers.
+    """
     _check(rewards, valid, EPS)
     counted = valid.sum(axis=-1, keepdims=True)
     result: NDArray[np.float64] = _deviations(rewards, valid) * counted / np.maximum(counted - 1, 1)
@@ -63,10 +69,10 @@ def leave_one_out_advantages(rewards: NDArray[np.float64], valid: NDArray[np.boo
 
 
 def batch_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """REINFORCE++ with baseline: deviations from the group's mean, over their std in the whole step; (N, G) -> (N, G).
+    """Return REINFORCE++ (with baseline) advantages: (r - group mean) / std over the whole step, (N, G) -> (N, G).
 
-    One number an answer, so the step's mean is 0 already; taking off a mean over tokens would give dust to groups of
-    equal rewards.
+    With one number per answer, the mean over the step is already 0; subtracting a mean over tokens would give groups of
+    equal rewards small nonzero advantages.
     """
     _check(rewards, valid, EPS)
     deviations = _deviations(rewards, valid)
@@ -86,12 +92,12 @@ ADVANTAGES: dict[str, Advantages] = {
 
 
 def rewards_differ(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> bool:
-    """Whether the valid answers of one group (G,) can be told apart: only then do they teach."""
+    """Return whether the valid rewards of one group (G,) differ: only then does the group have a policy gradient."""
     return bool(_deviations(rewards, valid).any())
 
 
-def _normalise(values: NDArray[np.float64], mask: NDArray[np.bool_], eps: float) -> NDArray[np.float64]:
-    """Eq. 2 over the last axis."""
+def _normalize(values: NDArray[np.float64], mask: NDArray[np.bool_], eps: float) -> NDArray[np.float64]:
+    """Compute Eq. 2 over the last axis."""
     counted = mask.sum(axis=-1, keepdims=True)
     deviations = _deviations(values, mask)
     std = np.sqrt((deviations**2).sum(axis=-1, keepdims=True) / np.maximum(counted - DDOF, 1))
@@ -100,11 +106,11 @@ def _normalise(values: NDArray[np.float64], mask: NDArray[np.bool_], eps: float)
 
 
 def _deviations(values: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """From the mean of the valid answers over the last axis; exactly 0 where all of them are equal, or not valid."""
+    """Return r - mean of the valid answers over the last axis; exactly 0 where they are all equal, or invalid."""
     values = np.where(mask, values, 0.0)
     counted = mask.sum(axis=-1, keepdims=True)
     first_valid = np.take_along_axis(values, mask.argmax(axis=-1, keepdims=True), axis=-1)
-    # One valid answer equals itself, and none are all equal: both are groups without a comparison.
+    # True with one valid answer and with none: there is nothing to compare with.
     all_equal = ((values == first_valid) | ~mask).all(axis=-1, keepdims=True)
     mean = values.sum(axis=-1, keepdims=True) / np.maximum(counted, 1)
     result: NDArray[np.float64] = np.where(mask & ~all_equal, values - mean, 0.0)
@@ -112,16 +118,16 @@ def _deviations(values: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray
 
 
 def _check(values: NDArray[np.float64], mask: NDArray[np.bool_], eps: float) -> None:
-    """Refuse shapes and numbers for which Eq. 2 has no meaning."""
+    """Raise ValueError for shapes and values on which Eq. 2 is undefined."""
     if values.ndim not in (1, 2):
-        raise ValueError(f"rewards of shape {values.shape}: pass one group (G,) or many (N, G)")
+        raise ValueError(f"rewards have shape {values.shape}: expected (G,) for one group or (N, G) for several")
     if values.shape[-1] < 2:
         raise ValueError(
-            f"algo.group_size = {values.shape[-1]}: a group of one has nothing to compare with; use at least 2"
+            f"algo.group_size = {values.shape[-1]} must be at least 2: advantages compare answers within a group"
         )
     if mask.shape != values.shape:
-        raise ValueError(f"valid of shape {mask.shape} is not that of rewards, {values.shape}: pass one flag each")
+        raise ValueError(f"valid has shape {mask.shape}, rewards have {values.shape}: pass one flag per reward")
     if not np.isfinite(values[mask]).all():
-        raise ValueError(f"rewards hold {values[mask & ~np.isfinite(values)][0]}: mark such answers as not valid")
+        raise ValueError(f"rewards contain {values[mask & ~np.isfinite(values)][0]}: mark this answer as invalid")
     if not eps > 0:
-        raise ValueError(f"eps = {eps} must be above 0: it keeps rounding in rewards from counting as a difference")
+        raise ValueError(f"eps = {eps} must be greater than 0: rounding must not count as a reward difference")

@@ -1,4 +1,7 @@
-"""Attention over a line of shared-prefix rows, five ways with one result."""
+"""Attention over a packed sequence of shared-prefix samples: five implementations with the same result.
+
+`kernel_shape` and `KernelShape` stand in for a fused kernel on the meta device, to measure the memory that it saves.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from othink_ray.core import flex, fused
 from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_sequence, worth_it
-from othink_ray.core.packed_sequence import PackedSequence, seen_spans, stretches, visibility
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans, visibility, visible_spans
 
 
 class Attention(ABC):
-    """One line's attention, prepared once and used in every layer."""
+    """Attention of one packed sequence, prepared once and used in every layer."""
 
     @abstractmethod
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """(1, heads, N, D) and twice (1, key heads, N, D) -> (1, N, heads, D); heads are a multiple of key heads."""
+        """Map query (1, heads, N, D), key and value (1, key heads, N, D) to (1, N, heads, D); GQA is allowed."""
 
     def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """The same on answers and each prompt's last token; on the other tokens anything finite, as nobody reads it."""
+        """Return the same for answers and each prompt's last token; other tokens get unspecified finite values."""
         return self(query, key, value, scale)
 
 
 class DenseAttention(Attention):
-    """One mask over the whole line: plain to read, and quadratic in all answers of all rows together."""
+    """One dense mask over the packed sequence: simple, but quadratic in its total length."""
 
-    def __init__(self, line: PackedSequence, device: torch.device) -> None:
-        self.mask = visibility(line)[None, None].to(device)
+    def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
+        self.mask = visibility(sequence)[None, None].to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         attended = scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=scale, enable_gqa=True)
@@ -41,37 +44,37 @@ class DenseAttention(Attention):
 
 
 class GroupedAttention(Attention):
-    """Prompts among themselves, then each answer against its prompt and itself: answers never meet.
+    """Prompts attend to themselves, then each answer to its prompt and itself; no scores between answers.
 
-    Short prompts and answers are padded at their end, where causality hides the padding from all others.
+    Prompts and answers are right-padded to the longest; the causal mask hides the padding from the real tokens.
     """
 
-    def __init__(self, line: PackedSequence, device: torch.device) -> None:
-        (rows, segments), lengths = torch.stack([line.rows, line.segments]).unique_consecutive(
+    def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
+        (samples, segments), lengths = torch.stack([sequence.rows, sequence.segments]).unique_consecutive(
             dim=1, return_counts=True
         )
-        blocks = torch.arange(len(line)).split(lengths.tolist())
+        blocks = torch.arange(len(sequence)).split(lengths.tolist())
         of_answer = segments > 0
         prompts = [block for block, answers in zip(blocks, of_answer.tolist(), strict=True) if not answers]
         answers = [block for block, answers in zip(blocks, of_answer.tolist(), strict=True) if answers]
         self.prompts = pad_sequence(prompts, batch_first=True).to(device)
         self.answers = pad_sequence(answers or [torch.empty(0, dtype=torch.long)], batch_first=True).to(device)
-        # Every row begins with its prompt, so a row's number is its prompt's place among the prompts.
-        owners = rows[of_answer] if answers else torch.zeros(1, dtype=torch.long)
-        self.owners = owners.to(device)
-        self.mask = _seen_by_answers(lengths[~of_answer][owners], *self.prompts.shape[1:], *self.answers.shape[1:])
+        # Every packed sample starts with its prompt, so the sample index is also the prompt's index.
+        prompt_of = samples[of_answer] if answers else torch.zeros(1, dtype=torch.long)
+        self.prompt_of = prompt_of.to(device)
+        self.mask = _answer_mask(lengths[~of_answer][prompt_of], *self.prompts.shape[1:], *self.answers.shape[1:])
         self.mask = self.mask.to(device)
-        self.homes = _homes(len(line), prompts, answers).to(device)
+        self.unpad = _unpad_indices(len(sequence), prompts, answers).to(device)
         lasts = [prompt[-1:] for prompt in prompts]
         self.lasts = torch.stack(lasts).to(device)
-        self.whole = (torch.arange(self.prompts.shape[1]) < lengths[~of_answer][:, None])[:, None, None].to(device)
-        self.homes_of_lasts = _homes(len(line), lasts, answers).to(device)
+        self.last_mask = (torch.arange(self.prompts.shape[1]) < lengths[~of_answer][:, None])[:, None, None].to(device)
+        self.unpad_lasts = _unpad_indices(len(sequence), lasts, answers).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        return self._attended(query, key, value, scale, self.prompts, self.homes, is_causal=True)
+        return self._attended(query, key, value, scale, self.prompts, self.unpad, is_causal=True)
 
     def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        return self._attended(query, key, value, scale, self.lasts, self.homes_of_lasts, attn_mask=self.whole)
+        return self._attended(query, key, value, scale, self.lasts, self.unpad_lasts, attn_mask=self.last_mask)
 
     def _attended(
         self,
@@ -79,54 +82,54 @@ class GroupedAttention(Attention):
         key: Tensor,
         value: Tensor,
         scale: float | None,
-        asking: Tensor,
-        homes: Tensor,
-        **seen_by_prompts: Any,
+        prompt_queries: Tensor,
+        unpad: Tensor,
+        **prompt_mask: Any,
     ) -> Tensor:
-        """`asking`: the tokens of prompts that ask."""
+        """Compute both attentions; `prompt_queries` (P, Q) are the indices of the prompt tokens used as queries."""
         queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
-        prompt_key, prompt_value = (own[self.prompts].transpose(1, 2) for own in (keys, values))
-        own_key, own_value = (own[self.answers].transpose(1, 2) for own in (keys, values))
-        asked, answered = (queries[own].transpose(1, 2) for own in (asking, self.answers))
-        seen_key = torch.cat([prompt_key[self.owners], own_key], dim=2)
-        seen_value = torch.cat([prompt_value[self.owners], own_value], dim=2)
+        prompt_key, prompt_value = (states[self.prompts].transpose(1, 2) for states in (keys, values))
+        answer_key, answer_value = (states[self.answers].transpose(1, 2) for states in (keys, values))
+        prompt_query, answer_query = (queries[tokens].transpose(1, 2) for tokens in (prompt_queries, self.answers))
+        seen_key = torch.cat([prompt_key[self.prompt_of], answer_key], dim=2)
+        seen_value = torch.cat([prompt_value[self.prompt_of], answer_value], dim=2)
         settings: dict[str, Any] = {"scale": scale, "enable_gqa": True}
         attended = [
-            scaled_dot_product_attention(asked, prompt_key, prompt_value, **seen_by_prompts, **settings),
-            scaled_dot_product_attention(answered, seen_key, seen_value, attn_mask=self.mask, **settings),
+            scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, **prompt_mask, **settings),
+            scaled_dot_product_attention(answer_query, seen_key, seen_value, attn_mask=self.mask, **settings),
         ]
-        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[homes][None]
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])[unpad][None]
 
 
-def _seen_by_answers(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
-    """(A, 1, longest answer, longest prompt + longest answer): all of the own prompt, then the answer's past."""
+def _answer_mask(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
+    """Return (A, 1, longest answer, longest prompt + longest answer): all of its prompt, then the answer causally."""
     prompt = torch.arange(longest_prompt) < prompt_lengths[:, None, None]
     past = torch.ones(longest_answer, longest_answer, dtype=torch.bool).tril()
     answers = len(prompt_lengths)
     return torch.cat([prompt.expand(-1, longest_answer, -1), past.expand(answers, -1, -1)], dim=2)[:, None]
 
 
-def _homes(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
-    """For each token of the line, where it stands when the padded prompts and answers are laid end to end.
+def _unpad_indices(length: int, prompts: list[Tensor], answers: list[Tensor]) -> Tensor:
+    """Return (length,) the index of each token when the padded prompts and answers are concatenated.
 
-    With the first one, if it is in none of them.
+    Tokens in none of them get index 0.
     """
-    home = torch.zeros(length, dtype=torch.long)
+    unpad = torch.zeros(length, dtype=torch.long)
     start = 0
     for blocks in (prompts, answers):
         width = max(map(len, blocks), default=0)
         for block in blocks:
-            home[block] = start + torch.arange(len(block))
+            unpad[block] = start + torch.arange(len(block))
             start += width
-    return home
+    return unpad
 
 
 class BlockAttention(Attention):
-    """Long prompts: block by block, which pads nothing and gathers nothing."""
+    """Block-by-block attention for long prompts, without padding and without gathering."""
 
-    def __init__(self, line: PackedSequence, device: torch.device) -> None:
-        self.blocks = blocks_of_sequence(line)
-        self.last_blocks = blocks_of_sequence(line, in_last_layer=True)
+    def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
+        self.blocks = blocks_of_sequence(sequence)
+        self.last_blocks = blocks_of_sequence(sequence, in_last_layer=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self._attended(query, key, value, scale, self.blocks)
@@ -137,17 +140,19 @@ class BlockAttention(Attention):
     @staticmethod
     def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None, blocks: Sequence[Block]) -> Tensor:
         heads, width = key.shape[1], key.shape[3]
-        asked = query[0].unflatten(0, (heads, -1)).transpose(1, 2)  # (key heads, N, heads of each, D)
+        grouped = query[0].unflatten(0, (heads, -1)).transpose(1, 2)  # (key heads, N, heads per key head, D)
         scale = width**-0.5 if scale is None else scale
-        attended = attend_in_blocks(asked.flatten(1, 2), key[0], value[0], blocks, scale)
-        return attended.view(asked.shape).transpose(0, 1).flatten(1, 2)[None]
+        attended = attend_in_blocks(grouped.flatten(1, 2), key[0], value[0], blocks, scale)
+        return attended.view(grouped.shape).transpose(0, 1).flatten(1, 2)[None]
 
 
 class FusedAttention(Attention):
-    """This package's own kernel for CPUs."""
+    """The fused CPU kernel of this package."""
 
-    def __init__(self, line: PackedSequence, device: torch.device) -> None:
-        self.blocks, self.last_blocks = (fused.blocks_of_sequence(line, in_last_layer=last) for last in (False, True))
+    def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
+        self.blocks, self.last_blocks = (
+            fused.blocks_of_sequence(sequence, in_last_layer=last) for last in (False, True)
+        )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self._attended(query, key, value, scale, self.blocks)
@@ -162,19 +167,20 @@ class FusedAttention(Attention):
 
 
 class FlexAttention(Attention):
-    """One fused kernel that skips the blocks of the mask in which nobody sees anybody.
+    """FlexAttention: one fused kernel that skips the blocks of the mask that are entirely False.
 
-    Nothing is read back from the device, and what is made there grows with the tokens, and with pairs of blocks.
+    Nothing is read back from the device, and memory grows with the number of tokens and of pairs of blocks, not with
+    pairs of tokens.
     """
 
-    def __init__(self, line: PackedSequence, device: torch.device) -> None:
-        rows, segments = (own.to(device, non_blocking=True) for own in (line.rows, line.segments))
+    def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
+        rows, segments = (ids.to(device, non_blocking=True) for ids in (sequence.rows, sequence.segments))
 
-        def sees(_batch: Tensor, _head: Tensor, viewer: Tensor, seen: Tensor) -> Tensor:
-            shared = (segments[seen] == 0) | (segments[seen] == segments[viewer])
-            return (viewer >= seen) & (rows[seen] == rows[viewer]) & shared
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            shared = (segments[key] == 0) | (segments[key] == segments[query])
+            return (query >= key) & (rows[key] == rows[query]) & shared
 
-        self.mask = flex.block_mask(*_blocks(line, device), sees, len(line))
+        self.mask = flex.block_mask(*_blocks(sequence, device), sees, len(sequence))
         self.attend = _flex_kernel(device.type)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -182,23 +188,23 @@ class FlexAttention(Attention):
         return attended.transpose(1, 2)
 
 
-def _blocks(line: PackedSequence, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Twice (B, B): pairs of blocks in which some tokens see each other but not all, and pairs in which all do.
+def _blocks(sequence: PackedSequence, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return two masks (B, B): pairs of blocks in which some but not all tokens attend, and pairs in which all do.
 
-    Of the tokens before it, one sees its prompt and its own segment from their starts. These places only grow along
-    the line, so a block's first token sees the furthest back, and what its first and its last see, the others do too.
+    A token attends to its prompt and to its segment, from their starts. These starts never decrease along the sequence,
+    so the first token of a block reaches furthest back, and what both its first and its last token see, all others see.
     """
-    # What the last block lacks sees nothing, and so the block never sees all of another.
-    spans = pad(torch.stack(seen_spans(line)), (0, -len(line) % flex.BLOCK), value=len(line))
+    # Padding tokens of the last block see nothing, so the block never counts as seeing all of another.
+    spans = pad(torch.stack(visible_spans(sequence)), (0, -len(sequence) % flex.BLOCK), value=len(sequence))
     bounds = torch.stack([spans[:, :: flex.BLOCK], spans[:, flex.BLOCK - 1 :: flex.BLOCK]])
-    (prompt, prompt_end, own), (last_prompt, _, last_own) = bounds[..., None].to(device, non_blocking=True)
-    start = torch.arange(0, len(line), flex.BLOCK, device=device)
+    (prompt, prompt_end, segment), (last_prompt, _, last_segment) = bounds[..., None].to(device, non_blocking=True)
+    start = torch.arange(0, len(sequence), flex.BLOCK, device=device)
     end = start + flex.BLOCK
-    meet = (own < end) | ((prompt < end) & (start < prompt_end))
-    # All in one row, and either of its prompt, or of nothing between that and the own segment of all that look.
-    alike = (last_prompt <= start) & ((end <= prompt_end) | (last_own <= start.maximum(prompt_end)))
-    alike = alike.tril(-1)
-    return meet.tril() & ~alike, alike
+    some = (segment < end) | ((prompt < end) & (start < prompt_end))
+    # All in one packed sample; the keys lie in its prompt, or nothing lies between the prompt and the queries' segment.
+    full = (last_prompt <= start) & ((end <= prompt_end) | (last_segment <= start.maximum(prompt_end)))
+    full = full.tril(-1)
+    return some.tril() & ~full, full
 
 
 @cache
@@ -222,9 +228,10 @@ ATTENTIONS: dict[str, Callable[[PackedSequence, torch.device], Attention]] = {
 
 
 def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, torch.device], Attention]:
-    """`auto`: flex on GPUs; on CPUs fused where that is quick, else as suits the length of a line.
+    """Return the constructor of the named attention.
 
-    Once a line's attention is fused, so is an image's.
+    `auto` is flex on GPUs; on CPUs fused where that kernel is fast, else grouped or blocks by prompt length. Choosing
+    fused selects that kernel for images too, in this process.
     """
     if name == "auto" and device.type == "cuda":
         name = "flex"
@@ -236,17 +243,17 @@ def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, 
 
 
 def packs_images(attention: Attention, device: torch.device) -> bool:
-    """Whether all images beside this line are attended to in one kernel too: by the same compiler, on GPUs alone."""
+    """Return whether the images of this packed sequence share one FlexAttention call too: with flex on CUDA only."""
     return isinstance(attention, FlexAttention) and device.type == "cuda"
 
 
-def _by_length(line: PackedSequence, device: torch.device) -> Attention:
-    prompts = [stop - start for start, stop, of_answer in stretches(line) if not of_answer]
-    return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(line, device)
+def _by_length(sequence: PackedSequence, device: torch.device) -> Attention:
+    prompts = [stop - start for start, stop, of_answer in segment_spans(sequence) if not of_answer]
+    return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(sequence, device)
 
 
 class _Kernel(torch.autograd.Function):
-    """Saves what flash attention, FlexAttention and this package's CPU kernel save: inputs, output, log-sum-exp."""
+    """Saves for backward what fused attention kernels save: inputs, output and log-sum-exp in float32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -262,13 +269,13 @@ class _Kernel(torch.autograd.Function):
 
 
 def kernel_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B, heads, N, D) and twice (B, key heads, N, D) -> (B, N, heads, D), without values."""
+    """Map query (B, heads, N, D), key and value (B, key heads, N, D) to an uninitialized (B, N, heads, D)."""
     out: Tensor = _Kernel.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 
 
 class KernelShape(Attention):
-    """The attention of a packed sequence of any length, for `kernel_shape`."""
+    """`kernel_shape` as the attention of a packed sequence of any length."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return kernel_shape(query, key, value)

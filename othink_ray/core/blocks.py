@@ -1,7 +1,7 @@
-"""Attention as plain matrix products, block by block of queries: a block's scores stay in the processor's cache.
+"""Attention as plain matmuls over blocks of queries, so that the scores of a block stay in the CPU cache.
 
-Backward makes the scores again. Where a fused kernel is as quick as the products are, as on GPUs and on CPUs whose BLAS
-suits them, nobody needs this.
+The backward pass recomputes the scores. This pays off only where matmuls are faster than torch's fused kernel: not on
+GPUs, nor on CPUs that torch's BLAS is tuned for.
 """
 
 from __future__ import annotations
@@ -16,40 +16,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from othink_ray.core.packed_sequence import PackedSequence, stretches
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans
 
-ENOUGH = 512  # tokens seen; with fewer, the many calls cost more than the products save
-_GAIN = 1.5  # torch's own kernel spares the calls, and reading the scores again
+ENOUGH = 512  # keys; with fewer, the overhead of many calls exceeds what faster matmuls save
+_GAIN = 1.5  # matmul speed-up needed: torch's kernel saves the calls and a second pass over the scores
 _TRIES = 10
-_SCORES = 2**19  # of a block without a mask
-_CAUSAL = 128  # tokens of a block of which the later half is, on average, computed in vain
+_SCORES = 2**19  # per block without a mask
+_CAUSAL = 128  # queries per causal block, whose upper triangle is computed in vain
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens that ask, and the stretches of tokens that they see. If `causal`, they are the last of those tokens."""
+    """A block of query tokens and the spans of key tokens; if `causal`, the queries are also the last of the keys."""
 
-    asking: slice
-    seen: tuple[slice, ...]
+    queries: slice
+    keys: tuple[slice, ...]
     causal: bool
 
 
 def blocks_of_image(tokens: int) -> list[Block]:
-    """All see all."""
+    """Return the blocks of an image, in which every patch attends to every patch."""
     height = max(1, _SCORES // tokens)
-    return [Block(asking, (slice(0, tokens),), causal=False) for asking in _cut(0, tokens, height)]
+    return [Block(queries, (slice(0, tokens),), causal=False) for queries in _cut(0, tokens, height)]
 
 
-def blocks_of_sequence(line: PackedSequence, *, in_last_layer: bool = False) -> list[Block]:
-    """A prompt sees its past, an answer its prompt and its own past; of prompts the last layer's last tokens ask."""
+def blocks_of_sequence(sequence: PackedSequence, *, in_last_layer: bool = False) -> list[Block]:
+    """Return the causal blocks of a packed sequence: prompts attend to themselves, answers to prompt and themselves.
+
+    In the last layer, the only query of a prompt is its last token.
+    """
     blocks: list[Block] = []
     prompt = slice(0)
-    for start, stop, of_answer in stretches(line):
+    for start, stop, of_answer in segment_spans(sequence):
         if not of_answer:
             prompt = slice(start, stop)
         before = (prompt,) if of_answer else ()
         first = stop - 1 if in_last_layer and not of_answer else start
-        blocks += [Block(asking, (*before, slice(start, asking.stop)), True) for asking in _cut(first, stop, _CAUSAL)]
+        blocks += [Block(part, (*before, slice(start, part.stop)), True) for part in _cut(first, stop, _CAUSAL)]
     return blocks
 
 
@@ -58,20 +61,20 @@ def _cut(start: int, stop: int, height: int) -> list[slice]:
 
 
 def worth_it(tokens: int) -> bool:
-    """Whether blocks are quicker than torch's own kernel where so many tokens are seen, on a CPU."""
-    return tokens >= ENOUGH and products_gain() >= _GAIN
+    """Return whether blocks are faster than torch's kernel on this CPU, with `tokens` keys."""
+    return tokens >= ENOUGH and matmul_gain() >= _GAIN
 
 
 @cache
-def products_gain() -> float:
-    """How many times as fast as torch's BLAS, which its kernels use, this process multiplies; measured once."""
+def matmul_gain() -> float:
+    """Measure once how many times faster this process's matmul is than torch's BLAS, which torch's kernels use."""
     factor = torch.ones(384, 384)
-    place = torch.empty_like(factor)
+    out = torch.empty_like(factor)
     seconds = [
-        (_seconds(lambda: torch.mm(factor, factor, out=place)), _seconds(lambda: torch.mm(factor, factor)))
+        (_seconds(lambda: torch.mm(factor, factor, out=out)), _seconds(lambda: torch.mm(factor, factor)))
         for _ in range(_TRIES)
     ]
-    return min(by_blas for by_blas, _ in seconds) / min(own for _, own in seconds)
+    return min(blas for blas, _ in seconds) / min(matmul for _, matmul in seconds)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -81,12 +84,12 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
-    """(K, N * R, D), R queries a token, and twice (K, N, D) -> (K, N * R, D): K attentions.
+    """Compute K attentions: query (K, N * R, D) with R queries per token, key and value (K, N, D) -> (K, N * R, D).
 
-    Each token is in one block at most; zeros come out where it is in none.
+    Each token is a query in at most one block; the output is 0 where it is in none.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    inputs = [own.to(wide).contiguous() for own in (query, key, value)]
+    inputs = [states.to(wide).contiguous() for states in (query, key, value)]
     attended: Tensor = _BlockAttention.apply(*inputs, blocks, scale)  # type: ignore[no-untyped-call]
     return attended.to(query.dtype)
 
@@ -101,8 +104,8 @@ class _BlockAttention(torch.autograd.Function):
         for head in range(len(key)):
             for block in blocks:
                 rows = _rows(block, each)
-                shares = _shares(query[head, rows], _seen(key[head], block), block, each, scale)
-                attended[head, rows] = shares @ _seen(value[head], block)
+                probs = _probs(query[head, rows], _keys(key[head], block), block, each, scale)
+                attended[head, rows] = probs @ _keys(value[head], block)
         return attended
 
     @staticmethod
@@ -111,50 +114,50 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         each = query.shape[1] // key.shape[1]
         grad_query = torch.zeros_like(query)
-        # Lying across, so that what each block adds is a few long rows.
+        # Transposed, so that each block adds to a few long contiguous rows.
         grad_key, grad_value = torch.zeros_like(key.mT), torch.zeros_like(value.mT)
         for head in range(len(key)):
             for block in ctx.blocks:
                 rows = _rows(block, each)
-                asked, came, seen = query[head, rows], grad[head, rows], _seen(key[head], block)
-                shares = _shares(asked, seen, block, each, ctx.scale)
-                grad_shares = came @ _seen(value[head], block).t()
-                grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-                grad_query[head, rows] = (grad_scores @ seen).mul_(ctx.scale)
-                _add(grad_key[head], block, (asked * ctx.scale).t() @ grad_scores)
-                _add(grad_value[head], block, came.t() @ shares)
+                queries, grad_out, keys = query[head, rows], grad[head, rows], _keys(key[head], block)
+                probs = _probs(queries, keys, block, each, ctx.scale)
+                grad_probs = grad_out @ _keys(value[head], block).t()
+                grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+                grad_query[head, rows] = (grad_scores @ keys).mul_(ctx.scale)
+                _add(grad_key[head], block, (queries * ctx.scale).t() @ grad_scores)
+                _add(grad_value[head], block, grad_out.t() @ probs)
         return grad_query, grad_key.mT, grad_value.mT, None, None
 
 
 def _rows(block: Block, each: int) -> slice:
-    return slice(block.asking.start * each, block.asking.stop * each)
+    return slice(block.queries.start * each, block.queries.stop * each)
 
 
-def _seen(states: Tensor, block: Block) -> Tensor:
-    """Of (N, D) the tokens that a block sees."""
-    if len(block.seen) == 1:
-        return states[block.seen[0]]
-    return torch.cat([states[stretch] for stretch in block.seen])
+def _keys(states: Tensor, block: Block) -> Tensor:
+    """Select the block's key tokens from (N, D)."""
+    if len(block.keys) == 1:
+        return states[block.keys[0]]
+    return torch.cat([states[span] for span in block.keys])
 
 
 def _add(total: Tensor, block: Block, columns: Tensor) -> None:
-    """To (D, N), where the block's tokens are."""
-    widths = [stretch.stop - stretch.start for stretch in block.seen]
-    for stretch, own in zip(block.seen, columns.split(widths, dim=1), strict=True):
-        total[:, stretch] += own
+    """Add columns (D, keys of the block) to total (D, N) at the block's key tokens."""
+    widths = [span.stop - span.start for span in block.keys]
+    for span, part in zip(block.keys, columns.split(widths, dim=1), strict=True):
+        total[:, span] += part
 
 
-def _shares(asked: Tensor, seen: Tensor, block: Block, each: int, scale: float) -> Tensor:
-    """How much each row takes of each token."""
-    scores = (asked * scale) @ seen.t()
+def _probs(queries: Tensor, keys: Tensor, block: Block, each: int, scale: float) -> Tensor:
+    """Return the attention probabilities (queries, keys) of a block."""
+    scores = (queries * scale) @ keys.t()
     if block.causal:
-        own = block.asking.stop - block.asking.start
-        scores[:, -own:] += _future(own, each, scores.dtype, scores.device)
+        tokens = block.queries.stop - block.queries.start
+        scores[:, -tokens:] += _future(tokens, each, scores.dtype, scores.device)
     return torch.softmax(scores, dim=-1)
 
 
 @lru_cache(maxsize=64)
 def _future(tokens: int, each: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(tokens * each, tokens): -inf where a token's rows would see a later token."""
+    """Return the causal mask (tokens * each, tokens): -inf where a query would attend to a later token."""
     future = torch.full((tokens, tokens), float("-inf"), dtype=dtype, device=device).triu(1)
     return future.repeat_interleave(each, dim=0)

@@ -1,4 +1,4 @@
-"""Attention by a kernel of this package for CPUs, which g++ compiles when it is first wanted, in about two seconds."""
+"""Fused CPU attention kernel (fused.cpp), compiled by g++ on first use, in about two seconds."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from othink_ray.core.packed_sequence import PackedSequence, stretches
+from othink_ray.core.packed_sequence import PackedSequence, segment_spans
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FOR_THIS_PROCESSOR = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-_WIDE = 16  # where the kernel took 23 + 54 ms for an image of 2304 patches, and torch 28 + 77 (EPYC 25/17, one thread)
-_CHOSEN = Event()
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", _FOR_THIS_PROCESSOR)
+_NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_WIDE = 16  # 23 + 54 ms (forward + backward) for an image of 2304 patches, torch 28 + 77 (EPYC 25/17, one thread)
+_CHOSEN = Event()  # set once the kernel is selected for images too
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", _NATIVE_FLAG)
 
 
 class _Inputs(ctypes.Structure):
-    """What the kernel calls `Inputs`."""
+    """The struct `Inputs` of fused.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
@@ -43,23 +43,23 @@ class _Inputs(ctypes.Structure):
 
 @cache
 def open_kernel(*more_flags: str) -> ctypes.CDLL:
-    """Compiled anew in each process: a file kept for the next one might have been made for another processor."""
-    with tempfile.TemporaryDirectory() as place:
-        library = Path(place) / "fused.so"
+    """Compile and load the kernel, once per process: a cached file could have been built for another processor."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fused.so"
         command = ["g++", *_FLAGS, *more_flags, str(_SOURCE), "-o", str(library)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
+            output = getattr(error, "stderr", None) or str(error)
             raise RuntimeError(
-                f"g++ made no kernel of {_SOURCE.name}: {said.strip().splitlines()[0]}; install g++ 9 or newer, or set "
-                "learner.attention=grouped"
+                f"g++ could not compile {_SOURCE.name}: {output.strip().splitlines()[0]}; install g++ 9 or newer, or "
+                "set learner.attention=grouped"
             ) from error
 
 
 def is_quick() -> bool:
-    """Whether there is a kernel for wide registers: with others it is slower than torch's, or untried."""
+    """Return whether the kernel compiles for wide registers; with narrower ones it is slower than torch or untested."""
     try:
         return bool(open_kernel().part() >= _WIDE)
     except RuntimeError as error:
@@ -68,7 +68,7 @@ def is_quick() -> bool:
 
 
 def choose() -> None:
-    """From now on for images too, in all of this process."""
+    """Select the kernel for images too, for the rest of this process."""
     open_kernel()
     _CHOSEN.set()
 
@@ -78,15 +78,19 @@ def is_chosen() -> bool:
 
 
 def blocks_of_image(tokens: int) -> Tensor:
-    """All see all."""
+    """Return the single block (1, 7) of an image, in which every patch attends to every patch."""
     return torch.tensor([[0, tokens, 0, 0, 0, tokens, False]])
 
 
-def blocks_of_sequence(line: PackedSequence, *, in_last_layer: bool) -> Tensor:
-    """A prompt sees its past, an answer its prompt and its own past; of prompts the last layer's last tokens ask."""
+def blocks_of_sequence(sequence: PackedSequence, *, in_last_layer: bool) -> Tensor:
+    """Return the causal blocks (S, 7) of a packed sequence, as rows of the kernel's struct `Block`.
+
+    Prompts attend to themselves, answers to their prompt and themselves. In the last layer, the only query of a prompt
+    is its last token.
+    """
     blocks = []
     prompt = (0, 0)
-    for start, stop, of_answer in stretches(line):
+    for start, stop, of_answer in segment_spans(sequence):
         if not of_answer:
             prompt = (start, stop)
         first = stop - 1 if in_last_layer and not of_answer else start
@@ -95,22 +99,22 @@ def blocks_of_sequence(line: PackedSequence, *, in_last_layer: bool) -> Tensor:
 
 
 def suits(query: Tensor) -> bool:
-    """Whether the kernel takes heads of this width as they are."""
+    """Return whether the kernel supports this head dimension without padding."""
     kernel, width = open_kernel(), query.shape[-1]
     known: bool = width % kernel.part() == 0 and width <= kernel.deepest()
     return known
 
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float) -> Tensor:
-    """(heads, N, D) and twice (key heads, N, D) -> (N, heads, D); zeros where a token is in none of the blocks."""
+    """Map query (heads, N, D), key and value (key heads, N, D) to (N, heads, D); 0 for tokens in no block."""
     kernel, width = open_kernel(), query.shape[-1]
     missing = -width % kernel.part()
     if width + missing > kernel.deepest():
-        raise ValueError(f"heads of {width} numbers are too wide for {_SOURCE.name}: set learner.attention=grouped")
-    as_vllm = query.dtype != torch.float32  # it is rounded next: the last bits decide which way
-    states = [own.float() for own in (query, key, value)]
-    if missing:  # zeros change no score, and bring zeros that nobody asks for
-        states = [pad(own, (0, missing)) for own in states]
+        raise ValueError(f"head dimension {width} is too large for {_SOURCE.name}: set learner.attention=grouped")
+    as_vllm = query.dtype != torch.float32  # the output is rounded to half precision: its last bits must match vLLM's
+    states = [tensor.float() for tensor in (query, key, value)]
+    if missing:  # zeros change no score; the extra output columns are cut off below
+        states = [pad(tensor, (0, missing)) for tensor in states]
     attended: Tensor = _Fused.apply(*states, blocks, scale, as_vllm)  # type: ignore[no-untyped-call]
     return attended[..., :width].to(query.dtype)
 
@@ -120,7 +124,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, scale: float, as_vllm: bool
     ) -> Tensor:
-        states = [own if own.stride(-1) == 1 else own.contiguous() for own in (query, key, value)]
+        states = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
         heads, tokens, width = query.shape
         out, logs = query.new_zeros(tokens, heads, width), query.new_zeros(tokens, heads)
         open_kernel().forward(_inputs(states, blocks, scale, as_vllm), *_pointers(out, logs), torch.get_num_threads())
@@ -135,22 +139,24 @@ class _Fused(torch.autograd.Function):
         threads = torch.get_num_threads()
         grad_query = torch.zeros_like(out)
         grad_key, grad_value = out.new_zeros(2, threads, key.shape[1], len(key), key.shape[2])
-        came = grad.contiguous()  # kept by a name: the kernel has its address alone
-        given = _pointers(out, logs, came, grad_query, grad_key, grad_value)
-        open_kernel().backward(_inputs((query, key, value), ctx.blocks, ctx.scale, False), *given, threads)
-        gradients = (grad_query, *(own[0] if threads == 1 else own.sum(0) for own in (grad_key, grad_value)))
-        asked, seen, shown = (own.transpose(0, 1) for own in gradients)
-        return asked, seen, shown, None, None, None
+        grad_out = grad.contiguous()  # a named reference: the kernel only holds its address
+        pointers = _pointers(out, logs, grad_out, grad_query, grad_key, grad_value)
+        open_kernel().backward(_inputs((query, key, value), ctx.blocks, ctx.scale, False), *pointers, threads)
+        summed = (grad_query, *(parts[0] if threads == 1 else parts.sum(0) for parts in (grad_key, grad_value)))
+        for_query, for_key, for_value = (gradient.transpose(0, 1) for gradient in summed)
+        return for_query, for_key, for_value, None, None, None
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(own.data_ptr()) for own in tensors]
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
 
 
 def _inputs(states: Sequence[Tensor], blocks: Tensor, scale: float, as_vllm: bool) -> Any:
-    strides = [stride for own in states for stride in own.stride()[:2]]
+    strides = [stride for tensor in states for stride in tensor.stride()[:2]]
     heads, tokens, width = states[0].shape
     sizes = (tokens, heads, len(states[1]), width)
     return ctypes.byref(
-        _Inputs(*(own.data_ptr() for own in states), *strides, *sizes, blocks.data_ptr(), len(blocks), scale, as_vllm)
+        _Inputs(
+            *(tensor.data_ptr() for tensor in states), *strides, *sizes, blocks.data_ptr(), len(blocks), scale, as_vllm
+        )
     )

@@ -1,40 +1,42 @@
-"""The KL weight beta(s) of GRPO-D and its relatives (Eq. 3), and the KL estimators (Eq. 5); loads no torch."""
+"""KL weight beta(s) (Eq. 3): schedules and controllers; KL estimators (Eq. 5). Does not import torch at run time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-from collections.abc import Mapping
-from dataclasses import dataclass
 
-MAX_LOG_RATIO = 80.0  # e^80 still fits in float32 and bfloat16; an infinity would turn into NaN under a zero weight
+MAX_LOG_RATIO = 80.0  # e^80 still fits in float32 and bfloat16; an infinity times a zero weight would be NaN
+MAX_ERROR = 0.2  # clip of the relative KL error, so that one outlier step cannot move beta far
 
 # (step, total, beta_min, beta_max, explore_frac) -> beta
 Schedule = Callable[[float, float, float, float, float], float]
 
+State = Mapping[str, float]  # of an adaptive schedule; plain numbers, so that it fits in a JSON checkpoint
+
 
 def schedule(name: str, step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """The KL weight at `step` of `total` under the named schedule; past `total` it keeps its end value."""
+    """Return the KL weight at `step` of `total` under the named schedule; past `total` it stays at its final value."""
     if name not in SCHEDULES:
         raise ValueError(f"algo.kl.schedule = {name!r} is not a schedule: use one of {', '.join(SCHEDULES)}")
     if not (math.isfinite(total) and total >= 1):
-        raise ValueError(f"train.steps = {total}: a schedule needs at least one step; set it to 1 or more")
+        raise ValueError(f"train.steps = {total} must be a finite number of steps, 1 or more")
     if not (math.isfinite(step) and step >= 0):
-        raise ValueError(f"step = {step}: steps count from 0; pass a step of 0 or more")
+        raise ValueError(f"step = {step} must be a finite number, 0 or more")
     if not 0 <= explore_frac <= 1:
-        raise ValueError(f"algo.kl.explore_frac = {explore_frac} is not a share of all steps (w / t): use 0 to 1")
+        raise ValueError(f"algo.kl.explore_frac = {explore_frac} must be a fraction of all steps (w / t), 0 to 1")
     for key, beta in (("beta_min", beta_min), ("beta_max", beta_max)):
         if not (math.isfinite(beta) and beta >= 0):
-            raise ValueError(f"algo.kl.{key} = {beta} must be a finite number of 0 or more: it is a KL weight")
+            raise ValueError(f"algo.kl.{key} = {beta} must be a finite KL weight, 0 or more")
     return SCHEDULES[name](step, total, beta_min, beta_max, explore_frac)
 
 
 def paper(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """Eq. 3: falls from the middle to beta_min while exploring (s <= w), then rises to beta_max.
+    """Return Eq. 3: fall from the midpoint to beta_min while exploring (s <= w), then rise to beta_max.
 
     With w = 0 there is no falling phase and the curve starts at beta_min; with w = t there is no rising phase.
     """
@@ -48,28 +50,28 @@ def paper(step: float, total: float, beta_min: float, beta_max: float, explore_f
 
 
 def linear(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """A straight ramp from beta_min to beta_max: what the paper's text, not its formula, describes."""
+    """Ramp linearly from beta_min to beta_max, as the paper's text (not its formula) describes."""
     return beta_min + (beta_max - beta_min) * min(step / total, 1.0)
 
 
 def cosine(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """Half a cosine wave from beta_min to beta_max: flat at both ends."""
+    """Ramp from beta_min to beta_max along half a cosine wave, flat at both ends."""
     return beta_min + (beta_max - beta_min) * (1 - math.cos(math.pi * min(step / total, 1.0))) / 2
 
 
 def exponential(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """A geometric ramp from beta_min to beta_max: the same factor at every step."""
+    """Ramp geometrically from beta_min to beta_max, by the same factor at every step."""
     for key, beta in (("beta_min", beta_min), ("beta_max", beta_max)):
         if beta <= 0:
             raise ValueError(
-                f"algo.kl.{key} = {beta} must be above 0 with algo.kl.schedule = 'exponential': "
-                "a geometric ramp cannot touch 0; raise it, or use 'linear'"
+                f"algo.kl.{key} = {beta} must be greater than 0 with algo.kl.schedule = 'exponential', "
+                "a geometric ramp: raise it, or use 'linear'"
             )
     return math.exp(math.log(beta_min) + (math.log(beta_max) - math.log(beta_min)) * min(step / total, 1.0))
 
 
 def constant(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """beta_min at every step: plain GRPO."""
+    """Return beta_min at every step, as plain GRPO does."""
     return beta_min
 
 
@@ -83,29 +85,29 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def kl_k1(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log(pi/ref) per token, any shape: unbiased, often negative.
+    """Return log(pi/ref) per token, any shape: unbiased, often negative.
 
-    Its gradient is that of log pi alone, which is 0 on average over the policy's own samples: as a loss it adds noise
-    and holds nothing back.
+    Its gradient is that of log pi alone, which averages to 0 over samples from the policy: as a loss term it adds noise
+    and does not regularize.
     """
     return policy_logprobs - ref_logprobs
 
 
 def kl_k2(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log(pi/ref)^2 / 2 per token, any shape: biased, never negative.
+    """Return log(pi/ref)^2 / 2 per token, any shape: biased, never negative.
 
-    Its gradient log(pi/ref) * grad log pi is, over the policy's own samples, that of the token's KL(pi || ref): the
-    same as k1 taken off the reward.
+    Averaged over samples from the policy, its gradient log(pi/ref) * grad log pi is that of the token's KL(pi || ref):
+    the same as subtracting k1 from the reward.
     """
     return (policy_logprobs - ref_logprobs).square() / 2
 
 
 def kl_k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Eq. 5 per token, any shape: ref/pi - log(ref/pi) - 1: unbiased, never negative beyond rounding.
+    """Return ref/pi - log(ref/pi) - 1 per token (Eq. 5), any shape: unbiased, never negative beyond rounding.
 
-    Its gradient (1 - ref/pi) * grad log pi is, over the policy's own samples, that of KL(ref || pi): near the
-    reference the same pull as k2's; where pi far exceeds ref at most 1, where ref far exceeds pi huge. A log ratio
-    above MAX_LOG_RATIO counts as MAX_LOG_RATIO (and has no gradient), so finite logprobs give a finite KL.
+    Averaged over samples from the policy, its gradient (1 - ref/pi) * grad log pi is that of KL(ref || pi): close to
+    k2's near the reference, at most 1 where pi far exceeds ref, and huge where ref far exceeds pi. A log ratio above
+    MAX_LOG_RATIO is clamped to it (without gradient), so finite logprobs give a finite KL.
     """
     log_ratio = (ref_logprobs - policy_logprobs).clamp(max=MAX_LOG_RATIO)
     return log_ratio.expm1() - log_ratio
@@ -114,24 +116,19 @@ def kl_k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Te
 ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
-MAX_ERROR = 0.2  # of the KL against its target, so that one odd step cannot swing beta
-
-State = Mapping[str, float]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one step showed; NaN where it showed nothing."""
+    """Statistics of one step that adaptive schedules use; NaN where the step had no data."""
 
     kl: float  # to the reference, nats per answer token (k3)
-    accuracy: float  # share of right answers among all that were sampled and graded
+    accuracy: float  # fraction of correct answers among all sampled and graded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BetaSchedule:
-    """beta at every step; what a schedule with a state remembers is passed in, so that it can be checkpointed."""
+    """KL weight at every step; the state of an adaptive schedule is passed in, so that it can be checkpointed."""
 
-    name: str  # a key of kl.SCHEDULES or of ADAPTIVE
+    name: str  # a key of SCHEDULES or ADAPTIVE
     total: int
     beta_min: float
     beta_max: float
@@ -140,11 +137,11 @@ class BetaSchedule:
     adapt_rate: float
 
     def start(self) -> State:
-        """The state before the first step; fixed curves have none."""
+        """Return the state before the first step; empty for fixed schedules."""
         return ADAPTIVE[self.name].start(self) if self.name in ADAPTIVE else {}
 
     def resume(self, saved: State) -> State:
-        """A checkpoint's state; that of another schedule means nothing here, and this one starts afresh."""
+        """Return the state saved in a checkpoint, or the initial state if another schedule saved it."""
         start = self.start()
         return dict(saved) if saved.keys() == start.keys() else start
 
@@ -154,13 +151,13 @@ class BetaSchedule:
         return schedule(self.name, step, self.total, self.beta_min, self.beta_max, self.explore_frac)
 
     def after(self, state: State, measured: Measured) -> State:
-        """The state for the next step."""
+        """Return the state for the next step."""
         return ADAPTIVE[self.name].after(self, state, measured) if self.name in ADAPTIVE else state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptive:
-    """A schedule with a state, as three pure functions."""
+    """A stateful schedule, as three pure functions."""
 
     start: Callable[[BetaSchedule], State]
     beta: Callable[[BetaSchedule, State], float]
@@ -168,7 +165,7 @@ class Adaptive:
 
 
 def target_start(kl: BetaSchedule) -> State:
-    """The middle, where Eq. 3 starts too."""
+    """Start at the midpoint, as Eq. 3 does."""
     return {"beta": (kl.beta_min + kl.beta_max) / 2}
 
 
@@ -177,10 +174,10 @@ def target_beta(kl: BetaSchedule, state: State) -> float:
 
 
 def target_after(kl: BetaSchedule, state: State, measured: Measured) -> State:
-    """beta * (1 + adapt_rate * clip(KL / target - 1, -0.2, 0.2)), kept within beta_min .. beta_max.
+    """Return beta * (1 + adapt_rate * clip(KL / target - 1, -0.2, 0.2)), clamped to beta_min .. beta_max.
 
-    The controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2; adapt_rate is its K_beta), on the KL of a
-    token where theirs is of a whole answer.
+    This is the controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2; adapt_rate is their K_beta), applied
+    to the KL per token instead of per answer.
     """
     if math.isnan(measured.kl):
         return state
@@ -189,17 +186,17 @@ def target_after(kl: BetaSchedule, state: State, measured: Measured) -> State:
 
 
 def accuracy_start(kl: BetaSchedule) -> State:
-    """Nothing is known to be right yet: free to explore."""
+    """Start at accuracy 0, which gives beta_min: free to explore."""
     return {"accuracy": 0.0}
 
 
 def accuracy_beta(kl: BetaSchedule, state: State) -> float:
-    """beta_min + (beta_max - beta_min) * running accuracy: who errs may explore, who is right is held."""
+    """Return beta_min + (beta_max - beta_min) * running accuracy: explore while wrong, stay close once correct."""
     return kl.beta_min + (kl.beta_max - kl.beta_min) * state["accuracy"]
 
 
 def accuracy_after(kl: BetaSchedule, state: State, measured: Measured) -> State:
-    """The running accuracy moves towards the step's by the share adapt_rate."""
+    """Update the running accuracy: an exponential moving average with rate adapt_rate."""
     if math.isnan(measured.accuracy):
         return state
     return {"accuracy": state["accuracy"] + kl.adapt_rate * (measured.accuracy - state["accuracy"])}

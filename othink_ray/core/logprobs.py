@@ -1,4 +1,4 @@
-"""Token logprobs from hidden states without ever holding [N, V] logits."""
+"""Token logprobs from hidden states, computed in chunks so that (N, V) logits never exist at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-_NEVER = -1e30  # in the place of a bias of -inf: such a token's share is 0 too, and so is its part of the entropy
+_NEVER = -1e30  # replaces a bias of -inf: the token's probability is still 0, and so is its entropy term (no 0 * inf)
 
 
 def token_logprobs(
@@ -20,14 +20,16 @@ def token_logprobs(
     logit_bias: torch.Tensor | None,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs of `targets` (N,) and detached entropies (N,) in nats, for hidden (N, H), weight (V, H), bias (V,).
+    """Return logprobs of `targets` (N,) and detached entropies (N,) in nats; hidden (N, H), weight (V, H), bias (V,).
 
     The distribution is the sampler's: softmax((hidden @ weight.T + bias) / temperature); a bias of -inf bans a token.
-    Logits are float32 (float64 for float64 inputs); at most `chunk` rows of them exist at a time, backward included,
-    where the softmax of the last chunk is the one that the forward pass made.
+    Logits are float32 (float64 for float64 inputs); at most `chunk` rows of them exist at a time, including in the
+    backward pass, which reuses the forward pass's softmax for the last chunk and recomputes the others.
     """
     if not temperature > 0:
-        raise ValueError(f"rollout.temperature = {temperature} must be above 0: greedy answers cannot train")
+        raise ValueError(
+            f"rollout.temperature = {temperature} must be above 0: greedy decoding has no distribution to train"
+        )
     assert chunk > 0, chunk
     inputs = (hidden, lm_head_weight, targets, logit_bias, temperature, chunk)
     logprobs, entropy = _TokenLogprobs.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -43,7 +45,7 @@ def candidate_logprobs(
     logit_bias: torch.Tensor | None,
     chunk: int,
 ) -> torch.Tensor:
-    """Logprobs (N, K) in nats of the tokens `candidates` (N, K), by the arithmetic of `token_logprobs`; no gradient."""
+    """Return logprobs (N, K) in nats of `candidates` (N, K), with the arithmetic of `token_logprobs`; no gradient."""
     with torch.no_grad():
         return torch.cat(
             [
@@ -54,9 +56,9 @@ def candidate_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Recomputes logits in the backward pass instead of keeping them, but for the last chunk's.
+    """Recomputes logits in the backward pass, except for the last chunk, whose log-softmax it saves.
 
-    The backward pass needs room for one chunk anyway, and all of a small micro-batch is in it.
+    The backward pass needs memory for one chunk anyway, and a small micro-batch fits in one.
     """
 
     @staticmethod
@@ -83,7 +85,7 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy[rows] = -log_p.exp().mul_(log_p).sum(dim=1)
             if start + chunk >= len(hidden) and any(ctx.needs_input_grad):
                 ctx.kept, ctx.first_kept = log_p, start
-            del log_p  # before the next chunk's is made
+            del log_p  # free it before the next chunk allocates
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -96,16 +98,16 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = _wide(hidden, weight)
         grad_hidden = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        # Rows without gradient (masked, or of a group of equal rewards) cost nothing, and a NaN in them stays there.
-        for rows, shares in _shares(ctx, grad_logprobs.nonzero().squeeze(1)):
+        # Rows without gradient (masked, or in a group of equal rewards) are skipped, and a NaN in them does not spread.
+        for rows, probs in _softmax_of(ctx, grad_logprobs.nonzero().squeeze(1)):
             grad_rows = grad_logprobs[rows] / ctx.temperature
-            grad_logits = shares.mul_(-grad_rows[:, None])
+            grad_logits = probs.mul_(-grad_rows[:, None])
             grad_logits.scatter_add_(1, targets[rows, None], grad_rows[:, None])
             if grad_hidden is not None:
-                grad_hidden[rows] = _wide_product(grad_logits, weight)
+                grad_hidden[rows] = _wide_matmul(grad_logits, weight)
             if grad_weight is not None:
-                grad_weight += _wide_product(grad_logits.T, hidden[rows])
-            del shares, grad_logits  # before the next chunk's are made
+                grad_weight += _wide_matmul(grad_logits.T, hidden[rows])
+            del probs, grad_logits  # free them before the next chunk allocates
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -116,19 +118,19 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
-def _shares(ctx: Any, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Some of `rows` and their softmax, a tensor that the caller may change; together all of them."""
+def _softmax_of(ctx: Any, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield `rows` in chunks, each with its softmax (n, V), which the caller may modify in place."""
     if ctx.kept is not None:
-        own = rows >= ctx.first_kept
-        among = rows[own] - ctx.first_kept
-        log_p = ctx.kept if len(among) == len(ctx.kept) else ctx.kept[among]
-        ctx.kept = None  # what changes it spoils it for a second backward pass
-        yield rows[own], log_p.exp_()
+        is_kept = rows >= ctx.first_kept
+        indices = rows[is_kept] - ctx.first_kept
+        log_p = ctx.kept if len(indices) == len(ctx.kept) else ctx.kept[indices]
+        ctx.kept = None  # it is modified in place below, so a second backward pass must recompute it
+        yield rows[is_kept], log_p.exp_()
         del log_p
-        rows = rows[~own]
+        rows = rows[~is_kept]
     hidden, weight, _, logit_bias = ctx.saved_tensors
-    for some in rows.split(ctx.chunk):
-        yield some, torch.softmax(_logits(hidden[some], weight, logit_bias, ctx.temperature), dim=1)
+    for part in rows.split(ctx.chunk):
+        yield part, torch.softmax(_logits(hidden[part], weight, logit_bias, ctx.temperature), dim=1)
 
 
 def _log_softmax(
@@ -140,22 +142,22 @@ def _log_softmax(
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, logit_bias: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
-    """Logits (n, V) in wide precision: bias first, then temperature, as the sampler does."""
-    logits = _wide_product(hidden, weight.T, logit_bias)
-    return logits if temperature == 1 else logits.div_(temperature)  # a pass over n * V numbers
+    """Return logits (n, V) in wide precision: bias first, then temperature, as the sampler does."""
+    logits = _wide_matmul(hidden, weight.T, logit_bias)
+    return logits if temperature == 1 else logits.div_(temperature)  # saves a pass over n * V numbers
 
 
 def _wide(left: torch.Tensor, right: torch.Tensor) -> torch.dtype:
-    """float32, or float64 where an input is."""
+    """Return float64 if an input is float64, else float32."""
     return torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
 
 
-def _wide_product(left: torch.Tensor, right: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-    """left @ right, plus a row, in wide precision; on GPUs half-precision factors stay half, only the sums are wide."""
+def _wide_matmul(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return left @ right (+ bias) in wide precision; on GPUs half-precision factors stay half, sums are float32."""
     if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
         product = torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
-        return product if added is None else product.add_(added)
+        return product if bias is None else product.add_(bias)
     wide = _wide(left, right)
-    if added is None:
+    if bias is None:
         return left.to(wide) @ right.to(wide)
-    return torch.addmm(added.to(wide), left.to(wide), right.to(wide))
+    return torch.addmm(bias.to(wide), left.to(wide), right.to(wide))

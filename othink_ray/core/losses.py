@@ -1,7 +1,8 @@
-"""Importance correction: an answer counts by how likely the policy finds it, for the engines sampled it otherwise.
+"""Losses as weighted sums over tokens (Eq. 4, GSPO, SFT), and importance weights for off-policy answers.
 
-Older weights did, or the engine's own rounding: in bfloat16 engine and learner never agree to the bit. A large ratio is
-truncated (TIS), or the tokens that have it are masked (IcePop, masked importance sampling).
+The sampler's distribution differs from the policy's: its weights may be older, and in bfloat16 engine and learner never
+agree bit for bit. Importance weights (policy before the update / sampler) correct for this. Large ratios are truncated
+(truncated importance sampling, TIS), or their tokens are masked (IcePop, masked importance sampling).
 """
 
 from __future__ import annotations
@@ -18,55 +19,55 @@ from othink_ray.core.packed_sequence import blank_inactive, sums_by_answer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioTerms:
-    """What a correction saw on its active tokens (weight not 0) and their answers: 0-d tensors that add up.
+    """Sums of importance ratios over active tokens (weight not 0) and their answers: 0-d, additive over micro-batches.
 
-    A ratio is that of the policy before the update to the sampler; truncated, it is at most the cap.
+    A ratio is policy before the update / sampler; a truncated ratio is at most the cap.
     """
 
-    used: torch.Tensor  # what the tokens' gains are multiplied by
-    truncated: torch.Tensor  # of tokens
-    cut: torch.Tensor  # tokens above the cap
-    masked: torch.Tensor  # tokens whose gain is dropped
-    sequence_raw: torch.Tensor  # of answers
-    sequence_truncated: torch.Tensor
-    sequence_cut: torch.Tensor  # answers above the cap
-    answers: torch.Tensor  # those with an active token
+    used: torch.Tensor  # sum of the factors applied to the tokens' advantages
+    truncated: torch.Tensor  # sum of truncated token ratios
+    cut: torch.Tensor  # number of tokens above the cap
+    masked: torch.Tensor  # number of tokens whose gain is masked
+    sequence_raw: torch.Tensor  # sum of answer ratios
+    sequence_truncated: torch.Tensor  # sum of truncated answer ratios
+    sequence_cut: torch.Tensor  # number of answers above the cap
+    answers: torch.Tensor  # number of answers with an active token
 
 
-# (log ratio of each token, 0 where inactive; its answer) -> ratio of each token
+# (log ratio of each token, 0 where inactive; answer index of each token) -> ratio of each token
 Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# (ratio of each token; lowest and highest ratio that is trusted) -> whether its gain counts at all
+# (ratio of each token; lowest and highest trusted ratio) -> mask of the tokens whose gain counts
 Kept = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
 def no_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Every token counts in full."""
+    """Return 1 for every token: no correction."""
     return torch.ones_like(log_ratio)
 
 
 def token_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Each token's own."""
+    """Return the ratio of each token."""
     return log_ratio.exp()
 
 
 def sequence_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """That of the whole answer, the product over its tokens; all of them must be in one call."""
+    """Return the ratio of the token's answer, the product over its tokens; they must all be in one call."""
     return sums_by_answer(log_ratio, answers).exp()[answers]
 
 
 def all_kept(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
-    """No token is masked: what is above the cap counts as the cap."""
+    """Mask no token: ratios above the cap are truncated (TIS)."""
     return torch.ones_like(ratio, dtype=torch.bool)
 
 
 def kept_between(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
-    """Masked on both sides: a token that the policy finds far less likely is as little trusted as a likelier one."""
+    """Mask tokens outside [low, cap] (IcePop): a token far less likely under the policy is not trusted either."""
     return (ratio >= low) & (ratio <= cap)
 
 
 def kept_below(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
-    """Masked above the cap alone."""
+    """Mask tokens above the cap (masked importance sampling)."""
     return ratio <= cap
 
 
@@ -89,11 +90,11 @@ def importance(
     *,
     bounds: tuple[float, float],
 ) -> tuple[torch.Tensor, RatioTerms]:
-    """What each token's advantage is to be multiplied by, without gradient; all tensors have one shape.
+    """Return the factor on each token's advantage, without gradient, and its statistics; all tensors have one shape.
 
-    `bounds` are the lowest and the highest ratio that is trusted, low <= 1 <= cap: the factor is min(ratio, cap), and 0
-    where the correction masks. A masked token keeps its share of the step's weight: the others' shares do not grow.
-    A factor on the advantages acts on the gain alone: the KL does not see it, and what is clipped stays so.
+    `bounds` are the lowest and highest trusted ratio, low <= 1 <= cap: the factor is min(ratio, cap), or 0 where the
+    correction masks. A masked token keeps its share of the step's weight: the weights of other tokens do not grow. A
+    factor on the advantages affects only the gain: the KL term is unchanged, and clipped tokens stay clipped.
     """
     low, cap = bounds
     active = loss_weights != 0
@@ -102,36 +103,37 @@ def importance(
     ratio = ratio_of(log_ratio, answers)
     kept = kept_by(ratio, low, cap)
     used = blank_inactive(ratio.clamp(max=cap), kept)
-    own = log_ratio[active].exp()
-    whole = sums_by_answer(log_ratio, answers).exp()[sums_by_answer(active.double(), answers) > 0]
+    token = log_ratio[active].exp()
+    answer = sums_by_answer(log_ratio, answers).exp()[sums_by_answer(active.double(), answers) > 0]
     terms = RatioTerms(
         used=used[active].sum(),
-        truncated=own.clamp(max=cap).sum(),
-        cut=(own > cap).sum(),
+        truncated=token.clamp(max=cap).sum(),
+        cut=(token > cap).sum(),
         masked=(~kept[active]).sum(),
-        sequence_raw=whole.sum(),
-        sequence_truncated=whole.clamp(max=cap).sum(),
-        sequence_cut=(whole > cap).sum(),
-        answers=own.new_tensor(len(whole)),
+        sequence_raw=answer.sum(),
+        sequence_truncated=answer.clamp(max=cap).sum(),
+        sequence_cut=(answer > cap).sum(),
+        answers=token.new_tensor(len(answer)),
     )
     return used.to(old_logprobs.dtype), terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """What a loss saw on its active tokens (weight not 0): detached 0-d tensors that add up."""
+    """Statistics of a loss over its active tokens (weight not 0): detached 0-d tensors, additive over micro-batches."""
 
-    kl_sum: torch.Tensor  # k3, whichever estimator is trained: runs stay comparable
-    clipped: torch.Tensor  # tokens whose gradient the clip cut
+    kl_sum: torch.Tensor  # always k3, whichever estimator is trained, so that runs are comparable
+    clipped: torch.Tensor  # number of tokens whose gain is clipped
 
 
 class Loss(Protocol):
-    """All tensors have one shape, of any rank; `answers` says which answer a token belongs to, from 0 without gaps.
+    """Interface of a loss: a weighted sum over tokens, and its statistics.
 
-    `clip_eps` is (low, high): the ratio is clipped to 1 - low .. 1 + high. `estimator` is a key of kl.ESTIMATORS.
-    All means (over an answer's tokens, its group, the groups) are inside `loss_weights`. A token of weight 0 adds
-    nothing to loss and gradient, whatever stands there. KL is measured where there is a reference, and trained where
-    beta is not 0.
+    All tensors have one shape, with any number of dimensions; `answers` is the answer index of each token, from 0
+    without gaps. `clip_eps` is (low, high): the ratio is clipped to 1 - low .. 1 + high. `estimator` is a key of
+    kl.ESTIMATORS. All means (over an answer's tokens, its group, the groups) are part of `loss_weights`. A token of
+    weight 0 adds nothing to loss and gradient, whatever its values (NaN included). The KL is measured if there is a
+    reference, and trained if beta is not 0 as well.
     """
 
     def __call__(
@@ -161,7 +163,7 @@ def grpo_loss(
     clip_eps: tuple[float, float],
     estimator: str,
 ) -> tuple[torch.Tensor, LossTerms]:
-    """Eq. 4 negated: the sum over tokens of weight * (beta * KL - min(ratio * A, clip(ratio) * A))."""
+    """Return the negative of Eq. 4: the sum over tokens of weight * (beta * KL - min(ratio * A, clip(ratio) * A))."""
     log_ratio = _log_ratio(policy_logprobs, old_logprobs, loss_weights)
     return _clipped_loss(log_ratio, policy_logprobs, ref_logprobs, advantages, loss_weights, beta, clip_eps, estimator)
 
@@ -178,7 +180,7 @@ def gspo_loss(
     clip_eps: tuple[float, float],
     estimator: str,
 ) -> tuple[torch.Tensor, LossTerms]:
-    """GSPO: as Eq. 4, but every token has its answer's ratio, exp(mean over its tokens of log pi/old).
+    """Return the GSPO loss: Eq. 4 with the ratio of the whole answer, exp(mean over its tokens of log pi/old).
 
     Whole answers are clipped, so all tokens of an answer must be in one call.
     """
@@ -199,12 +201,12 @@ def sft_loss(
     clip_eps: tuple[float, float],
     estimator: str,
 ) -> tuple[torch.Tensor, LossTerms]:
-    """Negative log likelihood: the sum over tokens of -weight * logprob; the other inputs do not matter to it."""
+    """Return the negative log likelihood: the sum over tokens of -weight * logprob; the other inputs are ignored."""
     active = loss_weights != 0
     policy = blank_inactive(policy_logprobs, active)
-    nothing = torch.zeros_like(policy).sum()
+    zero = torch.zeros_like(policy).sum()
     loss = -(blank_inactive(loss_weights, active) * policy).sum()
-    return loss, LossTerms(kl_sum=nothing, clipped=nothing)
+    return loss, LossTerms(kl_sum=zero, clipped=zero)
 
 
 LOSSES: dict[str, Loss] = {"grpo": grpo_loss, "gspo": gspo_loss, "sft": sft_loss}
@@ -220,7 +222,7 @@ def _clipped_loss(
     clip_eps: tuple[float, float],
     estimator: str,
 ) -> tuple[torch.Tensor, LossTerms]:
-    """The clipped gain and the KL, for whatever ratio each token has."""
+    """Return the loss of clipped gain and KL for given log ratios, per token or per answer."""
     active = loss_weights != 0
     advantage = blank_inactive(advantages, active)
     low, high = clip_eps
@@ -236,19 +238,19 @@ def _clipped_loss(
         if beta != 0:
             token_loss = token_loss + beta * ESTIMATORS[estimator](policy, ref)
 
-    # An inactive token's advantage is blank, so it is never clipped.
+    # An inactive token's advantage is 0, so it never counts as clipped.
     terms = LossTerms(kl_sum=kl_sum, clipped=(clipped_gain < gain).sum())
     return (blank_inactive(loss_weights, active) * token_loss).sum(), terms
 
 
 def _log_ratio(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, loss_weights: torch.Tensor) -> torch.Tensor:
-    """log pi/old of each token; 0 where inactive."""
+    """Return log pi/old of each token; 0 where inactive."""
     active = loss_weights != 0
     return blank_inactive(policy_logprobs, active) - blank_inactive(old_logprobs, active)
 
 
 def _answer_means(values: torch.Tensor, active: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Each token's answer's mean over its active tokens, in the shape of `values`, which is 0 where inactive."""
+    """Return the mean over the active tokens of each token's answer, in the shape of `values` (0 where inactive)."""
     counts = sums_by_answer(active.to(values.dtype), answers)
     means = sums_by_answer(values, answers) / counts.clamp(min=1)
     return means[answers]

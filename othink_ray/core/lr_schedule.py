@@ -1,4 +1,4 @@
-"""The learning rate of a whole run, as a share of its peak; loads no torch."""
+"""Learning rate schedules, as fractions of the peak rate; does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def learning_rate(name: str, step: int, total: int, peak: float, warmup_frac: float = 0.0) -> float:
-    """The rate at `step` (from 0) of `total`: a straight rise over a share of the steps, then the named schedule."""
+    """Return the learning rate at `step` (from 0) of `total`: linear warm-up over `warmup_frac`, then the schedule."""
     if name not in LR_SCHEDULES:
         raise ValueError(f"learner.lr_schedule = {name!r} is not a schedule: use one of {', '.join(LR_SCHEDULES)}")
     warmup = round(warmup_frac * total)
@@ -21,14 +21,14 @@ def constant(done: float) -> float:
 
 
 def linear(done: float) -> float:
-    """A straight line to 0."""
+    """Decay linearly to 0."""
     return 1.0 - done
 
 
 def cosine(done: float) -> float:
-    """Half a cosine wave to 0."""
+    """Decay to 0 along half a cosine wave."""
     return (1.0 + math.cos(math.pi * done)) / 2
 
 
-# share of the run after the warm-up that is done, 0 to 1 -> share of the peak
+# fraction of the steps after warm-up that are done, 0 to 1 -> fraction of the peak rate
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

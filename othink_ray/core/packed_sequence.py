@@ -1,4 +1,8 @@
-"""Shared-prefix rows back to back, without padding: where a token stands, what it sees, what predicts it."""
+"""Packed sequences: prompts with their answers (packed samples) back to back, without padding.
+
+Each packed sample is [prompt | answer 1 | ... | answer k]: its answers share one copy of the prompt. The functions here
+return positions, visibility and the index that predicts each token.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSequence:
-    """The row of each of the N tokens, counted from 0 along the line, and its segment: 0 the prompt, k answer k."""
+    """Packed samples of N tokens in total, described per token; the tokens themselves are kept elsewhere."""
 
-    rows: torch.Tensor
-    segments: torch.Tensor
+    rows: torch.Tensor  # (N,) index of the token's packed sample, from 0 in order
+    segments: torch.Tensor  # (N,) segment id: 0 in the prompt, k in answer k of the sample
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, kept: torch.Tensor) -> PackedSequence:
-        """The tokens of a mask (N,) alone."""
+        """Return the packed sequence of the tokens where the mask `kept` (N,) is True."""
         return PackedSequence(rows=self.rows[kept], segments=self.segments[kept])
 
     @property
@@ -30,84 +34,84 @@ class PackedSequence:
 
 
 def build_packed_sequence(segments: Sequence[NDArray[np.int32]]) -> PackedSequence:
-    """The segments of each row, a prompt first."""
-    assert all(len(own) and own[0] == 0 for own in segments)
-    lengths = torch.tensor([len(own) for own in segments])
+    """Build a packed sequence from the segment ids of each packed sample; each sample starts with its prompt."""
+    assert all(len(ids) and ids[0] == 0 for ids in segments)
+    lengths = torch.tensor([len(ids) for ids in segments])
     return PackedSequence(
         rows=torch.arange(len(segments)).repeat_interleave(lengths),
         segments=torch.from_numpy(np.concatenate(segments)).long(),
     )
 
 
-def visibility(line: PackedSequence) -> torch.Tensor:
-    """(N, N), True where token i sees token j: the prompt of i's row and i's own answer, up to i."""
-    viewer, seen = line.segments[:, None], line.segments[None, :]
-    same_row = line.rows[:, None] == line.rows[None, :]
-    return (same_row & ((seen == 0) | (seen == viewer))).tril()
+def visibility(sequence: PackedSequence) -> torch.Tensor:
+    """Return a mask (N, N), True where token i attends to token j: its sample's prompt and its own answer, up to i."""
+    query, key = sequence.segments[:, None], sequence.segments[None, :]
+    same_sample = sequence.rows[:, None] == sequence.rows[None, :]
+    return (same_sample & ((key == 0) | (key == query))).tril()
 
 
-def seen_spans(line: PackedSequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`visibility` as spans, (N,) three times: where a token's prompt starts and ends, and where its segment starts.
+def visible_spans(sequence: PackedSequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `visibility` as spans, three tensors (N,): start and end of the token's prompt, start of its segment.
 
-    It sees what lies between the first two, and from the third to itself, but nothing after itself.
+    A token attends to the tokens between the first two, and from the third up to itself, but to nothing after itself.
     """
-    places, starts = torch.arange(len(line)), _starts(line)
-    prompt = torch.where(starts & ~line.is_answer, places, 0).cummax(0).values
-    own = torch.where(starts, places, 0).cummax(0).values
-    return prompt, prompt + line.rows[~line.is_answer].bincount()[line.rows], own
+    indices, starts = torch.arange(len(sequence)), _starts(sequence)
+    prompt = torch.where(starts & ~sequence.is_answer, indices, 0).cummax(0).values
+    segment = torch.where(starts, indices, 0).cummax(0).values
+    return prompt, prompt + sequence.rows[~sequence.is_answer].bincount()[sequence.rows], segment
 
 
-def predictors(line: PackedSequence) -> torch.Tensor:
-    """Place of the token whose hidden state predicts each answer token, in the order of the answer tokens.
+def predictors(sequence: PackedSequence) -> torch.Tensor:
+    """Return, for each answer token in order, the index of the token whose hidden state predicts it.
 
-    It is the token before in the same answer, or the last prompt token for an answer's first one.
+    This is the previous token of the same answer, or the last prompt token for an answer's first token.
     """
-    places = torch.arange(len(line))
-    last_prompt = torch.where(line.segments == 0, places, 0).cummax(0).values
-    return torch.where(_starts(line), last_prompt, places - 1)[line.is_answer]
+    indices = torch.arange(len(sequence))
+    last_prompt = torch.where(sequence.segments == 0, indices, 0).cummax(0).values
+    return torch.where(_starts(sequence), last_prompt, indices - 1)[sequence.is_answer]
 
 
-def predicting(line: PackedSequence) -> torch.Tensor:
-    """(N,): False on the last token of each answer, which nothing comes after: no network needs to read it."""
-    lasts = _starts(line).roll(-1)  # the line's first token is a start, and so its last one an end
-    return ~(lasts & line.is_answer)
+def predicting(sequence: PackedSequence) -> torch.Tensor:
+    """Return a mask (N,), False on each answer's last token: it predicts nothing, so the network can skip it."""
+    lasts = _starts(sequence).roll(-1)  # the first token of the sequence is a start, hence its last token an end
+    return ~(lasts & sequence.is_answer)
 
 
-def offsets(line: PackedSequence) -> torch.Tensor:
-    """(N,): how far past the prompt's end an answer token stands (its first has 0); 0 on prompts."""
-    places = torch.arange(len(line))
-    own_start = torch.where(_starts(line), places, 0).cummax(0).values
-    return torch.where(line.is_answer, places - own_start, 0)
+def offsets(sequence: PackedSequence) -> torch.Tensor:
+    """Return (N,) the offset of each answer token from the end of its prompt (0 for the first); 0 on prompts."""
+    indices = torch.arange(len(sequence))
+    segment_start = torch.where(_starts(sequence), indices, 0).cummax(0).values
+    return torch.where(sequence.is_answer, indices - segment_start, 0)
 
 
-def answer_index(line: PackedSequence) -> torch.Tensor:
-    """The answer of each answer token, in order; answers count from 0 along the line, empty ones left out."""
-    return _starts(line)[line.is_answer].cumsum(0) - 1
+def answer_index(sequence: PackedSequence) -> torch.Tensor:
+    """Return the answer index of each answer token; non-empty answers count from 0 over the whole sequence."""
+    return _starts(sequence)[sequence.is_answer].cumsum(0) - 1
 
 
-def stretches(line: PackedSequence) -> list[tuple[int, int, bool]]:
-    """Start and end of each prompt and each answer, in order, and whether it is an answer."""
-    starts = _starts(line).nonzero().squeeze(1)
-    ends = [*starts[1:].tolist(), len(line)]
-    return list(zip(starts.tolist(), ends, line.is_answer[starts].tolist(), strict=True))
+def segment_spans(sequence: PackedSequence) -> list[tuple[int, int, bool]]:
+    """Return (start, end, is answer) of each prompt and each non-empty answer, in order."""
+    starts = _starts(sequence).nonzero().squeeze(1)
+    ends = [*starts[1:].tolist(), len(sequence)]
+    return list(zip(starts.tolist(), ends, sequence.is_answer[starts].tolist(), strict=True))
 
 
-def _starts(line: PackedSequence) -> torch.Tensor:
-    """(N,): True on the first token of each segment."""
-    starts = torch.ones(len(line), dtype=torch.bool)
-    starts[1:] = (line.segments[1:] != line.segments[:-1]) | (line.rows[1:] != line.rows[:-1])
+def _starts(sequence: PackedSequence) -> torch.Tensor:
+    """Return a mask (N,), True on the first token of each segment."""
+    starts = torch.ones(len(sequence), dtype=torch.bool)
+    starts[1:] = (sequence.segments[1:] != sequence.segments[:-1]) | (sequence.rows[1:] != sequence.rows[:-1])
     return starts
 
 
 def blank_inactive(values: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """0 where a token is inactive: chosen before any exp, since 0 * inf is NaN and so is its gradient."""
+    """Set inactive tokens to 0; do this before any exp, since 0 * inf is NaN, and so is its gradient."""
     return torch.where(active, values, torch.zeros_like(values))
 
 
 def sums_by_answer(values: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """The sum over each answer's tokens, by its number in `answers`; 0 where there is no such answer.
+    """Sum values over each answer's tokens, indexed by the answer index in `answers`; 0 where there is no such answer.
 
-    As many places as tokens are enough for any number of answers, and need no look at the data.
+    The result is as long as the number of tokens: enough for any number of answers, without reading the data.
     """
     flat = values.flatten()
     return torch.zeros_like(flat).index_add(0, answers.flatten(), flat)

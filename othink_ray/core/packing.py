@@ -1,4 +1,4 @@
-"""Groups become shared-prefix rows; rows become balanced micro-batches."""
+"""Packing: groups become shared-prefix packed samples with token weights, samples become balanced micro-batches."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from othink_ray.types import Pack, ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What one optimiser step's loss is shared among; counted before any backward, so that shares add up anywhere."""
+    """Denominators of one optimizer step's loss, counted before its backward passes: weights add up in any split."""
 
     groups: int
     tokens: int  # of all valid answers
-    max_tokens: int  # that an answer can have
+    max_tokens: int  # longest possible answer
 
 
-# (lengths, valid) of one group's answers, (G,) each -> weight of each token of each answer (G,); 0 where not valid
+# (lengths, valid) of one group's answers, (G,) each -> weight of each token of each answer (G,); 0 where invalid
 LossWeights = Callable[[NDArray[np.int64], NDArray[np.bool_], Totals], NDArray[np.float64]]
 
 
 def answer_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
-    """Eq. 4: token mean in each answer, mean over the valid answers of a group, mean over groups.
+    """Weigh tokens as Eq. 4: mean over each answer's tokens, over the valid answers of a group, over groups.
 
-    An empty answer has no token to weigh, but counts among the valid ones: its token mean is 0.
+    An empty answer has no tokens but counts among the valid ones: its token mean is 0.
     """
     weights: NDArray[np.float64] = valid / (totals.groups * max(int(valid.sum()), 1) * np.maximum(lengths, 1))
     return weights
 
 
 def token_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
-    """DAPO: every token of the optimiser step weighs the same, so that long answers count for more."""
+    """Weigh all tokens of the optimizer step equally (DAPO), so that long answers count for more."""
     return valid.astype(np.float64) / max(totals.tokens, 1)
 
 
 def constant_length(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Totals) -> NDArray[np.float64]:
-    """Dr. GRPO: token sum of each answer over the longest possible length, then the means over group and groups."""
+    """Weigh tokens as Dr. GRPO: each answer's token sum over the longest possible length, then the means of Eq. 4."""
     return valid.astype(np.float64) / (totals.groups * max(int(valid.sum()), 1) * totals.max_tokens)
 
 
@@ -60,108 +60,110 @@ def pack_step(
     max_tokens: int,
     shared_prefix: bool,
 ) -> list[Pack]:
-    """The rows of a step, one a group; each of its `updates` optimiser steps is a loss of its own, with its totals.
+    """Return the packed samples of a step, one per group; each of its `updates` optimizer steps has its own totals.
 
-    Without a shared prefix it is one row an answer, each with its own copy of the prompt: the same loss, more slowly.
+    Without `shared_prefix`, return one sample per answer, each with a copy of the prompt: the same loss, but slower.
     """
-    ids = [one.group.prompt.id for one in scored]
-    assert len(set(ids)) == len(ids), f"two groups of a step have one prompt id, by which they are split: {ids}"
-    rows: list[Pack] = []
-    for own in _mini_batches(len(scored), updates):
-        tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in own)
-        totals = Totals(groups=len(own), tokens=tokens, max_tokens=max_tokens)
-        for i in own:
+    ids = [group.group.prompt.id for group in scored]
+    assert len(set(ids)) == len(ids), f"prompt ids of a step must be unique (mini-batches are split by them): {ids}"
+    samples: list[Pack] = []
+    for members in _mini_batches(len(scored), updates):
+        tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in members)
+        totals = Totals(groups=len(members), tokens=tokens, max_tokens=max_tokens)
+        for i in members:
             weights = loss_weights(_lengths(scored[i]), scored[i].valid, totals)
             answers = np.arange(len(weights))
-            together = [answers] if shared_prefix else list(answers[:, None])
-            rows += [_row(scored[i], advantages[i], weights, own) for own in together]
-    return rows
+            parts = [answers] if shared_prefix else list(answers[:, None])
+            samples += [_packed_sample(scored[i], advantages[i], weights, part) for part in parts]
+    return samples
 
 
 def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: int) -> Pack:
-    """One row alone, weighed by `answer_mean`, which needs to know no other group."""
+    """Return one packed sample weighted by `answer_mean`, which depends on no other group of the step."""
     lengths = _lengths(scored)
     totals = Totals(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
-    return _row(scored, advantages, answer_mean(lengths, scored.valid, totals), np.arange(len(lengths)))
+    return _packed_sample(scored, advantages, answer_mean(lengths, scored.valid, totals), np.arange(len(lengths)))
 
 
 def _lengths(scored: ScoredGroup) -> NDArray[np.int64]:
     return np.array([len(completion.token_ids) for completion in scored.group.completions])
 
 
-def _row(
+def _packed_sample(
     scored: ScoredGroup,
     advantages: NDArray[np.float64],
     token_weights: NDArray[np.float64],
     answers: NDArray[np.int64],
 ) -> Pack:
-    """The row `[prompt | answer | ... | answer]` of some of a group's answers; advantages and weights are of all G."""
+    """Return `[prompt | answer | ... | answer]` for a subset of the answers; advantages and weights are of all G."""
     group = scored.group
     prompt_len, lengths = len(group.prompt_token_ids), _lengths(scored)
     assert prompt_len > 0
     assert len(advantages) == len(token_weights) == len(scored.valid) == len(lengths)
     completions = [group.completions[answer] for answer in answers]
-    assert all(len(own.sampler_logprobs) == len(own.token_ids) for own in completions)
-    own_lengths = lengths[answers]
-    segments = np.arange(1, len(answers) + 1, dtype=np.int32).repeat(own_lengths)
-    nothing = np.zeros(prompt_len)
+    assert all(len(each.sampler_logprobs) == len(each.token_ids) for each in completions)
+    answer_lengths = lengths[answers]
+    segments = np.arange(1, len(answers) + 1, dtype=np.int32).repeat(answer_lengths)
+    zeros = np.zeros(prompt_len)
     return Pack(
         prompt_id=group.prompt.id,
         images=group.prompt.images,
-        token_ids=np.concatenate([group.prompt_token_ids, *(own.token_ids for own in completions)], dtype=np.int64),
+        token_ids=np.concatenate([group.prompt_token_ids, *(each.token_ids for each in completions)], dtype=np.int64),
         segments=np.concatenate([np.zeros(prompt_len, np.int32), segments]),
-        loss_weights=np.concatenate([nothing, token_weights[answers].repeat(own_lengths)]),
-        sampler_logprobs=np.concatenate([nothing, *(own.sampler_logprobs for own in completions)], dtype=np.float32),
-        advantages=np.concatenate([nothing, np.asarray(advantages, np.float64)[answers].repeat(own_lengths)]),
+        loss_weights=np.concatenate([zeros, token_weights[answers].repeat(answer_lengths)]),
+        sampler_logprobs=np.concatenate([zeros, *(each.sampler_logprobs for each in completions)], dtype=np.float32),
+        advantages=np.concatenate([zeros, np.asarray(advantages, np.float64)[answers].repeat(answer_lengths)]),
     )
 
 
 def plan(packs: Sequence[Pack], *, ranks: int, updates: int, micro_tokens: int) -> list[list[list[list[int]]]]:
-    """Rows by [update][rank][micro-batch]: mini-batches of whole groups in order, ranks and micro-batches balanced.
+    """Return indices into `packs` by [update][rank][micro-batch].
 
-    All ranks of an update get the same number of micro-batches (sharded weights need the same collectives on each); an
-    empty one stands for a row of weight 0. A row longer than `micro_tokens` gets a micro-batch to itself.
+    Mini-batches consist of whole groups in order; ranks and micro-batches are balanced by tokens. All ranks of an
+    update get the same number of micro-batches, because sharded weights need the same collectives on each rank; an
+    empty micro-batch stands for a dummy sample of weight 0. A sample longer than `micro_tokens` gets its own
+    micro-batch.
     """
     assert ranks > 0 and updates > 0 and micro_tokens > 0
-    groups = [list(rows) for _, rows in groupby(range(len(packs)), key=lambda row: packs[row].prompt_id)]
+    groups = [list(indices) for _, indices in groupby(range(len(packs)), key=lambda index: packs[index].prompt_id)]
     if updates > len(groups):
         raise ValueError(
-            f"algo.updates_per_step = {updates} but the step has {len(groups)} groups: each optimiser step needs "
+            f"algo.updates_per_step = {updates} but the step has {len(groups)} groups: each optimizer step needs "
             f"at least one; lower it, or raise train.prompts_per_step"
         )
-    lengths = [len(row) for row in packs]
-    by_update = [list(chain(*(groups[i] for i in own))) for own in _mini_batches(len(groups), updates)]
-    return [_plan_update(rows, lengths, ranks, micro_tokens) for rows in by_update]
+    lengths = [len(sample) for sample in packs]
+    by_update = [list(chain(*(groups[i] for i in members))) for members in _mini_batches(len(groups), updates)]
+    return [_plan_update(samples, lengths, ranks, micro_tokens) for samples in by_update]
 
 
 def _mini_batches(groups: int, updates: int) -> list[list[int]]:
-    """The groups of each optimiser step, in order."""
-    return [rows.tolist() for rows in np.array_split(np.arange(groups), updates)]
+    """Return the group indices of each optimizer step, in order."""
+    return [indices.tolist() for indices in np.array_split(np.arange(groups), updates)]
 
 
-def _plan_update(rows: list[int], lengths: list[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
-    """One mini-batch by [rank][micro-batch]."""
-    micro_batches = [_micro_batches(own, lengths, micro_tokens) for own in _spread(rows, lengths, ranks)]
-    most = max(len(own) for own in micro_batches)
-    return [own + [[] for _ in range(most - len(own))] for own in micro_batches]
+def _plan_update(samples: list[int], lengths: list[int], ranks: int, micro_tokens: int) -> list[list[list[int]]]:
+    """Return the samples of one mini-batch by [rank][micro-batch]."""
+    by_rank = [_micro_batches(shard, lengths, micro_tokens) for shard in _balance(samples, lengths, ranks)]
+    most = max(len(micro_batches) for micro_batches in by_rank)
+    return [micro_batches + [[] for _ in range(most - len(micro_batches))] for micro_batches in by_rank]
 
 
-def _micro_batches(rows: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
-    """As few as the budget allows, of about equal size; none for no rows."""
-    tokens = sum(lengths[row] for row in rows)
-    for count in range(max(1, -(-tokens // micro_tokens)), len(rows)):
-        spread = _spread(rows, lengths, count)
-        if all(len(own) == 1 or sum(lengths[row] for row in own) <= micro_tokens for own in spread):
-            return spread
-    return [[row] for row in rows]
+def _micro_batches(samples: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
+    """Split samples into as few micro-batches as the token budget allows, of about equal size; none for no samples."""
+    tokens = sum(lengths[sample] for sample in samples)
+    for count in range(max(1, -(-tokens // micro_tokens)), len(samples)):
+        split = _balance(samples, lengths, count)
+        if all(len(part) == 1 or sum(lengths[sample] for sample in part) <= micro_tokens for part in split):
+            return split
+    return [[sample] for sample in samples]
 
 
-def _spread(rows: list[int], lengths: list[int], parts: int) -> list[list[int]]:
-    """The longest row left goes to the part with the fewest tokens."""
-    spread: list[list[int]] = [[] for _ in range(parts)]
+def _balance(samples: list[int], lengths: list[int], parts: int) -> list[list[int]]:
+    """Split samples into `parts` greedily: the longest remaining sample goes to the part with the fewest tokens."""
+    split: list[list[int]] = [[] for _ in range(parts)]
     load = [0] * parts
-    for row in sorted(rows, key=lambda row: -lengths[row]):
+    for sample in sorted(samples, key=lambda sample: -lengths[sample]):
         part = load.index(min(load))
-        spread[part].append(row)
-        load[part] += lengths[row]
-    return spread
+        split[part].append(sample)
+        load[part] += lengths[sample]
+    return split

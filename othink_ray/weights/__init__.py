@@ -1,1 +1,1 @@
-"""How a policy travels from the learner to the engines, and how the arrival is proven."""
+"""Weight transfer from the learner to the engines: buckets, digests of received weights, and the logprob audit."""

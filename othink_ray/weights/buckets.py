@@ -1,4 +1,4 @@
-"""Named tensors as a few flat byte buffers: what a shared-memory store moves without copying piece by piece."""
+"""Weight buckets: named tensors packed into a few flat byte buffers, which the object store moves without copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One tensor of a chunk."""
+    """Name, shape and dtype of one tensor in a chunk."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,14 +27,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Tensors back to back in one buffer."""
+    """Several tensors back to back in one byte buffer."""
 
     pieces: tuple[Piece, ...]
     data: NDArray[np.uint8]
 
 
 def to_chunks(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Chunk]:
-    """Chunks of at most `bucket_bytes`, in order; a larger tensor makes a chunk of its own."""
+    """Yield chunks of at most `bucket_bytes`, in order; a larger tensor gets a separate chunk."""
     pieces: list[Piece] = []
     data, used = np.empty(0, dtype=np.uint8), 0
     for name, weight in weights:
@@ -43,18 +43,18 @@ def to_chunks(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Itera
             if pieces:
                 yield Chunk(pieces=tuple(pieces), data=data[:used])
             pieces, used = [], 0
-            data = np.empty(max(bucket_bytes, piece.nbytes), dtype=np.uint8)  # what is not written takes no memory
+            data = np.empty(max(bucket_bytes, piece.nbytes), dtype=np.uint8)  # unwritten pages use no memory
         pieces.append(piece)
-        # Copied at once: the learner may overwrite or release the parameter before the chunk is sent.
-        bytes_of_it = weight.contiguous().view(-1).view(torch.uint8)
-        torch.from_numpy(data[used : used + piece.nbytes]).copy_(bytes_of_it)
+        # Copy now: the learner may overwrite or release the parameter before the chunk is sent.
+        raw = weight.contiguous().view(-1).view(torch.uint8)
+        torch.from_numpy(data[used : used + piece.nbytes]).copy_(raw)
         used += piece.nbytes
     if pieces:
         yield Chunk(pieces=tuple(pieces), data=data[:used])
 
 
 def from_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors again, copied: a shared buffer is read-only, and engines may keep or change what they get."""
+    """Yield the named tensors as copies: shared buffers are read-only, and engines may keep or modify the tensors."""
     for chunk in chunks:
         start = 0
         for piece in chunk.pieces:

@@ -1,8 +1,9 @@
-"""A checksum of a tensor's bits that can be added up from pieces of it, wherever those lie.
+"""Weight digests: an additive checksum of a tensor's bits, and the check that engines hold what the learner sent.
 
 The tensor is read as a matrix X of 16-bit integers; with fixed pseudo-random keys a and b, the digest is the sum of
-a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in any order, so that CPU and GPU, whole tensors and
-shards agree to the bit; a flipped bit, a swap or a shift changes the digest, and zero padding does not.
+a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in any order, so CPU and GPU agree bit for bit, and the
+digests of shards add up to the digest of the whole tensor. A flipped bit, a swap or a shift changes the digest; zero
+padding does not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from othink_ray.weights.audit import AuditError
 
 _KEY_BITS = 20  # 16-bit values x 20-bit keys, 2**16 columns summed at a time: exact in float64's 53 bits
 _COLUMNS = 2**16
-_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # values converted at a time: what a core's cache holds; 64 MiB of a GPU
+_BLOCK = {"cpu": 2**18, "cuda": 2**23}  # values converted at a time: fits a core's cache; 64 MiB on a GPU
+_NAMED = 3  # wrong weights named in an error message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorDigest:
-    """What a tensor that arrived must match."""
+    """Digest, shape and dtype that a received tensor must match."""
 
     value: int  # signed 64 bits
     shape: tuple[int, ...]
@@ -36,7 +38,7 @@ class TensorDigest:
 
 
 def digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, TensorDigest]:
-    """The digest of each whole tensor."""
+    """Return the digest of each tensor by name."""
     collected = DigestCollector()
     for _ in collected.passing(weights):
         pass
@@ -44,7 +46,7 @@ def digests(weights: Iterable[tuple[str, Tensor]]) -> dict[str, TensorDigest]:
 
 
 class DigestCollector:
-    """Digests tensors on their own device as they pass by; the values are read back once, at the end."""
+    """Computes digests of a stream of tensors on their device; the values are read back once, at the end."""
 
     def __init__(self) -> None:
         self._passed: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
@@ -63,20 +65,20 @@ class DigestCollector:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """(first dimension, all others); a vector is one column."""
+    """Return a view (first dimension, product of the others); a vector becomes one column."""
     return (
         weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1) if weight.numel() else weight.new_empty(0, 1)
     )
 
 
 def read_back(values: list[Tensor]) -> list[int]:
-    """Scalars as numbers, in one transfer from a device."""
+    """Return scalar tensors as ints, in one transfer from the device."""
     found: list[int] = torch.stack(values).tolist() if values else []
     return found
 
 
 def piece_digest(piece: Tensor, first_row: int, first_column: int) -> Tensor:
-    """What this piece (rows, columns) of a matrix adds to its digest, as an int64 scalar on the piece's device."""
+    """Return the contribution of a piece (rows, columns) to its matrix's digest, an int64 scalar on its device."""
     bits = _bits(piece)
     parts = piece.element_size() // bits.element_size()
     rows, columns = bits.shape
@@ -94,19 +96,19 @@ def piece_digest(piece: Tensor, first_row: int, first_column: int) -> Tensor:
 
 
 def _bits(piece: Tensor) -> Tensor:
-    """As integers of 16 bits (of 8 where elements are no longer), several columns for one where elements are longer."""
+    """View as 16-bit integers (8-bit for one-byte elements); wider elements become several columns."""
     dense = piece if piece.stride(-1) == 1 else piece.clone(memory_format=torch.contiguous_format)
     return dense.view(torch.uint8 if piece.element_size() == 1 else torch.int16)
 
 
 def _keys(count: int, bits: int, device: torch.device) -> Tensor:
-    """Odd numbers that look random, the same on every machine; made for a power of two at a time, and kept."""
+    """Return pseudo-random odd keys (count,), equal on every machine; tables of a power of two are cached."""
     return _key_table(1 << max(10, (count - 1).bit_length()), bits, device)[:count]
 
 
 @lru_cache(maxsize=16)
 def _key_table(count: int, bits: int, device: torch.device) -> Tensor:
-    """SplitMix64 of 0, 1, 2, ...: int64 arithmetic wraps modulo 2**64."""
+    """Compute SplitMix64 of 0, 1, 2, ...; int64 arithmetic wraps modulo 2**64."""
     state = (torch.arange(1, count + 1, dtype=torch.int64) + (bits << 32)) * 0x9E3779B97F4A7C15
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ _shifted(state, shift)) * factor
@@ -115,16 +117,13 @@ def _key_table(count: int, bits: int, device: torch.device) -> Tensor:
 
 
 def _shifted(numbers: Tensor, by: int) -> Tensor:
-    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    """Shift right logically: torch's shift is arithmetic and would repeat the sign bit."""
     return (numbers >> by) & ((1 << (64 - by)) - 1)
-
-
-_NAMED = 3  # of the weights that are wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldPart:
-    """What one worker of an engine holds of a weight: the digest of its part, and how many elements that has."""
+    """One engine worker's part of a weight: its digest contribution and its number of elements."""
 
     value: int
     elements: int
@@ -132,16 +131,16 @@ class HeldPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """What one worker of an engine computes with, of the weights that it was asked for."""
+    """The requested weights as one engine worker computes with them."""
 
     parts: Mapping[str, HeldPart]
-    faults: Mapping[str, str]  # what is wrong whatever was sent, by weight or parameter
+    faults: Mapping[str, str]  # problems that do not depend on what was sent, by weight or parameter name
 
 
 def mismatches(expected: Mapping[str, TensorDigest], workers: Sequence[Held]) -> dict[str, str]:
-    """What is wrong with an engine's weights, by name; nothing where it holds what was sent.
+    """Return what is wrong with an engine's weights, by name; empty if it holds what was sent.
 
-    Its workers may share a weight out, hold it whole, or anything between: each element equally often.
+    Its workers may shard a weight, replicate it, or both, as long as each element is held equally often.
     """
     found: dict[str, str] = {}
     for name, weight in expected.items():
@@ -157,14 +156,14 @@ def mismatches(expected: Mapping[str, TensorDigest], workers: Sequence[Held]) ->
 
 
 def require_arrived(engines: Sequence[Mapping[str, str]], version: int) -> None:
-    """Stops a run of which an engine computes with other weights than the learner sent; `engines`: their mismatches."""
+    """Raise AuditError if an engine computes with other weights than the learner sent; `engines` are `mismatches`."""
     for number, faults in enumerate(engines):
         if faults:
             first = "; ".join(f"{name} {what}" for name, what in list(faults.items())[:_NAMED])
             more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
             raise AuditError(
                 f"audit of weights version {version} failed: in engine {number} of {len(engines)}, digests of "
-                f"{len(faults)} weights are wrong: {first}{more}. The logprobs were not compared. Look at: a push that "
-                "was cut short or changed on its way (weights.transport), a weight that the engine's loader does not "
-                "load or loads elsewhere, a copy of it that was not made anew (a tied lm_head, packed matrices)"
+                f"{len(faults)} weights are wrong: {first}{more}. The logprobs were not compared. Possible causes: a "
+                "push that was interrupted or corrupted (weights.transport), a weight that the engine's loader skips "
+                "or loads elsewhere, a copy of it that was not refreshed (a tied lm_head, packed matrices)"
             )

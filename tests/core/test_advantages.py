@@ -1,4 +1,4 @@
-"""Group-relative advantages."""
+"""Group-relative advantages against the slow reference and values computed by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.reference import grpo_d
 REPEATABLE = settings(deadline=None, derandomize=True)
 
 
-def test_one_right_answer_of_four_gets_the_advantage_computed_by_hand() -> None:
+def test_advantages_of_one_correct_answer_in_four() -> None:
     # mean 1/4, sample std sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2
     assert group_advantages(np.array([1.0, 0, 0, 0])) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-6)
 
@@ -48,27 +48,27 @@ def test_any_constant_in_any_group_size_gives_exactly_zero(
     assert not group_advantages(rewards).any()
 
 
-def test_an_equal_group_beside_an_unequal_one_gets_exactly_zero() -> None:
+def test_an_equal_group_next_to_an_unequal_one_gets_zero() -> None:
     advantages = group_advantages(np.array([[0.9] * 8, [0.9] * 7 + [0.1]], dtype=np.float32))
     assert not advantages[0].any()
     assert advantages[1].all()
 
 
-def test_groups_do_not_see_each_other() -> None:
+def test_groups_are_independent() -> None:
     rewards = np.random.default_rng(0).random((5, 4))
     each = np.stack([group_advantages(group) for group in rewards])
     np.testing.assert_array_equal(group_advantages(rewards), each)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
-def test_tensors_and_arrays_give_the_same_float64_numbers(dtype: torch.dtype) -> None:
+def test_tensors_and_arrays_give_the_same_float64_values(dtype: torch.dtype) -> None:
     rewards = torch.tensor([[0, 1, 2, 1], [1, 1, 0, 0]]).to(dtype)
     from_tensor = group_advantages(rewards)
     assert from_tensor.dtype == torch.float64
     np.testing.assert_array_equal(from_tensor.numpy(), group_advantages(rewards.to(torch.float64).numpy()))
 
 
-def test_an_invalid_answer_changes_nothing_for_the_others_and_gets_zero() -> None:
+def test_an_invalid_answer_gets_zero_and_is_excluded() -> None:
     rewards = torch.tensor([1.0, float("nan"), 0.0, 0.0])
     advantages = group_advantages(rewards, torch.tensor([True, False, True, True]))
     assert advantages[1] == 0
@@ -80,7 +80,7 @@ def test_fewer_than_two_valid_answers_give_zero(valid: list[bool]) -> None:
     assert not group_advantages(np.array([1.0, 0.0, 0.5]), np.array(valid)).any()
 
 
-def test_nearly_equal_rewards_are_different_but_bounded() -> None:
+def test_nearly_equal_rewards_give_bounded_advantages() -> None:
     real_difference = group_advantages(np.array([0.5, 0.5 + 1e-5]))
     assert real_difference == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-2)
     rounding = group_advantages(np.array([0.3, 0.1 + 0.2, 0.3, 0.3]))
@@ -89,7 +89,7 @@ def test_nearly_equal_rewards_are_different_but_bounded() -> None:
 
 @REPEATABLE
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
-def test_an_advantage_never_exceeds_what_its_group_size_allows(rewards: list[float]) -> None:
+def test_advantages_are_bounded_by_group_size(rewards: list[float]) -> None:
     size = len(rewards)
     assert np.abs(group_advantages(np.array(rewards))).max() <= (size - 1) / size**0.5 + 1e-9
 
@@ -106,37 +106,37 @@ def test_the_order_of_answers_does_not_matter(rewards: list[int], random: Any) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rewards": np.array([1.0])}, ["algo.group_size", "1", "group of one", "at least 2"]),
-        ({"rewards": torch.ones(3, 1)}, ["group of one"]),
-        ({"rewards": torch.ones(2, 2, 2)}, ["of shape (2, 2, 2):"]),
+        ({"rewards": np.array([1.0])}, ["algo.group_size = 1", "at least 2", "within a group"]),
+        ({"rewards": torch.ones(3, 1)}, ["algo.group_size = 1 must"]),
+        ({"rewards": torch.ones(2, 2, 2)}, ["have shape (2, 2, 2):"]),
         ({"rewards": np.ones((2, 2, 2))}, ["(2, 2, 2)", "(G,)", "(N, G)"]),
         ({"rewards": np.ones(3), "valid": np.ones(2, dtype=bool)}, ["valid", "(2,)", "(3,)"]),
-        ({"rewards": np.array([1.0, np.nan])}, ["nan", "not valid"]),
-        ({"rewards": np.ones(3), "eps": 0.0}, ["eps", "0.0", "above 0"]),
+        ({"rewards": np.array([1.0, np.nan])}, ["nan", "as invalid"]),
+        ({"rewards": np.ones(3), "eps": 0.0}, ["eps", "0.0", "greater than 0"]),
     ],
 )
-def test_rewards_without_meaning_are_refused(arguments: dict[str, Any], words: list[str]) -> None:
+def test_invalid_rewards_are_rejected(arguments: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         group_advantages(**arguments)
     assert all(word in str(error.value) for word in words)
 
 
-# ---- relatives of GRPO, over a whole step
+# ---- other variants, over a whole step
 
 ONE_RIGHT = np.array([[1.0, 0, 0, 0], [1.0, 1, 0, 0]])
 ALL = np.ones((2, 4), dtype=bool)
 
 
-def test_the_mean_of_the_group_is_all_that_dr_grpo_takes_off() -> None:
+def test_dr_grpo_subtracts_only_the_group_mean() -> None:
     assert ADVANTAGES["group_mean"](ONE_RIGHT, ALL).tolist() == [[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]
 
 
-def test_an_answer_left_out_is_compared_with_the_others() -> None:
+def test_rloo_compares_an_answer_with_the_other_answers() -> None:
     expected = [[1.0, -1 / 3, -1 / 3, -1 / 3], [2 / 3, 2 / 3, -2 / 3, -2 / 3]]
     np.testing.assert_allclose(ADVANTAGES["leave_one_out"](ONE_RIGHT, ALL), expected)
 
 
-def test_the_step_has_one_std_for_all_its_groups() -> None:
+def test_batch_std_is_shared_by_all_groups_of_the_step() -> None:
     # squared deviations 0.75 and 1, over 7
     expected = np.array([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]) / (1.75 / 7) ** 0.5
     np.testing.assert_allclose(ADVANTAGES["batch_std"](ONE_RIGHT, ALL), expected, rtol=1e-6)
@@ -144,7 +144,7 @@ def test_the_step_has_one_std_for_all_its_groups() -> None:
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("constant", [0.9, 0.1 + 0.2, 1 / 3, -0.7, 0.0])
-def test_equal_rewards_give_exactly_zero_beside_any_other_group(name: str, constant: float) -> None:
+def test_equal_rewards_give_zero_in_every_variant(name: str, constant: float) -> None:
     rewards = np.array([[constant] * 7, [1.0, 0, 0, 0.3, 1, 0, 0]])
     found = ADVANTAGES[name](rewards, np.ones((2, 7), dtype=bool))
     assert not found[0].any()
@@ -153,7 +153,7 @@ def test_equal_rewards_give_exactly_zero_beside_any_other_group(name: str, const
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_an_invalid_answer_counts_nowhere(name: str) -> None:
+def test_invalid_answers_are_excluded_in_every_variant(name: str) -> None:
     valid = np.array([[True, True, True, False]] * 2)
     rewards = np.where(valid, ONE_RIGHT, np.nan)
     found = ADVANTAGES[name](rewards, valid)
@@ -161,7 +161,7 @@ def test_an_invalid_answer_counts_nowhere(name: str) -> None:
     assert not found[:, 3].any()
 
 
-def test_a_group_teaches_only_where_valid_rewards_differ() -> None:
+def test_a_group_counts_only_if_valid_rewards_differ() -> None:
     assert rewards_differ(np.array([1.0, 0.0]), np.array([True, True]))
     assert not rewards_differ(np.array([1.0, 0.0]), np.array([True, False]))
     assert not rewards_differ(np.array([0.9] * 8), np.array([True] * 8))
@@ -169,27 +169,27 @@ def test_a_group_teaches_only_where_valid_rewards_differ() -> None:
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_no_form_takes_a_valid_reward_that_is_no_number(name: str) -> None:
-    with pytest.raises(ValueError, match="not valid"):
+def test_every_variant_rejects_a_valid_nan_reward(name: str) -> None:
+    with pytest.raises(ValueError, match="as invalid"):
         ADVANTAGES[name](np.array([[np.nan, 1.0]]), np.ones((1, 2), dtype=np.bool_))
 
 
-def test_two_answers_of_a_batch_are_divided_by_their_sample_std() -> None:
+def test_two_answers_are_divided_by_their_sample_std() -> None:
     found = ADVANTAGES["batch_std"](np.array([[0.0, 1.0]]), np.ones((1, 2), dtype=np.bool_))
     np.testing.assert_allclose(found, [[-0.5 / (0.5**0.5 + EPS), 0.5 / (0.5**0.5 + EPS)]], rtol=1e-12)
 
 
-def test_a_reward_at_the_mean_does_not_hide_that_others_differ() -> None:
+def test_a_reward_at_the_mean_does_not_hide_differences() -> None:
     assert rewards_differ(np.array([0.0, 0.5, 1.0]), np.ones(3, dtype=np.bool_))
 
 
-def test_equal_rewards_behind_masked_ones_differ_by_no_rounding() -> None:
+def test_equal_rewards_next_to_masked_ones_give_exactly_zero() -> None:
     rewards = np.array([[9.0, 0.1, 0.1, 0.1, 8.0], [0.3, 0.3, 7.0, 0.3, 8.0], [9.0, 8.0, 0.1, 0.1, 0.1]])
     valid = np.array([[False, True, True, True, False], [True, True, False, True, False], [False] * 2 + [True] * 3])
     assert (ADVANTAGES["group_mean"](rewards, valid) == 0.0).all()
 
 
-def test_rewards_with_a_gradient_and_masks_of_whole_numbers_are_taken() -> None:
+def test_rewards_with_gradients_and_integer_masks_are_accepted() -> None:
     rewards = torch.tensor([[0.0, 1.0, 5.0]], requires_grad=True)
     masked = group_advantages(rewards, valid=np.array([[1, 1, 0]]))
     assert torch.equal(masked, group_advantages(rewards, valid=np.array([[True, True, False]])))

@@ -1,4 +1,4 @@
-"""Attention in blocks is attention: every shape, every number of queries a token, with its gradients."""
+"""Block attention against the slow result: shapes, numbers of queries per token, and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from othink_ray.core.blocks import (
     attend_in_blocks,
     blocks_of_image,
     blocks_of_sequence,
-    products_gain,
+    matmul_gain,
     worth_it,
 )
 from othink_ray.core.packed_sequence import build_packed_sequence
@@ -24,7 +24,7 @@ SCALE = 0.3
 
 
 def blocks_of(tokens: int, causal: bool) -> list[Block]:
-    """Of a line that is a prompt alone, or of an image."""
+    """Return the blocks of a packed sequence that is a single prompt (causal), or of an image."""
     return (
         blocks_of_sequence(build_packed_sequence([np.zeros(tokens, dtype=np.int32)]))
         if causal
@@ -33,20 +33,20 @@ def blocks_of(tokens: int, causal: bool) -> list[Block]:
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Row by row."""
+    """Compute attention row by row."""
     heads, rows = query.shape[:2]
     each = rows // key.shape[1]
     attended = []
     for head in range(heads):
         for row in range(rows):
             seen = row // each + 1 if causal else key.shape[1]
-            shares = torch.softmax(SCALE * key[head, :seen] @ query[head, row], dim=0)
-            attended.append(shares @ value[head, :seen])
+            probs = torch.softmax(SCALE * key[head, :seen] @ query[head, row], dim=0)
+            attended.append(probs @ value[head, :seen])
     return torch.stack(attended).unflatten(0, (heads, rows))
 
 
 def states(heads: int, tokens: int, each: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Query, key and value, cut from one tensor as a fused projection gives them."""
+    """Return query, key and value as slices of one tensor, as a fused projection gives them."""
     drawn = torch.randn(
         tokens, heads, each + 2, 4, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64
     )
@@ -90,54 +90,54 @@ def slow_attention_of(rows: list[int], query: Tensor, key: Tensor, value: Tensor
     attended = []
     for row in rows:
         seen = row // each + 1 if causal else key.shape[1]
-        shares = torch.softmax(SCALE * key[:, :seen] @ query[:, row, :, None], dim=1)
-        attended.append((shares * value[:, :seen]).sum(1))
+        probs = torch.softmax(SCALE * key[:, :seen] @ query[:, row, :, None], dim=1)
+        attended.append((probs * value[:, :seen]).sum(1))
     return torch.stack(attended, dim=1)
 
 
 @pytest.mark.parametrize(("scores", "heights"), [(12, [2, 2, 1]), (3, [1] * 5), (25, [5]), (10**6, [5])])
-def test_an_images_blocks_have_so_many_scores_at_most(
+def test_image_blocks_have_a_bounded_number_of_scores(
     monkeypatch: pytest.MonkeyPatch, scores: int, heights: list[int]
 ) -> None:
     monkeypatch.setattr(blocks, "_SCORES", scores)
     cut = blocks_of_image(5)
-    assert [block.asking.stop - block.asking.start for block in cut] == heights
-    assert [block.asking.start for block in cut] == [sum(heights[:number]) for number in range(len(heights))]
+    assert [block.queries.stop - block.queries.start for block in cut] == heights
+    assert [block.queries.start for block in cut] == [sum(heights[:number]) for number in range(len(heights))]
 
 
 def test_half_precision_sums_in_float32() -> None:
     exact = states(2, 40, 2)
-    half = [own.detach().bfloat16() for own in exact]
+    half = [tensor.detach().bfloat16() for tensor in exact]
     found = attend_in_blocks(*half, blocks_of(40, causal=True), SCALE)
     assert found.dtype == torch.bfloat16
-    wide = attend_in_blocks(*(own.float() for own in half), blocks_of(40, causal=True), SCALE)
+    wide = attend_in_blocks(*(tensor.float() for tensor in half), blocks_of(40, causal=True), SCALE)
     assert_close(found, wide.bfloat16(), atol=0, rtol=0)
 
 
-# ---- where they are quicker
+# ---- where blocks are faster
 
 
-def test_where_torch_multiplies_by_its_blas_its_own_kernel_is_quicker() -> None:
-    assert products_gain() < 1.5  # nobody has put other products in their place here
+def test_blocks_are_not_used_where_matmul_is_torchs_blas() -> None:
+    assert matmul_gain() < 1.5  # matmul is not replaced in this process
     assert not worth_it(10 * ENOUGH)
 
 
 @pytest.mark.parametrize(("tokens", "gain", "worth"), [(0, 0.0, True), (-1, 9.0, False), (0, -0.01, False)])
-def test_blocks_are_worth_it_from_so_many_tokens_and_so_much_gain_on(
+def test_blocks_need_enough_tokens_and_enough_gain(
     monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, worth: bool
 ) -> None:
-    monkeypatch.setattr(blocks, "products_gain", lambda: blocks._GAIN + gain)
+    monkeypatch.setattr(blocks, "matmul_gain", lambda: blocks._GAIN + gain)
     assert worth_it(ENOUGH + tokens) == worth
 
 
-def test_the_gain_compares_the_quickest_of_both_kinds_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's BLAS is timed by products into given memory, which are torch's own even where others stand in."""
-    clock, products = 100.0, 0
+def test_the_gain_compares_the_fastest_of_both_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matmul with `out` times torch's BLAS: it uses torch's implementation even where matmul is replaced."""
+    clock, calls = 100.0, 0
 
     def multiply(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> None:
-        nonlocal clock, products
-        clock, products = clock + (1.0 if out is None else 3.0) + products, products + 1
+        nonlocal clock, calls
+        clock, calls = clock + (1.0 if out is None else 3.0) + calls, calls + 1
 
     monkeypatch.setattr(torch, "mm", multiply)
     monkeypatch.setattr(blocks.time, "perf_counter", lambda: clock)
-    assert products_gain.__wrapped__() == (3.0 + 0) / (1.0 + 1)
+    assert matmul_gain.__wrapped__() == (3.0 + 0) / (1.0 + 1)

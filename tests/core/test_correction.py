@@ -1,4 +1,4 @@
-"""Truncated and masked importance sampling against the slow reference, and what they must leave alone."""
+"""Truncated and masked importance sampling against the slow reference, and what they must not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CORRECTED = tuple(name for name in CORRECTIONS if name != "none")
 
 @dataclass
 class Tokens:
-    """The answer tokens of a step, flat (N,)."""
+    """Answer tokens of a step, flat (N,)."""
 
     policy: torch.Tensor
     old: torch.Tensor
@@ -42,7 +42,7 @@ class Tokens:
         return importance(name, self.old, self.sampler, self.weights, self.answers, bounds=BOUNDS)
 
     def loss(self, variant: Variant, name: str) -> torch.Tensor:
-        """As the learner computes it."""
+        """Compute the loss as the learner does."""
         value, _ = LOSSES[variant.ratio](
             self.policy,
             self.old,
@@ -58,7 +58,7 @@ class Tokens:
 
 
 def ragged_step(seed: int, drift: float = 0.3) -> tuple[list[list[Answer]], slow.Samplers, Tokens]:
-    """Random groups of ragged, empty and invalid answers, `drift` away from their sampler; flat on the same leaves."""
+    """Return random groups of ragged, empty and invalid answers, `drift` from the sampler, and flat."""
     random = torch.Generator().manual_seed(seed)
 
     def near(values: torch.Tensor, by: float = 0.3) -> torch.Tensor:
@@ -82,7 +82,7 @@ def ragged_step(seed: int, drift: float = 0.3) -> tuple[list[list[Answer]], slow
         groups.append(group)
         samplers.append(sampled)
     names = ("policy", "old", "sampler", "ref", "advantages", "weights", "answers")
-    return groups, samplers, Tokens(*(torch.cat([getattr(one, name) for one in flat]) for name in names))
+    return groups, samplers, Tokens(*(torch.cat([getattr(answer, name) for answer in flat]) for name in names))
 
 
 def gradient(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,7 @@ def gradient(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("name", CORRECTED)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_corrected_loss_equals_the_slow_reference_in_value_and_gradient(
-    variant: Variant, name: str, seed: int
-) -> None:
+def test_corrected_loss_and_gradient_equal_the_slow_reference(variant: Variant, name: str, seed: int) -> None:
     groups, samplers, tokens = ragged_step(seed)
     expected = slow.loss(groups, samplers, variant, BETA, 6, name, BOUNDS)
     found = tokens.loss(variant, name)
@@ -108,16 +106,14 @@ def test_a_corrected_loss_equals_the_slow_reference_in_value_and_gradient(
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_where_sampler_and_policy_agree_loss_and_gradient_are_exactly_the_uncorrected_ones(
-    variant: Variant, name: str
-) -> None:
+def test_equal_sampler_and_policy_give_the_uncorrected_loss(variant: Variant, name: str) -> None:
     _, _, tokens = ragged_step(0, drift=0.0)
     found, plain = tokens.loss(variant, name), tokens.loss(variant, "none")
     assert torch.equal(found, plain)
     assert torch.equal(gradient(found, tokens.policy), gradient(plain, tokens.policy))
 
 
-def test_uncorrected_every_token_counts_in_full_however_far_the_sampler_is() -> None:
+def test_without_correction_every_token_has_factor_one() -> None:
     _, _, tokens = ragged_step(1, drift=3.0)
     used, terms = tokens.importance("none")
     assert torch.equal(used, torch.ones_like(tokens.old))
@@ -125,7 +121,7 @@ def test_uncorrected_every_token_counts_in_full_however_far_the_sampler_is() -> 
     assert terms.cut > 0
 
 
-def test_the_kl_is_left_alone() -> None:
+def test_corrections_do_not_change_the_kl() -> None:
     _, _, tokens = ragged_step(2)
     tokens.advantages = torch.zeros_like(tokens.advantages)
     for name in CORRECTED:
@@ -157,7 +153,7 @@ def test_token_and_sequence_ratios_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", CORRECTED)
-def test_no_factor_is_negative_or_above_the_cap_and_none_has_a_gradient(name: str) -> None:
+def test_factors_are_in_range_and_have_no_gradient(name: str) -> None:
     for seed in range(20):
         _, _, tokens = ragged_step(seed, drift=20.0)
         tokens.old.requires_grad_()
@@ -169,14 +165,14 @@ def test_no_factor_is_negative_or_above_the_cap_and_none_has_a_gradient(name: st
 
 @pytest.mark.parametrize("name", CORRECTED)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_micro_batches_of_whole_answers_add_up_to_the_same_loss_and_terms(variant: Variant, name: str) -> None:
+def test_micro_batches_add_up_to_the_same_loss_and_terms(variant: Variant, name: str) -> None:
     _, _, tokens = ragged_step(3)
     whole, (_, terms) = tokens.loss(variant, name), tokens.importance(name)
     order = torch.randperm(int(tokens.answers.max()) + 1, generator=torch.Generator().manual_seed(0))
     for size in (1, 5):
         losses, parts = [], []
-        for own in order.split(size):
-            part = tokens[torch.cat([(tokens.answers == answer).nonzero().squeeze(1) for answer in own])]
+        for chosen in order.split(size):
+            part = tokens[torch.cat([(tokens.answers == answer).nonzero().squeeze(1) for answer in chosen])]
             part.answers = part.answers.unique(return_inverse=True)[1]
             losses.append(part.loss(variant, name))
             parts.append(part.importance(name)[1])
@@ -201,7 +197,7 @@ def test_any_shape_and_padding_gives_the_same_factors() -> None:
 @pytest.mark.parametrize("name", CORRECTIONS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e4, -1e4])
-def test_nothing_under_a_mask_leaks(poison: float, variant: Variant, name: str) -> None:
+def test_masked_values_do_not_leak(poison: float, variant: Variant, name: str) -> None:
     policy = torch.tensor([-1.0, -2.0, poison], requires_grad=True)
     old, sampler = torch.tensor([-1.1, -1.9, poison]), torch.tensor([-1.4, -1.8, -poison])
     weights, answers = torch.tensor([0.5, 0.25, 0.0]), torch.zeros(3, dtype=torch.int64)
@@ -223,7 +219,7 @@ def test_a_call_without_active_tokens_has_zero_terms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CORRECTED)
-def test_an_answer_that_became_a_thousand_times_likelier_counts_as_the_cap_or_not_at_all(name: str) -> None:
+def test_huge_ratios_are_capped_or_masked(name: str) -> None:
     old, sampler = torch.tensor([-0.1, -0.1]), torch.tensor([-2000.0, -2000.0])
     answers = torch.zeros(2, dtype=torch.int64)
     used, terms = importance(name, old, sampler, torch.ones(2), answers, bounds=(0.5, 2.0))
@@ -233,7 +229,7 @@ def test_an_answer_that_became_a_thousand_times_likelier_counts_as_the_cap_or_no
     assert (terms.truncated, terms.sequence_truncated) == (4.0, 2.0)
 
 
-def test_the_bounds_themselves_are_trusted_and_a_ratio_of_one_always_is() -> None:
+def test_ratios_at_the_bounds_and_of_one_are_trusted() -> None:
     ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     sampler, weights, answers = torch.zeros_like(ratios), torch.ones_like(ratios), torch.arange(3)
     for name in CORRECTED:

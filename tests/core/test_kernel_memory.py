@@ -1,4 +1,4 @@
-"""The stand-in for a fused kernel has its shapes, and keeps for backward what such kernels keep."""
+"""The stand-in for fused attention kernels has their shapes, and saves for backward what they save."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ HEADS, KEY_HEADS, TOKENS, WIDTH = 6, 2, 11, 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_saves_inputs_output_and_log_sums_in_float32(dtype: torch.dtype) -> None:
-    """A kernel sums in float32 whatever its inputs are: half as many bytes would be planned too few."""
+def test_it_saves_inputs_output_and_float32_log_sums(dtype: torch.dtype) -> None:
+    """Kernels keep log-sum-exp in float32 for any input dtype; with bfloat16 the memory plan would be too low."""
     query, key, value = (
         torch.empty(3, heads, TOKENS, WIDTH, dtype=dtype, device="meta", requires_grad=True)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
@@ -35,6 +35,6 @@ def test_it_saves_inputs_output_and_log_sums_in_float32(dtype: torch.dtype) -> N
         ((3, HEADS, TOKENS), torch.float32),
     ]
     out.backward(torch.empty_like(out))
-    assert [own.grad.shape for own in (query, key, value) if own.grad is not None] == [
-        own.shape for own in (query, key, value)
+    assert [tensor.grad.shape for tensor in (query, key, value) if tensor.grad is not None] == [
+        tensor.shape for tensor in (query, key, value)
     ]

@@ -1,4 +1,4 @@
-"""The KL weight and the KL estimator."""
+"""KL schedules (Eq. 3) and KL estimators (Eq. 5)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PAPER_COUNTING = {"total": 100, "beta_min": 0.04, "beta_max": 0.1, "explore_frac
     ("step", "beta"),
     [(0, 0.07), (15, 0.055), (30, 0.04), (65, 0.07), (100, 0.1), (101, 0.1), (10_000, 0.1)],
 )
-def test_paper_schedule_passes_through_the_points_computed_by_hand(step: int, beta: float) -> None:
+def test_paper_schedule_passes_through_points_computed_by_hand(step: int, beta: float) -> None:
     assert schedule("paper", step, **PAPER_COUNTING) == pytest.approx(beta, abs=1e-12)
 
 
-def test_paper_schedule_without_exploration_starts_at_beta_min_and_only_rises() -> None:
+def test_paper_schedule_without_exploration_only_rises() -> None:
     betas = [schedule("paper", step, 10, 0.04, 0.1, 0.0) for step in range(11)]
     assert betas[0] == 0.04
     assert betas == sorted(betas)
@@ -36,14 +36,14 @@ def test_paper_schedule_without_exploration_starts_at_beta_min_and_only_rises() 
     assert betas[10] == pytest.approx(0.1, abs=1e-12)
 
 
-def test_paper_schedule_that_only_explores_falls_to_beta_min_and_then_holds_beta_max() -> None:
+def test_paper_schedule_of_exploration_only_falls() -> None:
     assert schedule("paper", 0, 10, 0.04, 0.1, 1.0) == pytest.approx(0.07, abs=1e-12)
     assert schedule("paper", 5, 10, 0.04, 0.1, 1.0) == pytest.approx(0.055, abs=1e-12)
     assert schedule("paper", 10, 10, 0.04, 0.1, 1.0) == pytest.approx(0.04, abs=1e-12)
     assert schedule("paper", 11, 10, 0.04, 0.1, 1.0) == 0.1
 
 
-def test_exploration_need_not_last_a_whole_number_of_steps() -> None:
+def test_exploration_may_end_between_two_steps() -> None:
     # w = 2.1: step 2 still falls, step 3 already rises
     assert schedule("paper", 2, 7, 0.0, 0.02, 0.3) == pytest.approx(0.01 - 0.01 * 2 / 2.1, abs=1e-12)
     assert schedule("paper", 3, 7, 0.0, 0.02, 0.3) == pytest.approx(0.02 * 0.9 / 4.9, abs=1e-12)
@@ -72,7 +72,7 @@ def test_a_ramp_rises_from_beta_min_to_beta_max_and_stays_there(name: str) -> No
 
 
 @pytest.mark.parametrize(("name", "middle"), [("linear", 0.05), ("cosine", 0.05), ("exponential", 0.03)])
-def test_a_ramp_is_half_way_where_its_shape_says(name: str, middle: float) -> None:
+def test_each_ramp_has_the_midpoint_of_its_shape(name: str, middle: float) -> None:
     assert schedule(name, 5, 10, 0.01, 0.09, 0.3) == pytest.approx(middle, abs=1e-12)
 
 
@@ -95,17 +95,17 @@ def test_constant_schedule_is_beta_min_at_every_step() -> None:
         ({"explore_frac": 1.5}, ["algo.kl.explore_frac", "1.5", "0 to 1"]),
         ({"beta_min": -0.1}, ["algo.kl.beta_min", "-0.1"]),
         ({"beta_max": float("inf")}, ["algo.kl.beta_max", "inf"]),
-        ({"name": "exponential", "beta_min": 0.0}, ["algo.kl.beta_min", "exponential", "above 0", "linear"]),
+        ({"name": "exponential", "beta_min": 0.0}, ["algo.kl.beta_min", "exponential", "greater than 0", "linear"]),
     ],
 )
-def test_a_bad_schedule_is_refused_by_name(change: dict[str, float | str], words: list[str]) -> None:
+def test_invalid_schedule_arguments_are_rejected(change: dict[str, float | str], words: list[str]) -> None:
     arguments = {"name": "paper", "step": 0, **PAPER_COUNTING, **change}
     with pytest.raises(ValueError) as error:
         schedule(**arguments)  # type: ignore[arg-type]
     assert all(word in str(error.value) for word in words)
 
 
-def test_every_schedule_runs_through_schedule() -> None:
+def test_every_schedule_can_be_called_by_name() -> None:
     assert all(math.isfinite(schedule(name, 1, 3, 0.01, 0.02, 0.3)) for name in SCHEDULES)
 
 
@@ -143,7 +143,7 @@ def test_k3_and_its_gradient_stay_finite_for_huge_differences() -> None:
 
 
 def exact_and_estimated(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL(pi | ref), the estimator's mean over pi; the gradient of logits that this mean has, and pi's logits' own."""
+    """Return KL(pi || ref), the estimator's mean over pi, that mean's gradient, and both exact KL gradients (2, V)."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(5, generator=random, dtype=torch.float64).requires_grad_()
     ref = torch.log_softmax(torch.randn(5, generator=random, dtype=torch.float64), 0)
@@ -171,7 +171,7 @@ def test_k1_and_k3_are_the_kl_on_average(name: str) -> None:
     torch.testing.assert_close(sampled, exact)
 
 
-def test_k2_is_near_the_kl_of_near_distributions_only() -> None:
+def test_k2_is_close_to_the_kl_only_for_close_distributions() -> None:
     exact, sampled, _, _ = exact_and_estimated("k2")
     assert sampled.item() != pytest.approx(exact.item(), rel=1e-3)
     log_p = torch.log_softmax(torch.tensor([0.0, 0.01, -0.02], dtype=torch.float64), 0)
@@ -180,7 +180,7 @@ def test_k2_is_near_the_kl_of_near_distributions_only() -> None:
     assert k2 == pytest.approx(k1, rel=1e-2)
 
 
-def test_as_losses_k1_pulls_nowhere_k2_like_the_reverse_and_k3_like_the_forward_kl() -> None:
+def test_gradients_of_the_kl_estimators() -> None:
     torch.testing.assert_close(exact_and_estimated("k1")[2], torch.zeros(5, dtype=torch.float64))
     _, _, k2, (reverse, _) = exact_and_estimated("k2")
     torch.testing.assert_close(k2, reverse)

@@ -1,4 +1,4 @@
-"""Token logprobs in chunks."""
+"""Chunked token logprobs: values, gradients, and how much memory they need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 def problem(
     dtype: torch.dtype, *, device: str = "cpu", tokens: int = 7, vocabulary: int = 11
 ) -> tuple[torch.Tensor, ...]:
-    """Random hidden (N, 5), weight (V, 5), targets (N,), bias (V,)."""
+    """Return random hidden (N, 5), weight (V, 5), targets (N,), bias (V,)."""
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 5, generator=random, dtype=torch.float64)
     weight = torch.randn(vocabulary, 5, generator=random, dtype=torch.float64)
@@ -31,7 +31,7 @@ def problem(
 def naive(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits at once, in float64."""
+    """Compute logprobs and entropies from all logits at once, in float64."""
     distribution = torch.distributions.Categorical(logits=(hidden.double() @ weight.double().T + bias) / temperature)
     return distribution.log_prob(targets), distribution.entropy()
 
@@ -52,7 +52,7 @@ def test_logprobs_equal_the_slow_reference_for_any_chunk(chunk: int, temperature
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
 )
-def test_logits_are_wide_whatever_the_weights_are(dtype: torch.dtype, tolerance: float, device: str) -> None:
+def test_logits_are_float32_or_wider_for_any_weight_dtype(dtype: torch.dtype, tolerance: float, device: str) -> None:
     hidden, weight, targets, bias = problem(dtype, device=device)
     logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=1.3, logit_bias=bias, chunk=3)
     expected_logprobs, expected_entropy = naive(hidden, weight, targets, bias, 1.3)
@@ -79,13 +79,13 @@ def test_gradients_equal_the_naive_ones(
         torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_the_heads_gradient_over_many_chunks_is_summed_wide() -> None:
+def test_the_lm_head_gradient_is_accumulated_in_float32() -> None:
     hidden, weight, targets, bias = problem(torch.bfloat16, tokens=512)
     logprobs, _ = token_logprobs(hidden, weight.requires_grad_(), targets, temperature=1.0, logit_bias=bias, chunk=2)
     (found,) = torch.autograd.grad(logprobs.sum(), weight)
     (exact,) = torch.autograd.grad(naive(hidden, weight, targets, bias, 1.0)[0].sum(), weight)
     assert found.dtype == torch.bfloat16
-    # rounded once, at the end; summed in bfloat16 it is off by percents
+    # Rounded once, at the end; accumulated in bfloat16 it would be off by several percent.
     torch.testing.assert_close(found, exact, rtol=2**-8, atol=2**-8 * exact.abs().max().item() / 100)
 
 
@@ -118,7 +118,7 @@ def test_bias_comes_before_temperature_as_in_the_sampler() -> None:
     assert logprobs.item() == pytest.approx(-math.log(1 + math.exp(-2)))
 
 
-def test_a_banned_token_has_no_probability_and_breaks_nothing() -> None:
+def test_a_banned_token_has_zero_probability_and_no_nan() -> None:
     hidden, weight, targets, _ = problem(torch.float64)
     ban = torch.zeros(11, dtype=torch.float64)
     ban[10] = -math.inf
@@ -132,7 +132,7 @@ def test_a_banned_token_has_no_probability_and_breaks_nothing() -> None:
     assert not grad_weight[10].any()
 
 
-def test_nan_in_a_row_without_gradient_stays_there() -> None:
+def test_nan_in_a_row_without_gradient_does_not_spread() -> None:
     hidden, weight, targets, bias = problem(torch.float64)
     hidden[2] = math.nan
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
@@ -152,7 +152,7 @@ def test_no_tokens_give_no_logprobs_and_zero_gradients() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes, backward pass included."""
+    """Records the size of the largest tensor that any operation creates, including in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -178,7 +178,7 @@ def test_no_tensor_grows_beyond_one_chunk_of_logits() -> None:
 
 
 class Counted(TorchDispatchMode):
-    """Rows of the products that give logits over `vocabulary` words."""
+    """Counts the rows of all matmuls that produce logits over `vocabulary` tokens."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -191,8 +191,8 @@ class Counted(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("tokens", "chunk", "twice"), [(8, 8, 0), (8, 100, 0), (8, 3, 6), (9, 3, 6)])
-def test_the_last_chunks_logits_are_computed_once(tokens: int, chunk: int, twice: int) -> None:
+@pytest.mark.parametrize(("tokens", "chunk", "recomputed"), [(8, 8, 0), (8, 100, 0), (8, 3, 6), (9, 3, 6)])
+def test_the_last_chunks_logits_are_computed_once(tokens: int, chunk: int, recomputed: int) -> None:
     hidden, weight, targets, bias = problem(torch.float32, tokens=tokens)
     with Counted(vocabulary=11) as counted:
         logprobs, _ = token_logprobs(
@@ -200,7 +200,7 @@ def test_the_last_chunks_logits_are_computed_once(tokens: int, chunk: int, twice
         )
         assert counted.rows == tokens
         logprobs.sum().backward()
-    assert counted.rows == tokens + twice
+    assert counted.rows == tokens + recomputed
 
 
 @pytest.mark.parametrize("chunk", [3, 4, 100])
@@ -218,7 +218,7 @@ def test_each_backward_pass_through_a_graph_gives_the_same(pulled: list[int], ch
 def test_two_chunks_of_logits_exist_at_a_time(tokens: int) -> None:
     vocabulary, chunk = 10_000, 8
     hidden, weight, targets, bias = problem(torch.float32, tokens=tokens, vocabulary=vocabulary)
-    hidden.requires_grad_()  # the output matrix stays, so that all else is small
+    hidden.requires_grad_()  # the weight is frozen, so that everything else is small
     with Allocations(weight) as seen:
         logprobs, _ = token_logprobs(hidden, weight, targets, temperature=0.7, logit_bias=bias, chunk=chunk)
         assert seen.now < 1.5 * chunk * vocabulary * 4
@@ -228,13 +228,13 @@ def test_two_chunks_of_logits_exist_at_a_time(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> None:
+def test_a_temperature_not_above_zero_is_rejected(temperature: float) -> None:
     hidden, weight, targets, _ = problem(torch.float32)
     with pytest.raises(ValueError, match=r"rollout\.temperature = .* must be above 0"):
         token_logprobs(hidden, weight, targets, temperature=temperature, logit_bias=None, chunk=3)
 
 
-def test_chunks_of_nothing_and_candidates_of_other_tokens_are_refused() -> None:
+def test_bad_chunks_and_candidates_are_rejected() -> None:
     hidden, weight, targets, _ = problem(torch.float32)
     with pytest.raises(AssertionError):
         token_logprobs(hidden, weight, targets, temperature=1.0, logit_bias=None, chunk=0)
@@ -244,7 +244,7 @@ def test_chunks_of_nothing_and_candidates_of_other_tokens_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_candidates_have_the_very_logprobs_that_training_sees(dtype: torch.dtype, chunk: int) -> None:
+def test_candidate_logprobs_equal_training_logprobs_exactly(dtype: torch.dtype, chunk: int) -> None:
     hidden, weight, targets, bias = problem(dtype)
     settings: dict[str, Any] = {"temperature": 0.7, "logit_bias": bias, "chunk": chunk}
     candidates = torch.stack([targets, (targets + 3) % 11], dim=1)
@@ -254,7 +254,7 @@ def test_candidates_have_the_very_logprobs_that_training_sees(dtype: torch.dtype
 
 
 class LargestOutput(TorchDispatchMode):
-    """The most bytes that one operation makes."""
+    """Records the largest number of bytes that any operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ class LargestOutput(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("trained", "tokens", "vocabulary", "chunk"), [("hidden", 4, 1000, 2), ("weight", 1000, 11, 3)]
 )
-def test_no_gradient_is_made_of_what_is_not_trained(trained: str, tokens: int, vocabulary: int, chunk: int) -> None:
+def test_no_gradient_is_allocated_for_frozen_inputs(trained: str, tokens: int, vocabulary: int, chunk: int) -> None:
     hidden, weight, targets, _ = problem(torch.float32, tokens=tokens, vocabulary=vocabulary)
     leaf, frozen = (hidden, weight) if trained == "hidden" else (weight, hidden)
     leaf.requires_grad_()
@@ -281,18 +281,18 @@ def test_no_gradient_is_made_of_what_is_not_trained(trained: str, tokens: int, v
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_an_audit_copies_no_head_on_a_gpu(biased: bool) -> None:
-    """32 places of Qwen2-VL-2B in bfloat16: its head is 0.47 GB, and would be 0.93 in float32."""
+def test_an_audit_does_not_copy_the_lm_head_on_a_gpu(biased: bool) -> None:
+    """32 positions of Qwen2-VL-2B in bfloat16: its lm_head has 0.47 GB, and would have 0.93 in float32."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    vocabulary, width, places = 151_936, 1536, 32
+    vocabulary, width, positions = 151_936, 1536, 32
     with FakeTensorMode():
         hidden, weight = (
-            torch.empty(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (places, vocabulary)
+            torch.empty(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (positions, vocabulary)
         )
-        candidates = torch.zeros(places, 20, dtype=torch.long, device="cuda")
+        candidates = torch.zeros(positions, 20, dtype=torch.long, device="cuda")
         bias = torch.zeros(vocabulary, device="cuda") if biased else None
         with LargestOutput() as made:
             found = candidate_logprobs(hidden, weight, candidates, temperature=1.0, logit_bias=bias, chunk=8)
-    assert found.shape == (places, 20)
+    assert found.shape == (positions, 20)
     assert made.most == 8 * vocabulary * 4

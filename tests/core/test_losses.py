@@ -1,4 +1,4 @@
-"""Losses as weighted sums over tokens."""
+"""Losses as weighted sums over tokens: the slow reference, clipping, masking and micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIP = (0.2, 0.2)
 
 @dataclass
 class Tokens:
-    """The answer tokens of a step, flat (N,): what a loss is given."""
+    """Inputs of a loss: the answer tokens of a step, flat (N,)."""
 
     policy: torch.Tensor
     old: torch.Tensor
@@ -48,7 +48,7 @@ class Tokens:
 
 
 def ragged_step(seed: int) -> tuple[list[list[grpo_d.Answer]], Tokens]:
-    """Random groups with ragged, empty and invalid answers, and the same step as flat tokens on the same leaves."""
+    """Return random groups with ragged, empty and invalid answers, and the same step as flat tokens."""
     random = torch.Generator().manual_seed(seed)
     groups, flat = [], []
     group_count, group_size = 3, 4
@@ -160,7 +160,7 @@ def test_equal_rewards_leave_only_the_kl_gradient() -> None:
         (-0.1, -1.0, False),
     ],
 )
-def test_the_clip_cuts_only_gains_that_went_too_far(log_ratio: float, advantage: float, cut: bool) -> None:
+def test_the_clip_cuts_only_excessive_gains(log_ratio: float, advantage: float, cut: bool) -> None:
     tokens = one_token(-1.0 + log_ratio, advantage=advantage)
     ratio = torch.tensor([log_ratio], dtype=torch.float64).exp()
     expected = torch.zeros(1, dtype=torch.float64) if cut else -advantage * ratio
@@ -168,7 +168,7 @@ def test_the_clip_cuts_only_gains_that_went_too_far(log_ratio: float, advantage:
     assert tokens.grpo()[1].clipped.item() == cut
 
 
-def test_any_split_into_micro_batches_and_any_order_adds_up_to_the_same_loss_and_gradient() -> None:
+def test_any_micro_batch_split_and_order_gives_the_same_loss() -> None:
     _, tokens = ragged_step(2)
     whole, expected = tokens.grpo()[0], gradient(tokens)
     order = torch.randperm(len(tokens.policy), generator=torch.Generator().manual_seed(0))
@@ -191,7 +191,7 @@ def test_any_leading_shape_and_padding_gives_the_same_loss() -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("opposite", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e4, -1e4])
-def test_nothing_under_a_mask_leaks(poison: float, opposite: bool, estimator: str, name: str) -> None:
+def test_masked_values_do_not_leak(poison: float, opposite: bool, estimator: str, name: str) -> None:
     policy = torch.tensor([-1.0, poison], requires_grad=True)
     other = torch.tensor([-1.1, -poison if opposite else poison])
     weights = torch.tensor([0.5, 0.0])
@@ -228,7 +228,7 @@ def test_kl_is_measured_even_where_beta_is_zero() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_dummy_row_has_zero_loss_zero_gradient_and_zero_terms(name: str) -> None:
+def test_a_dummy_sample_has_zero_loss_gradient_and_terms(name: str) -> None:
     policy = torch.full((2, 3), -1.0, requires_grad=True)
     zeros = torch.zeros(2, 3)
     loss, terms = Tokens(policy, zeros, zeros, zeros, zeros, zeros.long()).loss(name)
@@ -253,20 +253,22 @@ def test_sft_is_the_weighted_negative_logprob() -> None:
     assert policy.grad is not None and torch.equal(policy.grad, -weights)
 
 
-# ---- relatives of GRPO
+# ---- GRPO variants
 
 
 def answers_as_tokens(log_ratios: list[list[float]], advantages: list[float]) -> Tokens:
-    """Answers of these log ratios per token; every answer weighs the same, as in Eq. 4."""
-    policy = torch.tensor([value - 2.0 for own in log_ratios for value in own], dtype=torch.float64).requires_grad_()
+    """Return answers with the given log ratios per token; every answer weighs the same, as in Eq. 4."""
+    policy = torch.tensor(
+        [value - 2.0 for answer in log_ratios for value in answer], dtype=torch.float64
+    ).requires_grad_()
     old = torch.full_like(policy, -2.0).detach()
-    lengths = torch.tensor([len(own) for own in log_ratios])
+    lengths = torch.tensor([len(answer) for answer in log_ratios])
     weights = (1.0 / (len(lengths) * lengths)).double().repeat_interleave(lengths)
     answers = torch.arange(len(lengths)).repeat_interleave(lengths)
     return Tokens(policy, old, old, torch.tensor(advantages).double().repeat_interleave(lengths), weights, answers)
 
 
-def test_clip_higher_lets_a_good_token_gain_more_and_cuts_a_bad_one_as_before() -> None:
+def test_clip_higher_widens_only_the_upper_bound() -> None:
     for log_ratio, advantage, cut_by_both, cut_by_higher in ((0.24, 1.0, True, False), (-0.24, -1.0, True, True)):
         tokens = answers_as_tokens([[log_ratio]], [advantage])
         assert tokens.loss("grpo", 0.0, (0.2, 0.2))[1].clipped.item() == cut_by_both
@@ -276,7 +278,7 @@ def test_clip_higher_lets_a_good_token_gain_more_and_cuts_a_bad_one_as_before() 
         assert bool(grad.any()) != cut_by_higher
 
 
-def test_the_ratio_of_an_answer_is_the_geometric_mean_of_its_tokens() -> None:
+def test_the_gspo_ratio_is_the_geometric_mean_over_tokens() -> None:
     tokens = answers_as_tokens([[0.3, -0.1, 0.1], [-0.2]], [2.0, -1.0])
     loss, _ = tokens.loss("gspo", 0.0, (0.5, 0.5))
     first, second = torch.tensor([0.1, -0.2], dtype=torch.float64).exp()
@@ -299,7 +301,7 @@ def test_gspo_of_one_token_answers_is_grpo() -> None:
     torch.testing.assert_close(tokens.loss("gspo")[0], tokens.loss("grpo")[0])
 
 
-def test_gspo_does_not_depend_on_micro_batches_order_shape_and_padding() -> None:
+def test_gspo_is_independent_of_split_order_and_padding() -> None:
     _, tokens = ragged_step(5)
     whole, expected = tokens.loss("gspo")[0], gradient(tokens, name="gspo")
     order = torch.randperm(int(tokens.answers.max()) + 1, generator=torch.Generator().manual_seed(1)).tolist()
@@ -309,9 +311,9 @@ def test_gspo_does_not_depend_on_micro_batches_order_shape_and_padding() -> None
             rows = torch.cat(
                 [(tokens.answers == answer).nonzero().squeeze(1) for answer in order[start : start + size]]
             )
-            own = tokens[rows]
-            own.answers = own.answers.unique(return_inverse=True)[1]
-            parts.append(own.loss("gspo")[0])
+            part = tokens[rows]
+            part.answers = part.answers.unique(return_inverse=True)[1]
+            parts.append(part.loss("gspo")[0])
         total = torch.stack(parts).sum()
         torch.testing.assert_close(total, whole)
         torch.testing.assert_close(torch.autograd.grad(total, tokens.policy, retain_graph=True)[0], expected)
@@ -322,7 +324,7 @@ def test_gspo_does_not_depend_on_micro_batches_order_shape_and_padding() -> None
 
 
 @pytest.mark.parametrize(("estimator", "pull"), [("k1", 1.0), ("k2", 0.2), ("k3", 1 - torch.tensor(-0.2).exp().item())])
-def test_the_estimator_decides_how_a_token_is_pulled_back(estimator: str, pull: float) -> None:
+def test_the_estimator_determines_the_kl_gradient(estimator: str, pull: float) -> None:
     tokens = one_token(-0.8, old=-0.8, ref=-1.0, advantage=0.0)
     loss, terms = tokens.loss("grpo", 0.5, estimator=estimator)
     (grad,) = torch.autograd.grad(loss, tokens.policy)

@@ -1,4 +1,4 @@
-"""Packed images: their attention against one call per image, and beside which lines they are packed."""
+"""Packed images: attention against one call per image, and when images are packed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def packed(lengths: list[int]) -> PackedImages:
     return PackedImages(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]), CPU)
 
 
-def test_bounds_of_all_patches_are_those_of_one_image() -> None:
+def test_whole_has_the_bounds_of_a_single_image() -> None:
     assert packed([60, 40, 28]).whole.tolist() == [0, 128]
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("width", [64, 72, 80])
-def test_each_image_is_attended_to_as_if_alone(width: int, dtype: torch.dtype, near: float) -> None:
+def test_each_image_is_attended_to_separately(width: int, dtype: torch.dtype, near: float) -> None:
     lengths = [4, 150, 1, 64, 129]
     draw = torch.Generator().manual_seed(0)
     states = [torch.randn(1, 2, sum(lengths), width, generator=draw).to(dtype) for _ in range(3)]
@@ -32,17 +32,17 @@ def test_each_image_is_attended_to_as_if_alone(width: int, dtype: torch.dtype, n
     def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
 
-    each = zip(*(own.split(lengths, dim=2) for own in states), strict=True)
-    expected = torch.cat([alone(*one) for one in each], dim=1)
+    each = zip(*(tensor.split(lengths, dim=2) for tensor in states), strict=True)
+    expected = torch.cat([alone(*image) for image in each], dim=1)
     found = packed(lengths)(states[0], states[1], states[2], 0.3)
     assert found.dtype == dtype
     assert (found - expected).abs().max() < near
     assert (alone(states[0], states[1], states[2]) - expected).abs().max() > 10 * near
 
 
-def test_images_are_packed_beside_a_line_of_flex_on_cuda_alone() -> None:
-    line = build_packed_sequence([torch.tensor([0, 0, 1], dtype=torch.int32).numpy()])
-    flex, dense = FlexAttention(line, CPU), DenseAttention(line, CPU)
+def test_images_are_packed_only_with_flex_on_cuda() -> None:
+    sequence = build_packed_sequence([torch.tensor([0, 0, 1], dtype=torch.int32).numpy()])
+    flex, dense = FlexAttention(sequence, CPU), DenseAttention(sequence, CPU)
     assert packs_images(flex, torch.device("cuda", 0))
     assert not packs_images(flex, CPU)
     assert not packs_images(flex, torch.device("meta"))

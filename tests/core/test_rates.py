@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""Learning rate schedules over a run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def test_every_schedule_starts_at_the_peak(name: str) -> None:
     assert learning_rate(name, 0, 100, 2e-4) == pytest.approx(2e-4)
 
 
-def test_linear_falls_by_equal_steps_that_would_reach_zero_after_the_last() -> None:
+def test_linear_reaches_zero_one_step_after_the_last() -> None:
     rates = [learning_rate("linear", step, 4, 8.0) for step in range(5)]
     assert rates == pytest.approx([8, 6, 4, 2, 0])
 
 
-def test_cosine_is_half_a_wave() -> None:
+def test_cosine_is_half_a_cosine_wave() -> None:
     rates = [learning_rate("cosine", step, 10, 2.0) for step in range(11)]
     assert rates == pytest.approx([1 + math.cos(math.pi * step / 10) for step in range(11)])
 
 
-def test_a_warm_up_rises_to_the_peak_and_leaves_the_rest_to_the_schedule() -> None:
+def test_warm_up_rises_to_the_peak_before_the_schedule() -> None:
     rates = [learning_rate("linear", step, 7, 4.0, warmup_frac=3 / 7) for step in range(8)]
     assert rates == pytest.approx([1, 2, 3, 4, 3, 2, 1, 0])
 
@@ -33,6 +33,6 @@ def test_constant_is_constant() -> None:
     assert {learning_rate("constant", step, 7, 0.5) for step in range(7)} == {0.5}
 
 
-def test_an_unknown_schedule_is_named_with_the_known_ones() -> None:
+def test_an_unknown_schedule_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"learner\.lr_schedule = .step. is not a schedule: use one of constant"):
         learning_rate("step", 0, 1, 1.0)

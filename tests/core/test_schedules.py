@@ -1,4 +1,4 @@
-"""KL weights that follow what training shows."""
+"""Adaptive KL schedules, which follow the measured KL or accuracy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TARGET = BetaSchedule(
 ACCURACY = replace(TARGET, name="accuracy")
 
 
-def betas(kl: BetaSchedule, seen: list[Measured]) -> list[float]:
-    """Before each step, and after the last."""
+def betas(kl: BetaSchedule, measurements: list[Measured]) -> list[float]:
+    """Return beta before each step and after the last."""
     state, found = kl.start(), []
-    for step, measured in enumerate(seen):
+    for step, measured in enumerate(measurements):
         found.append(kl.beta(step, state))
         state = kl.after(state, measured)
-    return [*found, kl.beta(len(seen), state)]
+    return [*found, kl.beta(len(measurements), state)]
 
 
 def of_kl(*values: float) -> list[Measured]:
@@ -70,26 +70,26 @@ def test_stateful_schedules_equal_the_slow_reference(
     assert betas(replace(kl, name="accuracy"), of_accuracy(*seen)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_beta_rises_while_the_kl_is_above_its_target_and_falls_while_below() -> None:
+def test_beta_follows_the_kl_around_its_target() -> None:
     start, above, below = betas(TARGET, of_kl(0.011, 0.009))
     assert start == pytest.approx(0.07)
     assert above == pytest.approx(0.07 * (1 + 0.5 * 0.1))
     assert below == pytest.approx(above * (1 - 0.5 * 0.1))
 
 
-def test_one_wild_step_moves_beta_by_a_fifth_of_the_rate_at_most() -> None:
+def test_an_outlier_step_changes_beta_by_a_bounded_factor() -> None:
     assert betas(TARGET, of_kl(math.inf))[1] == pytest.approx(0.07 * 1.1)
     assert betas(TARGET, of_kl(0.0))[1] == pytest.approx(0.07 * 0.9)
 
 
-def test_beta_stays_within_its_bounds_and_leaves_them_at_once() -> None:
+def test_beta_is_clamped_without_windup() -> None:
     up = betas(TARGET, of_kl(*[1.0] * 30, 0.0))
     assert max(up) == 0.1 and up[-1] == pytest.approx(0.09)
     down = betas(TARGET, of_kl(*[0.0] * 30, 1.0))
     assert min(down) == 0.04 and down[-1] == pytest.approx(0.044)
 
 
-def test_beta_goes_from_beta_min_towards_beta_max_as_answers_come_right() -> None:
+def test_beta_rises_with_accuracy() -> None:
     wrong = betas(ACCURACY, of_accuracy(*[0.0] * 5))
     assert wrong == [0.04] * 6
     right = betas(ACCURACY, of_accuracy(*[1.0] * 40))
@@ -98,13 +98,13 @@ def test_beta_goes_from_beta_min_towards_beta_max_as_answers_come_right() -> Non
 
 
 @pytest.mark.parametrize("kl", [TARGET, ACCURACY])
-def test_a_step_that_showed_nothing_changes_nothing(kl: BetaSchedule) -> None:
+def test_a_step_without_data_does_not_change_the_state(kl: BetaSchedule) -> None:
     state = kl.after(kl.start(), Measured(kl=0.5, accuracy=0.5))
     assert kl.after(state, Measured(kl=math.nan, accuracy=math.nan)) == state
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_a_state_that_went_through_json_gives_the_same_betas(name: str) -> None:
+def test_a_state_restored_from_json_gives_the_same_betas(name: str) -> None:
     kl = replace(TARGET, name=name)
     seen = [Measured(kl=0.3 / (k + 1), accuracy=1 / (k + 2)) for k in range(9)]
     whole = betas(kl, seen)
@@ -119,7 +119,7 @@ def test_a_state_that_went_through_json_gives_the_same_betas(name: str) -> None:
     assert resumed == whole[4:-1]
 
 
-def test_the_state_of_another_schedule_is_not_taken() -> None:
+def test_the_state_of_another_schedule_is_ignored() -> None:
     assert TARGET.resume({"accuracy": 0.9}) == TARGET.start()
     assert TARGET.resume({}) == TARGET.start()
     assert ACCURACY.resume({"accuracy": 0.9}) == {"accuracy": 0.9}

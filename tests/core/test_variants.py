@@ -1,4 +1,4 @@
-"""Whole algorithms: advantages, weights, loss and KL together, against the slow reference and the golden numbers."""
+"""Whole algorithms (advantages, weights, loss and KL) against the slow reference and the golden numbers."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ Step = list[list[dict[str, Any]]]
 
 
 def scored_groups(step: Step) -> list[ScoredGroup]:
-    """Each group as the driver sees it; what the learner thinks of a token stands in for its id."""
+    """Return the step's groups as the driver has them; token ids are not used."""
     found = []
     for number, group in enumerate(step):
         message = Message(role="user", text="?")
         prompt = Prompt(id=f"q{number}", messages=(message,), images=(), answer="1", task="counting")
         answers = tuple(
             Completion(
-                token_ids=np.arange(len(one["old"])),
-                sampler_logprobs=np.array(one["old"], dtype=np.float32),
+                token_ids=np.arange(len(answer["old"])),
+                sampler_logprobs=np.array(answer["old"], dtype=np.float32),
                 text="",
                 finish="stop",
             )
-            for one in group
+            for answer in group
         )
         found.append(
             ScoredGroup(
                 group=Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=answers, version=0),
-                rewards=np.array([one["reward"] for one in group]),
+                rewards=np.array([answer["reward"] for answer in group]),
                 parts={},
-                valid=np.array([one["valid"] for one in group]),
+                valid=np.array([answer["valid"] for answer in group]),
             )
         )
     return found
 
 
 def advantages_of(step: Step, variant: Variant) -> np.ndarray:
-    rewards = np.array([[one["reward"] for one in group] for group in step])
-    valid = np.array([[one["valid"] for one in group] for group in step])
+    rewards = np.array([[answer["reward"] for answer in group] for group in step])
+    valid = np.array([[answer["valid"] for answer in group] for group in step])
     return ADVANTAGES[variant.advantage](rewards, valid)
 
 
@@ -68,26 +68,26 @@ def packs_of(step: Step, variant: Variant, updates: int) -> list[Pack]:
 
 
 def flat(step: Step, name: str) -> torch.Tensor:
-    return torch.tensor([value for group in step for one in group for value in one[name]], dtype=torch.float64)
+    return torch.tensor([value for group in step for answer in group for value in answer[name]], dtype=torch.float64)
 
 
 def loss_of(
-    rows: Sequence[int], packs: Sequence[Pack], leaf: torch.Tensor, step: Step, variant: Variant
+    samples: Sequence[int], packs: Sequence[Pack], leaf: torch.Tensor, step: Step, variant: Variant
 ) -> torch.Tensor:
-    """The fast loss of these rows as one micro-batch; `leaf` has the policy's logprobs of the whole step."""
-    lengths = [sum(len(one["old"]) for one in group) for group in step]
+    """Return the loss of some samples as one micro-batch; `leaf` holds the policy logprobs of the whole step."""
+    lengths = [sum(len(answer["old"]) for answer in group) for group in step]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    places = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    on_answers = [packs[row].segments > 0 for row in rows]
-    advantages = np.concatenate([packs[row].advantages[own] for row, own in zip(rows, on_answers, strict=True)])
-    weights = np.concatenate([packs[row].loss_weights[own] for row, own in zip(rows, on_answers, strict=True)])
+    indices = torch.cat([torch.arange(starts[sample], starts[sample + 1]) for sample in samples])
+    chosen = [packs[sample] for sample in samples]
+    advantages = np.concatenate([pack.advantages[pack.segments > 0] for pack in chosen])
+    weights = np.concatenate([pack.loss_weights[pack.segments > 0] for pack in chosen])
     value, _ = LOSSES[variant.ratio](
-        leaf[places],
-        flat(step, "old")[places],
-        flat(step, "ref")[places],
+        leaf[indices],
+        flat(step, "old")[indices],
+        flat(step, "ref")[indices],
         torch.from_numpy(advantages),
         torch.from_numpy(weights),
-        answers=answer_index(build_packed_sequence([packs[row].segments for row in rows])),
+        answers=answer_index(build_packed_sequence([pack.segments for pack in chosen])),
         beta=golden.BETA,
         clip_eps=(variant.low, variant.high),
         estimator=variant.estimator,
@@ -96,12 +96,12 @@ def loss_of(
 
 
 def fast(step: Step, variant: Variant, micro_batches: Sequence[Sequence[int]], updates: int) -> dict[str, Any]:
-    """As `golden.of_variant`, from the code that trains."""
+    """Compute the numbers of `golden.of_variant` with the package's code."""
     packs, leaf = packs_of(step, variant, updates), flat(step, "policy").requires_grad_()
     share = len(step) // updates
     losses = [torch.zeros((), dtype=torch.float64) for _ in range(updates)]
-    for rows in micro_batches:
-        losses[rows[0] // share] = losses[rows[0] // share] + loss_of(rows, packs, leaf, step, variant)
+    for samples in micro_batches:
+        losses[samples[0] // share] = losses[samples[0] // share] + loss_of(samples, packs, leaf, step, variant)
     (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), leaf)
     return {
         "advantages": advantages_of(step, variant).tolist(),
@@ -116,15 +116,15 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def random_step(seed: int) -> Step:
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     step = []
     for _ in range(4):
         group = []
         for _ in range(4):
-            old = -3 * dice.random(int(dice.integers(0, 6)))
-            one = {"reward": float(dice.integers(0, 3)), "valid": bool(dice.random() < 0.85), "old": old.tolist()}
+            old = -3 * rng.random(int(rng.integers(0, 6)))
+            answer = {"reward": float(rng.integers(0, 3)), "valid": bool(rng.random() < 0.85), "old": old.tolist()}
             group.append(
-                one | {name: (old + 0.3 * dice.standard_normal(len(old))).tolist() for name in ("policy", "ref")}
+                answer | {name: (old + 0.3 * rng.standard_normal(len(old))).tolist() for name in ("policy", "ref")}
             )
         step.append(group)
     return step
@@ -153,12 +153,12 @@ def test_the_golden_variants_differ() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", golden.VARIANTS)
-def test_a_variant_equals_the_slow_reference_in_losses_and_gradient(name: str, seed: int) -> None:
+def test_variant_losses_and_gradients_equal_the_slow_reference(name: str, seed: int) -> None:
     step = random_step(seed)
-    own = golden.answers(step)
+    answers = golden.answers(step)
     expected = golden.of_variant(step, golden.VARIANTS[name]) if seed % 2 else None
     if expected is None:
-        [value] = variants.loss(own, golden.VARIANTS[name], golden.BETA, golden.MAX_TOKENS)
+        [value] = variants.loss(answers, golden.VARIANTS[name], golden.BETA, golden.MAX_TOKENS)
         assert fast(step, golden.VARIANTS[name], [[0, 1, 2, 3]], 1)["losses"] == pytest.approx([float(value.detach())])
     else:
         found = fast(step, golden.VARIANTS[name], [[0, 1], [2, 3]], golden.UPDATES)
@@ -168,15 +168,13 @@ def test_a_variant_equals_the_slow_reference_in_losses_and_gradient(name: str, s
 
 @pytest.mark.parametrize("name", golden.VARIANTS)
 @pytest.mark.parametrize("micro_batches", [[[3, 1, 0, 2]], [[0], [1], [2], [3]], [[2], [3, 0, 1]]])
-def test_neither_micro_batches_nor_their_order_nor_padding_change_a_variant(
-    name: str, micro_batches: list[list[int]]
-) -> None:
+def test_variants_do_not_depend_on_the_micro_batches(name: str, micro_batches: list[list[int]]) -> None:
     step, variant = random_step(11), golden.VARIANTS[name]
     assert_same(fast(step, variant, micro_batches, 1), fast(step, variant, [[0, 1, 2, 3]], 1))
 
 
 @pytest.mark.parametrize("name", golden.VARIANTS)
-def test_a_group_of_equal_rewards_is_pulled_by_the_kl_alone(name: str) -> None:
+def test_a_group_of_equal_rewards_has_zero_advantages(name: str) -> None:
     step, variant = GOLDEN["step"], golden.VARIANTS[name]
     assert not advantages_of(step, variant)[2].any()
 
@@ -192,7 +190,7 @@ def test_an_estimator_gives_its_golden_values_and_gradients(estimator: str) -> N
 
 
 @pytest.mark.parametrize("name", groups(conf_dir())["algo"])
-def test_a_conf_file_names_the_parts_of_its_golden_variant(name: str) -> None:
+def test_conf_files_select_the_parts_of_their_golden_variant(name: str) -> None:
     algo = load([f"algo={name}"]).algo
     high = algo.clip_eps if algo.clip_eps_high is None else algo.clip_eps_high
     chosen = Variant(algo.advantage, algo.loss, algo.loss_weights, algo.kl.estimator, algo.clip_eps, high)

@@ -1,4 +1,4 @@
-"""Truncated and masked importance sampling, slowly: plain loops over answers and tokens, nothing of othink_ray.core."""
+"""Slow reference of truncated and masked importance sampling: plain loops, nothing from othink_ray.core."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tests.reference import variants
 from tests.reference.grpo_d import Answer
 from tests.reference.variants import Variant
 
-# [group][answer][token]: the logprobs under the weights that sampled
+# [group][answer][token]: logprobs under the sampling weights
 Samplers = Sequence[Sequence[Sequence[float]]]
 
 
 def factors(kind: str, old: Sequence[float], sampler: Sequence[float], bounds: tuple[float, float]) -> list[float]:
-    """What the gain of each token of one answer is multiplied by.
+    """Return the factor on the gain of each token of one answer.
 
     token and sequence: truncated importance sampling, min(ratio, cap). icepop: the ratio where it lies in [low, cap],
     else 0. mis_token and mis_sequence: masked importance sampling, the ratio where it is at most the cap, else 0.
     """
     low, cap = bounds
-    ratios = [math.exp(own) / math.exp(other) for own, other in zip(old, sampler, strict=True)]
+    ratios = [math.exp(before) / math.exp(sampled) for before, sampled in zip(old, sampler, strict=True)]
     if kind == "token":
         return [ratio if ratio < cap else cap for ratio in ratios]
     if kind == "icepop":
@@ -47,7 +47,7 @@ def loss(
     kind: str,
     bounds: tuple[float, float],
 ) -> torch.Tensor:
-    """As `variants.loss` of one optimiser step, with the gains corrected and the KL left alone."""
+    """Return `variants.loss` of one optimizer step, with corrected gains and an unchanged KL."""
     total = torch.zeros((), dtype=torch.float64)
     for g, group in enumerate(step):
         for i, answer in enumerate(group):
@@ -55,10 +55,10 @@ def loss(
                 continue
             worth = variants.advantage(variant.advantage, step, g, i)
             weight = variants.token_weight(variant.weights, step, g, i, max_tokens)
-            own = factors(kind, [float(one) for one in answer.old], samplers[g][i], bounds)
+            factor = factors(kind, [float(value) for value in answer.old], samplers[g][i], bounds)
             ratios = variants.ratios(variant.ratio, answer)
             for t, ratio in enumerate(ratios):
                 kl = variants.token_kl(variant.estimator, answer.policy[t], answer.ref[t])
                 gain = variants.gain(ratio, worth, variant.low, variant.high)
-                total = total + weight * (beta * kl - own[t] * gain)
+                total = total + weight * (beta * kl - factor[t] * gain)
     return total

@@ -1,6 +1,6 @@
-"""Golden numbers: one small step and what each variant makes of it, as the slow reference computed them once.
+"""Golden numbers: one small step and the results of every variant on it, computed once by the slow reference.
 
-`python -m tests.reference.golden` writes them anew; a change of golden.json is a change of the mathematics.
+`python -m tests.reference.golden` regenerates them; a change in golden.json is a change in the math.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIANTS = {
     "gspo": Variant("group_std", "gspo", "answer_mean", "k3", 3e-4, 4e-4),
     "rloo": Variant("leave_one_out", "grpo", "constant_length", "k2", 0.2, 0.2),
     "reinforce_pp": Variant("batch_std", "grpo", "token_mean", "k2", 0.2, 0.2),
-    # not in conf/: an answer's ratio that is not cut, and the third estimator
+    # not in conf/: an unclipped answer ratio, and the third estimator
     "gspo, wide": Variant("group_mean", "gspo", "token_mean", "k1", 0.3, 0.4),
 }
 
@@ -41,17 +41,17 @@ ACCURACIES = [0.25, 0.5, 0.5, 0.75, 1.0, 0.0]
 
 
 def step() -> list[list[dict[str, Any]]]:
-    """Four groups of three ragged answers: an empty one, an invalid one, and a group of equal rewards among them."""
-    dice = random.Random(5)
+    """Return four groups of three ragged answers, among them an empty one, an invalid one, and equal rewards."""
+    rng = random.Random(5)
     lengths = [[3, 1, 4], [2, 0, 5], [1, 2, 3], [6, 2, 2]]
     rewards = [[2.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0]]
     groups = []
     for g in range(4):
         group = []
         for i in range(3):
-            old = [round(-3 * dice.random(), 3) for _ in range(lengths[g][i])]
-            policy = [round(value + dice.gauss(0, 0.25), 3) for value in old]
-            ref = [round(value + dice.gauss(0, 0.25), 3) for value in old]
+            old = [round(-3 * rng.random(), 3) for _ in range(lengths[g][i])]
+            policy = [round(value + rng.gauss(0, 0.25), 3) for value in old]
+            ref = [round(value + rng.gauss(0, 0.25), 3) for value in old]
             valid = (g, i) != (3, 2)
             group.append({"reward": rewards[g][i], "valid": valid, "policy": policy, "old": old, "ref": ref})
         groups.append(group)
@@ -59,7 +59,7 @@ def step() -> list[list[dict[str, Any]]]:
 
 
 def answers(groups: list[list[dict[str, Any]]]) -> list[list[grpo_d.Answer]]:
-    """The step as the slow reference reads it; policy logprobs are leaves."""
+    """Return the step as inputs of the slow reference; policy logprobs are leaves."""
 
     def scalars(values: list[float]) -> list[torch.Tensor]:
         return [torch.tensor(value, dtype=torch.float64) for value in values]
@@ -67,33 +67,36 @@ def answers(groups: list[list[dict[str, Any]]]) -> list[list[grpo_d.Answer]]:
     return [
         [
             grpo_d.Answer(
-                reward=one["reward"],
-                valid=one["valid"],
-                policy=[value.requires_grad_() for value in scalars(one["policy"])],
-                old=scalars(one["old"]),
-                ref=scalars(one["ref"]),
+                reward=answer["reward"],
+                valid=answer["valid"],
+                policy=[value.requires_grad_() for value in scalars(answer["policy"])],
+                old=scalars(answer["old"]),
+                ref=scalars(answer["ref"]),
             )
-            for one in group
+            for answer in group
         ]
         for group in groups
     ]
 
 
 def of_variant(groups: list[list[dict[str, Any]]], variant: Variant) -> dict[str, Any]:
-    """Advantages by group and answer, the loss of each update, and its gradient for every answer token, flat."""
-    own = answers(groups)
-    losses = variants.loss(own, variant, BETA, MAX_TOKENS, UPDATES)
-    leaves = [token for group in own for answer in group for token in answer.policy]
+    """Return advantages by group and answer, the loss of each update, and the gradient for every answer token, flat."""
+    step_answers = answers(groups)
+    losses = variants.loss(step_answers, variant, BETA, MAX_TOKENS, UPDATES)
+    leaves = [token for group in step_answers for answer in group for token in answer.policy]
     gradient = torch.autograd.grad(torch.stack(losses).sum(), leaves, allow_unused=True)
     return {
-        "advantages": [[variants.advantage(variant.advantage, own, g, i) for i in range(3)] for g in range(len(own))],
+        "advantages": [
+            [variants.advantage(variant.advantage, step_answers, g, i) for i in range(3)]
+            for g in range(len(step_answers))
+        ],
         "losses": [float(value.detach()) for value in losses],
         "gradient": [0.0 if value is None else float(value) for value in gradient],
     }
 
 
 def of_estimator(kind: str) -> list[list[float]]:
-    """Value and gradient by the policy's logprob, for each of PAIRS (policy, ref)."""
+    """Return the value and its gradient with respect to the policy logprob, for each (policy, ref) of PAIRS."""
     found = []
     for policy, ref in PAIRS:
         leaf = torch.tensor(policy, dtype=torch.float64, requires_grad=True)
@@ -103,17 +106,17 @@ def of_estimator(kind: str) -> list[list[float]]:
 
 
 def curve(name: str) -> list[float]:
-    """beta at steps 0 to 11 of 10."""
+    """Return beta at steps 0 to 11 of 10."""
     low, high = CURVE["beta_min"], CURVE["beta_max"]
     if name == "paper":
         return [grpo_d.beta(s, 10, low, high, CURVE["explore_frac"]) for s in range(12)]
-    done = [min(s, 10) / 10 for s in range(12)]
+    progress = [min(s, 10) / 10 for s in range(12)]
     if name == "linear":
-        return [low * (1 - share) + high * share for share in done]
+        return [low * (1 - share) + high * share for share in progress]
     if name == "cosine":
-        return [(low + high) / 2 - (high - low) / 2 * math.cos(math.pi * share) for share in done]
+        return [(low + high) / 2 - (high - low) / 2 * math.cos(math.pi * share) for share in progress]
     if name == "exponential":
-        return [low ** (1 - share) * high**share for share in done]
+        return [low ** (1 - share) * high**share for share in progress]
     assert name == "constant"
     return [low] * 12
 

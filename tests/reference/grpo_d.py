@@ -1,7 +1,7 @@
-"""GRPO-D as the paper writes it, slowly: plain loops over answers and tokens, nothing shared with othink_ray.core.
+"""Slow reference of GRPO-D as in the paper: plain loops over answers and tokens, nothing shared with othink_ray.core.
 
-Read it top to bottom: the KL weight (Eq. 3), the advantage (Eq. 2), the KL of a token (Eq. 5), the loss (Eq. 4), then
-the rows a model is fed with. Logprobs are torch scalars, so that autograd gives the gradient of the slow loss too.
+In order: the KL weight (Eq. 3), the advantage (Eq. 2), the KL of a token (Eq. 5), the loss (Eq. 4), then the model's
+input rows. Logprobs are torch scalars, so that autograd gives the gradient of the slow loss too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def beta(step: float, total: float, beta_min: float, beta_max: float, explore_frac: float) -> float:
-    """Eq. 3."""
+    """Return the KL weight of Eq. 3."""
     w = explore_frac * total
     mid = (beta_min + beta_max) / 2
     if step > total:
@@ -27,7 +27,7 @@ def beta(step: float, total: float, beta_min: float, beta_max: float, explore_fr
 
 
 def advantages(rewards: Sequence[float], valid: Sequence[bool], eps: float) -> list[float]:
-    """Eq. 2 for one group: invalid answers are left out, and equal rewards are worth nothing."""
+    """Return Eq. 2 for one group: invalid answers are excluded, and equal rewards give 0."""
     counted = [reward for reward, ok in zip(rewards, valid, strict=True) if ok]
     if len(set(counted)) < 2:
         return [0.0 for _ in rewards]
@@ -39,13 +39,13 @@ def advantages(rewards: Sequence[float], valid: Sequence[bool], eps: float) -> l
 
 
 def token_kl(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """Eq. 5 for one token, from logprobs."""
+    """Return Eq. 5 for one token, from logprobs."""
     ref_over_pi = torch.exp(ref) / torch.exp(policy)
     return ref_over_pi - torch.log(ref_over_pi) - 1
 
 
 def token_gain(policy: torch.Tensor, old: torch.Tensor, advantage: float, clip_eps: float) -> torch.Tensor:
-    """The clipped gain of Eq. 4 for one token, from logprobs."""
+    """Return the clipped gain of Eq. 4 for one token, from logprobs."""
     ratio = torch.exp(policy) / torch.exp(old)
     if ratio < 1 - clip_eps:
         clipped = torch.tensor(1 - clip_eps, dtype=ratio.dtype)
@@ -58,7 +58,7 @@ def token_gain(policy: torch.Tensor, old: torch.Tensor, advantage: float, clip_e
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its reward, and three logprobs for each of its tokens."""
+    """One answer: its reward, and three logprobs per token."""
 
     reward: float
     valid: bool
@@ -68,7 +68,7 @@ class Answer:
 
 
 def loss(groups: Sequence[Sequence[Answer]], beta_now: float, clip_eps: float, eps: float) -> torch.Tensor:
-    """Eq. 4, negated: token mean in each answer, mean over the valid answers of a group, mean over groups."""
+    """Return Eq. 4, negated: mean over each answer's tokens, over the valid answers of a group, over groups."""
     objective = torch.zeros((), dtype=torch.float64)
     for group in groups:
         group_advantages = advantages([a.reward for a in group], [a.valid for a in group], eps)
@@ -85,7 +85,7 @@ def loss(groups: Sequence[Sequence[Answer]], beta_now: float, clip_eps: float, e
 def logprob(
     hidden: list[float], lm_head: list[list[float]], target: int, bias: list[float], temperature: float
 ) -> float:
-    """The logprob of one target token after one hidden state."""
+    """Return the logprob of one target token given one hidden state."""
     logits = [
         (sum(h * w for h, w in zip(hidden, row, strict=True)) + b) / temperature
         for row, b in zip(lm_head, bias, strict=True)
@@ -95,7 +95,7 @@ def logprob(
 
 
 def padded_rows(prompt: list[int], answers: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[bool]]]:
-    """The plain way to batch a group: one row `[prompt | answer | padding]` an answer, and which tokens are answer."""
+    """Return the padded batch of a group: one row `[prompt | answer | padding]` per answer, and the answer mask."""
     width = len(prompt) + max(len(answer) for answer in answers)
     rows, is_answer = [], []
     for answer in answers:
@@ -106,16 +106,16 @@ def padded_rows(prompt: list[int], answers: list[list[int]], pad: int) -> tuple[
 
 
 def sees(segments: list[int], viewer: int, seen: int) -> bool:
-    """Whether a token of a shared-prefix row may look at another (0 prompt, k answer k)."""
+    """Return whether one token of a packed sample attends to another (segment 0: prompt, k: answer k)."""
     return seen <= viewer and segments[seen] in (0, segments[viewer])
 
 
 def predictor(segments: list[int], token: int) -> int:
-    """Which token comes before this answer token, had the answer followed the prompt directly."""
+    """Return the token that precedes this answer token, as if the answer followed the prompt directly."""
     before = [other for other in range(token) if sees(segments, token, other)]
     return before[-1]
 
 
 def offset(segments: list[int], token: int) -> int:
-    """How many tokens of its own answer come before this one."""
+    """Return the number of earlier tokens of the same answer."""
     return sum(segments[other] == segments[token] for other in range(token))

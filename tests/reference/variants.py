@@ -1,7 +1,7 @@
-"""GRPO's relatives, slowly: plain loops over groups, answers and tokens, nothing shared with othink_ray.core.
+"""Slow reference of the GRPO variants: plain loops over groups, answers, tokens; nothing shared with othink_ray.core.
 
-Read it top to bottom: advantages, weights of tokens, KL of a token, ratios, the loss of one optimiser step, and the KL
-weights that follow what training shows.
+In order: advantages, token weights, the KL of a token, ratios, the loss of one optimizer step, and the adaptive KL
+schedules.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Variant:
-    """One algorithm: which of the parts below it is made of."""
+    """One algorithm, as a choice of the parts below."""
 
     advantage: str
-    ratio: str  # grpo: of a token, gspo: of an answer
+    ratio: str  # grpo: per token, gspo: per answer
     weights: str
     estimator: str
     low: float
@@ -34,34 +34,34 @@ def mean(values: Sequence[float]) -> float:
 
 
 def std(values: Sequence[float]) -> float:
-    """Of a sample: over n - 1."""
+    """Return the sample standard deviation (n - 1)."""
     middle = mean(values)
     return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def advantage(kind: str, groups: Sequence[Sequence[Answer]], g: int, i: int) -> float:
-    """How much better answer i of group g is; 0 where the valid answers of the group are equal, or i is not valid."""
+    """Return the advantage of answer i of group g; 0 if i is invalid, or the group's valid rewards are equal."""
     rewards = [a.reward for a in groups[g] if a.valid]
     if not groups[g][i].valid or len(set(rewards)) < 2:
         return 0.0
-    own = groups[g][i].reward
+    reward = groups[g][i].reward
     if kind == "group_std":
-        return (own - mean(rewards)) / (std(rewards) + EPS)
+        return (reward - mean(rewards)) / (std(rewards) + EPS)
     if kind == "group_mean":
-        return own - mean(rewards)
+        return reward - mean(rewards)
     if kind == "leave_one_out":
         others = [a.reward for j, a in enumerate(groups[g]) if a.valid and j != i]
-        return own - mean(others)
+        return reward - mean(others)
     assert kind == "batch_std"
     deviations = []
     for group in groups:
         valid = [a.reward for a in group if a.valid]
-        deviations += [reward - mean(valid) if len(set(valid)) > 1 else 0.0 for reward in valid]
-    return (own - mean(rewards)) / (std(deviations) + EPS)
+        deviations += [value - mean(valid) if len(set(valid)) > 1 else 0.0 for value in valid]
+    return (reward - mean(rewards)) / (std(deviations) + EPS)
 
 
 def token_weight(kind: str, groups: Sequence[Sequence[Answer]], g: int, i: int, max_tokens: int) -> float:
-    """The share of each token of answer i of group g in the loss of an optimiser step over `groups`."""
+    """Return the weight of each token of answer i of group g in the loss of an optimizer step over `groups`."""
     if not groups[g][i].valid or not groups[g][i].policy:
         return 0.0
     answers = sum(a.valid for a in groups[g])
@@ -74,7 +74,7 @@ def token_weight(kind: str, groups: Sequence[Sequence[Answer]], g: int, i: int, 
 
 
 def token_kl(kind: str, policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """From the logprobs of one token."""
+    """Return the KL estimate of one token, from logprobs."""
     ratio = torch.exp(policy) / torch.exp(ref)
     if kind == "k1":
         return torch.log(ratio)
@@ -85,7 +85,7 @@ def token_kl(kind: str, policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor
 
 
 def ratios(kind: str, answer: Answer) -> list[torch.Tensor]:
-    """pi / old for each token of an answer; gspo: the n-th root of the whole answer's, for all of them."""
+    """Return pi / old of each token of an answer; for gspo, the n-th root of their product for all tokens."""
     each = [torch.exp(policy) / torch.exp(old) for policy, old in zip(answer.policy, answer.old, strict=True)]
     if kind == "grpo" or not each:
         return each
@@ -97,19 +97,19 @@ def ratios(kind: str, answer: Answer) -> list[torch.Tensor]:
 
 
 def gain(ratio: torch.Tensor, worth: float, low: float, high: float) -> torch.Tensor:
-    """min(ratio * A, clip(ratio) * A)."""
-    bounded = ratio
+    """Return min(ratio * A, clip(ratio) * A)."""
+    clipped = ratio
     if ratio < 1 - low:
-        bounded = torch.tensor(1 - low, dtype=ratio.dtype)
+        clipped = torch.tensor(1 - low, dtype=ratio.dtype)
     elif ratio > 1 + high:
-        bounded = torch.tensor(1 + high, dtype=ratio.dtype)
-    return ratio * worth if ratio * worth <= bounded * worth else bounded * worth
+        clipped = torch.tensor(1 + high, dtype=ratio.dtype)
+    return ratio * worth if ratio * worth <= clipped * worth else clipped * worth
 
 
 def loss(
     step: Sequence[Sequence[Answer]], variant: Variant, beta: float, max_tokens: int, updates: int = 1
 ) -> list[torch.Tensor]:
-    """The loss of each optimiser step; advantages compare within the whole step, weights share out one update."""
+    """Return the loss of each optimizer step; advantages use the whole step, weights only their own update."""
     losses = []
     share = len(step) // updates
     for update in range(updates):
@@ -131,7 +131,7 @@ def loss(
 def betas_of_target(
     kls: Sequence[float], beta_min: float, beta_max: float, target: float, adapt_rate: float
 ) -> list[float]:
-    """beta before each of the steps that measured `kls`, and after the last one."""
+    """Return beta before each of the steps that measured `kls`, and after the last one."""
     betas = [(beta_min + beta_max) / 2]
     for kl in kls:
         beta = betas[-1]
@@ -151,7 +151,7 @@ def betas_of_target(
 
 
 def betas_of_accuracy(accuracies: Sequence[float], beta_min: float, beta_max: float, adapt_rate: float) -> list[float]:
-    """beta before each of the steps that measured `accuracies`, and after the last one."""
+    """Return beta before each of the steps that measured `accuracies`, and after the last one."""
     running = 0.0
     betas = [beta_min]
     for accuracy in accuracies:

@@ -1,4 +1,4 @@
-"""What engines hold against what was sent: parts of workers are added up, and the message names what is wrong."""
+"""Digests of the engines' weights against those sent: workers' parts are added up, and errors name the weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def held(*parts: HeldPart | None) -> list[Held]:
         ((WHOLE,), {}),
         ((WHOLE, WHOLE), {}),
         ((TOP, BOTTOM), {}),
-        ((TOP, BOTTOM, TOP, BOTTOM), {}),  # as keys and values where there are fewer heads than workers
-        ((HeldPart(value=TOP.value + 2**64, elements=12), BOTTOM), {}),  # digests are numbers modulo 2**64
+        ((TOP, BOTTOM, TOP, BOTTOM), {}),  # e.g. keys and values with fewer heads than workers
+        ((HeldPart(value=TOP.value + 2**64, elements=12), BOTTOM), {}),  # digests are modulo 2**64
         ((HeldPart(value=TOP.value + 2**63, elements=12), BOTTOM), DIFFERS),
         ((HeldPart(value=TOP.value + 3**40, elements=12), BOTTOM), DIFFERS),
         ((TOP, TOP), DIFFERS),
@@ -39,16 +39,16 @@ def held(*parts: HeldPart | None) -> list[Held]:
         ((None, None), PARTIAL),
     ],
 )
-def test_workers_share_a_weight_out_or_hold_it_whole(parts: tuple[HeldPart, ...], wrong: dict[str, str]) -> None:
+def test_workers_may_shard_or_replicate_a_weight(parts: tuple[HeldPart, ...], wrong: dict[str, str]) -> None:
     assert mismatches(SENT, held(*parts)) == wrong
 
 
-def test_faults_of_any_worker_count() -> None:
+def test_faults_of_any_worker_are_reported() -> None:
     stale = Held(parts={"w": WHOLE}, faults={"head": "is stale"})
     assert mismatches(SENT, [*held(WHOLE), stale]) == {"head": "is stale"}
 
 
-def test_the_message_names_the_engine_some_weights_and_how_many_there_are() -> None:
+def test_the_error_names_the_engine_and_the_first_weights() -> None:
     require_arrived([{}, {}], 4)
     with pytest.raises(AuditError) as caught:
         require_arrived([{}, {f"w{number}": "differs" for number in range(5)}], 4)

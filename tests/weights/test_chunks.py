@@ -1,4 +1,4 @@
-"""Weights as byte buffers, there and back."""
+"""Weight buckets: tensors to byte buffers and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_same(found: list[tuple[str, Tensor]], expected: list[tuple[str, Tenso
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 16, 64, 10**6])
-def test_every_kind_of_tensor_comes_back_as_it_was(bucket_bytes: int) -> None:
+def test_every_kind_of_tensor_is_restored_exactly(bucket_bytes: int) -> None:
     chunks = list(to_chunks(MIXED.items(), bucket_bytes))
     assert_same(list(from_chunks(chunks)), list(MIXED.items()))
     for chunk in chunks:
@@ -41,7 +41,7 @@ def test_every_kind_of_tensor_comes_back_as_it_was(bucket_bytes: int) -> None:
         assert chunk.data.nbytes <= bucket_bytes or sum(piece.nbytes > 0 for piece in chunk.pieces) == 1
 
 
-def test_a_whole_network_fits_few_buckets(policy: Policy) -> None:
+def test_a_network_fits_in_few_buckets(policy: Policy) -> None:
     weights = sent_weights(policy.network)
     total = sum(weight.nbytes for _, weight in weights)
     chunks = list(to_chunks(weights, 2**20))
@@ -56,19 +56,19 @@ def test_a_bucket_is_filled_to_its_last_byte() -> None:
     assert [len(chunk.pieces) for chunk in to_chunks(fives, 40)] == [2, 1]
 
 
-def test_tensors_of_nothing_are_sent_as_bytes_too() -> None:
+def test_empty_tensors_are_sent_as_bytes_too() -> None:
     [chunk] = to_chunks([("none", torch.empty(0, 4)), ("nor here", torch.empty(0))], 100)
     assert (chunk.data.dtype, chunk.data.size) == (np.uint8, 0)
     assert_same(list(from_chunks([chunk])), [("none", torch.empty(0, 4)), ("nor here", torch.empty(0))])
 
 
-def test_a_parameter_is_sent_without_its_graph() -> None:
+def test_a_parameter_is_sent_without_its_autograd_graph() -> None:
     weight = torch.nn.Parameter(torch.arange(3.0))
     [(_, received)] = from_chunks(to_chunks([("w", weight)], 100))
     assert torch.equal(received, weight) and not received.requires_grad
 
 
-def test_nothing_to_send_is_no_chunk() -> None:
+def test_no_tensors_give_no_chunks() -> None:
     assert list(to_chunks([], 100)) == []
     assert list(from_chunks([])) == []
 
@@ -89,18 +89,18 @@ def test_tensors_from_a_read_only_buffer_can_be_written() -> None:
     assert_same(list(from_chunks([chunk])), [("w", torch.ones(4))])
 
 
-def test_chunks_are_made_one_at_a_time() -> None:
-    """A policy larger than memory allows twice is sent bucket by bucket."""
-    asked: list[str] = []
+def test_chunks_are_produced_lazily() -> None:
+    """A policy that does not fit in memory twice is sent bucket by bucket."""
+    requested: list[str] = []
 
     def one_by_one() -> Iterator[tuple[str, Tensor]]:
         for name in "abc":
-            asked.append(name)
+            requested.append(name)
             yield name, torch.ones(10)
 
     first = next(iter(to_chunks(one_by_one(), 40)))
     assert [piece.name for piece in first.pieces] == ["a"]
-    assert asked == ["a", "b"]
+    assert requested == ["a", "b"]
 
 
 def test_a_buffer_is_bytes_back_to_back() -> None:

@@ -1,4 +1,4 @@
-"""A new engine is held against what an audited one said: token by token, as far as both said the same."""
+"""Comparing the probes of a new engine with those of an audited one, up to the token where the answers diverge."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[fl
 KNOWN = probe([5, 6], [[5, 7], [6, 8]], [[-0.5, -1.0], [-0.25, -2.0]])
 
 
-def test_the_same_candidates_in_another_order_are_compared() -> None:
+def test_candidates_are_compared_in_any_order() -> None:
     audit = compare([probe([5, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-0.25, -2.0]])], [KNOWN], 3)
     assert (audit.version, audit.gap_mean, audit.tokens) == (3, 0.0, 4)
 
 
-def test_gaps_and_sizes_are_exact_differences_of_what_was_told() -> None:
+def test_gaps_and_sizes_are_exact() -> None:
     here, there = np.float32([-10.3, -0.25]), np.float32([-0.1, -3.7])
     audit = compare([probe([5], [[5, 7]], [here.tolist()])], [probe([5], [[7, 5]], [there[::-1].tolist()])], 3)
     gaps = np.abs(here.astype(np.float64) - there.astype(np.float64))
@@ -34,31 +34,31 @@ def test_gaps_and_sizes_are_exact_differences_of_what_was_told() -> None:
     assert audit.logp_mean == pytest.approx(np.abs(there.astype(np.float64)).mean(), rel=1e-14)
 
 
-def test_where_nothing_can_be_compared_the_gap_has_no_bound() -> None:
+def test_without_common_candidates_the_gap_is_infinite() -> None:
     audit = compare([probe([5], [[1, 2]], [[-0.5, -1.0]])], [KNOWN], 3)
     assert (audit.gap_mean, audit.gap_max, audit.tokens, audit.logp_mean) == (np.inf, np.inf, 0, 0.0)
 
 
-def test_a_candidate_without_a_logprob_is_refused() -> None:
+def test_a_candidate_without_a_logprob_is_rejected() -> None:
     with pytest.raises(ValueError, match="zip"):
         compare([probe([5], [[5, 7]], [[-0.5]])], [KNOWN], 3)
 
 
-def test_half_of_the_candidates_are_enough_to_compare_and_a_third_is_not() -> None:
+def test_at_least_half_of_the_candidates_must_be_comparable() -> None:
     half = probe([5], [[5, 1]], [[-0.5, -1.0]])
     third = probe([5], [[5, 1, 2]], [[-0.5, -1.0, -2.0]])
     assert mostly_comparable([half], [KNOWN])
     assert not mostly_comparable([third], [KNOWN])
 
 
-def test_what_follows_another_token_is_not_compared() -> None:
-    """The same candidates, after other tokens, have other logprobs by right."""
+def test_positions_after_a_divergence_are_not_compared() -> None:
+    """After different tokens, the same candidates correctly have different logprobs."""
     found = probe([7, 6], [[7, 5], [6, 8]], [[-1.0, -0.5], [-9.0, -9.0]])
     audit = compare([found], [KNOWN], 3)
     assert (audit.tokens, audit.gap_max) == (2, 0.0)
 
 
-def test_each_new_engine_is_held_against_the_same_questions() -> None:
+def test_several_engines_are_compared_on_the_same_prompts() -> None:
     other = probe([9], [[9, 1]], [[-0.1, -3.0]])
     assert compare([KNOWN, other, KNOWN, other], [KNOWN, other], 3).gap_max == 0
 
@@ -70,16 +70,16 @@ def test_each_new_engine_is_held_against_the_same_questions() -> None:
         probe([5, 6], [[1, 2], [3, 4]], [[-0.5, -1.0], [-0.25, -2.0]]),
         probe([5], [[5, 7]], [[float("nan"), -1.0]]),
     ],
-    ids=["other logprobs", "nothing in common", "no numbers"],
+    ids=["other logprobs", "nothing in common", "nan"],
 )
-def test_an_engine_with_another_policy_is_refused(found: Probe) -> None:
+def test_an_engine_with_another_policy_is_rejected(found: Probe) -> None:
     with pytest.raises(AuditError):
         Tolerance("float32", layers=5, fixed=1e-3).require(compare([found], [KNOWN], 3))
 
 
-def test_one_engine_that_shares_nothing_does_not_hide_behind_others() -> None:
+def test_an_incomparable_engine_is_not_hidden_by_others() -> None:
     stranger = probe([1, 2], [[1, 2], [3, 4]], [[-0.5, -1.0], [-0.25, -2.0]])
     engines = [KNOWN, KNOWN, stranger]
-    assert compare(engines, [KNOWN], 3).gap_max == 0  # nothing of the third one can be compared
+    assert compare(engines, [KNOWN], 3).gap_max == 0  # nothing of the third engine can be compared
     assert not mostly_comparable(engines, [KNOWN])
     assert mostly_comparable([KNOWN, KNOWN], [KNOWN])

@@ -1,4 +1,4 @@
-"""The digest of a tensor against its definition in plain integers, and the faults that it must tell apart."""
+"""Tensor digests against their definition in plain integers, and the faults that they must detect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: in
 
 
 def slow_digest(weight: Tensor) -> int:
-    """sum(a[row] * X[row, column] * b[column]) modulo 2**64, one product after the other."""
+    """Compute sum(a[row] * X[row, column] * b[column]) modulo 2**64 in Python integers."""
     rows = weight.reshape(weight.shape[0], -1).contiguous()
     raw = rows.view(torch.uint8).numpy().reshape(len(rows), -1)
     bits = raw if weight.element_size() == 1 else raw.view(np.int16)
@@ -33,7 +33,7 @@ def slow_digest(weight: Tensor) -> int:
 
 
 def splitmix(index: int) -> int:
-    """SplitMix64's state after `index` steps, mixed."""
+    """Return the output of SplitMix64 after `index` steps."""
     z = index * 0x9E3779B97F4A7C15 % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
@@ -45,7 +45,7 @@ def value(weight: Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_digest_is_its_definition(dtype: torch.dtype) -> None:
+def test_a_digest_equals_its_definition(dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = random(shape, dtype)
         found = digests([("w", weight)])["w"]
@@ -54,19 +54,19 @@ def test_a_digest_is_its_definition(dtype: torch.dtype) -> None:
 
 
 def test_large_matrices_are_summed_in_blocks_without_rounding() -> None:
-    """The largest bits and keys there can be: float64 must hold every sum."""
+    """With the largest possible bits and keys, every partial sum must be exact in float64."""
     weight = torch.full((9, 2**17), -1, dtype=torch.int16).view(torch.bfloat16)
     worst = torch.full((9, 2**17), -(2**15), dtype=torch.int16).view(torch.bfloat16)
     assert (value(weight), value(worst)) == (slow_digest(weight), slow_digest(worst))
 
 
-def test_a_row_of_a_million_odd_values_is_summed_without_rounding() -> None:
-    """At once they would be an odd number of more than float64's 53 bits."""
+def test_a_long_row_of_odd_values_is_summed_exactly() -> None:
+    """Summed at once, they would give an odd number of more than float64's 53 bits."""
     weight = torch.full((1, 2**20 - 1), 2**15 - 1, dtype=torch.int16).view(torch.bfloat16)
     assert value(weight) == slow_digest(weight)
 
 
-def test_keys_are_odd_distinct_and_the_same_for_ever() -> None:
+def test_keys_are_odd_distinct_and_fixed() -> None:
     rows, columns = _keys(5000, 64, CPU), _keys(5000, 20, CPU)
     assert torch.equal(rows & 1, torch.ones_like(rows))
     assert torch.equal(columns & 1, torch.ones_like(columns))
@@ -79,8 +79,8 @@ def test_keys_are_odd_distinct_and_the_same_for_ever() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pieces_add_up_wherever_they_are_cut(dtype: torch.dtype) -> None:
-    """Rows as tensor parallelism cuts them, columns too, and zeros that pad them."""
+def test_digests_of_pieces_add_up_for_any_split(dtype: torch.dtype) -> None:
+    """Rows and columns as tensor parallelism splits them, and zero padding."""
     weight = random((30, 24), dtype)
     padded = torch.zeros(40, 24, dtype=dtype)
     padded[:30] = weight
@@ -96,7 +96,7 @@ def test_pieces_add_up_wherever_they_are_cut(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_weight_that_lies_in_another_order_in_memory_is_the_same(dtype: torch.dtype) -> None:
+def test_a_digest_does_not_depend_on_the_memory_layout(dtype: torch.dtype) -> None:
     weight = random((6, 8), dtype)
     assert value(weight.T.contiguous().T) == value(weight)
     assert value(torch.stack([weight, weight])[1]) == value(weight)
@@ -111,7 +111,7 @@ def faults() -> dict[str, Tensor]:
     both = weight.clone()
     both.view(torch.int16)[3, 4] += 1
     both.view(torch.int16)[3, 5] -= 1
-    changed["one ulp up, another one down"] = both
+    changed["one element one ulp up, another one down"] = both
     signs = -weight
     changed["all signs"] = signs
     changed["rows swapped"] = weight.flip(0)
@@ -128,22 +128,22 @@ def test_a_tensor_that_differs_has_another_digest(fault: str) -> None:
     assert value(faults()[fault]) != value(random((16, 12)))
 
 
-def test_float32_tensors_with_all_signs_turned_have_another_digest() -> None:
+def test_flipping_all_float32_signs_changes_the_digest() -> None:
     weight = random((16, 12), torch.float32)
     assert value(-weight) != value(weight)
 
 
-def test_no_update_of_a_few_ulps_is_missed() -> None:
-    """Small differences at random places, ten thousand times: as bfloat16 training at lr 1e-6 makes them."""
+def test_updates_of_a_few_ulps_always_change_the_digest() -> None:
+    """Ten thousand random sparse updates of one ulp, as bfloat16 training at lr 1e-6 makes."""
     draw = torch.Generator().manual_seed(0)
     differences = torch.zeros(10_000, 8, 8, dtype=torch.int16)
-    places = torch.randint(64, (10_000, 4), generator=draw)
+    positions = torch.randint(64, (10_000, 4), generator=draw)
     steps = torch.randint(0, 2, (10_000, 4), generator=draw, dtype=torch.int16) * 2 - 1
-    differences.view(10_000, 64).scatter_(1, places, steps)
-    assert all(int(piece_digest(one.view(torch.bfloat16), 0, 0)) != 0 for one in differences)
+    differences.view(10_000, 64).scatter_(1, positions, steps)
+    assert all(int(piece_digest(difference.view(torch.bfloat16), 0, 0)) != 0 for difference in differences)
 
 
-def test_tensors_pass_by_unchanged_and_are_digested_as_they_were() -> None:
+def test_tensors_pass_unchanged_and_are_digested_in_passing() -> None:
     collector = DigestCollector()
     weights = {"a": random((3, 4)), "b": random((5,), torch.float32)}
     before = digests(weights.items())
@@ -154,13 +154,13 @@ def test_tensors_pass_by_unchanged_and_are_digested_as_they_were() -> None:
     assert list(before) == ["a", "b"]
 
 
-def test_a_parameter_is_digested_without_its_graph() -> None:
+def test_a_parameter_is_digested_without_its_autograd_graph() -> None:
     weight = torch.nn.Parameter(random((3, 4)))
     assert as_matrix(weight).requires_grad is False
     assert value(weight) == value(weight.detach())
 
 
-def test_a_vector_is_one_column_and_a_kernel_one_row_for_each_output() -> None:
+def test_a_vector_is_one_column_and_a_kernel_a_row_per_output() -> None:
     assert as_matrix(random((5,))).shape == (5, 1)
     assert as_matrix(random((4, 2, 3))).shape == (4, 6)
     assert as_matrix(torch.tensor(1.0)).shape == (1, 1)

@@ -109,7 +109,7 @@ GUARDS = (
     Guard(
         "engines that hold other bits than were sent stop the run",
         "runtime/weight_sync.py",
-        '        require_arrived(self.rollout.wait_for(asked.checks, "checking weights"), self.version)\n',
+        '        require_arrived(self.rollout.wait_for(requested.checks, "checking weights"), self.version)\n',
         "",
         "runtime/test_push.py::test_a_stale_lm_head_is_caught",
     ),
@@ -137,8 +137,8 @@ GUARDS = (
     Guard(
         "a grader that hangs is killed at its limit",
         "runtime/reward_pool.py",
-        "ray.get(asked.score, timeout=self.reward.timeout_s)",
-        "ray.get(asked.score)",
+        "ray.get(request.score, timeout=self.reward.timeout_s)",
+        "ray.get(request.score)",
         "runtime/test_pools.py::test_of_a_group_only_the_answer_that_hangs_or_kills_its_grader_is_masked",
     ),
     Guard(

@@ -18,7 +18,7 @@ from othink_ray.runtime import actors, weight_sync
 from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.weight_sync import AuditedPush, Requested, Sent, TransferPush
+from othink_ray.runtime.weight_sync import AuditedPush, AuditCalls, Sent, TransferPush
 from othink_ray.weights.audit import Tolerance
 from tests.driver.fakes import stats_of
 
@@ -162,7 +162,7 @@ def test_a_learner_that_is_lost_while_it_digests_is_not_taken_for_an_engine(
     audited = AuditedPush(nothing, learner, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.version = 0
     with pytest.raises(ProcessLost, match="the learner died"):
-        audited._arrived(Requested(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
+        audited._arrived(AuditCalls(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
 
 
 def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:

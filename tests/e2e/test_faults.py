@@ -39,7 +39,7 @@ def assert_same_run(found: Run, expected: Run) -> None:
     assert furthest_apart(weights(found.folder), weights(expected.folder)) < 1e-4
 
 
-def test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none(
+def test_a_run_that_loses_processes_ends_like_an_intact_one(
     plain_run: Run, start_run: StartRun, tmp_path: Path
 ) -> None:
     faults = [
@@ -56,7 +56,7 @@ def test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none(
     assert hurt.summary["restarts"] == 2
 
 
-def test_a_run_whose_driver_is_killed_leaves_no_process_and_goes_on_exactly(
+def test_a_run_whose_driver_is_killed_resumes_exactly(
     plain_run: Run, start_run: StartRun, cache: Path, tmp_path: Path
 ) -> None:
     mark = uuid.uuid4().hex

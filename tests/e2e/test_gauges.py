@@ -15,7 +15,7 @@ from tests.runtime.scraping import gauges_of, scraped_until
 BOARD = Path(__file__).parents[2] / "launch" / "grafana.json"
 
 
-def test_every_number_of_the_last_line_is_scraped_and_so_is_all_that_the_board_shows(start_run: StartRun) -> None:
+def test_every_metric_and_every_dashboard_query_is_scraped(start_run: StartRun) -> None:
     run = start_run("train.steps=1")
     [node] = [node for node in ray.nodes() if node["Alive"]]
     target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"

@@ -78,15 +78,13 @@ def ended_by(
     return Ended(run.returncode, screen)
 
 
-def test_ctrl_c_ends_a_run_at_once_with_a_report_and_without_orphans(
-    plain_run: Run, cache: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_run_with_a_report_and_no_orphans(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGINT, cache, tmp_path, "train.overlap=true")
     assert ended.status == 130, ended.screen
     assert "interrupted" in ended.screen
 
 
-def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+def test_sigterm_finishes_and_saves_the_step(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     """As Slurm and spot machines ask for it."""
     ended = ended_by(signal.SIGTERM, cache, tmp_path, "train.checkpoint_every=0")
     assert ended.status == 143, ended.screen
@@ -105,7 +103,7 @@ def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path
         ("asking", ("mode=eval",)),
     ],
 )
-def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
+def test_sigterm_before_any_step_says_so_and_leaves_no_process(
     plain_run: Run, cache: Path, tmp_path: Path, phase: str, overrides: Sequence[str]
 ) -> None:
     mark = uuid.uuid4().hex
@@ -147,7 +145,7 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
 
 
 @pytest.mark.parametrize(("name", "what"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
-def test_a_run_whose_ray_is_gone_says_so_in_a_line(
+def test_a_run_that_loses_ray_says_so_in_one_line(
     plain_run: Run, cache: Path, tmp_path: Path, name: str, what: str
 ) -> None:
     """Otherwise Ray exits the driver within seconds, with pieces of its logs on the screen and no report."""

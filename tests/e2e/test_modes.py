@@ -40,7 +40,7 @@ def test_supervised_training_is_logged_by_its_loss(taught_run: Run) -> None:
     assert rates == pytest.approx([2e-3 * (1 - step / 6) for step in range(6)])
 
 
-def test_it_is_examined_saved_and_exported_like_any_run(taught_run: Run) -> None:
+def test_it_is_evaluated_saved_and_exported_like_any_run(taught_run: Run) -> None:
     assert taught_run.summary["mode"] == "sft"
     assert set(taught_run.summary["also"]) == {"counting"}
     assert [line["step"] for line in taught_run.steps if "eval/accuracy/counting" in line] == [2, 5]
@@ -59,7 +59,7 @@ def cells(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def test_evaluation_of_a_run_gives_the_accuracy_that_the_run_ended_with(examined: Run, plain_run: Run) -> None:
+def test_evaluation_of_a_run_gives_its_final_accuracy(examined: Run, plain_run: Run) -> None:
     [first, second] = cells(examined)
     assert (first["model"], first["data"]) == (str(plain_run.folder), "counting")
     assert {name: first[name] for name in ("accuracy", "format", "n", "tokens_mean")} == {
@@ -81,7 +81,7 @@ def test_every_question_is_a_line_with_its_answers(examined: Run) -> None:
     assert all(cell["model"] in page for cell in cells(examined))
 
 
-def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartRun) -> None:
+def test_an_evaluation_resumes_where_it_stopped(examined: Run, start_run: StartRun) -> None:
     file = examined.folder / cells(examined)[0]["answers"]
     whole = file.read_text()
     file.write_text(whole[: whole.rindex("{") + 40])  # torn in its last line
@@ -105,7 +105,7 @@ def study(plain_run: Run, start_run: StartRun) -> Run:
     return start_run(*STUDY, f"model.path={plain_run.folder}")
 
 
-def test_a_study_makes_its_runs_once_and_shows_them(study: Run, plain_run: Run, start_run: StartRun) -> None:
+def test_a_study_does_each_run_once_and_shows_it(study: Run, plain_run: Run, start_run: StartRun) -> None:
     found = json.loads((study.folder / "study.json").read_text())
     assert found["finished"] and [run["status"] for run in found["runs"]] == ["done"]
     assert all(0 <= row["accuracy"]["mean"] <= 1 for row in found["fig6"])

@@ -29,7 +29,7 @@ def asked(run: Run, step: int) -> list[str]:
     return [name for name in ids if name.startswith("scenes/train/")]
 
 
-def test_a_question_that_comes_back_has_an_id_of_its_own(few_rows: Run) -> None:
+def test_a_repeated_prompt_has_its_own_id(few_rows: Run) -> None:
     for step, line in enumerate(few_rows.steps):
         ids = asked(few_rows, step)
         assert len(set(ids)) == len(ids) == line["groups/asked"]
@@ -38,7 +38,7 @@ def test_a_question_that_comes_back_has_an_id_of_its_own(few_rows: Run) -> None:
     assert sum(line["groups/asked"] for line in few_rows.steps) > 8  # in more than one round a step
 
 
-def test_a_resumed_run_asks_the_same_rounds_again(few_rows: Run, start_run: StartRun) -> None:
+def test_a_resumed_run_repeats_the_same_sampling_rounds(few_rows: Run, start_run: StartRun) -> None:
     resumed = start_run(*FEW, f"run.resume={few_rows.folder / 'checkpoints' / 'step_1'}")
     assert sorted(asked(resumed, 1)) == sorted(asked(few_rows, 1))
     [line] = resumed.steps

@@ -14,7 +14,7 @@ def of(spans: Sequence[Done], process: str, name: str) -> list[Done]:
     return [one for one in spans if one.process == process and one.name == name]
 
 
-def test_every_process_shows_its_part_of_every_step_inside_that_step(plain_run: Run) -> None:
+def test_every_process_has_its_spans_inside_each_step(plain_run: Run) -> None:
     spans = spans_in(plain_run.folder / "trace.json")
     steps = of(spans, "driver", "step")
     assert [step.about["step"] for step in steps] == [0, 1, 2, 3]
@@ -31,7 +31,7 @@ def test_every_process_shows_its_part_of_every_step_inside_that_step(plain_run: 
     assert len(of(spans, "learner 0", "write checkpoint")) == 2
 
 
-def test_under_overlap_the_next_step_is_generated_while_this_one_is_learned(overlapped: Run) -> None:
+def test_overlap_generates_the_next_step_during_the_update(overlapped: Run) -> None:
     spans = spans_in(overlapped.folder / "trace.json")
     learned = of(spans, "learner 0", "update")
     generated = [one for one in of(spans, "rollout 0", "generate") if one.about["answers"] == 4]

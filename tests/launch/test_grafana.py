@@ -19,7 +19,7 @@ def board() -> dict[str, Any]:
     return found
 
 
-def test_every_panel_has_its_own_place_on_the_grid_and_its_own_number(board: dict[str, Any]) -> None:
+def test_panels_have_distinct_ids_and_do_not_overlap(board: dict[str, Any]) -> None:
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = [panel["gridPos"] for panel in panels]
@@ -30,7 +30,7 @@ def test_every_panel_has_its_own_place_on_the_grid_and_its_own_number(board: dic
         assert beside or below
 
 
-def test_every_query_goes_to_the_chosen_source_and_has_balanced_brackets(board: dict[str, Any]) -> None:
+def test_every_query_uses_the_chosen_source_and_is_balanced(board: dict[str, Any]) -> None:
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert variables["datasource"]["query"] == "prometheus"
     for panel in board["panels"]:
@@ -41,7 +41,7 @@ def test_every_query_goes_to_the_chosen_source_and_has_balanced_brackets(board: 
             assert all(target["expr"].count(left) == target["expr"].count(right) for left, right in ("()", "{}"))
 
 
-def test_own_numbers_are_shown_of_the_chosen_runs_only(board: dict[str, Any]) -> None:
+def test_queries_are_filtered_by_the_chosen_runs(board: dict[str, Any]) -> None:
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     assert all('{run=~"$run"}' in query for query in queries if "othink_ray" in query)
 
@@ -49,7 +49,7 @@ def test_own_numbers_are_shown_of_the_chosen_runs_only(board: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "title", ["Reward", "Accuracy", "KL weight", "KL", "Audit gap", "Throughput", "Memory of nodes"]
 )
-def test_what_one_looks_for_has_a_panel(board: dict[str, Any], title: str) -> None:
+def test_the_important_panels_exist(board: dict[str, Any], title: str) -> None:
     assert title in [panel["title"] for panel in board["panels"]]
 
 

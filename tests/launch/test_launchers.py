@@ -61,7 +61,7 @@ def test_kuberay_passes_all_arguments_last() -> None:
 
 
 @pytest.mark.parametrize("command", [command_of("slurm.sbatch"), kuberay("")["spec"]["entrypoint"]])
-def test_the_launchers_own_settings_make_a_sound_configuration(command: str) -> None:
+def test_the_launchers_settings_make_a_valid_configuration(command: str) -> None:
     config = load(["cluster=two_nodes", *settings(command)])
     assert config.cluster.address == "auto"
     assert config.run.resume == "auto"
@@ -72,7 +72,7 @@ def test_the_users_settings_win_over_the_launchers() -> None:
     assert (config.run.dir, config.run.resume) == ("elsewhere", "never")
 
 
-def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
+def test_slurm_jobs_are_requeued_before_their_time_limit() -> None:
     """tests/drills/test_slurm.py lets it happen."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = slurm_options()
@@ -82,7 +82,7 @@ def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
     assert re.search(rf"^trap out_of_time {signal[1]}$", text, flags=re.MULTILINE)
 
 
-def test_jobs_that_are_stopped_have_the_time_that_a_run_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_jobs_have_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
     by_hand = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
     assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == by_hand
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -92,7 +92,7 @@ def test_jobs_that_are_stopped_have_the_time_that_a_run_wants(monkeypatch: pytes
     assert short_notice() is None
 
 
-def test_the_logs_of_slurm_jobs_do_not_travel_with_a_ray_job(tmp_path: Path) -> None:
+def test_slurm_logs_are_not_uploaded_with_a_ray_job(tmp_path: Path) -> None:
     """They lie in the checkout that `ray job submit --working-dir .` uploads; Ray passes over what git ignores."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     options = slurm_options()
@@ -127,7 +127,7 @@ def test_ray_up_accepts_the_cluster_file() -> None:
     assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
 
 
-def test_ray_ups_fill_in_lines_are_those_that_name_machines_and_people() -> None:
+def test_fill_in_lines_of_ray_up_name_machines_and_users() -> None:
     lines = [line for line in (LAUNCH / "ray_up.yaml").read_text().splitlines() if not line.startswith("#")]
     marked = {line.partition(":")[0].strip() for line in lines if "# FILL IN" in line}
     assert marked == {"head_ip", "worker_ips", "ssh_user", "ssh_private_key", "min_workers", "max_workers"}
@@ -143,13 +143,13 @@ def test_ray_up_starts_every_node_with_the_token() -> None:
         assert start.startswith("RAY_AUTH_MODE=token ")
 
 
-def test_the_command_that_ray_up_shows_is_sound() -> None:
+def test_the_command_shown_for_ray_up_is_valid() -> None:
     found = re.search(r"othink_ray\.main \\\n(.*)'\n", (LAUNCH / "ray_up.yaml").read_text())
     assert found is not None
     assert load(settings(found[1].removeprefix("#"))).cluster.address == "auto"
 
 
-def test_the_nodes_that_launchers_ask_for_have_the_gpus_of_two_nodes() -> None:
+def test_launchers_request_the_gpus_of_two_nodes() -> None:
     config = load(["cluster=two_nodes"])
     rollout, learner = config.rollout, config.learner
     wanted = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank

@@ -135,7 +135,7 @@ def _ssh_server(stack: ExitStack, folder: Path, name: str, key: Path) -> subproc
     return server
 
 
-def test_a_cluster_comes_up_makes_a_run_and_is_gone_when_it_is_taken_down(site: Site, tmp_path: Path) -> None:
+def test_ray_up_starts_a_cluster_that_runs_and_ray_down_ends_it(site: Site, tmp_path: Path) -> None:
     site.ray("get-auth-token", "--generate")
     site.ray("up", "--yes", str(site.file))
     assert wait_until(lambda: site.raylets() == 2, 120), site.log()

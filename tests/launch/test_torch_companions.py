@@ -61,7 +61,7 @@ def test_a_companion_that_loads_stays(tmp_path: Path) -> None:
     assert run(code) == "torchaudio"
 
 
-def test_a_copy_installs_itself_without_the_package_and_loads_nothing_heavy(tmp_path: Path) -> None:
+def test_a_copy_works_without_the_package_and_imports_lightly(tmp_path: Path) -> None:
     shutil.copy(ROOT / "othink_ray" / "torch_companions.py", tmp_path / "copied_companions.py")
     code = (
         "import sys, copied_companions; copied_companions.install(); copied_companions.install()\n"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# In ten minutes, on a machine with an NVIDIA GPU: what works there, and how fast:  launch/gpu_check.sh [--only PART ...]
-#   Python is .venv, made when it is missing. PYTHON=/path/to/python takes one that has torch and transformers already;
-#   what else it lacks is skipped, part by part. launch/gpu_check.sh --help lists the parts.
+# Checks and times what works on this machine's NVIDIA GPU, in ten minutes:  launch/gpu_check.sh [--only PART ...]
+#   Uses .venv and creates it if missing. PYTHON=/path/to/python uses an interpreter that has torch and transformers;
+#   parts that need packages it lacks are skipped. launch/gpu_check.sh --help lists the parts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,6 +13,6 @@ if [[ -z ${PYTHON:-} ]]; then
     launch/setup_env.sh gpu
     PYTHON=.venv/bin/python
 fi
-export HF_HUB_OFFLINE=1 # everything is made here
+export HF_HUB_OFFLINE=1 # the check makes all its models and data itself
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m benchmarks.gpu "$@"

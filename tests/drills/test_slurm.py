@@ -56,6 +56,6 @@ def test_a_job_at_its_limit_while_ray_starts_says_why_it_ends(tmp_path: Path) ->
         here.run_out(job)
         ended = here.wait(job, 90)
         assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0"), log.read_text()
-        assert "not queued again, for no step was saved" in log.read_text()
+        assert "not requeued: no step was saved" in log.read_text()
         assert not (tmp_path / "run").exists()
         assert not list(Path("/tmp").glob(f"ray-*-{job}-*"))

@@ -1,4 +1,4 @@
-"""The numbers of a real run where Prometheus finds them, under the names that the Grafana board asks for."""
+"""Metrics of a real run as Prometheus scrapes them, under the names that the Grafana dashboard queries."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_every_metric_and_every_dashboard_query_is_scraped(start_run: StartRun) 
     [line] = run.steps
     expected = {gauge_name(name): value for name, value in line.items() if value is not None}
     text = scraped_until(target, lambda text: gauges_of(text, run.folder) == expected)
-    asked = set(re.findall(r"\bray_\w+", " ".join(expressions(json.loads(BOARD.read_text())))))
-    assert {name for name in asked if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
+    queried = set(re.findall(r"\bray_\w+", " ".join(expressions(json.loads(BOARD.read_text())))))
+    assert {name for name in queried if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
 
 
 def expressions(board: dict[str, list[dict[str, list[dict[str, str]]]]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A whole run of a family that is not Qwen's: real vLLM is asked before and after, and audited against the learner."""
+"""A whole run of another family than Qwen: evaluated by real vLLM before and after, audited against the learner."""
 
 from __future__ import annotations
 

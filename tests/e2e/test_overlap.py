@@ -1,4 +1,4 @@
-"""One real run in which the next step is generated while this one is learned."""
+"""One real run with overlap: the next step is generated during the update of this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One real run: its records, its numbers, its model."""
+"""One real run: its records, its metrics and its model."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def furthest_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative distance of any tensor."""
+    """Return the largest relative distance of any tensor."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
 
 
-def prepared(run: Run) -> bool:
-    """Whether engines made themselves ready for questions before they were asked."""
+def prefetched(run: Run) -> bool:
+    """Return whether engines prepared prompts before they sampled them."""
     spans = spans_in(run.folder / "trace.json")
-    return any(one.process.startswith("rollout") and one.name == "prepare" for one in spans)
+    return any(each.process.startswith("rollout") and each.name == "prepare" for each in spans)
 
 
 def test_each_step_is_one_line_with_every_metric(plain_run: Run) -> None:
@@ -110,14 +110,14 @@ def test_the_export_reproduces_the_accuracy_in_other_engines(plain_run: Run) -> 
         groups = list(HFRollout(config.rollout, config.model, family).generate(prompts, greedy))
         right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
         assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
-        said, complaint = fresh.communicate(timeout=200)
-    assert fresh.returncode == 0, complaint
-    assert float(said.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
+        output, errors = fresh.communicate(timeout=200)
+    assert fresh.returncode == 0, errors
+    assert float(output.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
 def test_ranks_actors_sharding_and_prefetch_do_not_change_a_run(plain_run: Run, start_run: StartRun) -> None:
     spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.read_ahead=false")
-    assert prepared(plain_run) and not prepared(spread)
+    assert prefetched(plain_run) and not prefetched(spread)
     assert furthest_apart(weights(plain_run.folder), weights(spread.folder)) < 1e-4
     for one, other in zip(plain_run.steps, spread.steps, strict=True):
         assert one["reward/mean"] == other["reward/mean"]

@@ -1,4 +1,4 @@
-"""Whole runs that train adapters, or all but frozen parts: real Ray, vLLM and DeepSpeed."""
+"""Whole runs with LoRA adapters or frozen parts: real Ray, vLLM and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapted_run(start_run: StartRun) -> Run:
 
 
 def base_of(run: Run) -> dict[str, Tensor]:
-    """The weights that it began with."""
+    """Return the weights of the base model that the run began with."""
     [base] = [line for line in run.screen.splitlines() if line.startswith("base model: ")]
     return load_file(f"{base.removeprefix('base model: ').split(' (')[0]}/model.safetensors")
 
@@ -90,11 +90,11 @@ def test_a_plain_vllm_answers_with_the_export_as_the_run_ended(adapted_run: Run)
 
 
 def test_supervised_training_has_adapters_too(adapted_run: Run, start_run: StartRun) -> None:
-    taught = start_run(*LORA, "mode=sft", "rollout=hf", f"model.path={adapted_run.folder}", "train.prompts_per_step=16")
-    losses = [line["loss"] for line in taught.steps]
+    tuned = start_run(*LORA, "mode=sft", "rollout=hf", f"model.path={adapted_run.folder}", "train.prompts_per_step=16")
+    losses = [line["loss"] for line in tuned.steps]
     assert losses[-1] < losses[0]
-    assert (taught.folder / "export/adapter/adapter_model.safetensors").is_file()
-    one, other = weights(adapted_run.folder), weights(taught.folder)
+    assert (tuned.folder / "export/adapter/adapter_model.safetensors").is_file()
+    one, other = weights(adapted_run.folder), weights(tuned.folder)
     assert {name.rpartition(".")[0].endswith("_proj") for name in one if not one[name].equal(other[name])} == {True}
 
 
@@ -103,7 +103,7 @@ COARSE = ("learner.lora.rank=8", "model.dtype=bfloat16", "weights.audit_toleranc
 
 @pytest.fixture(scope="module")
 def coarse_run(start_run: StartRun, adapted_run: Run) -> Run:
-    """In bfloat16, at a rate whose updates are far below the grid of the matrices that are adapted."""
+    """Run in bfloat16, at a learning rate whose updates are far below the rounding of the adapted matrices."""
     return start_run(*COARSE, "train.steps=3", "learner.lr=1e-5", "train.checkpoint_every=0")
 
 
@@ -124,8 +124,8 @@ def test_the_export_of_a_bfloat16_run_is_merged_in_float32(coarse_run: Run) -> N
 
 
 def test_eval_of_a_bfloat16_run_uses_its_exact_policy(coarse_run: Run, start_run: StartRun) -> None:
-    asked = start_run("mode=eval", f"model.path={coarse_run.folder}", *COARSE[1:])
-    [result] = json.loads((asked.folder / "evaluation.json").read_text())["results"]
+    evaluated = start_run("mode=eval", f"model.path={coarse_run.folder}", *COARSE[1:])
+    [result] = json.loads((evaluated.folder / "evaluation.json").read_text())["results"]
     assert result["accuracy"] == coarse_run.summary["after"]["accuracy"]
 
 
@@ -134,10 +134,16 @@ def test_training_from_a_merge_that_would_be_rounded_is_refused(
 ) -> None:
     screen = io.StringIO()
     with redirect_stderr(screen):
-        asked = [*SMALL, *COARSE, f"model.path={coarse_run.folder}", f"run.dir={tmp_path}", f"run.cache_dir={cache}"]
-        assert main(asked) == 2
-    told = " ".join(screen.getvalue().split())
-    assert "whose export is merged in float32" in told and "run.resume" in told and "model.dtype=float32" in told
+        arguments = [
+            *SMALL,
+            *COARSE,
+            f"model.path={coarse_run.folder}",
+            f"run.dir={tmp_path}",
+            f"run.cache_dir={cache}",
+        ]
+        assert main(arguments) == 2
+    text = " ".join(screen.getvalue().split())
+    assert "whose export is merged in float32" in text and "run.resume" in text and "model.dtype=float32" in text
 
 
 @pytest.mark.parametrize("freeze", ["vision", "projector"])
@@ -150,14 +156,14 @@ def test_frozen_parts_are_neither_changed_nor_pushed(start_run: StartRun, freeze
     assert 0 < len(projector) < len(tower) and changed_by(run) == trained
     assert [line["push/mb"] for line in run.steps] == pytest.approx([megabytes(run, trained)] * 2)
     assert all(line["audit/logp_gap_mean"] <= line["audit/tolerance"] < 1e-5 for line in run.steps)
-    assert {line["audit/verified_weights"] for line in run.steps} == {len(trained)}  # and the others at the first push
+    assert {line["audit/verified_weights"] for line in run.steps} == {len(trained)}  # all others at the first push only
 
 
 def test_an_unknown_lora_target_ends_the_run_in_one_line(ray_here: None, cache: Path, tmp_path: Path) -> None:
-    asked = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
+    settings = ["learner.lora.rank=4", "learner.lora.targets=[q_porj]"]
     screen = io.StringIO()
     with redirect_stdout(screen):
-        assert main([*SMALL, *asked, f"run.dir={tmp_path}", f"run.cache_dir={cache}"]) == 1
-    told = " ".join(screen.getvalue().split())
-    assert "stopped: learner.lora.targets = [q_porj] must be" in told and "Did you mean q_proj?" in told
-    assert "loading" not in told
+        assert main([*SMALL, *settings, f"run.dir={tmp_path}", f"run.cache_dir={cache}"]) == 1
+    text = " ".join(screen.getvalue().split())
+    assert "stopped: learner.lora.targets = [q_porj] must be" in text and "Did you mean q_proj?" in text
+    assert "loading" not in text

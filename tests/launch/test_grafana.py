@@ -1,4 +1,4 @@
-"""The Grafana board is sound and complete. That its names exist is asked of a real run: tests/e2e/test_gauges.py."""
+"""Layout and queries of the Grafana dashboard; tests/e2e/test_gauges.py checks its metric names on a real run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def board() -> dict[str, Any]:
 def test_panels_have_distinct_ids_and_do_not_overlap(board: dict[str, Any]) -> None:
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    places = [panel["gridPos"] for panel in panels]
-    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
-    for one, other in combinations(places, 2):
+    boxes = [panel["gridPos"] for panel in panels]
+    assert all(box["x"] >= 0 and box["x"] + box["w"] <= 24 for box in boxes)
+    for one, other in combinations(boxes, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
         assert beside or below

@@ -1,4 +1,4 @@
-"""Launchers start a cluster and pass the user's settings on; they choose no hyper-parameters."""
+"""Launchers start a cluster and pass the user's settings on; they set no hyperparameters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from othink_ray.runtime.cluster import short_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-# What a launcher may set: where the run lives, that it goes on, and which cluster it joins.
-THEIRS = {"cluster.address", "run.dir", "run.resume"}
+# Keys that a launcher may set: the run's folder, resumption, and the cluster to join.
+LAUNCHER_KEYS = {"cluster.address", "run.dir", "run.resume"}
 
 
 def kuberay(arguments: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def settings(command: str) -> list[str]:
 
 
 def command_of(launcher: str) -> str:
-    """The part of a shell launcher's text from `othink_ray.main` to the end of that command."""
+    """Return the arguments of `othink_ray.main` in a shell launcher."""
     found = re.search(r"othink_ray\.main (.*)", (LAUNCH / launcher).read_text())
     assert found is not None
     return found[1].removesuffix(" &").replace("$address:$port", "auto")
@@ -51,13 +51,13 @@ def slurm_options() -> dict[str, str]:
 def test_shell_launchers_pass_all_arguments_last(launcher: str) -> None:
     command = command_of(launcher)
     assert command.endswith('"$@"')
-    assert {setting.partition("=")[0] for setting in settings(command)} <= THEIRS
+    assert {setting.partition("=")[0] for setting in settings(command)} <= LAUNCHER_KEYS
 
 
 def test_kuberay_passes_all_arguments_last() -> None:
     entrypoint = kuberay("algo=grpo train.steps=7")["spec"]["entrypoint"]
     assert entrypoint.endswith(" algo=grpo train.steps=7")
-    assert {setting.partition("=")[0] for setting in settings(entrypoint)[:-2]} == THEIRS
+    assert {setting.partition("=")[0] for setting in settings(entrypoint)[:-2]} == LAUNCHER_KEYS
 
 
 @pytest.mark.parametrize("command", [command_of("slurm.sbatch"), kuberay("")["spec"]["entrypoint"]])
@@ -73,7 +73,7 @@ def test_the_users_settings_win_over_the_launchers() -> None:
 
 
 def test_slurm_jobs_are_requeued_before_their_time_limit() -> None:
-    """tests/drills/test_slurm.py lets it happen."""
+    """tests/drills/test_slurm.py does it for real."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = slurm_options()
     assert {"requeue", "exclusive", "nodes", "signal"} <= options.keys()
@@ -83,17 +83,17 @@ def test_slurm_jobs_are_requeued_before_their_time_limit() -> None:
 
 
 def test_stopped_jobs_have_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_hand = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
-    assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == by_hand
+    job_environment = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
+    assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == job_environment
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert short_notice() is not None
-    for name, value in by_hand.items():
+    for name, value in job_environment.items():
         monkeypatch.setenv(name, value)
     assert short_notice() is None
 
 
 def test_slurm_logs_are_not_uploaded_with_a_ray_job(tmp_path: Path) -> None:
-    """They lie in the checkout that `ray job submit --working-dir .` uploads; Ray passes over what git ignores."""
+    """`ray job submit --working-dir .` uploads the checkout, which holds the logs, but not files that git ignores."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     options = slurm_options()
     log = options["output"].replace("%x", options["job-name"]).replace("%j", "17")
@@ -121,7 +121,7 @@ def ray_up() -> dict[str, Any]:
 
 
 def test_ray_up_accepts_the_cluster_file() -> None:
-    """What `ray up` does with it before it reaches for a machine."""
+    """Validate as `ray up` does before it connects to a machine."""
     prepared = prepare_config(ray_up())
     validate_config(prepared)
     assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
@@ -152,12 +152,12 @@ def test_the_command_shown_for_ray_up_is_valid() -> None:
 def test_launchers_request_the_gpus_of_two_nodes() -> None:
     config = load(["cluster=two_nodes"])
     rollout, learner = config.rollout, config.learner
-    wanted = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
+    gpus = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
     slurm = slurm_options()
-    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == wanted
+    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == gpus
     [workers] = kuberay("")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     [container] = workers["template"]["spec"]["containers"]
-    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == wanted
+    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == gpus
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
 
 
@@ -169,7 +169,7 @@ def test_kuberay_pods_may_use_what_they_reserve() -> None:
     cluster = kuberay("")["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
-        asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
-        assert {name: asked[name] for name in allowed} == allowed  # no overcommitted memory: Kubernetes would kill
-        shared = next(one for one in group["template"]["spec"]["volumes"] if one["name"] == "shared-memory")
-        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(allowed["memory"])
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert {name: requests[name] for name in limits} == limits  # overcommitted memory would get pods killed
+        shared = next(volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shared-memory")
+        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(limits["memory"])

@@ -1,4 +1,4 @@
-"""Imports what a run will import, so that a broken environment shows now; called by setup_env.sh with cpu or gpu."""
+"""Import the packages of a run, so that a broken environment fails in set-up; setup_env.sh passes cpu or gpu."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 USED = (deepspeed, hydra, ray, vllm, wandb, Qwen2VLForConditionalGeneration, Qwen2VLProcessor)
 
 if __name__ == "__main__":
-    # Without nvidia-smi the environment is being made for another machine: an image, a login node.
+    # Without nvidia-smi the environment is built for another machine: an image, a login node.
     if sys.argv[1] == "gpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} cannot use the GPU: is the driver too old for CUDA {torch.version.cuda}?")
     print(*(getattr(used, "__name__", used) for used in USED))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv when it is missing or stale:  launch/setup_env.sh [auto|cpu|gpu] [dev]
-#   auto (default) takes gpu when nvidia-smi lists one; dev adds the linters and the test runner.
-#   PYTHON=/path/to/python chooses the interpreter.
+# Creates .venv, or recreates it when stale:  launch/setup_env.sh [auto|cpu|gpu] [dev]
+#   auto (default) selects gpu if nvidia-smi lists a GPU; dev adds linters and the test runner.
+#   PYTHON=/path/to/python selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -23,14 +23,14 @@ if [[ $kind == auto ]]; then
     if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then kind=gpu; fi
 fi
 
-# A stamp says what the environment was made from, and where: a virtual environment cannot be moved.
+# A stamp records the inputs and the location of the environment: a virtual environment cannot be moved.
 key=$({ printf '%s\n' "$root"; cat pyproject.toml launch/setup_env.sh launch/*.py othink_ray/torch_companions.py; } | sha256sum | cut -d' ' -f1)
 holds() { [[ -x $python && $(cat "$venv/.othink_ray-$1" 2>/dev/null) == "$key" ]]; }
 if holds "$kind-dev" || { [[ -z $extras ]] && holds "$kind"; }; then exit 0; fi
 
-# --- what must be there before anything is downloaded ---
+# --- preconditions, checked before any download ---
 [[ $(uname -s) == Linux && $(uname -m) =~ ^(x86_64|aarch64)$ ]] ||
-    die "vLLM has wheels for Linux on x86_64 and aarch64, and this is $(uname -s) on $(uname -m)" \
+    die "vLLM has wheels for Linux on x86_64 and aarch64 only; this is $(uname -s) on $(uname -m)" \
         "use a container: docker build -f docker/Dockerfile.$kind ."
 command -v g++ >/dev/null ||
     die "no C++ compiler (g++): DeepSpeed and vLLM compile parts of themselves" "apt-get install g++"
@@ -54,7 +54,7 @@ choose_python() {
         "install one (apt-get install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python make demo"
 }
 
-# The scripts in bin/ name the folder they were made in; vLLM's two builds cannot live in one environment.
+# The scripts in bin/ hold the absolute path of the environment; vLLM's CPU and GPU builds exclude each other.
 made_as="$kind in $root"
 usable() {
     [[ $("$python" -c 'import sys; print(sys.prefix)' 2>/dev/null) == "$venv" ]] &&
@@ -66,14 +66,14 @@ if ! usable; then
     free_gb=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
     ((free_gb >= needed_gb)) ||
         die "$free_gb GB free on the disk of $root, the $kind environment needs $needed_gb GB" "free some space, or clone to another disk"
-    say "new virtual environment for $kind ($("$base" --version)) in $venv"
+    say "creating a virtual environment for $kind ($("$base" --version)) in $venv"
     rm -rf "$venv"
     "$base" -m venv "$venv"
 fi
 rm -f "$venv"/.othink_ray-{cpu,gpu,cpu-dev,gpu-dev}
 echo "$made_as" >"$venv/.othink_ray-made"
 
-# --- torch first: later steps then keep the build that is here ---
+# --- torch first: later installs keep the build that is present ---
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 log=$venv/setup.log
 : >"$log"
@@ -86,16 +86,16 @@ if [[ $kind == gpu ]]; then
             "check pip's index settings (pip config list) and the network; the whole log is $log"; }
 else
     say "torch $torch (CPU build)"
-    # Where pip's own configuration knows a CPU wheel, that one; PyPI has only the CUDA build, PyTorch's index has both for CPU.
+    # Prefer a CPU wheel from pip's configured index. PyPI has the CUDA build only; PyTorch's index has CPU builds of both.
     pip install -q --no-compile "torch==$torch+cpu" 2>>"$log" ||
-        { say "no CPU build where pip looks: taking it from $torch_index"
+        { say "no CPU build on the configured index: using $torch_index"
           pip install -q --no-compile --timeout 30 --retries 2 --index-url "$torch_index" "torch==$torch+cpu" torchvision 2>>"$log"; } ||
         { tail -n 20 "$log" >&2; die "no CPU wheel of torch $torch for $("$python" --version) on $(uname -m)" \
-            "check that $torch_index can be reached, or give pip a folder with the wheel: PIP_FIND_LINKS=/path/to/wheels" \
+            "check that $torch_index is reachable, or point pip to a folder with the wheel: PIP_FIND_LINKS=/path/to/wheels" \
             "another Python may have one: PYTHON=python3.12 make demo"; }
 fi
 
-# --- the rest: uv is several times faster; pip honours every setting of pip, so it is what is left when uv cannot ---
+# --- the rest with uv, several times faster; fall back to pip, which honors every pip setting ---
 wanted=".[$kind${extras:+,$extras}]"
 pip_config=$(pip config list 2>/dev/null || true)
 pip_setting() { sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<<"$pip_config" | head -n 1; }
@@ -111,15 +111,15 @@ install_with_uv() {
 }
 say "Ray, vLLM, DeepSpeed, transformers${extras:+, linters, tests} (with uv)"
 if ! install_with_uv; then
-    say "uv could not (see $log): the same with pip, which takes a minute or two"
+    say "uv failed (see $log): installing with pip, which takes a minute or two"
     pip install -q --no-compile -e "$wanted" 2>>"$log" ||
         { tail -n 20 "$log" >&2; die "pip could not install $wanted" \
-            "the lines above name the package: a wheel may be missing for $("$python" --version) on $(uname -m), or the index out of reach" \
+            "the lines above name the package: a wheel may be missing for $("$python" --version) on $(uname -m), or the index may be unreachable" \
             "the whole log is $log"; }
 fi
 
 # --- PyPI's torchvision, torchaudio and torchcodec are CUDA builds: make them harmless beside a CPU torch ---
-# A copy, so that programs that know nothing of othink_ray are helped too, and a checkout is imported from where they run.
+# A copy works for programs that do not import othink_ray too, and leaves the choice of checkout to the import path.
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 rm -f "$packages"/othink_ray_torch*
 if [[ $kind == cpu ]]; then
@@ -127,10 +127,10 @@ if [[ $kind == cpu ]]; then
     echo "import othink_ray_torch_companions as companions; companions.install()" >"$packages/othink_ray_torch_companions.pth"
 fi
 
-# The first import of each package compiles it, here once instead of in every worker at once.
+# The first import compiles bytecode: do it once here instead of in all workers at the same time.
 unset PYTHONDONTWRITEBYTECODE
-say "first import of everything"
+say "importing all packages once"
 "$python" launch/first_import.py "$kind" >>"$log" 2>&1 ||
-    { tail -n 20 "$log" >&2; die "the environment was installed but does not import" "the lines above say why; to start afresh: rm -rf .venv"; }
+    { tail -n 20 "$log" >&2; die "the environment is installed but an import fails" "see the lines above; to start from scratch: rm -rf .venv"; }
 echo "$key" >"$venv/.othink_ray-$kind${extras:+-$extras}"
 say "ready"

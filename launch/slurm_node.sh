@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Ray on one node of a Slurm job, until the job ends it:  launch/slurm_node.sh ADDRESS PORT CLIENT_PORT
-# The first node's, where Ray's head is.
+# Runs Ray on one node of a Slurm job until the job ends it:  launch/slurm_node.sh ADDRESS PORT CLIENT_PORT
+# ADDRESS and the ports are those of the first node, which runs Ray's head.
 set -euo pipefail
 umask 077
 
-# Its own folder, since Ray lets everybody write into its: a short one, for sockets have short paths.
+# A private folder, since Ray creates its files world-writable; a short path, since Unix socket paths are limited.
 folder=/tmp/ray-$UID-$SLURM_JOB_ID-$(cksum <<<"$SLURMD_NODENAME" | cut -d' ' -f1)
-# Kills what is left of Ray, here and of an earlier start of this job, should Slurm have lost sight of it.
+# Kills Ray processes of this and of earlier starts of the job on this node that Slurm no longer tracks.
 clean_up() {
     pkill -KILL -U "$UID" -f -- "$folder/" || true
     rm -rf "$folder"
@@ -14,11 +14,11 @@ clean_up() {
 clean_up
 mkdir "$folder"
 
-# The job may ask it to end at any moment, while Ray starts too.
+# The job may send SIGTERM at any time, also while Ray starts.
 ended=no
 trap 'ended=yes; kill -TERM ${ray-} 2>/dev/null || true' TERM
 
-# Ports that are free, since this node may have another Ray; no time to drain, since the driver has ended before.
+# Free ports, since the node may run another Ray; no drain time, since the driver has ended before.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 settings=(--block --disable-usage-stats --temp-dir="$folder/ray" --min-worker-port=0 --max-worker-port=0)
 settings+=(--dashboard-agent-listen-port=0)
@@ -30,18 +30,18 @@ else
 fi
 status=0
 if [[ $ended == no ]]; then
-    ray start "${settings[@]}" &>"$folder/said" &
+    ray start "${settings[@]}" &>"$folder/output" &
     ray=$!
     while [[ $ended == no ]] && kill -0 "$ray" 2>/dev/null; do wait "$ray" || status=$?; done
 fi
 if [[ $ended == yes ]]; then
-    status=0 # with any other one srun would kill the other nodes' scripts before they have tidied up
-    for _ in {1..10}; do # a Ray that is just starting can lose the signal
+    status=0 # any other status makes srun kill the other nodes' scripts before they have cleaned up
+    for _ in {1..10}; do # Ray can miss the signal while it starts
         kill -0 "${ray-}" 2>/dev/null || break
         sleep 1
     done
 else
-    cat "$folder/said" >&2
+    cat "$folder/output" >&2
 fi
 clean_up
 exit "$status"

@@ -1,1 +1,1 @@
-"""Everything distributed: Ray lives here and nowhere else."""
+"""Everything distributed: the only package that uses Ray."""

@@ -1,4 +1,4 @@
-"""What runs inside the Ray actors, thin: each call is one line into an engine."""
+"""Ray actor classes for rollout engines and learner ranks: thin wrappers that forward each call to their engine."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStat
 from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
 from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 
-BESIDE = "beside"
+BACKGROUND = "background"  # concurrency group of methods that run beside the actor's main thread
 
 
 class RolloutActor(TraceRecorder):
-    """One sampling engine."""
+    """Actor around one rollout engine."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
         self.engine = make_engine()
@@ -42,7 +42,7 @@ class RolloutActor(TraceRecorder):
             for group in self.engine.generate(prompts, sampling):
                 keep("group", start_s, beside=True, prompt=group.prompt.id, version=group.version)
                 yield group
-        yield None  # the end, see Streams
+        yield None  # end marker, see Streams
 
     @span("prepare")
     def prepare(self, prompts: Sequence[Prompt]) -> None:
@@ -64,7 +64,7 @@ class RolloutActor(TraceRecorder):
         return self.engine.version
 
     def transfer(self, verb: str, *arguments: Any) -> None:
-        """vLLM's own weight transfer; only engines opened for it are asked."""
+        """Call a method of vLLM's weight transfer; only for engines that were opened with a transfer backend."""
         engine: Any = self.engine
         engine.transfer(verb, *arguments)
 
@@ -78,29 +78,29 @@ class RolloutActor(TraceRecorder):
 
 
 class LearnerActor(TraceRecorder):
-    """One rank of the learner: one call after the other, and `prepare` beside them."""
+    """Actor around one learner rank: calls run one at a time, except `prepare`, which runs beside them."""
 
-    concurrency_groups: ClassVar = {BESIDE: 1}
+    concurrency_groups: ClassVar = {BACKGROUND: 1}
     engine: LearnerEngine
     sender: Sender
-    pushed = DigestCollector()  # in the last push
+    pushed = DigestCollector()  # digests of the last push
 
-    def open_meeting(self) -> tuple[str, int]:
-        """Where the ranks can meet: here."""
+    def open_rendezvous(self) -> tuple[str, int]:
+        """Reserve the rendezvous of all ranks on this node: (address, port)."""
         address = ray.util.get_node_ip_address()
-        self.meeting = rendezvous_info(address)
-        return address, self.meeting.port
+        self.store = rendezvous_info(address)  # keeps the rendezvous open
+        return address, self.store.port
 
     def free_port(self) -> int:
-        """For vLLM's weight transfer, which opens its meeting itself."""
+        """Return a free port for vLLM's weight transfer, which opens its rendezvous itself."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], place: RendezvousInfo) -> int:
-        # gloo would ask what the host's own name means, which often is 127.0.0.1: a rank elsewhere cannot go there.
+    def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], rendezvous: RendezvousInfo) -> int:
+        # By default gloo resolves the hostname, often to 127.0.0.1, which ranks on other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_with(ray.util.get_node_ip_address()))
-        self.engine = make_engine(place)
+        self.engine = make_engine(rendezvous)
         return os.getpid()
 
     @span("update")
@@ -109,7 +109,7 @@ class LearnerActor(TraceRecorder):
     ) -> UpdateStats:
         return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
 
-    @ray.method(concurrency_group=BESIDE)  # type: ignore[untyped-decorator]
+    @ray.method(concurrency_group=BACKGROUND)  # type: ignore[untyped-decorator]
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
         self.engine.prepare(updates, with_reference=with_reference)
 
@@ -121,14 +121,14 @@ class LearnerActor(TraceRecorder):
         return self.engine.pixel_digests(probes)
 
     def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
-        """What is trained, in buckets; under ZeRO-3 every rank must iterate, one must keep."""
+        """Yield the trained weights in buckets, then None; under ZeRO-3 the other ranks must run `follow` meanwhile."""
         with span("gather weights"):
             yield from to_chunks(self._digested_weights(), bucket_bytes)
         self.engine.release_memory()
-        yield None  # the end, see Streams
+        yield None  # end marker, see Streams
 
     def _digested_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Digested before anything else reads them: what goes wrong on their way shows."""
+        """Digest the weights as the engine yields them, before anything else reads them: later corruption shows."""
         self.pushed = DigestCollector()
         return self.pushed.passing(self.engine.named_weights())
 
@@ -138,7 +138,7 @@ class LearnerActor(TraceRecorder):
 
     @span("digest weights")
     def frozen_digests(self) -> dict[str, TensorDigest]:
-        """Of what is never pushed; all ranks gather together."""
+        """Return the digests of all weights that are never pushed; a collective call of all ranks."""
         return digests(self.engine.frozen_weights())
 
     def open_sender(self, make_sender: Callable[[NamedWeights], Sender]) -> None:
@@ -146,13 +146,13 @@ class LearnerActor(TraceRecorder):
 
     @span("send weights")
     def send(self) -> None:
-        """Memory is given back before the engines are told to finish the push: their KV caches wake with that."""
+        """Send the weights, then release memory: the engines wake their KV caches when they finish the push."""
         self.sender.send_weights()
         self.engine.release_memory()
 
     @span("gather weights")
     def follow(self) -> None:
-        """The other ranks' side of `chunks`."""
+        """Take part in the collective gather of `chunks`, as a rank that keeps nothing."""
         for _ in self.engine.named_weights():
             pass
         self.engine.release_memory()
@@ -169,7 +169,7 @@ class LearnerActor(TraceRecorder):
         return self.engine.written()
 
     def saved(self) -> dict[str, str] | str:
-        """Digests by file, or why there are none: a full disk is no failure of the rank."""
+        """Return SHA-256 by file, or the error text: a full disk must not count as a failure of the rank."""
         try:
             return self.engine.saved()
         except OSError as error:
@@ -180,8 +180,8 @@ class LearnerActor(TraceRecorder):
 
 
 def _interface_with(address: str) -> str:
-    """The name of the network interface that other nodes reach this one by."""
+    """Return the name of the network interface that has `address`; "lo" where none has."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
+        if any(entry.address == address for entry in addresses):
             return name
     return "lo"

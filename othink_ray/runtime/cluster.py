@@ -1,4 +1,4 @@
-"""A run that was handed in with `ray job submit`: how long it has when it is told to stop."""
+"""Ray for the time of a run: settings and access control, the session, its nodes, and a watch for its death."""
 
 from __future__ import annotations
 
@@ -23,22 +23,11 @@ import psutil
 
 from othink_ray.config.schema import ClusterConfig
 
-
-def short_notice() -> str | None:
-    """What to say of a job that would be killed seconds after it was told to stop."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or "RAY_JOB_STOP_WAIT_TIME_S" in os.environ:
-        return None
-    return (
-        "`ray job stop` kills this run 3 seconds after it asks it to end, which may be too soon to finish a step and "
-        "save it; submit it with --runtime-env launch/job.yaml for 10 minutes"
-    )
-
-
-_OF_OUR_OWN = {
-    # It dies with the run: what is left when that is killed looks for it no longer than this.
+_LOCAL_RAY_SETTINGS = {
+    # A Ray started here dies with the run: processes that survive it wait no longer than this for the GCS.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-    # Nobody looks into it: no lists of tasks, no statistics of itself, no reading of logs, no spare processes, on cores
-    # that engines need.
+    # Nothing reads them in a private cluster: no task lists, no event statistics, no log reading, no spare workers, on
+    # cores that the engines need.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_io_context_monitor_probe_interval_ms": "60000",
@@ -47,18 +36,22 @@ _OF_OUR_OWN = {
     "LOG_NAME_UPDATE_INTERVAL_S": "1e9",
     "RAY_prestart_worker_first_driver": "0",
 }
-_SIGACTION_BYTES = 256  # more than a struct sigaction has
-_GPU_NAME = "accelerator_type:"  # Ray's resource of a node that has GPUs
+_SIGACTION_BYTES = 256  # more than sizeof(struct sigaction)
+_GPU_NAME = "accelerator_type:"  # prefix of Ray's resource for the GPU model of a node
+_POLL_S = 1.0
+_MARGIN_S = 3.0  # the watch reports this long before Ray itself gives up on its GCS
+_GCS_TIMEOUT_S = 60.0  # Ray's default of the setting named next
+_GCS_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot hold the run; says what is missing."""
+    """Ray cannot be reached or cannot hold the run; the message says what is missing."""
 
 
 def prepare(cluster: ClusterConfig) -> None:
-    """What Ray reads from the environment when it is imported.
+    """Set what Ray reads from the environment when it is imported.
 
-    It listens on every interface, and whoever gets in can run code: one that starts here lets in this run alone.
+    Ray listens on every interface and runs code for any client: a Ray that starts here requires a token of this run.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU actor keeps its view of the GPUs
@@ -66,81 +59,11 @@ def prepare(cluster: ClusterConfig) -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def close_token_file() -> str | None:
-    """Takes the token of a cluster that is joined away from other users; what to say of it, if they had it."""
-    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN" in os.environ:
-        return None
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not file.is_file() or not stat.S_IMODE(file.stat().st_mode) & 0o077:
-        return None
-    try:
-        file.chmod(0o600)
-    except OSError as error:
-        raise ClusterError(
-            f"{file}: other users can read this token, and with it run code as you ({error.strerror}); "
-            "let its owner say chmod 600, and make a new one"
-        ) from error
-    return f"{file}: other users could read this token, and with it run code as you; they no longer can. Make a new one"
-
-
-def private_folder() -> Path:
-    """A folder that only this user can enter, for what Ray makes in it: that is open to everybody."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"ray-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else was there first
-        return Path(tempfile.mkdtemp(prefix="ray-", dir=folder.parent))
-    folder.chmod(0o700)
-    return folder
-
-
-@contextmanager
-def _restore_sigterm_handler() -> Iterator[None]:
-    """Ray installs handlers of its own while it starts: they exit the process in the midst of anything."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    own = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:
-        if callable(own):
-            own(signal.SIGTERM, None)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, own)
-
-
-@contextmanager
-def _hold_sigterm_handler() -> Iterator[None]:
-    """Ray's C++ part resets SIGTERM to its default action when it ends, a second before ray.shutdown returns."""
-    libc, handler, over = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES), threading.Event()
-    libc.sigaction(signal.SIGTERM, None, handler)
-
-    def hold() -> None:
-        while not over.wait(0.0005):
-            libc.sigaction(signal.SIGTERM, handler, None)
-
-    holding = threading.Thread(target=hold, daemon=True)
-    try:
-        holding.start()
-        yield
-    finally:
-        over.set()
-        holding.join()
-        libc.sigaction(signal.SIGTERM, handler, None)
-
-
-def _address(cluster: ClusterConfig) -> str | None:
-    return cluster.address or os.environ.get("RAY_ADDRESS")
-
-
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Ray for the time of a run; without `cluster.address` it starts here, unless a submitted job is inside one.
+    """Connect to Ray for the time of a run; without an address (`cluster.address`, RAY_ADDRESS) start it here.
 
-    A process that is connected already stays so: that Ray is its owner's.
+    In a process that is already connected, do nothing: that session belongs to the code that opened it.
     """
     prepare(cluster)
     import ray
@@ -151,7 +74,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     address = _address(cluster)
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": None}
     if address is None:
-        for name, value in _OF_OUR_OWN.items():
+        for name, value in _LOCAL_RAY_SETTINGS.items():
             os.environ.setdefault(name, value)
         settings |= {
             "address": "local",
@@ -166,8 +89,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     try:
         with _restore_sigterm_handler():
             ray.init(**settings)
-    except Exception as error:  # Ray has no kind of its own for this
-        raise ClusterError(_why_not_up(address, error)) from error
+    except Exception as error:  # Ray has no exception class for a failed start
+        raise ClusterError(_startup_failure(address, error)) from error
     try:
         yield
     finally:
@@ -176,7 +99,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
 
 
 def machines() -> list[dict[str, Any]]:
-    """Each node of the Ray that is up: its host and what Ray may hand out there."""
+    """Return each live node of the cluster: host name, CPUs and GPUs that Ray schedules there, GPU models."""
     import ray
 
     return [
@@ -193,20 +116,43 @@ def machines() -> list[dict[str, Any]]:
     ]
 
 
-def _why_not_up(address: str | None, error: Exception) -> str:
-    first_line = str(error).partition("\n")[0]
-    if address is None:
-        return f"Ray did not start on this machine: {first_line} A busy machine can be too slow for it: try again."
+def private_folder() -> Path:
+    """Return a folder that only this user can enter: Ray creates its session files in it with open permissions."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"ray-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # another user created it first
+        return Path(tempfile.mkdtemp(prefix="ray-", dir=folder.parent))
+    folder.chmod(0o700)
+    return folder
+
+
+def close_token_file() -> str | None:
+    """Set the token file of a joined cluster to mode 600; return a notice if other users could read it."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not file.is_file() or not stat.S_IMODE(file.stat().st_mode) & 0o077:
+        return None
+    try:
+        file.chmod(0o600)
+    except OSError as error:
+        raise ClusterError(
+            f"{file}: other users can read this token and run code as you with it, and chmod 600 failed "
+            f"({error.strerror}); let the owner of the file run chmod 600, then create a new token"
+        ) from error
+    return f"{file}: other users could read this token and run code as you with it; set to mode 600. Create a new token"
+
+
+def short_notice() -> str | None:
+    """Return a notice if this run is a Ray job that would be killed seconds after `ray job stop`; else None."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or "RAY_JOB_STOP_WAIT_TIME_S" in os.environ:
+        return None
     return (
-        f"cluster.address = {address}: no Ray cluster answers there ({first_line}). Start one with `ray start --head`, "
-        "or set cluster.address=null to start Ray on this machine."
+        "`ray job stop` kills this run 3 seconds after SIGTERM, which may be too short to finish and save a step; "
+        "submit it with --runtime-env launch/job.yaml to allow 10 minutes"
     )
-
-
-_EVERY_S = 1.0
-_MARGIN_S = 3.0  # before Ray's own patience with its GCS ends
-_RAY_WAITS_S = 60.0  # Ray's default of the setting named next
-_RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 @contextmanager
@@ -245,25 +191,79 @@ def agents() -> list[psutil.Process]:
 
 
 def kill_children() -> None:
-    """Kill all processes that this one started, and theirs."""
+    """Kill all descendants of this process."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
+def _address(cluster: ClusterConfig) -> str | None:
+    return cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def _startup_failure(address: str | None, error: Exception) -> str:
+    first_line = str(error).partition("\n")[0]
+    if address is None:
+        return f"Ray did not start on this machine: {first_line} Startup can time out on a busy machine: try again."
+    return (
+        f"cluster.address = {address}: no Ray cluster answers there ({first_line}). Start one with `ray start --head`, "
+        "or set cluster.address=null to start Ray on this machine."
+    )
+
+
+@contextmanager
+def _restore_sigterm_handler() -> Iterator[None]:
+    """Restore this process's SIGTERM handler after ray.init, whose handlers exit the process at any point."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _hold_sigterm_handler() -> Iterator[None]:
+    """Keep the SIGTERM handler: Ray's C++ core resets it to the default a second before ray.shutdown returns."""
+    libc, handler, over = ctypes.CDLL(None), ctypes.create_string_buffer(_SIGACTION_BYTES), threading.Event()
+    libc.sigaction(signal.SIGTERM, None, handler)
+
+    def hold() -> None:
+        while not over.wait(0.0005):
+            libc.sigaction(signal.SIGTERM, handler, None)
+
+    holding = threading.Thread(target=hold, daemon=True)
+    try:
+        holding.start()
+        yield
+    finally:
+        over.set()
+        holding.join()
+        libc.sigaction(signal.SIGTERM, handler, None)
+
+
 def _watch(raylet: socket.socket, gcs: str, over: socket.socket, lost: Callable[[str], None]) -> None:
-    """A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed."""
+    """Poll both until `over` is closed.
+
+    A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed.
+    """
     host, _, port = gcs.rpartition(":")
-    patience = float(os.environ.get(_RAY_WAITS, _RAY_WAITS_S)) - _MARGIN_S
+    patience = float(os.environ.get(_GCS_TIMEOUT, _GCS_TIMEOUT_S)) - _MARGIN_S
     seen = time.monotonic()
     while True:
-        readable = select.select([raylet, over], [], [], _EVERY_S)[0]
+        readable = select.select([raylet, over], [], [], _POLL_S)[0]
         if over in readable:
             return
         if raylet in readable:
             return lost("Ray's raylet on this node has ended, or was killed")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_EVERY_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
             seen = time.monotonic()
         except OSError as error:
             if time.monotonic() - seen > patience:

@@ -1,4 +1,4 @@
-"""Waiting for actors: results, time limits, and failures with the name of who failed and why."""
+"""Waiting for actor calls: results in order, streams, time limits, and failures that name the actor and the cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from othink_ray.tracing import Spans, take
 
-_DEATH_IS_KNOWN_S = 5.0
+_DEATH_DETECTION_S = 5.0
+_TRACE_TIMEOUT_S = 5.0
 
 
 class WorkerFailed(RuntimeError):
@@ -19,144 +20,141 @@ class WorkerFailed(RuntimeError):
 
 
 class ProcessLost(WorkerFailed):
-    """A process died or hangs: another one in its place would do."""
+    """A process died or hangs: a restarted one could do its work."""
 
 
 class WorkersLost(ProcessLost):
-    """`lost` says which of a call's actors, and what became of each."""
+    """Actors of one call died or hang; `lost` maps the index of each to what happened."""
 
-    def __init__(self, who: str, lost: Mapping[int, str]) -> None:
+    def __init__(self, name: str, lost: Mapping[int, str]) -> None:
         self.lost = dict(lost)
-        super().__init__("; ".join(f"{who} {what}" for what in self.lost.values()))
+        super().__init__("; ".join(f"{name} {reason}" for reason in self.lost.values()))
 
 
-def gather(references: Sequence[Any], who: str, timeout_s: float) -> list[Any]:
-    """All results, or the first failure as soon as there is one: a silent hang is the worst of errors."""
-    places = {reference: place for place, reference in enumerate(references)}
-    pending, until = list(places), time.monotonic() + timeout_s
+def gather(references: Sequence[Any], name: str, timeout_s: float) -> list[Any]:
+    """Return all results in order, or raise the first failure as soon as there is one; never wait beyond the limit."""
+    indices = {reference: index for index, reference in enumerate(references)}
+    pending, until = list(indices), time.monotonic() + timeout_s
     while pending:
         ready, pending = ray.wait(pending, timeout=max(0.0, until - time.monotonic()), fetch_local=False)
         if not ready:
-            silent = f"gave no answer within {timeout_s:.0f} s"
-            raise WorkersLost(who, {places[reference]: silent for reference in pending})
+            silent = f"did not return within {timeout_s:.0f} s"
+            raise WorkersLost(name, {indices[reference]: silent for reference in pending})
         for reference in ready:
             try:
-                _raise_failure(reference, places[reference], who, until)
+                _raise_failure(reference, indices[reference], name, until)
             except WorkersLost:
                 raise
-            except WorkerFailed:  # it may have failed because another one died under its hands
-                _raise_deaths(pending, places, who)
+            except WorkerFailed:  # possibly the consequence of another actor's death, which then is the cause to name
+                _raise_deaths(pending, indices, name)
                 raise
     results: list[Any] = ray.get(list(references))
     return results
 
 
-def _raise_deaths(pending: Sequence[Any], places: Mapping[Any, int], who: str) -> None:
-    """Of those that have not ended; a death is known within seconds."""
-    ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_IS_KNOWN_S) if pending else ([], [])
+def _raise_deaths(pending: Sequence[Any], indices: Mapping[Any, int], name: str) -> None:
+    """Raise WorkersLost if a pending call's actor died; Ray reports a death within seconds."""
+    ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_DEATH_DETECTION_S) if pending else ([], [])
     for reference in ready:
         try:
-            _raise_failure(reference, places[reference], who, time.monotonic())
+            _raise_failure(reference, indices[reference], name, time.monotonic())
         except WorkersLost:
             raise
         except WorkerFailed:
             continue
 
 
-def _raise_failure(reference: Any, place: int, who: str, until: float) -> None:
-    """Of a call that has ended."""
+def _raise_failure(reference: Any, index: int, name: str, until: float) -> None:
+    """Raise the failure of a finished call, if it has one."""
     try:
         ray.get(reference, timeout=max(1.0, until - time.monotonic()))
     except RayTaskError as error:
-        raise _of_task(error, place, who) from error
+        raise _task_failure(error, index, name) from error
     except (RayActorError, ObjectLostError) as error:
-        if isinstance(error, RayActorError) and error.actor_init_failed:  # another one would fail alike
-            raise WorkerFailed(f"{who} could not start: {_last_line(str(error))}\n{error}") from error
-        raise WorkersLost(who, {place: f"died: {error}"}) from error
+        if isinstance(error, RayActorError) and error.actor_init_failed:  # a restart would fail in the same way
+            raise WorkerFailed(f"{name} could not start: {_last_line(str(error))}\n{error}") from error
+        raise WorkersLost(name, {index: f"died: {error}"}) from error
     except GetTimeoutError as error:
-        raise WorkersLost(who, {place: "ended, but its result did not arrive"}) from error
+        raise WorkersLost(name, {index: "finished, but its result could not be fetched"}) from error
 
 
 def _last_line(text: str) -> str:
-    """Of a traceback: what it came to."""
+    """Return the last line of a traceback: the exception."""
     return text.strip().rpartition("\n")[2]
 
 
-def _of_task(error: RayTaskError, place: int, who: str) -> WorkerFailed:
-    """A task that was given what a dead process should have made fails with that death as its cause."""
+def _task_failure(error: RayTaskError, index: int, name: str) -> WorkerFailed:
+    """Return WorkersLost where an argument of the task was lost with the process that made it, else WorkerFailed."""
     cause = error.cause
     if isinstance(cause, RayActorError | ObjectLostError):
-        return WorkersLost(who, {place: f"lost what it was given: {cause}"})
-    return WorkerFailed(f"{who} failed: {cause!r}\n{error}")
+        return WorkersLost(name, {index: f"lost an argument: {cause}"})
+    return WorkerFailed(f"{name} failed: {cause!r}\n{error}")
 
 
 class Streams:
-    """What several actors give, one result after the other, as references; none of it is fetched.
+    """Iterates over the results of several streaming calls as object references, in order of arrival.
 
-    Each stream ends with a None of its own; where an error stands in its place, it broke off. After the last one `lost`
-    says whose did; `came` is what each had given until then. Who dies behind its end leaves an error after the None:
-    `sizes`, where known, tells that None from a result.
+    Each stream ends with a None, its end marker; an error in its place means that the stream broke off. After the last
+    result, `lost` maps the index of each broken stream to the reason, and `received` holds what each index yielded.
+    An actor that dies after its end marker adds an error behind the None: `sizes`, where known, tells it from a result.
     """
 
     def __init__(
-        self, streams: Mapping[int, Any], who: str, timeout_s: float, sizes: Mapping[int, int] | None = None
+        self, streams: Mapping[int, Any], name: str, timeout_s: float, sizes: Mapping[int, int] | None = None
     ) -> None:
-        self.streams, self.who, self.timeout_s, self.sizes = dict(streams), who, timeout_s, dict(sizes or {})
-        self.came: dict[int, list[Any]] = {place: [] for place in streams}
+        self.streams, self.name, self.timeout_s, self.sizes = dict(streams), name, timeout_s, dict(sizes or {})
+        self.received: dict[int, list[Any]] = {index: [] for index in streams}
         self.lost: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[Any]:
-        places = {stream: place for place, stream in self.streams.items()}
-        held: dict[int, Any] = {}  # the last of each, as long as it may be its end
-        while places:
-            ready, _ = ray.wait(list(places), num_returns=1, timeout=self.timeout_s, fetch_local=False)
+        indices = {stream: index for index, stream in self.streams.items()}
+        held: dict[int, Any] = {}  # the latest of each stream, which may be its end marker
+        while indices:
+            ready, _ = ray.wait(list(indices), num_returns=1, timeout=self.timeout_s, fetch_local=False)
             if not ready:
-                self.lost |= dict.fromkeys(places.values(), f"gave nothing within {self.timeout_s:.0f} s")
+                self.lost |= dict.fromkeys(indices.values(), f"yielded nothing within {self.timeout_s:.0f} s")
                 break
-            place = places[ready[0]]
+            index = indices[ready[0]]
             try:
                 following = next(ready[0])
             except StopIteration:
-                del places[ready[0]]
-                self._end(held.pop(place), place)
+                del indices[ready[0]]
+                self._end(held.pop(index), index)
                 continue
-            if place in held:
-                yield from self._result(held[place], place)
-            held[place] = following
-        for place, reference in held.items():  # of those that hang: what they gave is sound
-            yield from self._result(reference, place)
+            if index in held:
+                yield from self._result(held[index], index)
+            held[index] = following
+        for index, reference in held.items():  # streams that hang: their latest result is valid
+            yield from self._result(reference, index)
 
-    def _result(self, reference: Any, place: int) -> Iterator[Any]:
-        """Nothing, where it has given all before."""
-        if len(self.came[place]) != self.sizes.get(place):
-            self.came[place].append(reference)
+    def _result(self, reference: Any, index: int) -> Iterator[Any]:
+        """Yield the reference, unless the stream has yielded all its results before."""
+        if len(self.received[index]) != self.sizes.get(index):
+            self.received[index].append(reference)
             yield reference
 
-    def _end(self, last: Any, place: int) -> None:
+    def _end(self, last: Any, index: int) -> None:
         try:
-            _raise_failure(last, place, self.who, time.monotonic() + self.timeout_s)
+            _raise_failure(last, index, self.name, time.monotonic() + self.timeout_s)
         except WorkersLost as error:
             self.lost |= error.lost
 
 
-_ASKED_S = 5.0
-
-
 class TraceRecorder:
-    """What every actor of a run can be asked."""
+    """Base class of every actor of a run: hands out its recorded trace spans."""
 
     concurrency_groups: ClassVar[Mapping[str, int]] = {}
-    """Threads for methods that run beside the others, by the name of their group."""
+    """Number of threads by concurrency group, for methods that run beside the others."""
 
     def spans(self, go_on: bool) -> Spans:
         return take(go_on=go_on)
 
 
 def collect_traces(actors: Mapping[str, Any], *, go_on: bool) -> dict[str, Spans]:
-    """By the same names; one that died or hangs is left out: who needs it next will find out."""
+    """Return the trace spans of each actor by its name; dead or hanging actors are left out, their next call fails."""
     calls = {name: actor.spans.remote(go_on) for name, actor in actors.items()}
     if calls:
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=_ASKED_S)
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=_TRACE_TIMEOUT_S)
     found = {}
     for name, call in calls.items():
         try:

@@ -1,4 +1,4 @@
-"""The learner's ranks, called together: where one is lost, all are."""
+"""The learner's ranks, called together: their collectives make the loss of one rank the loss of all."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from othink_ray.types import Pack, UpdateStats
 
 
 class LearnerLost(ProcessLost):
-    """A rank died or hangs; the others wait for it in vain."""
+    """A rank died or hangs, and the others wait for it in a collective."""
 
 
 class LearnerPool:
-    """Every method is all ranks' together."""
+    """The learner's ranks as one object: a method calls every rank that takes part in it."""
 
     def __init__(
         self, make_engine: Callable[[RendezvousInfo], LearnerEngine], learner: LearnerConfig, placement: Placement
@@ -33,14 +33,16 @@ class LearnerPool:
         self.make_engine = make_engine
 
     def start(self) -> list[Any]:
-        """Begin loading; wait for the references to know that it is done."""
-        [(address, port)] = self.wait_for([self.ranks[0].open_meeting.remote()], "loading", self.learner.load_timeout_s)
-        self.places = [
+        """Start loading on all ranks; return the references to pass to `wait`."""
+        [(address, port)] = self.wait_for(
+            [self.ranks[0].open_rendezvous.remote()], "loading", self.learner.load_timeout_s
+        )
+        self.rendezvous = [
             RendezvousInfo(rank=rank, world_size=len(self.ranks), master_address=address, master_port=port)
             for rank in range(len(self.ranks))
         ]
         return [
-            actor.start.remote(self.make_engine, place) for actor, place in zip(self.ranks, self.places, strict=True)
+            actor.start.remote(self.make_engine, info) for actor, info in zip(self.ranks, self.rendezvous, strict=True)
         ]
 
     def wait(self, started: Sequence[Any]) -> None:
@@ -56,45 +58,48 @@ class LearnerPool:
     def begin_update(
         self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
     ) -> list[Any]:
-        """One batch of rows, balanced over ranks; what is asked of them meanwhile follows without a pause."""
+        """Start an update on packs balanced over the ranks; return the references to pass to `updated`.
+
+        Calls issued meanwhile are queued on the ranks and run right after it.
+        """
         return [
-            actor.update.remote(own, beta, lr, loss, correction)
-            for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True)
+            actor.update.remote(shard, beta, lr, loss, correction)
+            for actor, shard in zip(self.ranks, self._shards(packs, updates), strict=True)
         ]
 
-    def _shares(self, packs: Sequence[Pack], updates: int) -> list[list[list[list[Pack]]]]:
-        """The rows by [rank][update][micro-batch]."""
+    def _shards(self, packs: Sequence[Pack], updates: int) -> list[list[list[list[Pack]]]]:
+        """Return the packs as [rank][update][micro-batch]."""
         planned = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
         return [
-            [[[packs[row] for row in micro] for micro in update[rank]] for update in planned]
+            [[[packs[index] for index in micro] for micro in update[rank]] for update in planned]
             for rank in range(len(self.ranks))
         ]
 
     def updated(self, begun: Sequence[Any]) -> UpdateStats:
-        """Statistics of the update: the same on every rank, but for the bad prompts, which are joined here."""
+        """Wait for an update and return its statistics: equal on every rank but for bad prompts, which are joined."""
         stats: list[UpdateStats] = self.wait_for(begun, "update")
-        return replace(stats[0], bad_prompts=tuple(prompt for own in stats for prompt in own.bad_prompts))
+        return replace(stats[0], bad_prompts=tuple(prompt for of_rank in stats for prompt in of_rank.bad_prompts))
 
     def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """Begin, beside the update that runs, with what of the next one can be known by now.
+        """Start to prefetch the weight-independent inputs of the next update, beside the update that runs.
 
-        What goes wrong with that is the next update's to tell.
+        Errors of the prefetch are raised by the next update.
         """
-        for actor, own in zip(self.ranks, self._shares(packs, updates), strict=True):
-            actor.prepare.remote(own, with_reference)
+        for actor, shard in zip(self.ranks, self._shards(packs, updates), strict=True):
+            actor.prepare.remote(shard, with_reference)
 
     def candidate_logprobs(self, probes: Any) -> list[Any]:
-        """For probes, or a reference to them: one to each rank's logprobs of their candidates, which are the same."""
+        """Return a reference per rank to the candidates' logprobs, equal on all ranks; `probes` may be a reference."""
         return [actor.candidate_logprobs.remote(probes) for actor in self.ranks]
 
     def pixel_digests(self, probes: Any) -> list[Any]:
-        """One reference: the digests of the images of probes (or a reference to them), as the learner sees them."""
+        """Return one reference: digests of the probes' images as the learner sees them; `probes` may be a reference."""
         return [self.ranks[0].pixel_digests.remote(probes)]
 
     def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
-        """References to the buckets of what is trained, gathered at most `ahead` of them before they are asked for.
+        """Return an iterator over references to the buckets of trained weights, gathered at most `ahead` in advance.
 
-        The ranks begin with it as soon as they are free.
+        The gather is queued on all ranks at once: they begin as soon as they are free.
         """
         following = [actor.follow.remote() for actor in self.ranks[1:]]
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
@@ -105,23 +110,23 @@ class LearnerPool:
         streams = Streams({0: stream}, "the learner (gathering weights)", self.learner.step_timeout_s)
         yield from streams
         if streams.lost:
-            raise LearnerLost(f"{streams.who} {streams.lost[0]}")
+            raise LearnerLost(f"{streams.name} {streams.lost[0]}")
         self.wait_for(following, "gathering weights")
 
     def pushed_digests(self) -> list[Any]:
-        """One reference: the digests of the weights of the last push, taken as they were gathered."""
+        """Return one reference: digests of the last push's weights, taken as they were gathered."""
         return [self.ranks[0].pushed_digests.remote()]
 
     def frozen_digests(self) -> list[Any]:
-        """One reference to each rank's digests of all weights that are never pushed, which are the same."""
+        """Return one reference per rank to the digests of all weights that are never pushed, equal on all ranks."""
         return [actor.frozen_digests.remote() for actor in self.ranks]
 
     def open_senders(self, make_sender: Callable[[RendezvousInfo, int, NamedWeights], Sender]) -> None:
-        """Meet the engines on a port of their own."""
+        """Open the weight transfer of vLLM on every rank, at its own port; return when the engines have joined."""
         [port] = self.wait_for([self.ranks[0].free_port.remote()], "opening the weight transfer")
         opened = [
-            actor.open_sender.remote(partial(make_sender, place, port))
-            for actor, place in zip(self.ranks, self.places, strict=True)
+            actor.open_sender.remote(partial(make_sender, info, port))
+            for actor, info in zip(self.ranks, self.rendezvous, strict=True)
         ]
         self.wait_for(opened, "opening the weight transfer", self.learner.load_timeout_s)
 
@@ -138,12 +143,12 @@ class LearnerPool:
         return all(self.wait_for([actor.written.remote() for actor in self.ranks], "saving a checkpoint"))
 
     def saved(self) -> dict[str, str]:
-        """SHA-256 by file; OSError where a rank could not write its share."""
+        """Return SHA-256 by file of the checkpoint; raise OSError where a rank could not write its shard."""
         digests: dict[str, str] = {}
-        for own in self.wait_for([actor.saved.remote() for actor in self.ranks], "saving a checkpoint"):
-            if isinstance(own, str):
-                raise OSError(own)
-            digests |= own
+        for result in self.wait_for([actor.saved.remote() for actor in self.ranks], "saving a checkpoint"):
+            if isinstance(result, str):
+                raise OSError(result)
+            digests |= result
         return digests
 
     def load(self, folder: Path) -> None:

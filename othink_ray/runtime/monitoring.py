@@ -1,4 +1,4 @@
-"""What went wrong and was mended: told at once, counted for the records, and not for ever."""
+"""A run's incidents (failures recovered from, logged and counted, up to a limit) and its gauges for Prometheus."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from othink_ray.atomic_write import atomic_write
 from othink_ray.runtime.futures import WorkerFailed
 
 KINDS = ("rollout_restarts", "learner_restarts", "reward_restarts", "masked_answers")
+_REPEAT_S = 5.0  # Ray's agent drops a gauge that was not set during two of its reports, 20 s
 
 
 class Incidents:
-    """Of one run. The first cause is kept: what comes after it may be its consequence."""
+    """Counts the incidents of one run and keeps the first cause: later failures may be its consequences."""
 
     def __init__(self, max_restarts: int, tell: Callable[[str], None]) -> None:
         self.max_restarts, self.tell = max_restarts, tell
@@ -31,13 +32,13 @@ class Incidents:
         self.counts: Counter[str] = Counter()
 
     def restart(self, kind: str, error: WorkerFailed | str) -> None:
-        """Tell and count one; raise when there were too many."""
+        """Log and count a restart; raise WorkerFailed when faults.max_restarts are used."""
         cause = str(error).strip()
         self.first_cause = self.first_cause or cause
         if self.restarts >= self.max_restarts:
             raise WorkerFailed(
-                f"{_first_line(cause)}; there were {self.restarts} restarts before, and faults.max_restarts = "
-                f"{self.max_restarts}. The first cause was: {self.first_cause}"
+                f"{_first_line(cause)}; not restarted: {self.restarts} restarts used, faults.max_restarts = "
+                f"{self.max_restarts}. First cause: {self.first_cause}"
             )
         self.restarts += 1
         self.note(kind, f"{_first_line(cause)}: restarting it ({self.restarts} of at most {self.max_restarts})")
@@ -47,7 +48,7 @@ class Incidents:
         self.tell(text)
 
     def take(self) -> dict[str, float]:
-        """The counts since they were asked for last."""
+        """Return the counts since the last call, as metrics."""
         counts = {f"faults/{kind}": float(self.counts[kind]) for kind in KINDS}
         self.counts.clear()
         return counts
@@ -57,23 +58,20 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
-AGAIN_S = 5.0  # Ray's agent forgets what was not set for two of its reports, 20 s
-
-
 def gauge_name(metric: str) -> str:
-    """As Ray is told; Prometheus sees it with Ray's own prefix, `ray_`."""
+    """Return the name under which Ray registers a metric; Prometheus shows it with Ray's prefix, `ray_`."""
     return "othink_ray_" + re.sub(r"\W", "_", metric, flags=re.ASCII)
 
 
 class Gauges:
-    """Of one run, tagged with its folder; while it is open, `prometheus.json` there says where to scrape."""
+    """Gauges of one run, tagged with its folder; while open, `prometheus.json` there lists the scrape targets."""
 
     def __init__(self, run_dir: Path) -> None:
         self._tags = {"run": str(run_dir)}
         self._targets = run_dir / "prometheus.json"
         self._gauges: dict[str, Gauge] = {}
         self._values: Mapping[str, float] = {}
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="gauges", daemon=True)
 
     def __enter__(self) -> Self:
@@ -86,16 +84,16 @@ class Gauges:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
         self._targets.unlink(missing_ok=True)
 
     def show(self, metrics: Mapping[str, float]) -> None:
-        """The latest of each name; one that is not finite now is shown no longer."""
+        """Set each metric's gauge to its latest value; a metric that is not finite now is no longer exported."""
         for name in metrics.keys() - self._gauges.keys():
             self._gauges[name] = Gauge(gauge_name(name), description=f"{name} of the last step", tag_keys=("run",))
-        known = {**self._values, **metrics}
-        self._values = {name: value for name, value in known.items() if math.isfinite(value)}
+        latest = {**self._values, **metrics}
+        self._values = {name: value for name, value in latest.items() if math.isfinite(value)}
         self._set()
 
     def _set(self) -> None:
@@ -103,5 +101,5 @@ class Gauges:
             self._gauges[name].set(value, self._tags)
 
     def _repeat(self) -> None:
-        while not self._over.wait(AGAIN_S):
+        while not self._stop.wait(_REPEAT_S):
             self._set()

@@ -1,4 +1,4 @@
-"""What grades, in a process that can be killed; without torch, so that it is up again in a second."""
+"""Ray actor that grades, in a process that can be killed; imports no torch, so that it restarts within a second."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from othink_ray.types import Group, ScoredGroup
 
 
 class RewardActor(TraceRecorder):
-    """Scores one group a call."""
+    """Scores one group per call."""
 
-    def __init__(self, reward: RewardConfig, own: CustomReward | None) -> None:
+    def __init__(self, reward: RewardConfig, custom: CustomReward | None) -> None:
         _limit_memory(reward.actor_memory_mb)
         self.reward, self.grader = reward, Grader(reward)
-        self.own = {} if own is None else opened(own)
+        self.custom = {} if custom is None else opened(custom)
 
     def ready(self) -> None:
-        """Answered when it is up: its time limit is for grading alone."""
+        """Return when the process is up, so that the time limit of `score` covers grading alone."""
 
     def score(self, group: Group) -> ScoredGroup:
         with span("score", prompt=group.prompt.id, answers=len(group.completions)):
-            return score_group(group, self.reward, self.grader, self.own)
+            return score_group(group, self.reward, self.grader, self.custom)
 
 
-def _limit_memory(more_mb: int) -> None:
-    """Beyond it Python raises MemoryError. Ray's store is mapped as shared memory, which does not count."""
-    limit = psutil.Process().memory_full_info().data + more_mb * 2**20
+def _limit_memory(extra_mb: int) -> None:
+    """Let Python raise MemoryError beyond `extra_mb` more than is in use; Ray's shared memory does not count."""
+    limit = psutil.Process().memory_full_info().data + extra_mb * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

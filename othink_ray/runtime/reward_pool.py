@@ -1,4 +1,4 @@
-"""The graders as one. Who outstays its time, dies or runs out of memory is replaced; the answer at fault is masked."""
+"""Pool of reward actors: an actor that times out, dies or runs out of memory is replaced, and the answer masked."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_actor import RewardActor
 from othink_ray.types import Group, ScoredGroup
 
-_WHO, _START_S = "a reward actor", 120.0
+_NAME, _START_S = "a reward actor", 120.0
 
 
 class _Lost(Exception):
-    """The grader gave no score: it died or hangs."""
+    """The actor returned no score: it died or hangs."""
 
 
 @dataclass(slots=True)
-class _Asked:
-    group: Any  # a reference
-    index: int
-    actor: Any  # who was asked: by now another one may sit in its place
-    score: Any  # a reference
+class _Request:
+    group: Any  # object reference
+    index: int  # of the actor in the pool
+    actor: Any  # that was called: the pool may hold its replacement by now
+    score: Any  # object reference
 
 
 class RewardPool:
-    """Scores groups as they arrive."""
+    """Scores groups on its actors as they arrive."""
 
     def __init__(self, reward: RewardConfig, incidents: Incidents) -> None:
         self.reward, self.incidents = reward, incidents
-        self.own = load_custom_reward(reward.own)
+        self.custom = load_custom_reward(reward.own)
         self.actors = [self._start() for _ in range(reward.actors)]
 
     def _start(self) -> Any:
-        return Placement.start_unseated(RewardActor, self.reward, self.own)
+        return Placement.start_unreserved(RewardActor, self.reward, self.custom)
 
     def wait(self) -> None:
-        gather([actor.ready.remote() for actor in self.actors], f"{_WHO} (loading)", _START_S)
+        gather([actor.ready.remote() for actor in self.actors], f"{_NAME} (loading)", _START_S)
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
-        """In the order of arrival."""
-        asked = [self._ask(group, number % len(self.actors)) for number, group in enumerate(groups)]
-        return [self._collect(one) for one in asked]
+        """Return the scored groups in the order of arrival; `groups` are object references."""
+        requests = [self._submit(group, number % len(self.actors)) for number, group in enumerate(groups)]
+        return [self._collect(request) for request in requests]
 
-    def _ask(self, group: Any, index: int) -> _Asked:
+    def _submit(self, group: Any, index: int) -> _Request:
         actor = self.actors[index]
-        return _Asked(group=group, index=index, actor=actor, score=actor.score.remote(group))
+        return _Request(group=group, index=index, actor=actor, score=actor.score.remote(group))
 
-    def _collect(self, asked: _Asked) -> ScoredGroup:
+    def _collect(self, request: _Request) -> ScoredGroup:
         try:
-            return self._scored(asked)
+            return self._result(request)
         except _Lost:
-            if self._replace(asked):  # its own doing; else it only stood in line behind one that was lost
-                [group] = gather([asked.group], "a rollout actor (handing over a group)", self.reward.timeout_s)
-                return self._answer_by_answer(group, asked.index)
-            return self._collect(self._ask(asked.group, asked.index))
+            if self._replace(request):  # else it was only queued behind the request that lost the actor
+                [group] = gather([request.group], "a rollout actor (handing over a group)", self.reward.timeout_s)
+                return self._score_one_by_one(group, request.index)
+            return self._collect(self._submit(request.group, request.index))
 
-    def _scored(self, asked: _Asked) -> ScoredGroup:
+    def _result(self, request: _Request) -> ScoredGroup:
         try:
-            scored: ScoredGroup = ray.get(asked.score, timeout=self.reward.timeout_s)
+            scored: ScoredGroup = ray.get(request.score, timeout=self.reward.timeout_s)
             return scored
         except RayTaskError as error:
             raise WorkerFailed(f"scoring a group failed: {error.cause!r}\n{error}") from error
@@ -76,39 +76,39 @@ class RewardPool:
         except (GetTimeoutError, RayActorError) as error:
             raise _Lost from error
 
-    def _replace(self, asked: _Asked) -> bool:
-        """Whether it was still there: then it is killed, and another one sits in its place."""
-        if self.actors[asked.index] is not asked.actor:
+    def _replace(self, request: _Request) -> bool:
+        """Kill and replace the actor of a request; return False if it was replaced before."""
+        if self.actors[request.index] is not request.actor:
             return False
-        ray.kill(asked.actor)
-        self.actors[asked.index] = self._start()
-        gather([self.actors[asked.index].ready.remote()], f"{_WHO} (restarting)", _START_S)
+        ray.kill(request.actor)
+        self.actors[request.index] = self._start()
+        gather([self.actors[request.index].ready.remote()], f"{_NAME} (restarting)", _START_S)
         self.incidents.counts["reward_restarts"] += 1
         return True
 
-    def _answer_by_answer(self, group: Group, index: int) -> ScoredGroup:
-        """Each answer alone, so that only the one that the grader cannot bear is masked."""
+    def _score_one_by_one(self, group: Group, index: int) -> ScoredGroup:
+        """Score each answer alone, so that only an answer that breaks the actor is masked."""
         size = len(group.completions)
         rewards, valid = np.zeros(size), np.zeros(size, dtype=np.bool_)
         parts: dict[str, Any] = {}
         graded: dict[str, int] = {}
-        for place, completion in enumerate(group.completions):
-            asked = self._ask(ray.put(replace(group, completions=(completion,))), index)
+        for position, completion in enumerate(group.completions):
+            request = self._submit(ray.put(replace(group, completions=(completion,))), index)
             try:
-                alone = self._scored(asked)
+                alone = self._result(request)
             except _Lost:
-                self._replace(asked)
+                self._replace(request)
                 continue
-            rewards[place], valid[place] = alone.rewards[0], alone.valid[0]
+            rewards[position], valid[position] = alone.rewards[0], alone.valid[0]
             for name, part in alone.parts.items():
-                parts.setdefault(name, np.zeros(size))[place] = part[0]
+                parts.setdefault(name, np.zeros(size))[position] = part[0]
             for name, count in alone.graded.items():
                 graded[name] = graded.get(name, 0) + count
         lost = int((~valid).sum())
         self.incidents.note(
             "masked_answers",
-            f"grading {lost} of {size} answers to {group.prompt.id} took longer than algo.reward.timeout_s = "
-            f"{self.reward.timeout_s:g} or ended the process: they are masked",
+            f"masked {lost} of {size} answers to {group.prompt.id}: grading took longer than algo.reward.timeout_s = "
+            f"{self.reward.timeout_s:g} or killed the reward actor",
             count=lost,
         )
         return ScoredGroup(group=group, rewards=rewards, parts=parts, valid=valid, graded=graded)

@@ -1,4 +1,4 @@
-"""Prompts dealt to engines by how much work each is likely to be: the step ends when the last engine does."""
+"""Pool of rollout engines: prompts balanced by expected work, groups streamed back, lost engines replaced."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement
 from othink_ray.types import Group, Prompt
 
-_KEPT = 2**17  # prompts whose lengths are remembered; those not seen for longest are forgotten first
+_NAME = "a rollout actor"
+_KEPT = 2**17  # prompts whose answer lengths are remembered, least recently seen dropped first
 _CHARACTERS_A_TOKEN = 4
 _TOKENS_AN_IMAGE = 256
-# A prompt's tokens go through the network side by side, an answer's one after the other.
+# A prompt's tokens are processed in parallel, an answer's one after the other.
 _PROMPT_TOKENS_AN_ANSWER_TOKEN = 8
 
 
 class AnswerLengths:
-    """How long answers were, by prompt: what the next ones are likely to be."""
+    """Mean answer length by prompt, as an estimate for the next answers to it."""
 
     def __init__(self) -> None:
         self._seen: dict[str, float] = {}
@@ -44,37 +45,40 @@ class AnswerLengths:
         self._answers += len(lengths)
 
     def work(self, prompt: Prompt, answers: int) -> float:
-        """In answer tokens: those of its last answers, or of an average one; its text and images count a little."""
+        """Return the expected work in answer tokens: the length of the prompt's last answers, else the overall mean.
+
+        Its text and images add a little.
+        """
         length = self._seen.get(prompt.id, self._tokens / max(self._answers, 1))
         text = sum(len(message.text) for message in prompt.messages) / _CHARACTERS_A_TOKEN
         images = len(prompt.images) * _TOKENS_AN_IMAGE
         return answers * length + (text + images) / _PROMPT_TOKENS_AN_ANSWER_TOKEN
 
 
-def balance(work: Sequence[float], hands: int) -> list[list[int]]:
-    """Indices for each hand: the most work first, each to the hand with the least so far."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    load = [0.0] * hands
+def balance(work: Sequence[float], actors: int) -> list[list[int]]:
+    """Return the indices of `work` for each actor: longest first, each to the actor with the least load so far."""
+    assigned: list[list[int]] = [[] for _ in range(actors)]
+    load = [0.0] * actors
     for index in sorted(range(len(work)), key=lambda index: -work[index]):
-        hand = load.index(min(load))
-        dealt[hand].append(index)
-        load[hand] += work[index]
-    return dealt
-
-
-_WHO = "a rollout actor"
+        actor = load.index(min(load))
+        assigned[actor].append(index)
+        load[actor] += work[index]
+    return assigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """An actor's prompts, and what it is given: these, or a reference to them."""
+    """Prompts of one actor, and the argument to pass for them: the prompts themselves or a reference to them."""
 
     prompts: Sequence[Prompt]
-    given: Any
+    argument: Any
 
 
 class RolloutPool:
-    """Groups come as references, so that images and answers need not pass through the driver."""
+    """Rollout engines in their actors.
+
+    Groups are returned as object references, so that images and answers need not pass through the driver.
+    """
 
     def __init__(
         self,
@@ -88,122 +92,126 @@ class RolloutPool:
         self.sleeps, self.processes_per_actor = rollout.sleep, rollout.tensor_parallel
         self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [self._start(index) for index in range(rollout.num_actors)]
-        self.expected: tuple[Sequence[Prompt], list[Shard]] = ([], [])
+        self.prefetched: tuple[Sequence[Prompt], list[Shard]] = ([], [])
         self.sync_new_engines: Callable[[Sequence[int]], None] | None = None
-        """Gives new actors the weights that the others have; without it those of the folder are the right ones."""
+        """Brings new engines to the weights of the others; None where the model folder's weights are the right ones."""
 
     def _start(self, index: int) -> Any:
         return self.placement.start(RolloutActor, "rollout", index, self.make_engine)
 
     def wait(self) -> None:
-        gather([actor.ready.remote() for actor in self.actors], f"{_WHO} (loading)", self.load_timeout_s)
+        gather([actor.ready.remote() for actor in self.actors], f"{_NAME} (loading)", self.load_timeout_s)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Any]:
-        """References to groups, as they finish on any actor: all of them, whoever is lost on the way."""
+        """Yield references to groups as they finish on any actor; prompts of a lost actor are sampled again."""
         left = list(prompts)
         while left:
-            hands = self._hands(left, sampling.answers)
+            shards = self._shards_of(left, sampling.answers)
             calls = {
-                index: actor.generate.options(num_returns="streaming").remote(hand.given, sampling)
-                for index, (actor, hand) in enumerate(zip(self.actors, hands, strict=True))
+                index: actor.generate.options(num_returns="streaming").remote(shard.argument, sampling)
+                for index, (actor, shard) in enumerate(zip(self.actors, shards, strict=True))
             }
-            sizes = {index: len(hand.prompts) for index, hand in enumerate(hands)}
-            streams = Streams(calls, _WHO, self.step_timeout_s, sizes)
+            sizes = {index: len(shard.prompts) for index, shard in enumerate(shards)}
+            streams = Streams(calls, _NAME, self.step_timeout_s, sizes)
             yield from streams
             left = [
-                prompt for index in streams.lost for prompt in _unanswered(hands[index].prompts, streams.came[index])
+                prompt
+                for index in streams.lost
+                for prompt in _unanswered(shards[index].prompts, streams.received[index])
             ]
             if streams.lost:
-                self.replace(WorkersLost(_WHO, streams.lost), equipped=True)
+                self.replace(WorkersLost(_NAME, streams.lost), sync=True)
                 if left:
-                    self.incidents.tell(f"{len(left)} of {len(prompts)} questions are asked again")
+                    self.incidents.tell(f"{len(left)} of {len(prompts)} prompts are sampled again")
 
     def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None:
-        """These will be asked next: the engines get ready for them while the learner is at work."""
-        shares = self._shares(prompts, answers)
-        self.expected = list(prompts), [Shard(prompts=own, given=ray.put(own)) for own in shares]
+        """Shard the next prompts and let the engines prepare them while the learner works."""
+        shards = self._split(prompts, answers)
+        self.prefetched = list(prompts), [Shard(prompts=shard, argument=ray.put(shard)) for shard in shards]
         if not self.sleeps:
             self._prepare()
 
     def _prepare(self) -> None:
-        """Nobody waits for it; what cannot be prepared says why when it is asked."""
-        for actor, hand in zip(self.actors, self.expected[1], strict=False):
-            if hand.prompts:
-                actor.prepare.remote(hand.given)
+        """Start the engines' preparation without waiting; its errors are raised when the prompts are sampled."""
+        for actor, shard in zip(self.actors, self.prefetched[1], strict=False):
+            if shard.prompts:
+                actor.prepare.remote(shard.argument)
 
-    def _hands(self, prompts: Sequence[Prompt], answers: int) -> list[Shard]:
-        expected, hands = self.expected
-        if expected == prompts:
-            return hands
-        return [Shard(prompts=own, given=own) for own in self._shares(prompts, answers)]
+    def _shards_of(self, prompts: Sequence[Prompt], answers: int) -> list[Shard]:
+        prefetched, shards = self.prefetched
+        if prefetched == prompts:
+            return shards
+        return [Shard(prompts=shard, argument=shard) for shard in self._split(prompts, answers)]
 
-    def _shares(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
-        """The prompts of each actor; answers do not depend on where they are sampled."""
+    def _split(self, prompts: Sequence[Prompt], answers: int) -> list[Sequence[Prompt]]:
+        """Return the prompts of each actor; answers do not depend on the actor that samples them."""
         if self.lengths is None or len(self.actors) == 1:
             return [prompts[index :: len(self.actors)] for index in range(len(self.actors))]
         work = [self.lengths.work(prompt, answers) for prompt in prompts]
-        return [[prompts[index] for index in own] for own in balance(work, len(self.actors))]
+        return [[prompts[index] for index in indices] for indices in balance(work, len(self.actors))]
 
-    def replace(self, failure: WorkersLost, *, equipped: bool) -> None:
-        """Others in the places of those that are lost; `equipped`: with the weights that the others have."""
+    def replace(self, failure: WorkersLost, *, sync: bool) -> None:
+        """Restart the lost actors in their bundles; `sync`: and send them the weights of the others."""
         self.incidents.restart("rollout_restarts", failure)
         if self.placement.has_lost_a_node():
-            raise ProcessLost(f"{failure}, and a node of the run with it")
+            raise ProcessLost(f"{failure}, and the run lost a node with it")
         began = time.monotonic()
         for index in failure.lost:
             ray.kill(self.actors[index])
             self.actors[index] = self._start(index)
         new = list(failure.lost)
-        gather([self.actors[index].ready.remote() for index in new], f"{_WHO} (restarting)", self.load_timeout_s)
-        if equipped and self.sync_new_engines is not None:
+        gather([self.actors[index].ready.remote() for index in new], f"{_NAME} (restarting)", self.load_timeout_s)
+        if sync and self.sync_new_engines is not None:
             self.sync_new_engines(new)
-        self.incidents.tell(f"{_WHO} is back after {time.monotonic() - began:.1f} s")
+        self.incidents.tell(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
 
     def note(self, groups: Iterable[Group]) -> None:
-        """What was answered, for a fair share of the next prompts."""
+        """Record answer lengths, to balance the next prompts."""
         if self.lengths is not None:
             for group in groups:
                 self.lengths.note(group)
 
     def sleep(self) -> None:
-        """Where they share GPUs with the learner: until the next push."""
+        """Free the engines' device memory until the next push, where they share GPUs with the learner."""
         if self.sleeps:
             self.wait_for([actor.sleep.remote() for actor in self.actors], "going to sleep")
             self._prepare()
 
-    def begin_push(self, of: Sequence[int] | None = None) -> list[Any]:
-        return [actor.begin_push.remote() for actor in self._those(of)]
+    def begin_push(self, engines: Sequence[int] | None = None) -> list[Any]:
+        return [actor.begin_push.remote() for actor in self._actors(engines)]
 
-    def load_weights(self, bucket: Any, of: Sequence[int] | None = None) -> list[Any]:
-        return [actor.load_weights.remote(bucket) for actor in self._those(of)]
+    def load_weights(self, bucket: Any, engines: Sequence[int] | None = None) -> list[Any]:
+        return [actor.load_weights.remote(bucket) for actor in self._actors(engines)]
 
-    def finish_push(self, version: int, buckets: int, of: Sequence[int] | None = None) -> list[Any]:
-        """A reference to each engine's version after it."""
-        return [actor.finish_push.remote(version, buckets) for actor in self._those(of)]
+    def finish_push(self, version: int, buckets: int, engines: Sequence[int] | None = None) -> list[Any]:
+        """Return a reference to each engine's version after the push."""
+        return [actor.finish_push.remote(version, buckets) for actor in self._actors(engines)]
 
-    def check_weights(self, *expected: Any, complete: bool, of: Sequence[int] | None = None) -> list[Any]:
-        """A reference to what is wrong with each engine's weights; `expected`: digests, or references to them."""
-        return [actor.check_weights.remote(complete, *expected) for actor in self._those(of)]
+    def check_weights(self, *expected: Any, complete: bool, engines: Sequence[int] | None = None) -> list[Any]:
+        """Return a reference to each engine's wrong weights; `expected`: digests, or references to them."""
+        return [actor.check_weights.remote(complete, *expected) for actor in self._actors(engines)]
 
-    def probe(self, prompts: Any, sampling: Sampling, candidates: int, of: Sequence[int] | None = None) -> list[Any]:
-        """A reference to each engine's list of probes."""
-        return [actor.probe.remote(prompts, sampling, candidates) for actor in self._those(of)]
+    def probe(
+        self, prompts: Any, sampling: Sampling, candidates: int, engines: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Return a reference to each engine's list of probes."""
+        return [actor.probe.remote(prompts, sampling, candidates) for actor in self._actors(engines)]
 
-    def _those(self, of: Sequence[int] | None) -> list[Any]:
-        return self.actors if of is None else [self.actors[index] for index in of]
+    def _actors(self, engines: Sequence[int] | None) -> list[Any]:
+        return self.actors if engines is None else [self.actors[index] for index in engines]
 
     def wait_for(self, calls: Sequence[Any], doing: str) -> list[Any]:
-        """One call an actor, in their order."""
-        return gather(calls, f"{_WHO} ({doing})", self.step_timeout_s)
+        """Return the results of calls, one per actor, in order."""
+        return gather(calls, f"{_NAME} ({doing})", self.step_timeout_s)
 
 
-def _unanswered(hand: Sequence[Prompt], came: Sequence[Any]) -> list[Prompt]:
-    """Of an actor's prompts those whose groups it did not give, or took with it."""
+def _unanswered(prompts: Sequence[Prompt], received: Sequence[Any]) -> list[Prompt]:
+    """Return the prompts of a lost actor whose groups were not yielded, or were lost with it."""
     answered = set()
-    for reference in came:
+    for reference in received:
         try:
             group: Group = ray.get(reference)
         except RayError:
             continue
         answered.add(group.prompt.id)
-    return [prompt for prompt in hand if prompt.id not in answered]
+    return [prompt for prompt in prompts if prompt.id not in answered]

@@ -1,4 +1,4 @@
-"""The four verbs over the pools: what the driver's loop talks to."""
+"""The loop's verbs (generate, score, update, push) over the pools of Ray actors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from othink_ray.runtime.weight_sync import AuditedPush
 from othink_ray.tracing import Spans
 from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
-_STEPS_PER_SEED = 2**24  # no two runs of neighbouring seeds share a step's seed
-_SEEDS_PER_ROUND = 2**64  # all that torch takes: no run's seed reaches into another sampling round
+_STEPS_PER_SEED = 2**24  # runs with neighboring seeds share no step's seed
+_SEEDS_PER_ROUND = 2**64  # torch's range of seeds: seeds of different sampling rounds never meet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalWorkers:
-    """Rollout and reward pools: they answer and grade with the weights that they have."""
+    """Rollout and reward pools, which sample and score answers with the weights that the engines hold."""
 
     rollout: RolloutPool
     rewards: RewardPool
@@ -34,11 +34,11 @@ class EvalWorkers:
     seed: int
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        """One greedy answer a prompt, scored."""
+        """Return one greedy answer per prompt, scored."""
         return self._answer(prompts, answers=1, temperature=0.0)
 
     def answer_freely(self, prompts: Sequence[Prompt], answers: int) -> list[ScoredGroup]:
-        """Sampled answers, as many a prompt, scored."""
+        """Return `answers` sampled answers per prompt, scored."""
         return self._answer(prompts, answers=answers, temperature=self.temperature)
 
     def _answer(self, prompts: Sequence[Prompt], *, answers: int, temperature: float) -> list[ScoredGroup]:
@@ -48,17 +48,21 @@ class EvalWorkers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerGroup(EvalWorkers):
-    """With a learner, and the run's way of sampling for it."""
+    """All pools of a training run: EvalWorkers, plus the learner, the push and the sampling settings."""
 
     learner: LearnerPool
     pusher: AuditedPush
     answers: int
     loss: str
-    correction: str  # of answers by the weights that are trained, for the engines' own rounding
-    stale_correction: str  # of answers by older ones
-    upcoming: Callable[[], Sequence[Prompt]]  # as far as it is known, what will be asked next
+    correction: str  # importance correction for answers of the current weights: the engines round differently
+    stale_correction: str  # importance correction for answers of older weights
+    upcoming: Callable[[], Sequence[Prompt]]  # the next prompts, as far as they are known
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int = 0) -> Iterator[Any]:
+        """Yield references to groups as they finish; prefetch the upcoming prompts after half of them.
+
+        By then the upcoming prompts are read; an engine begins with its share after its last answer.
+        """
         sampling = Sampling(
             answers=self.answers,
             max_tokens=self.max_tokens,
@@ -67,17 +71,16 @@ class WorkerGroup(EvalWorkers):
         )
         groups = self.rollout.generate(prompts, sampling)
         yield from islice(groups, (len(prompts) + 1) // 2)
-        self.rollout.prefetch(
-            self.upcoming(), self.answers
-        )  # read by now; an engine begins when its last answer is out
+        self.rollout.prefetch(self.upcoming(), self.answers)
         yield from groups
 
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
         scored = self.rewards.score(groups)
-        self.rollout.note(one.group for one in scored)
+        self.rollout.note(result.group for result in scored)
         return scored
 
     def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        """Run the optimizer steps and return their statistics; the gather for the next push is queued behind them."""
         self.rollout.sleep()
         correction = self.stale_correction if stale else self.correction
         begun = self.learner.begin_update(
@@ -96,9 +99,9 @@ class WorkerGroup(EvalWorkers):
         return self.pusher(version)
 
     def spans(self, *, go_on: bool) -> dict[str, Spans]:
-        """What each process did since this was asked last, by its name; `go_on`: it notes what comes too."""
+        """Return the trace spans of each process since the last call, by its name; `go_on`: keep recording."""
         roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
-        actors = {f"{role} {index}": actor for role, those in roles.items() for index, actor in enumerate(those)}
+        actors = {f"{role} {index}": actor for role, pool in roles.items() for index, actor in enumerate(pool)}
         return collect_traces(actors, go_on=go_on)
 
     def export(self, folder: Path) -> None:

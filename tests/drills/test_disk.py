@@ -46,7 +46,7 @@ class Learner:
         return self.writing.finish()
 
 
-def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(disk: Path) -> None:
+def test_a_checkpoint_without_room_leaves_the_last_whole_one(disk: Path) -> None:
     told: list[str] = []
     learner = Learner()
     checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, log=told.append)
@@ -62,7 +62,7 @@ def test_a_checkpoint_without_room_is_told_and_the_last_whole_one_stays(disk: Pa
     assert os.listdir(disk / "checkpoints") == ["step_4"]
 
 
-def test_lines_without_room_wait_for_it_and_none_is_torn_or_lost(disk: Path) -> None:
+def test_records_wait_for_disk_space_and_none_is_torn_or_lost(disk: Path) -> None:
     told: list[str] = []
     written = StepLines(disk / "metrics.jsonl", -1, told.append)
     long = "x" * 3000  # some fit on the page that is there, and the next one only in part
@@ -83,7 +83,7 @@ def test_lines_without_room_wait_for_it_and_none_is_torn_or_lost(disk: Path) -> 
     assert "no space left on the disk" in told[0] and "written again" in told[1]
 
 
-def test_a_full_disk_is_named_with_its_remedy_and_without_a_traceback(disk: Path) -> None:
+def test_a_full_disk_is_named_with_its_remedy_in_one_line(disk: Path) -> None:
     failed = WorkerFailed("the learner (export) failed: OSError(28, 'No space left on device')\n  File ...\n  ^^^^")
     with full(disk):
         text = _message(failed, disk)
@@ -92,7 +92,7 @@ def test_a_full_disk_is_named_with_its_remedy_and_without_a_traceback(disk: Path
     assert _message(WorkerFailed("another\nfailure"), disk) == "another\nfailure"
 
 
-def test_lines_do_not_wait_for_ever(disk: Path) -> None:
+def test_records_do_not_wait_forever(disk: Path) -> None:
     written = StepLines(disk / "metrics.jsonl", -1, lambda text: None)
     with full(disk), pytest.raises(OSError, match="No space left"):
         for step in range(2000):

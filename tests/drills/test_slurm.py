@@ -18,14 +18,14 @@ FIRST_PORT = 20010  # that the first job of a Slurm tries
 pytestmark = [pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm())), pytest.mark.timeout(900)]
 
 
-def test_a_job_whose_time_runs_out_ends_as_one_that_was_left_in_peace(tmp_path: Path) -> None:
+def test_a_job_requeued_at_its_limit_ends_like_a_plain_one(tmp_path: Path) -> None:
     ground = Ground(tmp_path / "ground", times=2, seed=0)
     with slurm(ground.folder / "slurm") as here:
         outcome = one_job(ground, here, nodes=2, times=1, dice=random.Random(0))
     assert not outcome.wrong, outcome
 
 
-def test_a_node_is_free_at_once_and_nothing_is_left_on_it(tmp_path: Path) -> None:
+def test_a_node_is_freed_at_once_and_left_clean(tmp_path: Path) -> None:
     """Although somebody else listens where the job's Ray would."""
     listen = f"import socket, time; server = socket.create_server(('', {FIRST_PORT})); time.sleep(300)"
     with slurm(tmp_path / "slurm") as here, subprocess.Popen(here.on(0, sys.executable, "-c", listen)) as other:
@@ -48,7 +48,7 @@ def test_a_node_is_free_at_once_and_nothing_is_left_on_it(tmp_path: Path) -> Non
             other.kill()
 
 
-def test_a_job_whose_time_is_up_while_its_ray_starts_says_why_it_ends(tmp_path: Path) -> None:
+def test_a_job_at_its_limit_while_ray_starts_says_why_it_ends(tmp_path: Path) -> None:
     with slurm(tmp_path / "slurm") as here:
         log = tmp_path / "job.txt"
         job = here.submit("--nodes=1", "--signal=B:USR1@1", settings=(f"run.dir={tmp_path / 'run'}",), log=log)
@@ -56,6 +56,6 @@ def test_a_job_whose_time_is_up_while_its_ray_starts_says_why_it_ends(tmp_path: 
         here.run_out(job)
         ended = here.wait(job, 90)
         assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "143:0"), log.read_text()
-        assert "not queued again, for no step was saved" in log.read_text()
+        assert "not requeued: no step was saved" in log.read_text()
         assert not (tmp_path / "run").exists()
         assert not list(Path("/tmp").glob(f"ray-*-{job}-*"))

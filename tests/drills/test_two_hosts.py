@@ -93,7 +93,7 @@ def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, said
 
 
-def test_a_job_learns_on_both_hosts_from_data_that_only_its_own_host_has(site: Site) -> None:
+def test_a_job_trains_on_both_hosts_with_data_of_one_host(site: Site) -> None:
     """The copy of the checkout that Ray uploads is what runs; a relative run.dir outlives it."""
     mine = (site.checkout / "conf/algo/grpo_d.yaml").read_text().replace("name: grpo_d", "name: mine")
     (site.checkout / "conf/algo/mine.yaml").write_text(mine)
@@ -116,13 +116,13 @@ def test_a_job_learns_on_both_hosts_from_data_that_only_its_own_host_has(site: S
     assert "`ray job stop` kills this run 3 seconds after" in said
 
 
-def test_a_job_that_cannot_be_done_fails_with_the_reason_in_its_log(site: Site) -> None:
+def test_an_invalid_job_fails_with_the_reason_in_its_log(site: Site) -> None:
     status, said = ended(site.submit(settings=("train.steps=0",)))
     assert status != 0
     assert "train.steps = 0" in said and "must be at least 1" in said
 
 
-def test_a_cluster_with_a_token_lets_nobody_else_in(site: Site) -> None:
+def test_a_cluster_with_a_token_refuses_clients_without_it(site: Site) -> None:
     stranger = {name: value for name, value in site.hosts.environment.items() if not name.startswith("RAY_AUTH")}
     command = site.hosts.on("worker", "ray", "job", "list", "--address", site.hosts.dashboard)
     told = subprocess.run(command, capture_output=True, text=True, env=os.environ | stranger, check=False, timeout=60)
@@ -130,7 +130,7 @@ def test_a_cluster_with_a_token_lets_nobody_else_in(site: Site) -> None:
     assert "token" in told.stdout + told.stderr
 
 
-def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site: Site) -> None:
+def test_a_stopped_job_saves_its_step_and_another_resumes(site: Site) -> None:
     """Its driver is on the worker."""
     run_dir = site.shared / "stopped"
     there = ("--entrypoint-resources", f'{{"node:{site.hosts.addresses["worker"]}": 0.001}}', "--submission-id", "long")
@@ -151,7 +151,7 @@ def test_a_job_that_is_stopped_saves_its_step_and_another_one_goes_on_there(site
 
 
 @pytest.mark.parametrize("lost_node", ["wait", "continue"])
-def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: Path, lost_node: str) -> None:
+def test_a_run_survives_the_loss_of_a_host(site: Site, tmp_path: Path, lost_node: str) -> None:
     """When it is back, or with what is left."""
     overrides = (
         *(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={site.shared}", f"cluster.address={site.hosts.address}"),
@@ -171,7 +171,7 @@ def test_a_run_goes_on_when_the_cable_of_a_host_is_pulled(site: Site, tmp_path: 
     assert wait_until(lambda: steps_done(tmp_path / "run") >= 2, 240), said()
     site.hosts.cable("down")
     if lost_node == "wait":
-        assert wait_until(lambda: "waiting for the cluster: it needs 1.5 CPUs (has 1" in said(), 120), said()
+        assert wait_until(lambda: "waiting for the cluster: needs 1.5 CPUs (cluster has 1" in said(), 120), said()
         site.hosts.cable("up")
         site.hosts.bring_worker()
     status = run.wait(240)

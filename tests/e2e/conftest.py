@@ -1,4 +1,4 @@
-"""Whole runs, as a user starts them; they share one Ray and one warm-started model."""
+"""Whole runs, started as a user does; they share one Ray and one warm-started model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, and what the screen said."""
+    """A finished run: its folder and its output."""
 
     folder: Path
     screen: str
@@ -48,13 +48,13 @@ StartRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs find the base model that the first of them makes."""
+    """Folder of the base model, which the first run makes and all others reuse."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def start_run(ray_here: None, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> StartRun:
-    """A whole run on the shared Ray, through the entry point of the command line."""
+    """Return a function that does a whole run on the shared Ray, through the command line's entry point."""
 
     def start(*overrides: str, folder: Path | None = None) -> Run:
         run_dir = folder or tmp_path_factory.mktemp("run")
@@ -69,17 +69,17 @@ def start_run(ray_here: None, cache: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def plain_run(start_run: StartRun) -> Run:
-    """One rank, one rollout actor, wandb offline."""
+    """Run with one rank, one rollout actor and wandb offline."""
     return start_run("wandb.mode=offline")
 
 
 @pytest.fixture(scope="session")
 def overlapped(start_run: StartRun) -> Run:
-    """The next step is generated while this one is learned."""
+    """Run with overlap: the next step is generated during the update of this one."""
     return start_run("train.overlap=true", "train.steps=3")
 
 
 @pytest.fixture(scope="session")
 def overlapped_alone(start_run: StartRun) -> Run:
-    """The same, and nothing is prepared beside an update."""
+    """Run with overlap, but without prefetch beside an update."""
     return start_run("train.overlap=true", "train.steps=3", "train.prepare_ahead=false")

@@ -1,6 +1,6 @@
-"""Greedy accuracy of a model folder in a plain vLLM of its own process:  python -m tests.e2e.fresh_vllm FOLDER COUNT
+"""Print the greedy accuracy of a model folder in plain vLLM:  python -m tests.e2e.fresh_vllm FOLDER COUNT
 
-vLLM is imported before anything of ours, as it is where nobody knows us.
+vLLM is imported before othink_ray, as in a program that does not use it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def main(folder: str, count: int) -> None:
         max_tokens=config.rollout.max_tokens,
         logit_bias=dict.fromkeys(family.banned_token_ids, BANNED_BIAS),
     )
-    asked = [
+    requests = [
         {
             "prompt_token_ids": family.prompt_token_ids(prompt),
             "multi_modal_data": {"image": Image.open(io.BytesIO(prompt.images[0])).convert("RGB")},
         }
         for prompt in prompts
     ]
-    outputs = engine.generate(asked, greedy, use_tqdm=False)
+    outputs = engine.generate(requests, greedy, use_tqdm=False)
     right = [accuracy(out.outputs[0].text, prompt.answer) for out, prompt in zip(outputs, prompts, strict=True)]
     print(f"accuracy {sum(right) / count}")
 

@@ -1,4 +1,4 @@
-"""Whole runs in bfloat16 that mask tokens which the policy finds too differently likely from their sampler."""
+"""Whole bfloat16 runs with corrections that mask tokens whose policy and sampler logprobs differ too much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.conftest import StartRun
 
-# Engine and learner round alike, to 1e-8 nats on the tiny model: it is one step's older weights that differ.
+# On the tiny model engine and learner agree to 1e-8 nats: the ratios come from weights that are one step older.
 LOW, CAP = 0.99, 1.01
 RATIOS = (
     *("raw_mean", "raw_max", "clip_frac", "used_mean", "truncated_mean", "truncated_frac", "masked_frac"),
@@ -24,14 +24,14 @@ def test_an_overlapped_bfloat16_run_masks_and_trains_on(correction: str, start_r
         *("train.steps=3", "train.checkpoint_every=0", "eval.questions=4"),
     )
     assert [line["sampler/staleness"] for line in run.steps] == [0, 1, 1]
-    own, *stale = [{name: line[f"ratio/{name}"] for name in RATIOS} for line in run.steps]
-    assert own["raw_mean"] == own["used_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert own["masked_frac"] == 0
+    fresh, *stale = [{name: line[f"ratio/{name}"] for name in RATIOS} for line in run.steps]
+    assert fresh["raw_mean"] == fresh["used_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert fresh["masked_frac"] == 0
     for ratio in stale:
         assert ratio["raw_mean"] == pytest.approx(1.0, abs=0.1)
         assert ratio["raw_max"] > CAP >= ratio["truncated_mean"]
         assert 0 < ratio["masked_frac"] < 0.9
-        if correction == "mis_token":  # what is left counts by its own ratio
+        if correction == "mis_token":  # unmasked tokens are weighted by their ratio
             assert ratio["masked_frac"] == pytest.approx(ratio["truncated_frac"])
             assert ratio["used_mean"] <= CAP * (1 - ratio["masked_frac"])
         else:

@@ -1,4 +1,4 @@
-"""Runs that lose processes, or their driver, and end like one that lost nothing. `make drills` is the long form."""
+"""Runs that lose processes or their driver end like an intact run. `make drills` is the long form."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from tests.e2e.test_run import furthest_apart, weights
 EXACT = ("reward/mean", "kl/beta", "tokens/completion_mean", "groups/constant_frac")
 
 
-def told(run: Run) -> list[tuple[str, list[str]]]:
-    """What was asked and answered in the samples of each step."""
+def sampled(run: Run) -> list[tuple[str, list[str]]]:
+    """Return (prompt id, answers) of each step's samples."""
     samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
-    return [(one["prompt_id"], [answer["text"] for answer in one["completions"]]) for one in samples]
+    return [(sample["prompt_id"], [answer["text"] for answer in sample["completions"]]) for sample in samples]
 
 
 def assert_same_run(found: Run, expected: Run) -> None:
-    """Same samples and betas at every step, each step once, and the same weights in the end."""
+    """Assert equal samples and betas at every step, each step once, and equal final weights."""
     assert [line["step"] for line in found.steps] == [line["step"] for line in expected.steps]
     for one, other in zip(found.steps, expected.steps, strict=True):
         assert {name: one[name] for name in EXACT} == {name: other[name] for name in EXACT}
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-6)
-    assert told(found) == told(expected)
+    assert sampled(found) == sampled(expected)
     assert furthest_apart(weights(found.folder), weights(expected.folder)) < 1e-4
 
 
-def test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none(
+def test_a_run_that_loses_processes_ends_like_an_intact_one(
     plain_run: Run, start_run: StartRun, tmp_path: Path
 ) -> None:
     faults = [
@@ -56,7 +56,7 @@ def test_a_run_that_loses_processes_of_each_role_ends_like_one_that_lost_none(
     assert hurt.summary["restarts"] == 2
 
 
-def test_a_run_whose_driver_is_killed_leaves_no_process_and_goes_on_exactly(
+def test_a_run_whose_driver_is_killed_resumes_exactly(
     plain_run: Run, start_run: StartRun, cache: Path, tmp_path: Path
 ) -> None:
     mark = uuid.uuid4().hex

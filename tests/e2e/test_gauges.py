@@ -1,4 +1,4 @@
-"""The numbers of a real run where Prometheus finds them, under the names that the Grafana board asks for."""
+"""Metrics of a real run as Prometheus scrapes them, under the names that the Grafana dashboard queries."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.runtime.scraping import gauges_of, scraped_until
 BOARD = Path(__file__).parents[2] / "launch" / "grafana.json"
 
 
-def test_every_number_of_the_last_line_is_scraped_and_so_is_all_that_the_board_shows(start_run: StartRun) -> None:
+def test_every_metric_and_every_dashboard_query_is_scraped(start_run: StartRun) -> None:
     run = start_run("train.steps=1")
     [node] = [node for node in ray.nodes() if node["Alive"]]
     target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
     [line] = run.steps
     expected = {gauge_name(name): value for name, value in line.items() if value is not None}
     text = scraped_until(target, lambda text: gauges_of(text, run.folder) == expected)
-    asked = set(re.findall(r"\bray_\w+", " ".join(expressions(json.loads(BOARD.read_text())))))
-    assert {name for name in asked if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
+    queried = set(re.findall(r"\bray_\w+", " ".join(expressions(json.loads(BOARD.read_text())))))
+    assert {name for name in queried if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
 
 
 def expressions(board: dict[str, list[dict[str, list[dict[str, str]]]]]) -> list[str]:

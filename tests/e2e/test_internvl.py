@@ -1,4 +1,4 @@
-"""A whole run of a family that is not Qwen's: real vLLM is asked before and after, and audited against the learner."""
+"""A whole run of another family than Qwen: evaluated by real vLLM before and after, audited against the learner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.conftest import StartRun
 from tests.families.checkpoints import build_checkpoint
 
 
-def test_internvl_is_taught_pushed_and_exported(start_run: StartRun, texts: list[str], tmp_path: Path) -> None:
+def test_internvl_is_trained_pushed_and_exported(start_run: StartRun, texts: list[str], tmp_path: Path) -> None:
     build_checkpoint("internvl", tmp_path, texts)
     run = start_run(
         "mode=sft",

@@ -1,4 +1,4 @@
-"""Ctrl-C and `kill`: the run ends soon, says so, leaves a report, and leaves no process behind."""
+"""Ctrl-C, `kill` and a lost Ray: the run ends soon, says so, leaves a report and no process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARK = "OTHINK_RAY_TEST_RUN"
 
 
 def processes_with(mark: str) -> list[int]:
-    """Ids of all processes that inherited this mark."""
+    """Return the ids of all processes that inherited this mark in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -55,7 +55,7 @@ class Ended:
 def ended_by(
     strike: signal.Signals | Callable[[psutil.Process], None], cache: Path, folder: Path, *overrides: str
 ) -> Ended:
-    """A run as a process with a Ray of its own, for that Ray must go too."""
+    """Start a run as a process with a private Ray (which must end too), strike it after two steps, and wait."""
     mark = uuid.uuid4().hex
     folders = (f"run.dir={folder}", f"run.cache_dir={cache}")
     run = subprocess.Popen(
@@ -78,16 +78,14 @@ def ended_by(
     return Ended(run.returncode, screen)
 
 
-def test_ctrl_c_ends_a_run_at_once_with_a_report_and_without_orphans(
-    plain_run: Run, cache: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_run_with_a_report_and_no_orphans(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGINT, cache, tmp_path, "train.overlap=true")
     assert ended.status == 130, ended.screen
     assert "interrupted" in ended.screen
 
 
-def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path, tmp_path: Path) -> None:
-    """As Slurm and spot machines ask for it."""
+def test_sigterm_finishes_and_saves_the_step(plain_run: Run, cache: Path, tmp_path: Path) -> None:
+    """Slurm and spot machines send SIGTERM."""
     ended = ended_by(signal.SIGTERM, cache, tmp_path, "train.checkpoint_every=0")
     assert ended.status == 143, ended.screen
     assert "stopping after this step is finished and saved" in ended.screen
@@ -105,28 +103,28 @@ def test_a_polite_end_finishes_the_step_and_saves_it(plain_run: Run, cache: Path
         ("evaluating", ("mode=eval",)),
     ],
 )
-def test_a_polite_end_before_any_step_is_told_in_a_line_and_leaves_nothing(
+def test_sigterm_before_any_step_says_so_and_leaves_no_process(
     plain_run: Run, cache: Path, tmp_path: Path, phase: str, overrides: Sequence[str]
 ) -> None:
     mark = uuid.uuid4().hex
-    own = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={cache}", "train.steps=500", *overrides)
+    settings = (f"run.dir={tmp_path / 'run'}", f"run.cache_dir={cache}", "train.steps=500", *overrides)
     run = subprocess.Popen(
-        [sys.executable, "-m", "othink_ray.main", *SMALL, *own],
+        [sys.executable, "-m", "othink_ray.main", *SMALL, *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {MARK: mark, "CI": "true"},
     )
     assert run.stdout is not None
-    said = []
+    shown = []
     for line in run.stdout:
-        said.append(line)
+        shown.append(line)
         if line.startswith(phase):
             break
     time.sleep(random.uniform(0.0, 2.0))
     run.send_signal(signal.SIGTERM)
     rest, _ = run.communicate(timeout=90)
-    screen = "".join(said) + rest
+    screen = "".join(shown) + rest
     assert run.returncode == 143, screen
     assert "interrupted" in rest, screen
     assert "Traceback" not in screen and "Aborted" not in screen and "*** SIG" not in screen, screen
@@ -141,10 +139,10 @@ def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cach
 
 
 def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Path, tmp_path: Path) -> None:
-    """Its raylet ends with it, in good order, on which Ray exits the driver within a tenth of a second."""
+    """Its raylet shuts down with it, and Ray then exits the driver within a tenth of a second."""
 
     def kill(run: psutil.Process) -> None:
-        [agent] = [one for one in run.children(recursive=True) if "ray::DashboardAgent" in one.cmdline()]
+        [agent] = [child for child in run.children(recursive=True) if "ray::DashboardAgent" in child.cmdline()]
         agent.kill()
 
     ended = ended_by(kill, cache, tmp_path)
@@ -153,11 +151,11 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
     assert "partial report: " in ended.screen
 
 
-@pytest.mark.parametrize(("name", "what"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
-def test_a_run_whose_ray_is_gone_says_so_in_a_line(
-    plain_run: Run, cache: Path, tmp_path: Path, name: str, what: str
+@pytest.mark.parametrize(("name", "message"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
+def test_a_run_that_loses_ray_says_so_in_one_line(
+    plain_run: Run, cache: Path, tmp_path: Path, name: str, message: str
 ) -> None:
-    """Otherwise Ray exits the driver within seconds, with pieces of its logs on the screen and no report."""
+    """Without the watch Ray exits the driver within seconds, with parts of its logs on the screen and no report."""
 
     def kill(run: psutil.Process) -> None:
         [process] = [child for child in run.children() if child.name() == name]
@@ -165,7 +163,7 @@ def test_a_run_whose_ray_is_gone_says_so_in_a_line(
 
     ended = ended_by(kill, cache, tmp_path)
     assert ended.status == 1, ended.screen
-    assert f"stopped: Ray's {what}" in ended.screen
+    assert f"stopped: Ray's {message}" in ended.screen
     assert "run.resume=auto resumes the run" in ended.screen
     assert "partial report: " in ended.screen
     assert "node_manager.cc" not in ended.screen and "rpc_client.h" not in ended.screen, ended.screen

@@ -1,4 +1,4 @@
-"""Supervised training, evaluation and a study, through the command line."""
+"""SFT, evaluation and a study through the command line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STUDY = (
 
 
 @pytest.fixture(scope="module")
-def taught_run(start_run: StartRun) -> Run:
-    """Supervised training of an untaught model, on both tasks; the plain engine asks."""
+def sft_run(start_run: StartRun) -> Run:
+    """SFT of an untrained model on both tasks, evaluated by the plain engine."""
     return start_run(
         "mode=sft",
         "rollout=hf",
@@ -32,25 +32,25 @@ def taught_run(start_run: StartRun) -> Run:
     )
 
 
-def test_supervised_training_is_logged_by_its_loss(taught_run: Run) -> None:
-    losses = [line["loss"] for line in taught_run.steps]
+def test_supervised_training_is_logged_by_its_loss(sft_run: Run) -> None:
+    losses = [line["loss"] for line in sft_run.steps]
     assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
-    assert not any(name.startswith(("reward/", "kl/", "ratio/")) for line in taught_run.steps for name in line)
-    rates = [line["lr"] for line in taught_run.steps]
+    assert not any(name.startswith(("reward/", "kl/", "ratio/")) for line in sft_run.steps for name in line)
+    rates = [line["lr"] for line in sft_run.steps]
     assert rates == pytest.approx([2e-3 * (1 - step / 6) for step in range(6)])
 
 
-def test_it_is_examined_saved_and_exported_like_any_run(taught_run: Run) -> None:
-    assert taught_run.summary["mode"] == "sft"
-    assert set(taught_run.summary["also"]) == {"counting"}
-    assert [line["step"] for line in taught_run.steps if "eval/accuracy/counting" in line] == [2, 5]
+def test_it_is_evaluated_saved_and_exported_like_any_run(sft_run: Run) -> None:
+    assert sft_run.summary["mode"] == "sft"
+    assert set(sft_run.summary["also"]) == {"counting"}
+    assert [line["step"] for line in sft_run.steps if "eval/accuracy/counting" in line] == [2, 5]
     for name in ("report.html", "export/config.json", "checkpoints/step_6/state.json"):
-        assert (taught_run.folder / name).is_file()
+        assert (sft_run.folder / name).is_file()
 
 
 @pytest.fixture(scope="module")
-def examined(plain_run: Run, taught_run: Run, start_run: StartRun) -> Run:
-    models = f"eval.models=[{plain_run.folder},{taught_run.folder}]"
+def evaluated(plain_run: Run, sft_run: Run, start_run: StartRun) -> Run:
+    models = f"eval.models=[{plain_run.folder},{sft_run.folder}]"
     return start_run("mode=eval", models, "eval.samples=2", "data=counting")
 
 
@@ -59,8 +59,8 @@ def cells(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def test_evaluation_of_a_run_gives_the_accuracy_that_the_run_ended_with(examined: Run, plain_run: Run) -> None:
-    [first, second] = cells(examined)
+def test_evaluation_of_a_run_gives_its_final_accuracy(evaluated: Run, plain_run: Run) -> None:
+    [first, second] = cells(evaluated)
     assert (first["model"], first["data"]) == (str(plain_run.folder), "counting")
     assert {name: first[name] for name in ("accuracy", "format", "n", "tokens_mean")} == {
         name: plain_run.summary["after"][name] for name in ("accuracy", "format", "n", "tokens_mean")
@@ -70,29 +70,29 @@ def test_evaluation_of_a_run_gives_the_accuracy_that_the_run_ended_with(examined
     assert second["n"] == 16
 
 
-def test_every_question_is_a_line_with_its_answers(examined: Run) -> None:
-    for cell in cells(examined):
-        _, *lines = (examined.folder / cell["answers"]).read_text().splitlines()
+def test_every_question_is_a_line_with_its_answers(evaluated: Run) -> None:
+    for cell in cells(evaluated):
+        _, *lines = (evaluated.folder / cell["answers"]).read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert len({row["id"] for row in rows}) == 16
         assert all(len(row["sampled"]) == 2 and row["question"] and row["answer"] for row in rows)
         assert sum(row["greedy"]["accuracy"] for row in rows) / 16 == cell["accuracy"]
-    page = (examined.folder / "report.html").read_text()
-    assert all(cell["model"] in page for cell in cells(examined))
+    page = (evaluated.folder / "report.html").read_text()
+    assert all(cell["model"] in page for cell in cells(evaluated))
 
 
-def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartRun) -> None:
-    file = examined.folder / cells(examined)[0]["answers"]
+def test_an_evaluation_resumes_where_it_stopped(evaluated: Run, start_run: StartRun) -> None:
+    file = evaluated.folder / cells(evaluated)[0]["answers"]
     whole = file.read_text()
-    file.write_text(whole[: whole.rindex("{") + 40])  # torn in its last line
-    before = cells(examined)
+    file.write_text(whole[: whole.rindex("{") + 40])  # the last line is torn
+    before = cells(evaluated)
     again = start_run(
         "mode=eval",
         f"eval.models=[{','.join(cell['model'] for cell in before)}]",
         "eval.samples=2",
         "data=counting",
         "run.resume=auto",
-        folder=examined.folder,
+        folder=evaluated.folder,
     )
     assert "evaluating 1 questions of counting" in again.screen and "evaluating 16" not in again.screen
     assert cells(again) == before
@@ -101,11 +101,11 @@ def test_an_evaluation_goes_on_where_it_stopped(examined: Run, start_run: StartR
 
 @pytest.fixture(scope="module")
 def study(plain_run: Run, start_run: StartRun) -> Run:
-    """One run of two steps, by the plain engine, in a process of its own."""
+    """Study of one run of two steps, with the plain engine, in a separate process."""
     return start_run(*STUDY, f"model.path={plain_run.folder}")
 
 
-def test_a_study_makes_its_runs_once_and_shows_them(study: Run, plain_run: Run, start_run: StartRun) -> None:
+def test_a_study_does_each_run_once_and_shows_it(study: Run, plain_run: Run, start_run: StartRun) -> None:
     found = json.loads((study.folder / "study.json").read_text())
     assert found["finished"] and [run["status"] for run in found["runs"]] == ["done"]
     assert all(0 <= row["accuracy"]["mean"] <= 1 for row in found["fig6"])

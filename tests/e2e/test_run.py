@@ -1,4 +1,4 @@
-"""One real run: its records, its numbers, its model."""
+"""One real run: its records, its metrics and its model."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def furthest_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest relative distance of any tensor."""
+    """Return the largest relative distance of any tensor."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
 
 
-def prepared(run: Run) -> bool:
-    """Whether engines made themselves ready for questions before they were asked."""
+def prefetched(run: Run) -> bool:
+    """Return whether engines prepared prompts before they sampled them."""
     spans = spans_in(run.folder / "trace.json")
-    return any(one.process.startswith("rollout") and one.name == "prepare" for one in spans)
+    return any(each.process.startswith("rollout") and each.name == "prepare" for each in spans)
 
 
 def test_each_step_is_one_line_with_every_metric(plain_run: Run) -> None:
@@ -53,7 +53,7 @@ def test_each_step_is_one_line_with_every_metric(plain_run: Run) -> None:
     assert "eval/accuracy" in plain_run.steps[-1]
 
 
-def test_beta_is_the_papers_at_every_step(plain_run: Run) -> None:
+def test_beta_follows_the_paper_at_every_step(plain_run: Run) -> None:
     for line in plain_run.steps:
         assert line["kl/beta"] == pytest.approx(schedule("paper", int(line["step"]), 4, 0.04, 0.1, 0.3), abs=1e-12)
 
@@ -65,7 +65,7 @@ def test_engine_and_learner_agree_on_every_sampled_token(plain_run: Run) -> None
         assert line["ratio/raw_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_an_image_is_encoded_once_for_its_whole_group_by_each_network(plain_run: Run) -> None:
+def test_each_network_encodes_an_image_once_per_group(plain_run: Run) -> None:
     for line in plain_run.steps:
         trained_and_reference = 2 if line["kl/beta"] > 0 else 1
         assert line["rollout/image_encodes"] == 4
@@ -92,7 +92,7 @@ def test_all_weights_have_moved(plain_run: Run) -> None:
     assert [name for name in after if torch.equal(before[name], after[name])] == []
 
 
-def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(plain_run: Run) -> None:
+def test_the_export_reproduces_the_accuracy_in_other_engines(plain_run: Run) -> None:
     config = load(["eval.questions=16"])
     export = str(plain_run.folder / "export")
     with subprocess.Popen(
@@ -110,22 +110,20 @@ def test_the_export_reproduces_the_final_accuracy_in_transformers_and_in_vllm(pl
         groups = list(HFRollout(config.rollout, config.model, family).generate(prompts, greedy))
         right = [accuracy(group.completions[0].text, group.prompt.answer) for group in groups]
         assert sum(right) / 16 == pytest.approx(plain_run.summary["after"]["accuracy"])
-        said, complaint = fresh.communicate(timeout=200)
-    assert fresh.returncode == 0, complaint
-    assert float(said.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
+        output, errors = fresh.communicate(timeout=200)
+    assert fresh.returncode == 0, errors
+    assert float(output.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
-def test_ranks_actors_sharding_and_reading_ahead_do_not_change_the_run(plain_run: Run, start_run: StartRun) -> None:
+def test_ranks_actors_sharding_and_prefetch_do_not_change_a_run(plain_run: Run, start_run: StartRun) -> None:
     spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.read_ahead=false")
-    assert prepared(plain_run) and not prepared(spread)
+    assert prefetched(plain_run) and not prefetched(spread)
     assert furthest_apart(weights(plain_run.folder), weights(spread.folder)) < 1e-4
     for one, other in zip(plain_run.steps, spread.steps, strict=True):
         assert one["reward/mean"] == other["reward/mean"]
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_ends_like_one_that_never_stopped(
-    plain_run: Run, start_run: StartRun
-) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(plain_run: Run, start_run: StartRun) -> None:
     half = plain_run.folder / "checkpoints" / "step_2"
     resumed = start_run(f"run.resume={half}", "learner.world_size=1")
     assert f"resuming after step 2 of 4, from {half}" in resumed.screen

@@ -1,4 +1,4 @@
-"""DAPO over a handful of rows on the real engines: questions come back within a step, as samples of their own."""
+"""DAPO over a few rows on real engines: prompts repeat within a step, each time as a separate sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from tests.driver.trace_events import spans_in
 from tests.e2e.conftest import Run, StartRun
 
 FEW = (
-    *("algo=dapo", "algo.sampling_rounds=3", "algo.updates_per_step=2", "algo.group_size=2"),  # two are often equal
+    *(
+        "algo=dapo",
+        "algo.sampling_rounds=3",
+        "algo.updates_per_step=2",
+        "algo.group_size=2",
+    ),  # two answers are often equal
     *("data.train.size=3", "train.steps=2"),
 )
 EXACT = ("groups/asked", "groups/constant_frac", "reward/mean", "reward/format", "tokens/completion_mean")
@@ -22,25 +27,25 @@ def few_rows(start_run: StartRun) -> Run:
     return start_run(*FEW, "train.checkpoint_every=1")
 
 
-def asked(run: Run, step: int) -> list[str]:
-    """The ids of all training prompts that the engines answered in one step, whose weights have its number."""
-    groups = [one.about for one in spans_in(run.folder / "trace.json") if one.name == "group"]
+def sampled_ids(run: Run, step: int) -> list[str]:
+    """Return the ids of all training prompts that the engines answered in a step (weights version = step)."""
+    groups = [span.about for span in spans_in(run.folder / "trace.json") if span.name == "group"]
     ids = [str(group["prompt"]) for group in groups if group["version"] == step]
     return [name for name in ids if name.startswith("scenes/train/")]
 
 
-def test_a_question_that_comes_back_has_an_id_of_its_own(few_rows: Run) -> None:
+def test_a_repeated_prompt_has_its_own_id(few_rows: Run) -> None:
     for step, line in enumerate(few_rows.steps):
-        ids = asked(few_rows, step)
+        ids = sampled_ids(few_rows, step)
         assert len(set(ids)) == len(ids) == line["groups/asked"]
         repeats = Counter(name.partition("#")[0] for name in ids)
         assert len(repeats) == 3 and max(repeats.values()) > 1
-    assert sum(line["groups/asked"] for line in few_rows.steps) > 8  # in more than one round a step
+    assert sum(line["groups/asked"] for line in few_rows.steps) > 8  # more than one round a step
 
 
-def test_a_resumed_run_asks_the_same_rounds_again(few_rows: Run, start_run: StartRun) -> None:
+def test_a_resumed_run_repeats_the_same_sampling_rounds(few_rows: Run, start_run: StartRun) -> None:
     resumed = start_run(*FEW, f"run.resume={few_rows.folder / 'checkpoints' / 'step_1'}")
-    assert sorted(asked(resumed, 1)) == sorted(asked(few_rows, 1))
+    assert sorted(sampled_ids(resumed, 1)) == sorted(sampled_ids(few_rows, 1))
     [line] = resumed.steps
     assert {name: line[name] for name in EXACT} == {name: few_rows.steps[1][name] for name in EXACT}
     first, again = [

@@ -1,4 +1,4 @@
-"""A language model with a real vocabulary, real text and a real data set through the whole system, for three steps."""
+"""Three steps of the whole system with a pretrained language model (a real vocabulary) and a real data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Grafana board is sound and complete. That its names exist is asked of a real run: tests/e2e/test_gauges.py."""
+"""Layout and queries of the Grafana dashboard; tests/e2e/test_gauges.py checks its metric names on a real run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def board() -> dict[str, Any]:
     return found
 
 
-def test_every_panel_has_its_own_place_on_the_grid_and_its_own_number(board: dict[str, Any]) -> None:
+def test_panels_have_distinct_ids_and_do_not_overlap(board: dict[str, Any]) -> None:
     panels = board["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    places = [panel["gridPos"] for panel in panels]
-    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
-    for one, other in combinations(places, 2):
+    boxes = [panel["gridPos"] for panel in panels]
+    assert all(box["x"] >= 0 and box["x"] + box["w"] <= 24 for box in boxes)
+    for one, other in combinations(boxes, 2):
         beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
         assert beside or below
 
 
-def test_every_query_goes_to_the_chosen_source_and_has_balanced_brackets(board: dict[str, Any]) -> None:
+def test_every_query_uses_the_chosen_source_and_is_balanced(board: dict[str, Any]) -> None:
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert variables["datasource"]["query"] == "prometheus"
     for panel in board["panels"]:
@@ -41,7 +41,7 @@ def test_every_query_goes_to_the_chosen_source_and_has_balanced_brackets(board: 
             assert all(target["expr"].count(left) == target["expr"].count(right) for left, right in ("()", "{}"))
 
 
-def test_own_numbers_are_shown_of_the_chosen_runs_only(board: dict[str, Any]) -> None:
+def test_queries_are_filtered_by_the_chosen_runs(board: dict[str, Any]) -> None:
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     assert all('{run=~"$run"}' in query for query in queries if "othink_ray" in query)
 
@@ -49,7 +49,7 @@ def test_own_numbers_are_shown_of_the_chosen_runs_only(board: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "title", ["Reward", "Accuracy", "KL weight", "KL", "Audit gap", "Throughput", "Memory of nodes"]
 )
-def test_what_one_looks_for_has_a_panel(board: dict[str, Any], title: str) -> None:
+def test_the_important_panels_exist(board: dict[str, Any], title: str) -> None:
     assert title in [panel["title"] for panel in board["panels"]]
 
 

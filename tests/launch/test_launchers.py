@@ -1,4 +1,4 @@
-"""Launchers start a cluster and pass the user's settings on; they choose no hyper-parameters."""
+"""Launchers start a cluster and pass the user's settings on; they set no hyperparameters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from othink_ray.runtime.cluster import short_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-# What a launcher may set: where the run lives, that it goes on, and which cluster it joins.
-THEIRS = {"cluster.address", "run.dir", "run.resume"}
+# Keys that a launcher may set: the run's folder, resumption, and the cluster to join.
+LAUNCHER_KEYS = {"cluster.address", "run.dir", "run.resume"}
 
 
 def kuberay(arguments: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def settings(command: str) -> list[str]:
 
 
 def command_of(launcher: str) -> str:
-    """The part of a shell launcher's text from `othink_ray.main` to the end of that command."""
+    """Return the arguments of `othink_ray.main` in a shell launcher."""
     found = re.search(r"othink_ray\.main (.*)", (LAUNCH / launcher).read_text())
     assert found is not None
     return found[1].removesuffix(" &").replace("$address:$port", "auto")
@@ -51,17 +51,17 @@ def slurm_options() -> dict[str, str]:
 def test_shell_launchers_pass_all_arguments_last(launcher: str) -> None:
     command = command_of(launcher)
     assert command.endswith('"$@"')
-    assert {setting.partition("=")[0] for setting in settings(command)} <= THEIRS
+    assert {setting.partition("=")[0] for setting in settings(command)} <= LAUNCHER_KEYS
 
 
 def test_kuberay_passes_all_arguments_last() -> None:
     entrypoint = kuberay("algo=grpo train.steps=7")["spec"]["entrypoint"]
     assert entrypoint.endswith(" algo=grpo train.steps=7")
-    assert {setting.partition("=")[0] for setting in settings(entrypoint)[:-2]} == THEIRS
+    assert {setting.partition("=")[0] for setting in settings(entrypoint)[:-2]} == LAUNCHER_KEYS
 
 
 @pytest.mark.parametrize("command", [command_of("slurm.sbatch"), kuberay("")["spec"]["entrypoint"]])
-def test_the_launchers_own_settings_make_a_sound_configuration(command: str) -> None:
+def test_the_launchers_settings_make_a_valid_configuration(command: str) -> None:
     config = load(["cluster=two_nodes", *settings(command)])
     assert config.cluster.address == "auto"
     assert config.run.resume == "auto"
@@ -72,8 +72,8 @@ def test_the_users_settings_win_over_the_launchers() -> None:
     assert (config.run.dir, config.run.resume) == ("elsewhere", "never")
 
 
-def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
-    """tests/drills/test_slurm.py lets it happen."""
+def test_slurm_jobs_are_requeued_before_their_time_limit() -> None:
+    """tests/drills/test_slurm.py does it for real."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = slurm_options()
     assert {"requeue", "exclusive", "nodes", "signal"} <= options.keys()
@@ -82,18 +82,18 @@ def test_slurm_jobs_are_queued_again_before_their_time_is_up() -> None:
     assert re.search(rf"^trap out_of_time {signal[1]}$", text, flags=re.MULTILINE)
 
 
-def test_jobs_that_are_stopped_have_the_time_that_a_run_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_hand = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
-    assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == by_hand
+def test_stopped_jobs_have_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    job_environment = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
+    assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == job_environment
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert short_notice() is not None
-    for name, value in by_hand.items():
+    for name, value in job_environment.items():
         monkeypatch.setenv(name, value)
     assert short_notice() is None
 
 
-def test_the_logs_of_slurm_jobs_do_not_travel_with_a_ray_job(tmp_path: Path) -> None:
-    """They lie in the checkout that `ray job submit --working-dir .` uploads; Ray passes over what git ignores."""
+def test_slurm_logs_are_not_uploaded_with_a_ray_job(tmp_path: Path) -> None:
+    """`ray job submit --working-dir .` uploads the checkout, which holds the logs, but not files that git ignores."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     options = slurm_options()
     log = options["output"].replace("%x", options["job-name"]).replace("%j", "17")
@@ -121,13 +121,13 @@ def ray_up() -> dict[str, Any]:
 
 
 def test_ray_up_accepts_the_cluster_file() -> None:
-    """What `ray up` does with it before it reaches for a machine."""
+    """Validate as `ray up` does before it connects to a machine."""
     prepared = prepare_config(ray_up())
     validate_config(prepared)
     assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 1
 
 
-def test_ray_ups_fill_in_lines_are_those_that_name_machines_and_people() -> None:
+def test_fill_in_lines_of_ray_up_name_machines_and_users() -> None:
     lines = [line for line in (LAUNCH / "ray_up.yaml").read_text().splitlines() if not line.startswith("#")]
     marked = {line.partition(":")[0].strip() for line in lines if "# FILL IN" in line}
     assert marked == {"head_ip", "worker_ips", "ssh_user", "ssh_private_key", "min_workers", "max_workers"}
@@ -143,21 +143,21 @@ def test_ray_up_starts_every_node_with_the_token() -> None:
         assert start.startswith("RAY_AUTH_MODE=token ")
 
 
-def test_the_command_that_ray_up_shows_is_sound() -> None:
+def test_the_command_shown_for_ray_up_is_valid() -> None:
     found = re.search(r"othink_ray\.main \\\n(.*)'\n", (LAUNCH / "ray_up.yaml").read_text())
     assert found is not None
     assert load(settings(found[1].removeprefix("#"))).cluster.address == "auto"
 
 
-def test_the_nodes_that_launchers_ask_for_have_the_gpus_of_two_nodes() -> None:
+def test_launchers_request_the_gpus_of_two_nodes() -> None:
     config = load(["cluster=two_nodes"])
     rollout, learner = config.rollout, config.learner
-    wanted = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
+    gpus = rollout.num_actors * rollout.gpus_per_actor + learner.world_size * learner.gpus_per_rank
     slurm = slurm_options()
-    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == wanted
+    assert int(slurm["nodes"]) * int(slurm["gpus-per-node"]) == gpus
     [workers] = kuberay("")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     [container] = workers["template"]["spec"]["containers"]
-    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == wanted
+    assert workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"]) == gpus
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
 
 
@@ -169,7 +169,7 @@ def test_kuberay_pods_may_use_what_they_reserve() -> None:
     cluster = kuberay("")["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
-        asked, allowed = container["resources"]["requests"], container["resources"]["limits"]
-        assert {name: asked[name] for name in allowed} == allowed  # no overcommitted memory: Kubernetes would kill
-        shared = next(one for one in group["template"]["spec"]["volumes"] if one["name"] == "shared-memory")
-        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(allowed["memory"])
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert {name: requests[name] for name in limits} == limits  # overcommitted memory would get pods killed
+        shared = next(volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shared-memory")
+        assert gibibytes(shared["emptyDir"]["sizeLimit"]) < gibibytes(limits["memory"])

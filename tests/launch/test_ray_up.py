@@ -1,4 +1,4 @@
-"""`ray up`, `ray exec` and `ray down` as launch/ray_up.yaml describes them, to two hosts with real SSH servers."""
+"""`ray up`, `ray exec` and `ray down` with launch/ray_up.yaml, on two hosts with real SSH servers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Site:
-    """Two hosts that SSH servers listen on, and a home folder from which they are reached."""
+    """Two hosts with SSH servers, and the environment of the client that reaches them."""
 
     names: list[str]
     servers: list[subprocess.Popen[bytes]]
@@ -41,7 +41,7 @@ class Site:
     environment: dict[str, str]
 
     def ray(self, *words: str) -> str:
-        """From the first host's network, in the checkout."""
+        """Run a `ray` command in the first host's network and the checkout; return its output."""
         command = ("ip", "netns", "exec", self.names[0], str(_VENV / "bin" / "ray"), *words)
         done = subprocess.run(
             command,
@@ -53,20 +53,21 @@ class Site:
             check=False,
             umask=0o077,
         )
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
-        return said
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output
+        return output
 
     def log(self) -> str:
-        """The last lines of the logs of the head's autoscaler."""
-        below = psutil.Process(self.servers[0].pid).children()[0]
-        logs = Path(f"/proc/{below.pid}/root/tmp/ray").glob("session_2*/logs/monitor.*")
+        """Return the end of the logs of the head's autoscaler."""
+        shell = psutil.Process(self.servers[0].pid).children()[0]
+        logs = Path(f"/proc/{shell.pid}/root/tmp/ray").glob("session_2*/logs/monitor.*")
         return "\n".join(log.read_text()[-3000:] for log in sorted(logs))
 
     def raylets(self) -> int:
-        """How many run on the hosts."""
-        below = {child.pid for server in self.servers for child in psutil.Process(server.pid).children(recursive=True)}
-        return sum(one.pid in below for one in psutil.process_iter(["name"]) if one.info["name"] == "raylet")
+        """Count the raylets on the hosts."""
+        pids = {child.pid for server in self.servers for child in psutil.Process(server.pid).children(recursive=True)}
+        processes = psutil.process_iter(["name"])
+        return sum(process.pid in pids for process in processes if process.info["name"] == "raylet")
 
 
 @pytest.fixture
@@ -78,16 +79,19 @@ def site(tmp_path: Path) -> Iterator[Site]:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     laptop.mkdir()
     text = (ROOT / "launch" / "ray_up.yaml").read_text()
-    for theirs, ours in (
+    for original, replacement in (
         ("cluster_name: othink_ray", f"cluster_name: {names[0]}"),
         ("192.0.2.10", addresses[0]),
         ("192.0.2.11", addresses[1]),
         ("ssh_user: ubuntu", "ssh_user: root"),
         ("~/.ssh/id_ed25519", str(key)),
-        ("cd ~/othink_ray && launch/setup_env.sh gpu", f"ln -sfn {_VENV} ~/othink_ray/.venv"),  # which takes minutes
+        (
+            "cd ~/othink_ray && launch/setup_env.sh gpu",
+            f"ln -sfn {_VENV} ~/othink_ray/.venv",
+        ),  # a real set-up takes minutes
     ):
-        assert text.count(theirs) >= 1
-        text = text.replace(theirs, ours)
+        assert text.count(original) >= 1
+        text = text.replace(original, replacement)
     file = tmp_path / "ray_up.yaml"
     file.write_text(text)
     environment = {
@@ -97,27 +101,27 @@ def site(tmp_path: Path) -> Iterator[Site]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with ExitStack() as stack:
-        for kind in ("state", "lock"):  # which `ray up` writes here
+        for kind in ("state", "lock"):  # files that `ray up` writes here
             stack.callback(Path(f"/tmp/ray/cluster-{names[0]}.{kind}").unlink, missing_ok=True)
         stack.enter_context(cabled(dict(zip(names, addresses, strict=True))))
-        for name in names:  # by which Ray finds a host's address
+        for name in names:  # Ray finds the host's address by the default route
             subprocess.run(["ip", "-n", name, "route", "add", "default", "dev", "eth"], check=True)
         servers = [_ssh_server(stack, tmp_path / name, name, key) for name in names]
         yield Site(names, servers, file, environment)
 
 
 def _ssh_server(stack: ExitStack, folder: Path, name: str, key: Path) -> subprocess.Popen[bytes]:
-    """In the network of that name, with a home folder, a /tmp/ray and processes of its own."""
+    """Start an SSH server in that network namespace, with a private home, /tmp/ray and process namespace."""
     home, python = folder / "home", folder / "python"
-    for place in (home, python):
-        place.mkdir(parents=True)
+    for directory in (home, python):
+        directory.mkdir(parents=True)
     settings = folder / "sshd_config"
     settings.write_text(
         f"HostKey {key}\nAuthorizedKeysFile {key}.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nPidFile none\n"
     )
-    for place in (Path("/run/sshd"), Path("/tmp/ray")):
-        place.mkdir(exist_ok=True)
-    # This Python may be in the home folder that the other one hides.
+    for directory in (Path("/run/sshd"), Path("/tmp/ray")):
+        directory.mkdir(exist_ok=True)
+    # This Python may be in the home folder that the private home hides.
     mounts = (
         f"mount --bind {sys.base_prefix} {python}",
         f"mount --bind {home} {pwd.getpwuid(0).pw_dir}",
@@ -125,24 +129,24 @@ def _ssh_server(stack: ExitStack, folder: Path, name: str, key: Path) -> subproc
         f"mount --bind {python} {sys.base_prefix}",
         "mount -t tmpfs none /tmp/ray",
     )
-    script = " && ".join((*mounts, f"{{ /usr/sbin/sshd -D -e -f {settings} & wait; }}"))  # `wait` buries orphans
-    own = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script)
+    script = " && ".join((*mounts, f"{{ /usr/sbin/sshd -D -e -f {settings} & wait; }}"))  # `wait` reaps orphans
+    isolated = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script)
     server = subprocess.Popen(
-        ["ip", "netns", "exec", name, *own], stderr=stack.enter_context((folder / "sshd.log").open("wb"))
+        ["ip", "netns", "exec", name, *isolated], stderr=stack.enter_context((folder / "sshd.log").open("wb"))
     )
     stack.callback(server.wait, 20)
     stack.callback(server.kill)
     return server
 
 
-def test_a_cluster_comes_up_makes_a_run_and_is_gone_when_it_is_taken_down(site: Site, tmp_path: Path) -> None:
+def test_ray_up_starts_a_cluster_that_runs_and_ray_down_ends_it(site: Site, tmp_path: Path) -> None:
     site.ray("get-auth-token", "--generate")
     site.ray("up", "--yes", str(site.file))
     assert wait_until(lambda: site.raylets() == 2, 120), site.log()
     shared = (f"run.dir={tmp_path}/runs/first", f"run.cache_dir={tmp_path}/cache")
     run = ("RAY_AUTH_MODE=token .venv/bin/python -m othink_ray.main cluster.address=auto", *SMALL, "train.steps=1")
-    said = site.ray("exec", str(site.file), f"cd ~/othink_ray && {' '.join((*run, *shared))}")
-    assert "[R0]" in said and "done in" in said
-    told = site.ray("down", "--yes", str(site.file))
-    assert site.raylets() <= 1, told
-    assert wait_until(lambda: site.raylets() == 0, 90), told  # the worker looks for its head for a minute
+    output = site.ray("exec", str(site.file), f"cd ~/othink_ray && {' '.join((*run, *shared))}")
+    assert "[R0]" in output and "done in" in output
+    output = site.ray("down", "--yes", str(site.file))
+    assert site.raylets() <= 1, output
+    assert wait_until(lambda: site.raylets() == 0, 90), output  # the worker retries its head for a minute

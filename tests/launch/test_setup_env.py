@@ -1,4 +1,4 @@
-"""What set-up says when this machine lacks something, and that its scripts are sound."""
+"""Errors of set-up on a machine that lacks something, and lint of its scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEEDED = ("bash", "env", "dirname", "uname", "cat", "sha256sum", "cut", "sed", "
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of the files that set-up reads, in a folder whose name has a space."""
+    """Copy the files that set-up reads to a folder whose name has a space; return it."""
     copy = folder / "a checkout"
     (copy / "launch").mkdir(parents=True)
     for file in (ROOT / "launch").glob("*.*"):
@@ -28,7 +28,7 @@ def checkout(folder: Path) -> Path:
 
 
 def stage(folder: Path, **commands: str) -> Path:
-    """A folder for PATH: the plain tools, a compiler, and these commands as shell scripts."""
+    """Make a folder for PATH with the basic tools, a compiler and these commands as shell scripts; return it."""
     tools = folder / "bin"
     tools.mkdir()
     for name in NEEDED:
@@ -45,13 +45,13 @@ def set_up(copy: Path, tools: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def python_that_says(version: str) -> str:
-    """A Python of that version: it answers the version question; other code it is given fails."""
+def fake_python(version: str) -> str:
+    """Return a shell script that poses as a Python of that version: it prints its version and fails otherwise."""
     return f'case "$2" in *version_info*) echo {version};; *) exit 1;; esac'
 
 
 def test_an_old_python_is_named_with_the_remedy(tmp_path: Path) -> None:
-    done = set_up(checkout(tmp_path), stage(tmp_path, python3=python_that_says("3.9")), "cpu")
+    done = set_up(checkout(tmp_path), stage(tmp_path, python3=fake_python("3.9")), "cpu")
     assert done.returncode == 1
     assert "needs Python 3.11, 3.12 or 3.13" in done.stderr
     assert "python3 is 3.9" in done.stderr
@@ -59,13 +59,13 @@ def test_an_old_python_is_named_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_too_new_python_is_passed_over(tmp_path: Path) -> None:
-    done = set_up(checkout(tmp_path), stage(tmp_path, python3=python_that_says("3.14")), "cpu")
+    done = set_up(checkout(tmp_path), stage(tmp_path, python3=fake_python("3.14")), "cpu")
     assert done.returncode == 1
     assert "python3 is 3.14" in done.stderr
 
 
 def test_a_python_without_venv_names_the_package(tmp_path: Path) -> None:
-    done = set_up(checkout(tmp_path), stage(tmp_path, python3=python_that_says("3.12")), "cpu")
+    done = set_up(checkout(tmp_path), stage(tmp_path, python3=fake_python("3.12")), "cpu")
     assert done.returncode == 1
     assert "has no venv module" in done.stderr
     assert "apt-get install python3.12-venv" in done.stderr
@@ -108,7 +108,7 @@ def test_a_wrong_argument_shows_the_right_ones(tmp_path: Path) -> None:
 
 def test_make_demo_sets_up_and_passes_settings_on() -> None:
     command = ["make", "--dry-run", "demo", "ARGS=train.steps=3 algo=grpo"]
-    # `make test` hands its own flags down to any make below it.
+    # Without a clean environment, `make test` would pass its flags to this make.
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [

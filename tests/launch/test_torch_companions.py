@@ -1,4 +1,4 @@
-"""torchvision and what needs it import in this environment, whichever builds of torch's companions were to be had."""
+"""torchvision and its users can be imported here, whichever builds of torch's companion packages are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, *flags: str, folder: Path = ROOT) -> str:
-    """Output of a fresh interpreter in this environment."""
+    """Run code in a fresh interpreter of this environment; return its output."""
     command = [sys.executable, *flags, "-c", code]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -21,7 +21,7 @@ def run(code: str, *flags: str, folder: Path = ROOT) -> str:
 
 
 def run_without_pth_files(code: str) -> str:
-    """Neither the copy that set-up makes nor an installed package helps."""
+    """Run code without .pth files, so that neither set-up's copy nor an installed package helps."""
     paths = [str(ROOT), str(Path(shutil.__file__).parent), *sys.path]
     return run(f"import sys; sys.path[:0] = {paths!r}\n{code}", "-S")
 
@@ -61,13 +61,13 @@ def test_a_companion_that_loads_stays(tmp_path: Path) -> None:
     assert run(code) == "torchaudio"
 
 
-def test_a_copy_installs_itself_without_the_package_and_loads_nothing_heavy(tmp_path: Path) -> None:
+def test_a_copy_works_without_the_package_and_imports_lightly(tmp_path: Path) -> None:
     shutil.copy(ROOT / "othink_ray" / "torch_companions.py", tmp_path / "copied_companions.py")
     code = (
         "import sys, copied_companions; copied_companions.install(); copied_companions.install()\n"
         "from importlib.util import find_spec\n"
         "found = find_spec('torchvision') is not None\n"
-        "finders = [one.__name__ for one in sys.meta_path if getattr(one, '__module__', '') == 'copied_companions']\n"
+        "finders = [it.__name__ for it in sys.meta_path if getattr(it, '__module__', '') == 'copied_companions']\n"
         "print(found, finders, sorted(name for name in ('torch', 'torchvision', 'othink_ray') if name in sys.modules))"
     )
     assert run(code, "-S", folder=tmp_path) == "False ['CompanionFinder'] []"

@@ -1,4 +1,4 @@
-"""One place for versions: pyproject.toml. Launchers and images may repeat only what it says."""
+"""pyproject.toml is the only source of versions; launchers and images agree with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UBUNTU_PYTHON = {"24.04": "3.12"}
 
 
 def pin(name: str) -> str:
-    """The one version that pyproject.toml allows."""
+    """Return the version that pyproject.toml pins."""
     (specifier,) = NEEDS[name].specifier
     assert specifier.operator == "==", f"{name} is not pinned"
     return specifier.version

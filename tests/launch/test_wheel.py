@@ -1,4 +1,4 @@
-"""The package installed alone, as from an index: built from its sdist, run from an empty folder."""
+"""The package installed from a wheel that is built from its sdist, and run from an empty folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = {"othink_ray": "othink_ray", "conf": "othink_ray/conf"}  # folder of the checkout: its place in the wheel
+SHIPPED = {"othink_ray": "othink_ray", "conf": "othink_ray/conf"}  # folder of the checkout: folder in the wheel
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """What pip would call, without the network: setuptools is here already."""
+    """Build an sdist or a wheel as pip would, but offline: with the installed setuptools."""
     program = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", program, str(out)], cwd=source, capture_output=True, text=True, timeout=120
@@ -31,7 +31,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made from the sdist, so that both hold all there is to hold."""
+    """Build the wheel from the sdist, so that the test covers the files of both."""
     folder = tmp_path_factory.mktemp("built")
     checkout = folder / "checkout"
     checkout.mkdir()
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with the wheel, and the empty folder from which it is used."""
+    """An environment with the wheel, and the empty folder to run in."""
 
     python: Path
     folder: Path
@@ -61,15 +61,15 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The running environment lends the folder of its packages, but not its .pth files: one is the checkout's."""
+    """Install the wheel; reuse installed dependencies without their .pth files, one of which adds the checkout."""
     folder = tmp_path_factory.mktemp("installed")
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
-    places = {"base": str(environment), "platbase": str(environment)}
-    packages = Path(sysconfig.get_path("purelib", vars=places))
+    paths = {"base": str(environment), "platbase": str(environment)}
+    packages = Path(sysconfig.get_path("purelib", vars=paths))
     with zipfile.ZipFile(wheel) as archive:  # a pure wheel is installed by unpacking it
         archive.extractall(packages)
-    (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     empty = folder / "empty"
     empty.mkdir()
     return Installed(python=environment / "bin" / "python", folder=empty)
@@ -77,8 +77,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 
 def test_the_wheel_holds_the_whole_package_and_all_settings(wheel: Path) -> None:
     files = {
-        place + "/" + file.relative_to(ROOT / name).as_posix()
-        for name, place in SHIPPED.items()
+        target + "/" + file.relative_to(ROOT / name).as_posix()
+        for name, target in SHIPPED.items()
         for file in (ROOT / name).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }

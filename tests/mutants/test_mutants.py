@@ -157,9 +157,7 @@ def test_verdicts_hold_until_the_source_or_its_tests_change(house: House, capsys
     assert changed.statuses("core/sums.py") == {}
 
 
-def test_a_run_out_of_time_says_what_is_left_and_the_next_one_goes_on(
-    house: House, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_out_of_time_is_continued_by_the_next_one(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     tests = house.root / "tests/core/test_sums.py"
     tests.write_text(tests.read_text() + "    assert half(5) == 2\n")
     late = house.run(capsys, "--only", "core/sums.py", "--budget-minutes", "0")
@@ -170,7 +168,7 @@ def test_a_run_out_of_time_says_what_is_left_and_the_next_one_goes_on(
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_its_verdicts_to_the_next_and_nothing_else(
+def test_an_interrupted_run_leaves_only_its_verdicts(
     way: signal.Signals, house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = (
@@ -203,9 +201,7 @@ def test_an_interrupted_run_leaves_its_verdicts_to_the_next_and_nothing_else(
     assert len(after) == len(set(after)) == 7
 
 
-def test_tests_that_fail_without_a_mutant_stop_the_run_and_are_shown(
-    house: House, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tests_that_fail_without_a_mutant_stop_the_run(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     (house.root / "tests/core/test_sums.py").write_text("def test_half():\n    assert 3 == 4\n")
     with pytest.raises(RuntimeError, match=r"(?s)core/sums.py fail without any mutant \(status 1\).*assert 3 == 4"):
         house.run(capsys, "--only", "core/sums.py")
@@ -241,7 +237,7 @@ def test_a_mutant_does_not_outlive_its_trial(house: House, file: str) -> None:
     assert statuses == [1, 0, 1]
 
 
-def test_all_mutants_of_the_pure_files_are_chosen_and_a_seeded_sample_of_the_others(house: House) -> None:
+def test_all_pure_mutants_and_a_seeded_sample_are_chosen(house: House) -> None:
     table = house.table
     pure = [one.name for file in table.pure for one in mutants(file, table.source(file).read_text())]
     heavy = {one.name for one in mutants("engines/heavy.py", table.source("engines/heavy.py").read_text())}
@@ -274,7 +270,7 @@ def test_a_name_that_is_no_file_of_the_table_is_refused(house: House, capsys: py
     assert "--only core/klm.py: no such file" in capsys.readouterr().err
 
 
-def test_the_report_fails_for_what_survived_unexplained_or_was_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_fails_for_unexplained_or_untried_mutants(capsys: pytest.CaptureFixture[str]) -> None:
     asked = mutants("core/sums.py", "def half(n, m):\n    return n @ m\n")
     assert len(asked) == 2
 
@@ -297,7 +293,7 @@ def test_the_report_fails_for_what_survived_unexplained_or_was_not_tried(capsys:
 # ---- the table of the package itself
 
 
-def test_every_file_of_core_weights_engines_and_runtime_and_both_loops_is_in_the_table() -> None:
+def test_every_file_under_mutation_is_in_the_table() -> None:
     def files(*folders: str) -> set[str]:
         package = TABLE.root / "othink_ray"
         found = (path for folder in folders for path in (package / folder).rglob("*.py"))

@@ -1,4 +1,4 @@
-"""One real team on the shared Ray: vLLM, DeepSpeed and rewards in their actors."""
+"""One real WorkerGroup on the shared Ray: vLLM, DeepSpeed and rewards in their actors."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def incidents(max_restarts: int = 3) -> Incidents:
     return Incidents(max_restarts, tell=print)
 
 
-def train_one_step(team: WorkerGroup, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:
-    """One real step with rewards that differ, so that all weights move as in training."""
-    scored = team.score(team.generate(prompts, step))
-    rigged = [replace(one, rewards=np.arange(len(one.rewards), dtype=float)) for one in scored]
-    packs = [pack(one, group_advantages(one.rewards, one.valid), len(rigged)) for one in rigged]
-    team.update(packs, updates=1, beta=0.04, lr=lr, stale=False)
+def train_one_step(workers: WorkerGroup, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:
+    """Train one real step on rewards that differ, so that all weights move as in training."""
+    scored = workers.score(workers.generate(prompts, step))
+    rigged = [replace(group, rewards=np.arange(len(group.rewards), dtype=float)) for group in scored]
+    packs = [pack(group, group_advantages(group.rewards, group.valid), len(rigged)) for group in rigged]
+    workers.update(packs, updates=1, beta=0.04, lr=lr, stale=False)
 
 
 @pytest.fixture(scope="session")
-def team_config() -> Config:
+def workers_config() -> Config:
     return load(["algo.group_size=4", "train.prompts_per_step=4", "algo.reward.timeout_s=5", "rollout.max_tokens=24"])
 
 
 @pytest.fixture(scope="session")
-def asked(team_config: Config) -> list[Prompt]:
-    source = open_source(team_config.data, "test")
+def prompts(workers_config: Config) -> list[Prompt]:
+    source = open_source(workers_config.data, "test")
     return [source.prompt(index) for index in range(4)]
 
 
@@ -53,6 +53,8 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def team(ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[WorkerGroup]:
-    with open_workers(team_config, str(taught_folder), asked, incidents(), print, tuple) as team:
-        yield team
+def workers(
+    ray_here: None, workers_config: Config, taught_folder: Path, prompts: list[Prompt]
+) -> Iterator[WorkerGroup]:
+    with open_workers(workers_config, str(taught_folder), prompts, incidents(), print, tuple) as opened:
+        yield opened

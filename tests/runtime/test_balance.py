@@ -1,4 +1,4 @@
-"""Who gets which prompts."""
+"""Assignment of prompts to engines by expected work."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ def answered(prompt: Prompt, *lengths: int) -> Group:
     return Group(prompt=prompt, prompt_token_ids=np.zeros(1, np.int64), completions=completions, version=0)
 
 
-def loads(work: list[float], hands: int) -> list[float]:
-    return [sum(work[index] for index in own) for own in balance(work, hands)]
+def loads(work: list[float], actors: int) -> list[float]:
+    return [sum(work[index] for index in indices) for indices in balance(work, actors)]
 
 
-def test_every_index_is_dealt_once() -> None:
+def test_every_index_is_assigned_once() -> None:
     work = [random.Random(3).random() for _ in range(50)]
-    for hands in (1, 2, 3, 7):
-        assert sorted(index for own in balance(work, hands) for index in own) == list(range(50))
-        assert balance(work, hands) == balance(work, hands)
+    for actors in (1, 2, 3, 7):
+        assert sorted(index for indices in balance(work, actors) for index in indices) == list(range(50))
+        assert balance(work, actors) == balance(work, actors)
 
 
-def test_equal_work_is_dealt_in_turn() -> None:
+def test_equal_work_is_assigned_round_robin() -> None:
     assert balance([1.0] * 7, 3) == [[0, 3, 6], [1, 4], [2, 5]]
 
 
-def test_no_hand_has_a_third_more_than_the_best_deal() -> None:
-    """Graham's bound for the longest first: 4/3 of the optimum, which is at least the mean and the longest."""
+def test_no_load_exceeds_four_thirds_of_the_optimum() -> None:
+    """Graham's bound for longest-first assignment: 4/3 of the optimum, which is at least the mean and the longest."""
     for seed in range(50):
         draw = random.Random(seed)
         work = [draw.paretovariate(1.2) for _ in range(32)]
-        for hands in (2, 4, 8):
-            assert max(loads(work, hands)) <= 4 / 3 * max(sum(work) / hands, max(work)) + 1e-9
+        for actors in (2, 4, 8):
+            assert max(loads(work, actors)) <= 4 / 3 * max(sum(work) / actors, max(work)) + 1e-9
 
 
-def test_ragged_lengths_are_dealt_better_than_in_turn() -> None:
+def test_ragged_lengths_balance_better_than_round_robin() -> None:
     work = [64.0 if index % 2 == 0 else 8.0 for index in range(16)]
     assert max(loads(work, 2)) == sum(work) / 2
     assert sum(work[0::2]) == 512 > sum(work) / 2
 
 
-def test_fewer_prompts_than_hands_leave_some_empty() -> None:
+def test_fewer_prompts_than_actors_leave_some_empty() -> None:
     assert balance([2.0], 3) == [[0], [], []]
     assert balance([], 2) == [[], []]
 
@@ -64,7 +64,7 @@ def test_an_image_counts_as_a_text_of_its_usual_length() -> None:
     assert work(ask("q", picture(28, 28, seed=0), text=""), 1) == pytest.approx(work(ask("q", text=text), 1))
 
 
-def test_a_prompt_is_expected_to_be_answered_as_it_was_last_time() -> None:
+def test_a_prompts_work_follows_its_last_answer_lengths() -> None:
     lengths = AnswerLengths()
     short, long, new = ask("short"), ask("long"), ask("new")
     lengths.note(answered(short, 4, 6))
@@ -83,13 +83,13 @@ def test_an_image_is_some_work_and_less_than_many_answers() -> None:
 
 
 def test_a_long_text_is_a_little_work() -> None:
-    """An answer token for every 8 of the prompt's, of 4 characters each."""
+    """A prompt token (4 characters) counts as 1/8 of an answer token."""
     lengths = AnswerLengths()
     short, long = ask("short", text="a" * 40), ask("long", text="a" * 360)
     assert lengths.work(long, 8) - lengths.work(short, 8) == pytest.approx((360 - 40) / 4 / 8)
 
 
-def test_lengths_of_more_prompts_than_are_kept_forget_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recent_lengths_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("othink_ray.runtime.rollout_pool._KEPT", 2)
     lengths = AnswerLengths()
     for name, length in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):

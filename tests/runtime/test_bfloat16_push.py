@@ -1,6 +1,6 @@
-"""Pushes in bfloat16 at a real model's rate, where an update turns the last bit of one weight in a hundred.
+"""Pushes in bfloat16 at a real model's rate, where an update flips the last bit of one weight in a hundred.
 
-Each fault stops the run on its push; logprobs alone would let most of them pass.
+Each fault stops the run at its push; logprobs alone would let most of them pass.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import pytest
 import ray
 import torch
 
-import othink_ray.runtime.weight_sync as push_module
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import learner_engine, open_workers
+from othink_ray.runtime import weight_sync
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.placement import Placement, learner_bundles
 from othink_ray.runtime.weight_sync import AuditedPush, SharedMemoryPush
@@ -38,28 +38,28 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
-def bf16_config(team_config: Config) -> Config:
-    """Two ranks, and seats beside those of other tests."""
+def bf16_config(workers_config: Config) -> Config:
+    """Two ranks; few enough CPUs to fit beside the actors of other tests."""
     return replace(
-        team_config,
-        model=replace(team_config.model, dtype="bfloat16"),
-        learner=replace(team_config.learner, world_size=2, zero_stage=1, threads=1, cpus_per_rank=0.1),
-        rollout=replace(team_config.rollout, cpus_per_actor=0.1, threads=1),
-        weights=replace(team_config.weights, bucket_mb=1),
+        workers_config,
+        model=replace(workers_config.model, dtype="bfloat16"),
+        learner=replace(workers_config.learner, world_size=2, zero_stage=1, threads=1, cpus_per_rank=0.1),
+        rollout=replace(workers_config.rollout, cpus_per_actor=0.1, threads=1),
+        weights=replace(workers_config.weights, bucket_mb=1),
     )
 
 
 @pytest.fixture(scope="module")
-def first(ray_here: None, bf16_config: Config, taught_folder: Path, asked: list[Prompt]) -> Iterator[WorkerGroup]:
-    with open_workers(bf16_config, str(taught_folder), asked, incidents(), print, tuple) as team:
-        yield team
+def first(ray_here: None, bf16_config: Config, taught_folder: Path, prompts: list[Prompt]) -> Iterator[WorkerGroup]:
+    with open_workers(bf16_config, str(taught_folder), prompts, incidents(), print, tuple) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero_{stage}")
-def team(
-    request: pytest.FixtureRequest, first: WorkerGroup, bf16_config: Config, taught_folder: Path, asked: list[Prompt]
+def workers(
+    request: pytest.FixtureRequest, first: WorkerGroup, bf16_config: Config, taught_folder: Path, prompts: list[Prompt]
 ) -> Iterator[WorkerGroup]:
-    """One engine; the learner of each stage pushes to it in turn."""
+    """Workers with one shared engine, to which the learner of each ZeRO stage pushes in turn."""
     if request.param == 1:
         yield first
         return
@@ -70,21 +70,21 @@ def team(
         pool.wait(pool.start())
         transport = SharedMemoryPush(pool, first.rollout, bf16_config.weights.bucket_mb)
         tolerance = Tolerance("bfloat16", LAYERS)
-        pusher = AuditedPush(transport, pool, first.rollout, bf16_config.weights, asked, 1.0, tolerance)
+        pusher = AuditedPush(transport, pool, first.rollout, bf16_config.weights, prompts, 1.0, tolerance)
         yield replace(first, learner=pool, pusher=pusher)
 
 
-def sent(team: WorkerGroup) -> dict[str, Any]:
-    [digests] = ray.get(list(team.pusher.pushed))
+def sent(workers: WorkerGroup) -> dict[str, Any]:
+    [digests] = ray.get(list(workers.pusher.pushed))
     return digests
 
 
-def test_each_stage_pushes_every_weight_and_passes_both_proofs(team: WorkerGroup, asked: list[Prompt]) -> None:
+def test_each_zero_stage_pushes_every_weight_and_passes_audits(workers: WorkerGroup, prompts: list[Prompt]) -> None:
     audits, digests = [], []
     for version in range(3):
-        audits.append(team.push(version))
-        digests.append(sent(team))
-        train_one_step(team, asked, version, lr=LR)
+        audits.append(workers.push(version))
+        digests.append(sent(workers))
+        train_one_step(workers, prompts, version, lr=LR)
     assert {weight.dtype for weight in digests[0].values()} == {torch.bfloat16}
     for before, after in pairwise(digests):
         assert {name for name in before if before[name] != after[name]} >= {HEAD}
@@ -94,7 +94,7 @@ def test_each_stage_pushes_every_weight_and_passes_both_proofs(team: WorkerGroup
     assert audits[0].tolerance == Tolerance("bfloat16", LAYERS).of(audits[0])
 
 
-# ---- faults on the way
+# ---- faults in transit
 
 
 def flipped(weights: Weights) -> Weights:
@@ -112,11 +112,11 @@ def swapped(weights: Weights, first: str, second: str) -> Weights:
     return found.items()
 
 
-def changed_on_its_way(team: WorkerGroup, fault: Callable[[Weights], Weights]) -> AuditedPush:
-    """Of what was gathered since the update: a second gathering would wait for the first one for ever."""
-    push = copy.copy(team.pusher)
-    push.transport = SharedMemoryPush(team.learner, team.rollout, bucket_mb=1)
-    real = team.pusher.transport
+def changed_in_transit(workers: WorkerGroup, fault: Callable[[Weights], Weights]) -> AuditedPush:
+    """Return a push of changed buckets from the gather that runs: a second gather would wait for it forever."""
+    push = copy.copy(workers.pusher)
+    push.transport = SharedMemoryPush(workers.learner, workers.rollout, bucket_mb=1)
+    real = workers.pusher.transport
     assert isinstance(real, SharedMemoryPush) and real.gathering is not None
     buckets = [bucket for bucket in ray.get(list(real.gathering)) if bucket is not None]
     real.gathering = None
@@ -124,7 +124,7 @@ def changed_on_its_way(team: WorkerGroup, fault: Callable[[Weights], Weights]) -
     return push
 
 
-ON_THE_WAY: dict[str, Callable[[Weights], Weights]] = {
+IN_TRANSIT: dict[str, Callable[[Weights], Weights]] = {
     "one bit": flipped,
     "keys and values": partial(swapped, first="0.self_attn.k_proj", second="0.self_attn.v_proj"),
     "halves of a fused matrix": partial(swapped, first="2.mlp.gate_proj", second="2.mlp.up_proj"),
@@ -132,12 +132,12 @@ ON_THE_WAY: dict[str, Callable[[Weights], Weights]] = {
 }
 
 
-@pytest.mark.parametrize("fault", ON_THE_WAY)
-def test_what_changes_on_its_way_is_caught(first: WorkerGroup, asked: list[Prompt], fault: str) -> None:
+@pytest.mark.parametrize("fault", IN_TRANSIT)
+def test_a_weight_changed_in_transit_is_caught(first: WorkerGroup, prompts: list[Prompt], fault: str) -> None:
     first.push(10)
-    train_one_step(first, asked, 10, lr=LR)
+    train_one_step(first, prompts, 10, lr=LR)
     with pytest.raises(AuditError, match=r"digests of [12] weights are wrong: .* differs from what the learner sent"):
-        changed_on_its_way(first, ON_THE_WAY[fault])(11)
+        changed_in_transit(first, IN_TRANSIT[fault])(11)
     first.push(12)
 
 
@@ -145,7 +145,7 @@ def test_what_changes_on_its_way_is_caught(first: WorkerGroup, asked: list[Promp
 
 
 def not_loaded(engine: Any, lost: str) -> None:
-    """Buckets with such a weight in them are received, and that is all."""
+    """Make the engine drop buckets that hold a weight of this name."""
     write = engine._write
 
     def some(weights: Weights) -> None:
@@ -161,7 +161,7 @@ def loaded_again(engine: Any) -> None:
 
 
 def other_pixels(engine: Any) -> None:
-    """One level of brightness less in one channel of one pixel."""
+    """Make the engine probe with one channel of one pixel a level darker."""
     from othink_ray.engines.prefetch import Inputs
 
     def darker(prompt: Prompt) -> Any:
@@ -180,7 +180,7 @@ def same_pixels(engine: Any) -> None:
 
 
 def untied_head(engine: Any) -> None:
-    """A head of its own, as it was."""
+    """Replace the tied head by a copy of it."""
     worker = worker_of(engine).worker
     head = worker.network.language_model.lm_head
     head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
@@ -201,23 +201,23 @@ IN_THE_ENGINE: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], str
 
 
 @pytest.mark.parametrize("fault", IN_THE_ENGINE)
-def test_an_engine_that_computes_with_something_else_is_caught(
-    first: WorkerGroup, asked: list[Prompt], fault: str
+def test_an_engine_that_computes_with_other_inputs_is_caught(
+    first: WorkerGroup, prompts: list[Prompt], fault: str
 ) -> None:
-    break_it, mend_it, message = IN_THE_ENGINE[fault]
+    inject, undo, message = IN_THE_ENGINE[fault]
     first.push(20)
-    on_engine(first, break_it)
-    train_one_step(first, asked, 20, lr=LR)
+    on_engine(first, inject)
+    train_one_step(first, prompts, 20, lr=LR)
     with pytest.raises(AuditError, match=rf"audit of weights version 21 failed.*{message}"):
         first.push(21)
-    on_engine(first, mend_it)
+    on_engine(first, undo)
     first.push(22)
 
 
-def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: WorkerGroup, asked: list[Prompt]) -> None:
+def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: WorkerGroup, prompts: list[Prompt]) -> None:
     first.push(50)
     on_engine(first, partial(not_loaded, lost="layers.1.mlp"))
-    train_one_step(first, asked, 50, lr=LR)
+    train_one_step(first, prompts, 50, lr=LR)
     with pytest.raises(AuditError, match=r"digests of \d+ weights are wrong: .* differs") as caught:
         first.pusher(51)
     wrong = int(str(caught.value).partition("digests of ")[2].split()[0])
@@ -226,10 +226,8 @@ def test_a_bucket_that_is_received_but_not_loaded_is_caught(first: WorkerGroup, 
     first.push(52)
 
 
-def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(
-    first: WorkerGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No weight that is sent lands there; an engine is looked at whole when it is new."""
+def test_an_untied_head_is_caught_on_a_new_engine(first: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pushed weight reaches the copy; only the complete check of a new engine sees it."""
     monkeypatch.setattr(first.pusher, "prompts", first.pusher.first_prompts)
     on_engine(first, untied_head)
     with pytest.raises(AuditError, match=r"(lm_head|embed_tokens)\.weight is not reached by any weight of the learner"):
@@ -239,13 +237,13 @@ def test_a_head_that_is_no_longer_tied_is_caught_on_a_new_engine(
 
 
 def test_logprobs_alone_would_let_old_weights_pass(
-    first: WorkerGroup, asked: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    first: WorkerGroup, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first.push(40)
     on_engine(first, partial(not_loaded, lost=""))
-    train_one_step(first, asked, 40, lr=LR)
+    train_one_step(first, prompts, 40, lr=LR)
     with monkeypatch.context() as blind:
-        blind.setattr(push_module, "require_arrived", lambda engines, version: None)
+        blind.setattr(weight_sync, "require_arrived", lambda engines, version: None)
         audit = first.push(41)
     assert audit.gap_mean <= audit.tolerance
     with pytest.raises(AuditError, match="digests of"):

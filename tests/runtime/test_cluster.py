@@ -1,4 +1,4 @@
-"""A Ray that a run starts for itself, and who gets in."""
+"""Ray started by a run: access control, signal handlers and settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENDING = """
 import signal
 from othink_ray.config.load import load
 from othink_ray.runtime.cluster import ray_session
-signal.signal(signal.SIGTERM, lambda *of: None)
+signal.signal(signal.SIGTERM, lambda *arguments: None)
 with ray_session(load([]).cluster):
     print("up", flush=True)
 print("down", flush=True)
@@ -42,7 +42,7 @@ input()
 STRANGER = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
 
 
-def test_nobody_else_gets_in_neither_by_the_network_nor_by_files() -> None:
+def test_no_other_user_gets_in_by_network_or_files() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -55,26 +55,26 @@ def test_nobody_else_gets_in_neither_by_the_network_nor_by_files() -> None:
         if os.getuid() == 0:
             peek = subprocess.run(["ls", session], user=65534, group=65534, capture_output=True, text=True, check=False)
             assert "Permission denied" in peek.stderr
-        told = subprocess.run(
+        refused = subprocess.run(
             [sys.executable, "-c", STRANGER, address], env=environment, capture_output=True, text=True, timeout=120
         )
         owner.stdin.write("done\n")
         owner.stdin.close()
         assert owner.wait(60) == 0
-    assert told.returncode != 0
-    assert "Authentication token" in told.stderr
+    assert refused.returncode != 0
+    assert "Authentication token" in refused.stderr
 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the place of /tmp."""
+    """Replace /tmp by a folder of the test; return the private folder's path below it."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / f"ray-{os.getuid()}"
 
 
 @pytest.mark.parametrize("before", [None, 0o700, 0o755, 0o1777])
-def test_the_folder_of_rays_files_is_the_users_alone(before: int | None, temporary: Path) -> None:
+def test_rays_session_folder_is_private_to_the_user(before: int | None, temporary: Path) -> None:
     if before is not None:
         temporary.mkdir()
         temporary.chmod(before)
@@ -83,7 +83,7 @@ def test_the_folder_of_rays_files_is_the_users_alone(before: int | None, tempora
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "another user's"])
-def test_what_somebody_else_put_in_its_place_is_not_used(kind: str, temporary: Path) -> None:
+def test_a_path_taken_by_another_user_is_not_used(kind: str, temporary: Path) -> None:
     if kind == "link":
         (temporary.parent / "elsewhere").mkdir()
         temporary.symlink_to(temporary.parent / "elsewhere")
@@ -100,7 +100,7 @@ def test_what_somebody_else_put_in_its_place_is_not_used(kind: str, temporary: P
 
 
 @pytest.mark.parametrize(
-    ("mode", "token", "environment", "told"),
+    ("mode", "token", "environment", "noticed"),
     [
         ("token", 0o644, {}, True),
         ("token", 0o640, {}, True),
@@ -111,33 +111,33 @@ def test_what_somebody_else_put_in_its_place_is_not_used(kind: str, temporary: P
         ("token", 0o644, {"RAY_AUTH_TOKEN_PATH": "{}/elsewhere"}, True),
     ],
 )
-def test_a_token_that_others_can_read_is_closed_and_told(
+def test_a_readable_token_file_is_closed_with_a_notice(
     mode: str,
     token: int | None,
     environment: dict[str, str],
-    told: bool,
+    noticed: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = {name: value.format(tmp_path) for name, value in environment.items()}
-    file = Path(own.get("RAY_AUTH_TOKEN_PATH", tmp_path / ".ray" / "auth_token"))
+    settings = {name: value.format(tmp_path) for name, value in environment.items()}
+    file = Path(settings.get("RAY_AUTH_TOKEN_PATH", tmp_path / ".ray" / "auth_token"))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (own | {"RAY_AUTH_MODE": mode, "HOME": str(tmp_path)}).items():
+    for name, value in (settings | {"RAY_AUTH_MODE": mode, "HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     if token is not None:
         file.parent.mkdir(exist_ok=True)
         file.write_text("secret")
         file.chmod(token)
-    said = cluster.close_token_file()
-    assert (said is not None) == told
-    if told:
-        assert said is not None and str(file) in said and "run code as you" in said
+    notice = cluster.close_token_file()
+    assert (notice is not None) == noticed
+    if noticed:
+        assert notice is not None and str(file) in notice and "run code as you" in notice
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert cluster.close_token_file() is None
 
 
-def test_rays_answer_to_sigterm_does_not_take_the_place_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_init_does_not_replace_the_sigterm_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ended(Exception):
         pass
 
@@ -150,12 +150,12 @@ def test_rays_answer_to_sigterm_does_not_take_the_place_of_the_runs(monkeypatch:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) is end
         with pytest.raises(Ended), cluster._restore_sigterm_handler():
-            sys.exit(15)  # as Ray does while it starts
+            sys.exit(15)  # as Ray's handler does during startup
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_sigterm_while_ray_ends_or_later_has_the_runs_answer() -> None:
+def test_sigterm_during_or_after_ray_shutdown_reaches_the_run() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", ENDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as run:
@@ -170,7 +170,7 @@ def test_a_sigterm_while_ray_ends_or_later_has_the_runs_answer() -> None:
     assert (said, run.returncode) == (b"down\n", 0)
 
 
-def test_machines_are_the_nodes_that_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_lists_live_nodes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     large = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0, "memory": 1e9}
     nodes = [
         {"NodeManagerHostname": "first", "Resources": large, "Alive": True},
@@ -187,29 +187,29 @@ def test_machines_are_the_nodes_that_are_alive(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("address", "before", "loaded", "locked"),
+    ("address", "before", "loaded", "secured"),
     [
         (None, {}, False, True),
         ("auto", {}, False, False),
         (None, {"RAY_ADDRESS": "10.0.0.1:6379"}, False, False),
         (None, {"RAY_AUTH_MODE": "disabled"}, False, False),
-        (None, {}, True, False),  # too late: Ray has read it
+        (None, {}, True, False),  # too late: Ray has read the environment
     ],
 )
-def test_a_ray_that_starts_here_is_locked_unless_somebody_else_chose(
-    address: str | None, before: dict[str, str], loaded: bool, locked: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_local_ray_requires_a_token_unless_configured(
+    address: str | None, before: dict[str, str], loaded: bool, secured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment, settings = dict(before), replace(load([]).cluster, address=address)
     monkeypatch.setattr(cluster, "os", SimpleNamespace(environ=environment))
     monkeypatch.setattr(cluster, "sys", SimpleNamespace(modules={"ray": ray} if loaded else {}))
     cluster.prepare(settings)
-    assert ("RAY_AUTH_TOKEN" in environment, environment.get("RAY_AUTH_MODE") == "token") == (locked, locked)
+    assert ("RAY_AUTH_TOKEN" in environment, environment.get("RAY_AUTH_MODE") == "token") == (secured, secured)
     assert environment.items() >= before.items()
 
 
-def test_this_ray_knows_the_settings_that_it_is_given() -> None:
-    own = Path(ray.__file__).parent
-    readers = [own / "core/src/ray/raylet/raylet", *own.glob("_private/*.py")]
+def test_the_installed_ray_knows_all_local_settings() -> None:
+    package = Path(ray.__file__).parent
+    readers = [package / "core/src/ray/raylet/raylet", *package.glob("_private/*.py")]
     known = [reader.read_bytes() for reader in readers]
-    unknown = [name for name in cluster._OF_OUR_OWN if not any(name.encode() in text for text in known)]
+    unknown = [name for name in cluster._LOCAL_RAY_SETTINGS if not any(name.encode() in text for text in known)]
     assert not unknown

@@ -1,4 +1,4 @@
-"""What comes next is told to the engines that will be asked it, and told early enough."""
+"""Prefetch of the next prompts: each engine prepares the shard that it will sample, early enough."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ SAMPLING = Sampling(answers=2, max_tokens=4, temperature=1.0, seed=0)
 LONG = 40  # tokens of every other prompt's answers
 
 
-class Noting:
-    """A rollout engine that notes what it was told, in order; its answers are long for every other prompt."""
+class RecordingEngine:
+    """A rollout engine that records its calls in order; its answers are long for every other prompt."""
 
     version = 0
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, list[str]]] = []
+        self.calls: list[tuple[str, list[str]]] = []
 
-    def note(self, what: str, prompts: Sequence[Prompt] = ()) -> None:
-        self.told.append((what, [prompt.id for prompt in prompts]))
+    def record(self, call: str, prompts: Sequence[Prompt] = ()) -> None:
+        self.calls.append((call, [prompt.id for prompt in prompts]))
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.note("prepare", prompts)
+        self.record("prepare", prompts)
         if any(prompt.task == "refuse" for prompt in prompts):
-            raise ValueError("not this one")
+            raise ValueError("cannot prepare this prompt")
 
     def sleep(self) -> None:
-        self.note("sleep")
+        self.record("sleep")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        self.note("generate", prompts)
+        self.record("generate", prompts)
         for prompt in prompts:
             ids = np.arange(LONG if int(prompt.id) % 2 else 1, dtype=np.int64)
             completion = Completion(token_ids=ids, sampler_logprobs=ids.astype(np.float32), text="", finish="stop")
@@ -51,87 +51,88 @@ class Noting:
             )
 
 
-def questions(numbers: Sequence[int], task: str = "") -> list[Prompt]:
-    return [Prompt(id=str(one), messages=(), images=(b"pixels",), answer="", task=task) for one in numbers]
+def numbered(numbers: Sequence[int], task: str = "") -> list[Prompt]:
+    return [Prompt(id=str(number), messages=(), images=(b"pixels",), answer="", task=task) for number in numbers]
 
 
 Pools = Callable[..., RolloutPool]
 
 
 @pytest.fixture
-def pools(ray_here: None, team_config: Config) -> Iterator[Pools]:
-    """Two engines each."""
-    seats = [(ProcessSpec(role="rollout", cpus=0.1, gpus=0),)] * 2
-    with Placement(seats, team_config.cluster, print) as placement:
+def pools(ray_here: None, workers_config: Config) -> Iterator[Pools]:
+    """Open pools of two recording engines."""
+    bundles = [(ProcessSpec(role="rollout", cpus=0.1, gpus=0),)] * 2
+    with Placement(bundles, workers_config.cluster, print) as placement:
 
         def pool(**settings: Any) -> RolloutPool:
-            rollout = replace(team_config.rollout, num_actors=2, step_timeout_s=20, **settings)
-            made = RolloutPool(Noting, rollout, placement, incidents())  # type: ignore[arg-type]
-            made.wait()
-            return made
+            rollout = replace(workers_config.rollout, num_actors=2, step_timeout_s=20, **settings)
+            opened = RolloutPool(RecordingEngine, rollout, placement, incidents())  # type: ignore[arg-type]
+            opened.wait()
+            return opened
 
         yield pool
 
 
-def told(pool: RolloutPool) -> list[list[tuple[str, list[str]]]]:
-    """Each engine, since it was asked last."""
+def recorded(pool: RolloutPool) -> list[list[tuple[str, list[str]]]]:
+    """Return and clear each engine's calls."""
 
     def take(self: Any) -> Any:
-        taken, self.engine.told = self.engine.told, []
+        taken, self.engine.calls = self.engine.calls, []
         return taken
 
     found: list[list[tuple[str, list[str]]]] = ray.get([actor.__ray_call__.remote(take) for actor in pool.actors])
     return found
 
 
-def answered(pool: RolloutPool, prompts: list[Prompt]) -> list[Group]:
+def sample(pool: RolloutPool, prompts: list[Prompt]) -> list[Group]:
+    """Return the groups of the prompts; each prompt is answered once."""
     groups: list[Group] = ray.get(list(pool.generate(prompts, SAMPLING)))
     assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in prompts)
     return groups
 
 
 @pytest.mark.parametrize("balance", [False, True])
-def test_each_engine_prepares_what_it_will_be_asked(pools: Pools, balance: bool) -> None:
+def test_each_engine_prefetches_the_prompts_that_it_samples(pools: Pools, balance: bool) -> None:
     pool = pools(balance=balance)
     for start in (0, 10):
-        coming = questions(range(start, start + 7))
-        pool.prefetch(coming, SAMPLING.answers)
-        pool.note(answered(pool, coming))  # balance learns more before the next step than it knew when this was dealt
-        for [(first, prepared), (second, asked)] in told(pool):
-            assert (first, second, prepared) == ("prepare", "generate", asked)
-            assert len(asked) >= 2
+        upcoming = numbered(range(start, start + 7))
+        pool.prefetch(upcoming, SAMPLING.answers)
+        pool.note(sample(pool, upcoming))  # new lengths would change the balance after the prefetch
+        for [(first, prepared), (second, sampled)] in recorded(pool):
+            assert (first, second, prepared) == ("prepare", "generate", sampled)
+            assert len(sampled) >= 2
 
 
-def test_others_than_were_expected_are_answered_too(pools: Pools) -> None:
+def test_prompts_that_were_not_prefetched_are_answered_too(pools: Pools) -> None:
     pool = pools()
-    pool.prefetch(questions(range(4)), SAMPLING.answers)
-    answered(pool, questions(range(2, 9)))
-    assert sorted(name for own in told(pool) for what, names in own if what == "generate" for name in names) == [
-        str(number) for number in range(2, 9)
-    ]
+    pool.prefetch(numbered(range(4)), SAMPLING.answers)
+    sample(pool, numbered(range(2, 9)))
+    assert sorted(
+        name for calls in recorded(pool) for call, names in calls if call == "generate" for name in names
+    ) == [str(number) for number in range(2, 9)]
 
 
-def test_engines_that_leave_the_device_prepare_after_that(pools: Pools) -> None:
-    """The learner waits for the device, and not for what an engine does beside it."""
+def test_engines_that_sleep_prefetch_after_leaving_the_device(pools: Pools) -> None:
+    """The learner waits for the device, but not for the preparation, which needs none."""
     pool = pools(sleep=True)
-    coming = questions(range(6))
-    pool.prefetch(coming, SAMPLING.answers)
+    upcoming = numbered(range(6))
+    pool.prefetch(upcoming, SAMPLING.answers)
     pool.sleep()
-    answered(pool, coming)
-    assert [[what for what, _ in own] for own in told(pool)] == [["sleep", "prepare", "generate"]] * 2
+    sample(pool, upcoming)
+    assert [[call for call, _ in calls] for calls in recorded(pool)] == [["sleep", "prepare", "generate"]] * 2
 
 
-def test_what_cannot_be_prepared_is_no_failure_until_it_is_asked(pools: Pools) -> None:
+def test_a_failed_prefetch_does_not_fail_the_pool(pools: Pools) -> None:
     pool = pools()
-    coming = questions(range(4), task="refuse")
-    pool.prefetch(coming, SAMPLING.answers)
-    answered(pool, coming)
+    upcoming = numbered(range(4), task="refuse")
+    pool.prefetch(upcoming, SAMPLING.answers)
+    sample(pool, upcoming)
 
 
-def test_an_engine_that_died_meanwhile_is_replaced_and_asked_the_same(pools: Pools) -> None:
+def test_an_engine_that_died_is_replaced_and_samples_its_shard(pools: Pools) -> None:
     pool = pools()
-    coming = questions(range(6))
-    pool.prefetch(coming, SAMPLING.answers)
+    upcoming = numbered(range(6))
+    pool.prefetch(upcoming, SAMPLING.answers)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(pool.actors[1].__ray_call__.remote(lambda self: os._exit(1)))
-    answered(pool, coming)
+    sample(pool, upcoming)

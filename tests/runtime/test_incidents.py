@@ -1,4 +1,4 @@
-"""How often a run mends itself, and what it says then."""
+"""Restarts of a run: their limit and their messages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from othink_ray.runtime.futures import WorkerFailed
 from othink_ray.runtime.monitoring import Incidents
 
 
-def test_restarts_are_told_and_counted_until_there_were_too_many() -> None:
-    told: list[str] = []
-    incidents = Incidents(2, told.append)
+def test_restarts_are_logged_and_counted_up_to_the_limit() -> None:
+    logged: list[str] = []
+    incidents = Incidents(2, logged.append)
     incidents.restart("rollout_restarts", " it died\nin line 3")
     incidents.restart("rollout_restarts", WorkerFailed("it hangs"))
-    assert told == ["it died: restarting it (1 of at most 2)", "it hangs: restarting it (2 of at most 2)"]
+    assert logged == ["it died: restarting it (1 of at most 2)", "it hangs: restarting it (2 of at most 2)"]
     assert incidents.restarts == 2
     with pytest.raises(WorkerFailed) as raised:
         incidents.restart("learner_restarts", "out of memory\nin line 4")
     assert str(raised.value) == (
-        "out of memory; there were 2 restarts before, and faults.max_restarts = 2. The first cause was: it died\n"
-        "in line 3"
+        "out of memory; not restarted: 2 restarts used, faults.max_restarts = 2. First cause: it died\nin line 3"
     )
     assert incidents.take() == {
         "faults/rollout_restarts": 2.0,

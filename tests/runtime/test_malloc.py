@@ -1,4 +1,4 @@
-"""The environment in which actors allocate: freed blocks are kept for the next step, but not huge ones."""
+"""Allocator settings of the actors: freed blocks are kept for the next step, but huge ones are returned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
 
-# Each time something small comes to lie where the freed block was.
+# After each freed block a small allocation takes its place.
 HOLES = """
 import resource, sys, torch
 kept = []
@@ -26,7 +26,7 @@ def faults_so_far():
 before = faults_so_far()
 torch.ones(800 << 20, dtype=torch.uint8)
 print(faults_so_far() - before)
-for turn in range(60):  # the first ones find their places: memalign asks for a little more than it had
+for turn in range(60):  # the first rounds settle: memalign asks for a little more than the freed block
     if turn == 40:
         faults = faults_so_far()
     for size in (50, 100, 200):
@@ -40,12 +40,12 @@ print(faults_so_far() - faults)
 """
 
 
-def test_blocks_of_gigabytes_leave_no_holes_and_others_are_kept() -> None:
+def test_huge_blocks_leave_no_holes_and_smaller_ones_are_kept() -> None:
     environment = {**os.environ, **PROCESS_ENVIRONMENT}
-    said = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
-    first, last, huge, faults, kept = map(int, said.stdout.split())
-    assert last - first < 100  # MiB; kept, each of four blocks of 800 would have a place of its own
+    done = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
+    first, last, huge, faults, kept = map(int, done.stdout.split())
+    assert last - first < 100  # MiB; if kept, each of four blocks of 800 would take new memory
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        assert huge < 2000  # of a block of 800 MiB, which has 204,800 small pages
-    assert faults < 2 * (100 << 20) // 4096  # in 20 rounds, each of which would touch all pages if they were returned
+        assert huge < 2000  # page faults of a block of 800 MiB, which has 204,800 small pages
+    assert faults < 2 * (100 << 20) // 4096  # in 20 rounds, each of which would fault every page if they were returned
     assert kept < 257  # in five turns, each of which would fault as often in pages of 2 MiB if its block were returned

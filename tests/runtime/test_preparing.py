@@ -1,4 +1,4 @@
-"""The learner prepares on a thread of its own while it updates."""
+"""Prefetch of the learner: `prepare` runs on its own thread beside an update."""
 
 from __future__ import annotations
 
@@ -16,73 +16,73 @@ from othink_ray.runtime.learner_pool import LearnerLost, LearnerPool
 from othink_ray.runtime.placement import Placement, learner_bundles
 from othink_ray.types import Pack
 
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Updated:
-    """All that the pool asks of an update's result, and what is asked here."""
+    """Fields of UpdateStats that the pool reads, and what the tests check."""
 
-    told: bool
+    prepared: bool
     thread: str
     bad_prompts: tuple[str, ...] = ("a",)
 
 
-class Patient:
-    """An engine whose update ends only when it was told of the next one's rows."""
+class WaitingEngine:
+    """An engine whose update ends only after the next update's packs were prepared."""
 
-    def __init__(self, place: Any) -> None:
-        self.told = threading.Event()
+    def __init__(self, rendezvous: Any) -> None:
+        self.prepared = threading.Event()
 
     def update(self, updates: Any, *, beta: float, lr: float, loss: str, correction: str) -> Updated:
-        told = self.told.wait(PATIENCE_S) if loss == "waits" else True
-        self.told.clear()
-        return Updated(told, threading.current_thread().name)
+        prepared = self.prepared.wait(TIMEOUT_S) if loss == "waits" else True
+        self.prepared.clear()
+        return Updated(prepared, threading.current_thread().name)
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        [[[row]]] = updates
-        if row.prompt_id == "deadly":
+        [[[pack]]] = updates
+        if pack.prompt_id == "deadly":
             os._exit(1)
         assert with_reference
-        self.told.set()
+        self.prepared.set()
 
 
-def row(name: str) -> Pack:
-    nothing = np.zeros(2)
+def pack_of(name: str) -> Pack:
+    zeros = np.zeros(2)
     return Pack(
         prompt_id=name,
         images=(),
         token_ids=np.arange(2),
         segments=np.arange(2, dtype=np.int32),
-        loss_weights=nothing,
-        sampler_logprobs=nothing.astype(np.float32),
-        advantages=nothing,
+        loss_weights=zeros,
+        sampler_logprobs=zeros.astype(np.float32),
+        advantages=zeros,
     )
 
 
-HOW: dict[str, Any] = {"updates": 1, "beta": 0.1, "lr": 0.1, "correction": "none"}
+SETTINGS: dict[str, Any] = {"updates": 1, "beta": 0.1, "lr": 0.1, "correction": "none"}
 
 
 @pytest.fixture
-def pool(ray_here: None, team_config: Config) -> Iterator[LearnerPool]:
-    learner = replace(team_config.learner, cpus_per_rank=0.1)
-    with Placement(learner_bundles(learner), team_config.cluster, print) as placement:
-        pool = LearnerPool(Patient, learner, placement)  # type: ignore[arg-type]
+def pool(ray_here: None, workers_config: Config) -> Iterator[LearnerPool]:
+    learner = replace(workers_config.learner, cpus_per_rank=0.1)
+    with Placement(learner_bundles(learner), workers_config.cluster, print) as placement:
+        pool = LearnerPool(WaitingEngine, learner, placement)  # type: ignore[arg-type]
         pool.wait(pool.start())
         yield pool
 
 
-def test_the_next_rows_arrive_while_an_update_runs(pool: LearnerPool) -> None:
-    begun = pool.begin_update([row("a")], loss="waits", **HOW)
-    pool.prepare([row("b")], updates=1, with_reference=True)
+def test_the_next_packs_arrive_while_an_update_runs(pool: LearnerPool) -> None:
+    begun = pool.begin_update([pack_of("a")], loss="waits", **SETTINGS)
+    pool.prepare([pack_of("b")], updates=1, with_reference=True)
     found: Any = pool.updated(begun)
-    assert found.told and found.bad_prompts == ("a",)
-    after: Any = pool.update([row("b")], loss="ends", **HOW)
-    assert after.thread == found.thread  # all updates are one thread's
+    assert found.prepared and found.bad_prompts == ("a",)
+    after: Any = pool.update([pack_of("b")], loss="ends", **SETTINGS)
+    assert after.thread == found.thread  # one thread runs all updates
 
 
-def test_a_rank_that_dies_of_preparing_is_lost(pool: LearnerPool) -> None:
-    begun = pool.begin_update([row("a")], loss="waits", **HOW)
-    pool.prepare([row("deadly")], updates=1, with_reference=True)
+def test_a_rank_that_dies_in_prefetch_is_lost(pool: LearnerPool) -> None:
+    begun = pool.begin_update([pack_of("a")], loss="waits", **SETTINGS)
+    pool.prepare([pack_of("deadly")], updates=1, with_reference=True)
     with pytest.raises(LearnerLost):
         pool.updated(begun)

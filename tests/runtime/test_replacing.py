@@ -1,4 +1,4 @@
-"""An engine that is lost comes back with the policy that the others have: the run is what it would have been."""
+"""A replaced engine gets the policy of the others, so that the run is what it would have been."""
 
 from __future__ import annotations
 
@@ -18,55 +18,57 @@ LATER = 100_000  # versions that no other test pushes
 
 
 @pytest.fixture
-def at_work(team: WorkerGroup) -> Iterator[WorkerGroup]:
-    """With weights that the model's folder does not have."""
-    team.rollout.sync_new_engines = team.pusher.sync_new_engines
-    team.incidents.restarts = 0
-    yield team
-    team.push(LATER)
+def trained_workers(workers: WorkerGroup) -> Iterator[WorkerGroup]:
+    """Yield workers with reset restarts; push afterwards, for the tests that follow."""
+    workers.rollout.sync_new_engines = workers.pusher.sync_new_engines
+    workers.incidents.restarts = 0
+    yield workers
+    workers.push(LATER)
 
 
-def kill_engine(team: WorkerGroup, how: int = signal.SIGKILL) -> None:
-    [actor] = team.rollout.actors
+def kill_engine(workers: WorkerGroup, how: int = signal.SIGKILL) -> None:
+    [actor] = workers.rollout.actors
     os.kill(ray.get(actor.ready.remote()), how)
 
 
 def tokens(groups: list[ScoredGroup]) -> dict[str, list[list[int]]]:
-    return {one.group.prompt.id: [c.token_ids.tolist() for c in one.group.completions] for one in groups}
+    return {scored.group.prompt.id: [c.token_ids.tolist() for c in scored.group.completions] for scored in groups}
 
 
-def train(team: WorkerGroup, prompts: list[Prompt]) -> None:
+def train(workers: WorkerGroup, prompts: list[Prompt]) -> None:
     from tests.runtime.test_push import train_one_step
 
-    train_one_step(team, prompts, 3)
+    train_one_step(workers, prompts, 3)
 
 
-def test_a_new_engine_answers_like_the_one_that_died(at_work: WorkerGroup, asked: list[Prompt]) -> None:
-    train(at_work, asked)
-    at_work.push(LATER + 1)
-    expected = tokens(at_work.score(at_work.generate(asked, 5)))
-    train(at_work, asked)  # the learner is ahead, as when both sides overlap
-    kill_engine(at_work)
-    again = at_work.score(at_work.generate(asked, 5))
+def test_a_replaced_engine_answers_like_the_lost_one(trained_workers: WorkerGroup, prompts: list[Prompt]) -> None:
+    train(trained_workers, prompts)
+    trained_workers.push(LATER + 1)
+    expected = tokens(trained_workers.score(trained_workers.generate(prompts, 5)))
+    train(trained_workers, prompts)  # the learner is ahead, as under overlap
+    kill_engine(trained_workers)
+    again = trained_workers.score(trained_workers.generate(prompts, 5))
     assert tokens(again) == expected
-    assert {one.group.version for one in again} == {LATER + 1}
-    assert at_work.incidents.take()["faults/rollout_restarts"] == 1
+    assert {scored.group.version for scored in again} == {LATER + 1}
+    assert trained_workers.incidents.take()["faults/rollout_restarts"] == 1
 
 
-def test_an_engine_that_dies_before_a_push_gets_it_with_the_audit(at_work: WorkerGroup, asked: list[Prompt]) -> None:
-    train(at_work, asked)
-    kill_engine(at_work)
-    audit = at_work.push(LATER + 2)
+def test_an_engine_lost_before_a_push_gets_it_with_the_audit(
+    trained_workers: WorkerGroup, prompts: list[Prompt]
+) -> None:
+    train(trained_workers, prompts)
+    kill_engine(trained_workers)
+    audit = trained_workers.push(LATER + 2)
     assert audit.version == LATER + 2
     assert audit.gap_mean < 1e-4
 
 
-def test_a_new_engine_that_did_not_get_the_weights_is_caught(at_work: WorkerGroup, asked: list[Prompt]) -> None:
-    train(at_work, asked)
-    at_work.push(LATER + 3)
-    transport = at_work.pusher.transport
+def test_a_new_engine_without_the_weights_is_caught(trained_workers: WorkerGroup, prompts: list[Prompt]) -> None:
+    train(trained_workers, prompts)
+    trained_workers.push(LATER + 3)
+    transport = trained_workers.pusher.transport
     assert isinstance(transport, SharedMemoryPush)
-    transport.kept = []  # so that it keeps those of the folder
-    kill_engine(at_work)
+    transport.kept = []  # so that the new engine keeps the weights of the folder
+    kill_engine(trained_workers)
     with pytest.raises(AuditError, match="audit of weights version"):
-        at_work.score(at_work.generate(asked, 5))
+        trained_workers.score(trained_workers.generate(prompts, 5))

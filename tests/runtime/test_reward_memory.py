@@ -1,4 +1,4 @@
-"""The memory limit of a reward actor."""
+"""Memory limit of a reward actor."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 
-def test_a_reward_actor_may_take_so_much_more_memory_than_it_has() -> None:
-    """Not so much in all: what Python and its modules take is no fault of a reward function."""
+def test_the_memory_limit_counts_from_present_use() -> None:
+    """Memory of Python and its modules is not charged to the reward function."""
     program = """
 from othink_ray.runtime.reward_actor import _limit_memory
 MB = 2**20

@@ -1,4 +1,4 @@
-"""The verbs of a team that need no actors to be told apart."""
+"""WorkerGroup's methods over recording pools, without actors."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tests.engines.samples import ask
 
 
 class Recorder:
-    """A learner and a push that only remember how they were asked, and engines that stay awake."""
+    """A learner, a push and engines in one object, which record their calls."""
 
     def __init__(self) -> None:
-        self.asked: list[Any] = []
+        self.calls: list[Any] = []
 
     def sleep(self) -> None:
         pass
 
-    def begin_update(self, packs: Any, **how: Any) -> None:
-        self.asked.append(how)
+    def begin_update(self, packs: Any, **settings: Any) -> None:
+        self.calls.append(settings)
 
     def begin(self) -> None:
-        self.asked.append("push")
+        self.calls.append("push")
 
     def updated(self, begun: Any) -> list[Any]:
-        return self.asked
+        return self.calls
 
     def generate(self, prompts: Any, sampling: Any) -> Iterator[Any]:
         self.sampling = sampling
         yield from prompts
 
-    def prefetch(self, coming: Any, answers: int) -> None:
-        self.asked.append("expect")
+    def prefetch(self, prompts: Any, answers: int) -> None:
+        self.calls.append("prefetch")
 
 
-def team_of(recorder: Any) -> WorkerGroup:
+def workers_of(recorder: Any) -> WorkerGroup:
     unused: Any = None
     return WorkerGroup(
         rollout=recorder,
@@ -65,68 +65,66 @@ def team_of(recorder: Any) -> WorkerGroup:
 
 
 @pytest.mark.parametrize(("stale", "correction"), [(False, "icepop"), (True, "sequence")])
-def test_answers_of_older_weights_have_a_correction_of_their_own_and_a_push_begins_behind_each_update(
-    stale: bool, correction: str
-) -> None:
-    asked: Any = team_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)
-    assert asked == [{"updates": 1, "beta": 0.1, "lr": 0.2, "loss": "gspo", "correction": correction}, "push"]
+def test_stale_updates_use_their_correction_and_begin_a_push(stale: bool, correction: str) -> None:
+    calls: Any = workers_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)
+    assert calls == [{"updates": 1, "beta": 0.1, "lr": 0.2, "loss": "gspo", "correction": correction}, "push"]
 
 
 def test_seeds_differ_by_run_step_and_sampling_round() -> None:
     seeds = set()
     for seed, step, sampling_round in product((0, 1, 2**24, 2**64 - 1), (0, 1, 2, 24, 2**24 - 1), (0, 1, 7)):
         recorder: Any = Recorder()
-        list(replace(team_of(recorder), seed=seed).generate([], step, sampling_round))
+        list(replace(workers_of(recorder), seed=seed).generate([], step, sampling_round))
         seeds.add(recorder.sampling.seed_of(ask("q")))
     assert len(seeds) == 4 * 5 * 3
 
 
-def test_a_checkpoint_is_the_learners(tmp_path: Path) -> None:
+def test_checkpoint_calls_go_to_the_learner(tmp_path: Path) -> None:
     folders: list[Path] = []
     learner: Any = SimpleNamespace(save=folders.append, saved=lambda: {"file": "digest"}, written=lambda: True)
-    saving = replace(team_of(Recorder()), learner=learner)
+    saving = replace(workers_of(Recorder()), learner=learner)
     saving.save(tmp_path)
     assert folders == [tmp_path]
     assert saving.saved() == {"file": "digest"}
     assert saving.written() is True
 
 
-def test_examinations_are_greedy_or_as_a_run_samples() -> None:
+def test_eval_answers_are_greedy_or_sampled_like_the_run() -> None:
     recorder: Any = Recorder()
     rewards: Any = SimpleNamespace(score=list)
-    examiners = replace(team_of(recorder), rewards=rewards, temperature=0.7, max_tokens=9, seed=3)
-    questions: Any = ["q"]
-    assert examiners.answer_greedily(questions) == questions
+    workers = replace(workers_of(recorder), rewards=rewards, temperature=0.7, max_tokens=9, seed=3)
+    prompts: Any = ["q"]
+    assert workers.answer_greedily(prompts) == prompts
     assert recorder.sampling == Sampling(answers=1, max_tokens=9, temperature=0.0, seed=3)
-    assert examiners.answer_freely(questions, 8) == questions
+    assert workers.answer_freely(prompts, 8) == prompts
     assert recorder.sampling == Sampling(answers=8, max_tokens=9, temperature=0.7, seed=3)
 
 
-def test_what_can_be_prepared_is_the_learners_to_prepare() -> None:
+def test_prepare_goes_to_the_learner() -> None:
     learner = create_autospec(LearnerPool, instance=True)
     packs: Any = ["pack"]
-    replace(team_of(Recorder()), learner=learner).prepare(packs, updates=2, with_reference=True)
+    replace(workers_of(Recorder()), learner=learner).prepare(packs, updates=2, with_reference=True)
     learner.prepare.assert_called_once_with(packs, updates=2, with_reference=True)
 
 
 @pytest.mark.parametrize("go_on", [True, False])
-def test_each_process_is_asked_for_its_spans_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "spans_of", lambda actors, *, go_on: (actors, go_on))
+def test_spans_are_collected_from_each_process_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_group, "collect_traces", lambda actors, *, go_on: (actors, go_on))
     pools: Any = {
         "rollout": SimpleNamespace(actors=["r0", "r1"]),
         "rewards": SimpleNamespace(actors=["w0"]),
         "learner": SimpleNamespace(ranks=["l0"]),
     }
-    found: Any = replace(team_of(Recorder()), **pools).spans(go_on=go_on)
+    found: Any = replace(workers_of(Recorder()), **pools).spans(go_on=go_on)
     assert found == ({"rollout 0": "r0", "rollout 1": "r1", "reward 0": "w0", "learner 0": "l0"}, go_on)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_engines_hear_of_the_next_questions_once_and_between_the_groups(count: int) -> None:
+def test_upcoming_prompts_are_prefetched_once_between_groups(count: int) -> None:
     recorder: Any = Recorder()
-    questions: Any = range(count)
-    for group in team_of(recorder).generate(questions, step=0):
-        recorder.asked.append(group)
-    assert [one for one in recorder.asked if one != "expect"] == list(range(count))
-    assert recorder.asked.count("expect") == 1
-    assert recorder.asked.index("expect") == (count + 1) // 2
+    prompts: Any = range(count)
+    for group in workers_of(recorder).generate(prompts, step=0):
+        recorder.calls.append(group)
+    assert [call for call in recorder.calls if call != "prefetch"] == list(range(count))
+    assert recorder.calls.count("prefetch") == 1
+    assert recorder.calls.index("prefetch") == (count + 1) // 2

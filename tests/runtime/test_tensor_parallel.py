@@ -1,4 +1,4 @@
-"""One engine in two processes, each with half of every matrix."""
+"""One engine over two processes (tensor parallel), each with half of every matrix."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.runtime.conftest import incidents, train_one_step
 ROUNDING = 1e-5  # nats
 
 
-def test_an_engine_of_two_processes_gets_every_weight_of_every_push(
-    ray_here: None, team_config: Config, taught_folder: Path, asked: list[Prompt]
+def test_a_tensor_parallel_engine_receives_every_weight(
+    ray_here: None, workers_config: Config, taught_folder: Path, prompts: list[Prompt]
 ) -> None:
-    split = replace(team_config, rollout=replace(team_config.rollout, tensor_parallel=2))
-    with open_workers(split, str(taught_folder), asked, incidents(), print, tuple) as team:
-        assert team.push(0).gap_mean < ROUNDING
-        train_one_step(team, asked, 0)
-        assert team.push(1).gap_mean < ROUNDING
+    split = replace(workers_config, rollout=replace(workers_config.rollout, tensor_parallel=2))
+    with open_workers(split, str(taught_folder), prompts, incidents(), print, tuple) as workers:
+        assert workers.push(0).gap_mean < ROUNDING
+        train_one_step(workers, prompts, 0)
+        assert workers.push(1).gap_mean < ROUNDING
         new = [ask(f"q{seed}", picture(56, 56, seed)) for seed in range(3)]
-        scored = team.score(team.generate(new, 1))
-    assert sum(one.group.image_encodes for one in scored) == len(new)
+        scored = workers.score(workers.generate(new, 1))
+    assert sum(result.group.image_encodes for result in scored) == len(new)

@@ -1,4 +1,4 @@
-"""What pools and pushes ask of their actors, with actors that only note it."""
+"""Calls that pools and pushes make on their actors, recorded by fake actors."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from othink_ray.runtime import actors, weight_sync
 from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.weight_sync import AuditedPush, Requested, Sent, TransferPush
+from othink_ray.runtime.weight_sync import AuditCalls, AuditedPush, Sent, TransferPush
 from othink_ray.weights.audit import Tolerance
 from tests.driver.fakes import stats_of
 
-Noted = list[tuple[Any, ...]]
+Calls = list[tuple[Any, ...]]
 
 
 class Actor:
-    """Any method can be called remotely; it is noted, and what it was given comes back, or `results` of its name."""
+    """Records every remote call by name and arguments; returns the value of that name in `results`, else None."""
 
-    def __init__(self, noted: Noted, **results: Any) -> None:
-        self.noted, self.results = noted, results
+    def __init__(self, calls: Calls, **results: Any) -> None:
+        self.calls, self.results = calls, results
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Any:
-            self.noted.append((name, *arguments))
+            self.calls.append((name, *arguments))
             return self.results.get(name)
 
         return SimpleNamespace(remote=remote)
 
 
 def pool_of(*ranks: Actor, config: Config) -> LearnerPool:
-    seats = iter(ranks)
-    placement: Any = SimpleNamespace(start=lambda *_: next(seats))
+    actors = iter(ranks)
+    placement: Any = SimpleNamespace(start=lambda *_: next(actors))
     engine: Any = None
     learner: Any = SimpleNamespace(world_size=len(ranks), step_timeout_s=1)
     pool = LearnerPool(engine, learner, placement)
@@ -57,37 +57,39 @@ def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
         pool_of(ranks[0], Actor([], saved="disk is full"), config=config).saved()
 
 
-def test_prompts_of_a_loss_that_is_not_finite_are_those_of_all_ranks(config: Config) -> None:
+def test_bad_prompts_are_joined_over_all_ranks(config: Config) -> None:
     pool, stats = pool_of(Actor([]), Actor([]), config=config), stats_of()
     found = pool.updated([replace(stats, bad_prompts=("a",)), stats, replace(stats, bad_prompts=("b", "c"))])
     assert found.bad_prompts == ("a", "b", "c")
 
 
 def test_every_rank_sends(config: Config) -> None:
-    noted: Noted = []
-    pool_of(Actor(noted), Actor(noted), config=config).send()
-    assert noted == [("send",)] * 2
+    calls: Calls = []
+    pool_of(Actor(calls), Actor(calls), config=config).send()
+    assert calls == [("send",)] * 2
 
 
 def test_every_rank_takes_part_in_an_export(config: Config) -> None:
-    noted: Noted = []
-    pool = pool_of(Actor(noted), Actor(noted), config=config)
+    calls: Calls = []
+    pool = pool_of(Actor(calls), Actor(calls), config=config)
     waited: list[Any] = []
     changed: Any = pool
     changed.wait_for = lambda calls, doing: waited.append((len(calls), doing))
     pool.export(Path("there"))
-    assert noted == [("export", Path("there").absolute())] * 2
+    assert calls == [("export", Path("there").absolute())] * 2
     assert waited == [(2, "export")]
 
 
-def test_a_transfer_between_gpus_is_sent_before_the_engines_have_it() -> None:
-    noted: Noted = []
-    learner: Any = SimpleNamespace(open_senders=lambda _: noted.append(("open",)), send=lambda: noted.append(("send",)))
+def test_a_gpu_transfer_is_sent_before_engines_finish_the_push() -> None:
+    calls: Calls = []
+    learner: Any = SimpleNamespace(open_senders=lambda _: calls.append(("open",)), send=lambda: calls.append(("send",)))
     rollout: Any = SimpleNamespace(
-        actors=[], processes_per_actor=1, finish_push=lambda *how, **more: noted.append((*how, more)) or ["version"]
+        actors=[],
+        processes_per_actor=1,
+        finish_push=lambda *args, **kwargs: calls.append((*args, kwargs)) or ["version"],
     )
     sent = TransferPush("nccl", learner, rollout, 64).send(3)
-    assert noted == [("open",), ("send",), (3, {"buckets": 0})]
+    assert calls == [("open",), ("send",), (3, {"buckets": 0})]
     assert (sent.loading, sent.versions) == ([], ["version"])
 
 
@@ -99,75 +101,74 @@ def test_a_sender_is_opened_for_all_processes_of_all_engines(monkeypatch: pytest
     opened: dict[str, Any] = {}
 
     def opener(backend: str, weights: Any, engines: Any, place: Any, **more: Any) -> str:
-        opened.update(more, backend=backend, weights=weights, engines=engines.actors, place=place)
+        opened.update(more, backend=backend, weights=weights, engines=engines.actors, rendezvous=place)
         return "sender"
 
     monkeypatch.setattr(weight_sync, "open_sender", create_autospec(open_sender, side_effect=opener))
-    assert made[0]("place", 1234, "weights") == "sender"
-    assert [opened.pop(name) for name in ("backend", "weights", "place", "port")] == ["nccl", "weights", "place", 1234]
+    assert made[0]("rendezvous", 1234, "weights") == "sender"
+    names = ("backend", "weights", "rendezvous", "port")
+    assert [opened.pop(name) for name in names] == ["nccl", "weights", "rendezvous", 1234]
     assert opened == {"engines": ["one", "other"], "receivers": 4, "bucket_bytes": 64 * 2**20}
 
 
-def test_a_learners_memory_is_given_back_before_its_push_is_over() -> None:
-    """An engine on the same GPU is told to finish after that, and its KV cache wakes."""
-    noted: list[str] = []
+def test_learner_memory_is_released_before_the_push_ends() -> None:
+    """An engine on the same GPU finishes the push after that, and its KV cache wakes."""
+    events: list[str] = []
 
     def named_weights() -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.zeros(2)
-        noted.append("gathered")
+        events.append("gathered")
 
-    engine: Any = SimpleNamespace(named_weights=named_weights, release_memory=lambda: noted.append("released"))
+    engine: Any = SimpleNamespace(named_weights=named_weights, release_memory=lambda: events.append("released"))
     actor = LearnerActor()
     actor.engine = engine
-    actor.open_sender(lambda _: SimpleNamespace(send_weights=lambda: noted.append("sent")))
+    actor.open_sender(lambda _: SimpleNamespace(send_weights=lambda: events.append("sent")))
     actor.send()
     actor.follow()
     for bucket in actor.chunks(64):
-        noted.append("bucket" if bucket else "end")
-    assert noted == ["sent", "released", "gathered", "released", "gathered", "bucket", "released", "end"]
+        events.append("bucket" if bucket else "end")
+    assert events == ["sent", "released", "gathered", "released", "gathered", "bucket", "released", "end"]
 
 
-def test_an_engine_that_is_new_before_the_first_push_keeps_its_folders_weights(
+def test_a_new_engine_before_the_first_push_keeps_folder_weights(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
-    nothing: Any = None
+    unused: Any = None
     rollout: Any = SimpleNamespace()
-    AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    AuditedPush(unused, unused, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     rollout.sync_new_engines([0])
 
 
-def test_an_engine_that_is_new_after_the_first_push_is_sent_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_engine_after_the_first_push_receives_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
-    nothing: Any = None
+    unused: Any = None
     rollout: Any = SimpleNamespace()
     transport: Any = SimpleNamespace(send_again=Mock(side_effect=ProcessLost("sent")))
-    audited = AuditedPush(nothing, nothing, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    audited = AuditedPush(unused, unused, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.transport, audited.version = transport, 0
     with pytest.raises(ProcessLost, match="sent"):
         rollout.sync_new_engines([1])
     transport.send_again.assert_called_once_with(0, [1])
 
 
-def test_a_learner_that_is_lost_while_it_digests_is_not_taken_for_an_engine(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engines' checks take its digests, and fail with it."""
+def test_a_learner_lost_while_digesting_is_named_as_such(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines' checks take its digests as arguments, and fail with it."""
     monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
-    nothing: Any = None
+    unused: Any = None
     learner: Any = SimpleNamespace(wait_for=Mock(side_effect=ProcessLost("the learner died")))
     rollout: Any = SimpleNamespace(
-        wait_for=lambda calls, doing: [0] if doing == "loading weights" else pytest.fail(f"asked first: {doing}")
+        wait_for=lambda calls, doing: [0] if doing == "loading weights" else pytest.fail(f"waited first for: {doing}")
     )
-    audited = AuditedPush(nothing, learner, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    audited = AuditedPush(unused, learner, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.version = 0
     with pytest.raises(ProcessLost, match="the learner died"):
-        audited._arrived(Requested(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
+        audited._collect(AuditCalls(sent=Sent(loading=[], versions=[]), checks=[], probes=[]))
 
 
-def test_a_rank_finds_a_free_port_and_the_interface_that_others_reach_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_finds_a_free_port_and_its_network_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1024 <= LearnerActor().free_port() < 2**16
     addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5", "fe80::1"], "eth1": ["10.1.0.5", "fe80::2"]}
-    interfaces = {name: [SimpleNamespace(address=one) for one in own] for name, own in addresses.items()}
+    interfaces = {name: [SimpleNamespace(address=each) for each in listed] for name, listed in addresses.items()}
     monkeypatch.setattr(actors, "psutil", SimpleNamespace(net_if_addrs=lambda: interfaces))
     assert [_interface_with(address) for address in ("10.1.0.5", "10.0.0.5", "10.2.0.5")] == ["eth1", "eth0", "lo"]

@@ -159,7 +159,7 @@ def test_an_adapter_of_zeros_changes_no_seeded_answer(name: str, lives: dict[str
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[Adapted]]) -> None:
-    assert "has no layer to adapt for model." in lives[name].result().refused
+    assert "has no adapted layer for model." in lives[name].result().refused
 
 
 @pytest.mark.parametrize("name", FAMILIES)

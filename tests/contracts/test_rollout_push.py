@@ -105,7 +105,7 @@ def test_an_engine_with_half_a_push_refuses_to_answer_until_it_has_a_whole_one(
             list(engine.generate(MIXED, WARM))
         with pytest.raises(UnfinishedPush, match="parts of two policies"):
             engine.probe(MIXED, replace(WARM, answers=1), 3)
-        with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 1, 1 arrived"):
+        with pytest.raises(UnfinishedPush, match="only 1 of the 2 buckets of weights version 1 arrived"):
             engine.finish_push(1, buckets=2)
     give(engine, weights, 2)
     assert {group.version for group in engine.generate(MIXED, WARM)} == {2}

@@ -206,8 +206,8 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     stats, made = [], []
     rates = scenario.rates or [scenario.learner.lr] * len(scenario.steps)
     for number, (shares, rate) in enumerate(zip(scenario.steps, rates, strict=True)):
-        before = learner.ahead._made
-        made.append(len(before.begun))
+        before = learner.prefetcher._queue
+        made.append(len(before.started))
         following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.ahead else []
         with ThreadPoolExecutor() as beside:
             preparing = [beside.submit(_prepare, learner, before, own, scenario.beta > 0) for own in following]
@@ -246,7 +246,7 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
 def _prepare(learner: Any, before: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
     """As soon as the update has begun, which takes what was made before."""
     until = time.monotonic() + TIMEOUT_S
-    while learner.ahead._made is before and time.monotonic() < until:
+    while learner.prefetcher._queue is before and time.monotonic() < until:
         time.sleep(0.001)
     learner.prepare(updates, with_reference=with_reference)
 
@@ -269,7 +269,7 @@ def _digest(weight: Tensor) -> str:
 def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
     digests = {name: _digest(weight) for name, weight in _whole(learner)}
     [[row, *_], *_], *_ = scenario.steps[0][rank]
-    logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.ahead.take()))
+    logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.prefetcher.take()))
     learner._take_encodes()
     return Seen(digests=digests, reference_logprobs=logprobs.numpy().copy())
 

@@ -336,7 +336,7 @@ def test_targets_are_parts_or_names(small_family: Family, small: Config) -> None
     [
         (("text", "q_porj"), "none", r"= \[text, q_porj\] must .* has no q_porj; Did you mean q_proj\? It has: "),
         (("lm_head",), "none", "it has no lm_head; "),
-        (("qkv",), "vision", r"it has no qkv outside of what learner\.freeze keeps \(vision\); "),
+        (("qkv",), "vision", r"it has no qkv outside of the parts that learner\.freeze freezes \(vision\); "),
     ],
 )
 def test_a_target_that_is_not_there_is_named_with_what_is(

@@ -28,7 +28,7 @@ class Nowhere:
 
     rank, world_size = 0, 2
 
-    def rendezvous(self, on: torch.device) -> None:
+    def rendezvous(self, device: torch.device) -> None:
         raise _EnoughError
 
     def load_network(self, dtype: torch.dtype) -> None:
@@ -63,8 +63,8 @@ def test_a_learner_is_where_its_share_of_a_gpu_is(
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace(__compatible_ops__={})))
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(deepspeed_learner, "products_by_onednn", lambda: "oneDNN")
-    monkeypatch.setattr(deepspeed_learner, "onednn_is_there", lambda: True)
+    monkeypatch.setattr(deepspeed_learner, "onednn_matmul", lambda: "oneDNN")
+    monkeypatch.setattr(deepspeed_learner, "onednn_available", lambda: True)
     learner = DeepSpeedLearner.__new__(DeepSpeedLearner)
     place: Any = Nowhere()
     how: dict[str, Any] = dict.fromkeys(("family", "temperature", "clip_eps", "kl_estimator", "correction_bounds"))
@@ -74,7 +74,7 @@ def test_a_learner_is_where_its_share_of_a_gpu_is(
             settings, **how, dtype="float32", with_reference=False, seed=0, place=place, shares_gpu=False
         )
     assert (learner.device.type, os.environ["DS_ACCELERATOR"], told) == (device, device, threads)
-    assert getattr(learner, "products", "none") == products
+    assert getattr(learner, "matmul_override", "none") == products
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -106,10 +106,10 @@ def test_the_reference_runs_beside_the_policy_where_a_core_is_left(
         device=torch.device(device),
         family=policy.family,
     )
-    second = DeepSpeedLearner._open_beside(learner, 1.0)
+    second = DeepSpeedLearner._open_prefetch_reference(learner, 1.0)
     assert (second is not None) == beside
     if second is not None:
         assert second is not policy
         assert second.network is policy.network
     learner.reference = None
-    assert DeepSpeedLearner._open_beside(learner, 1.0) is None
+    assert DeepSpeedLearner._open_prefetch_reference(learner, 1.0) is None

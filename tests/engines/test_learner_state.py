@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from othink_ray.config.schema import Config
-from othink_ray.engines.learner_checkpoint import StateError, StoredState, Writing
+from othink_ray.engines.learner_checkpoint import CheckpointWriter, StateError, StoredState
 from othink_ray.types import Group
 from tests.engines.learner_process import Outcome, run_ranks
 from tests.engines.lives import training
@@ -93,18 +93,18 @@ def test_without_its_moments_it_would_not_go_on_alike(lives: Lives) -> None:
 
 def test_what_was_saved_by_another_model_is_refused_by_name(tmp_path: Path) -> None:
     for rank, name in enumerate(("a.weight", "b.weight")):
-        writing = Writing(tmp_path, rank, {f"{name}/weight": torch.zeros(2)}, steps=3)
-        [(file, digest)] = writing.finish().items()
+        writer = CheckpointWriter(tmp_path, rank, {f"{name}/weight": torch.zeros(2)}, steps=3)
+        [(file, digest)] = writer.finish().items()
         assert digest == hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
     stored = StoredState(tmp_path)
     assert stored.steps == 3
     stored.require({"b.weight": (2,), "a.weight": torch.Size([2])})
-    said = r"\(c\.weight\) missing, 1 parameters \(b\.weight\) not wanted, 1 parameters \(a\.weight\) of another shape"
+    said = r"\(c\.weight\) missing, 1 parameters \(b\.weight\) unexpected, 1 parameters \(a\.weight\) of another shape"
     with pytest.raises(StateError, match=said):
         stored.require({"a.weight": (2, 1), "c.weight": (2,)})
 
 
 def test_a_full_disk_is_told_when_the_file_is_waited_for(tmp_path: Path) -> None:
-    writing = Writing(tmp_path / "missing", 0, {"a/weight": torch.zeros(2)}, steps=1)
+    writer = CheckpointWriter(tmp_path / "missing", 0, {"a/weight": torch.zeros(2)}, steps=1)
     with pytest.raises(Exception, match="No such file"):
-        writing.finish()
+        writer.finish()

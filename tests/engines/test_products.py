@@ -9,13 +9,13 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from othink_ray.engines.products import onednn_is_there, product_place, products_by_onednn
+from othink_ray.engines.products import empty_product, onednn_available, onednn_matmul
 
 
 @pytest.fixture
 def by_onednn() -> Iterator[None]:
-    assert onednn_is_there(), "this torch was built without oneDNN"
-    kept = products_by_onednn()
+    assert onednn_available(), "this torch was built without oneDNN"
+    kept = onednn_matmul()
     yield
     kept._destroy()
 
@@ -61,7 +61,7 @@ def test_the_place_of_a_product_lies_as_the_product_does(
     A left factor that lies by columns is multiplied turned where that is less to copy.
     """
     first, second = matrix(rows, 5, left), matrix(5, columns, right)
-    product, place = first @ second, product_place(first, second)
+    product, place = first @ second, empty_product(first, second)
     assert (place.shape, place.stride()) == (product.shape, product.stride())
     assert product.t().is_contiguous() == (left == "columns" and rows > columns)
 
@@ -97,14 +97,14 @@ def test_the_gradients_of_a_layer_are_those_of_torch() -> None:
     given = [torch.randn(2, 11, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), torch.randn(5)]
     pulled = torch.randn(2, 11, 5)
     plain = torch.autograd.grad(linear(*given), given[:2], pulled)
-    kept = products_by_onednn()
+    kept = onednn_matmul()
     ours = torch.autograd.grad(linear(*given), given[:2], pulled)
     kept._destroy()
     assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_it_ends_when_it_is_not_kept() -> None:
-    kept = products_by_onednn()
+    kept = onednn_matmul()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as while_kept:
         torch.randn(4, 4) @ torch.randn(4, 4)
     del kept

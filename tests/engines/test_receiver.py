@@ -62,5 +62,5 @@ def test_a_push_with_a_bucket_missing_is_refused() -> None:
     engine = Engine()
     engine.begin_push()
     engine.load_weights([])
-    with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 7, 1 arrived"):
+    with pytest.raises(UnfinishedPush, match="only 1 of the 2 buckets of weights version 7 arrived"):
         engine.finish_push(7, buckets=2)

@@ -13,7 +13,7 @@ from othink_ray.config.schema import Config, LoraConfig
 from othink_ray.driver import build
 from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.base import RendezvousInfo, release_cache
-from othink_ray.engines.collate import lay_out
+from othink_ray.engines.collate import collate_on_host
 from othink_ray.families import open_family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Cost, Outcome, Scenario, run_ranks
@@ -111,7 +111,7 @@ def test_the_timeline_says_how_many_tokens_each_pass_reads(
     family = open_family(small.model, str(small_folder))
     [updates] = planned(batches[0], ranks=1, updates=len(batches[0]), micro_tokens=10**6)
     assert cost_of(lives, "own GPU").read == [
-        len(lay_out(rows, family).token_ids) for micro_batches in updates for rows in micro_batches
+        len(collate_on_host(rows, family).token_ids) for micro_batches in updates for rows in micro_batches
     ]
 
 

@@ -76,7 +76,8 @@ def test_frozen_weights_survive_level_1_and_not_level_2(found: dict[str, Any]) -
 
 def test_a_sleeping_engine_refuses_to_answer(found: dict[str, Any]) -> None:
     assert (
-        found["asleep"] == ["UnfinishedPush: this engine sleeps: its memory is the learner's until the next push"] * 2
+        found["asleep"]
+        == ["UnfinishedPush: this engine is asleep: the learner has its GPU memory until the next push"] * 2
     )
 
 

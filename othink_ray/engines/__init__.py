@@ -1,1 +1,1 @@
-"""The engines: what samples and what learns, each behind a protocol of `base`."""
+"""Rollout and learner engines, each behind a protocol of `base`."""

@@ -1,4 +1,7 @@
-"""What the runtime asks of an engine. One contract suite runs over every implementation."""
+"""Protocols of rollout and learner engines, and the parts that their implementations share.
+
+One contract suite runs over every implementation.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, device, get_num_threads, set_num_threads  # by name: vLLM has torch's own setter do nothing
+from torch import Tensor, get_num_threads, set_num_threads  # by name: vLLM replaces torch.set_num_threads by a no-op
 from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
 from torch.distributed.constants import default_pg_timeout
 
@@ -25,27 +28,27 @@ from othink_ray.weights.digest import Held, TensorDigest, mismatches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a batch of prompts is answered. The same seed gives the same answers on any number of engines."""
+    """Sampling parameters of a batch of prompts. The same seed gives the same answers on any number of engines."""
 
-    answers: int
-    max_tokens: int
+    answers: int  # per prompt
+    max_tokens: int  # per answer
     temperature: float  # 0 is greedy
     seed: int
 
     def seed_of(self, prompt: Prompt) -> int:
-        """The seed of one prompt's group: it depends on the prompt's id, never on where or when it runs."""
+        """Return the seed of one prompt's group: a hash of seed and prompt id, whatever engine runs it and when."""
         digest = hashlib.sha256(f"{self.seed}/{prompt.id}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
 def share_of_cores(threads: int | None, sharers: int) -> int:
-    """Threads for one of `sharers` processes that work at the same time; more than cores would wait for each other."""
+    """Return `threads`, or an equal share of the cores for one of `sharers` processes that compute at the same time."""
     return threads or max(1, (os.cpu_count() or 1) // sharers)
 
 
 @contextmanager
 def on_one_thread() -> Iterator[None]:
-    """For what engines and learner do at the same time: threads of both on the same cores would wait for each other."""
+    """Run torch on one thread, for work that engines and learner do at the same time on the same cores."""
     threads = get_num_threads()
     set_num_threads(1)
     try:
@@ -56,31 +59,31 @@ def on_one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousInfo:
-    """Where a learner process stands: its rank among how many, and the address at which they meet."""
+    """Rank and world size of a learner process, and the address of the store at which the ranks rendezvous."""
 
     rank: int
     world_size: int
     master_address: str
     master_port: int
 
-    def rendezvous(self, on: device) -> None:
-        """Wait for the other ranks. A process meets them once, whatever it makes of it."""
+    def rendezvous(self, device: torch.device) -> None:
+        """Wait for the other ranks and create the default process group, unless this process has one already."""
         if is_initialized():
             return
         init_process_group(
-            "nccl" if on.type == "cuda" else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             store=TCPStore(self.master_address, self.master_port),
             rank=self.rank,
             world_size=self.world_size,
             timeout=default_pg_timeout,
-            device_id=on if on.type == "cuda" and self.world_size > 1 else None,
+            device_id=device if device.type == "cuda" and self.world_size > 1 else None,
         )
 
 
 def rendezvous_info(address: str = "127.0.0.1") -> TCPStore:
-    """Where the ranks of a learner meet, for as long as the caller keeps it; it listens at `address` alone.
+    """Return the store at which the ranks of a learner rendezvous; it listens on `address` while the caller holds it.
 
-    It listens from the start: a port that only was free when somebody looked is another's by the time the ranks come.
+    It listens at once: a port that is only looked up may be taken by another process before the ranks connect.
     """
     listening = socket.create_server((address, 0))
     port = listening.getsockname()[1]
@@ -88,7 +91,7 @@ def rendezvous_info(address: str = "127.0.0.1") -> TCPStore:
 
 
 def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) -> None:
-    """Refuses a prompt after which no answer token fits."""
+    """Raise ValueError where a prompt leaves no room for an answer token."""
     if len(expanded) >= max_model_len:
         raise ValueError(
             f"prompt {prompt.id} has {len(expanded)} tokens, its images included, but rollout.max_model_len = "
@@ -98,54 +101,62 @@ def require_room(prompt: Prompt, expanded: Sequence[int], max_model_len: int) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedAdapters:
-    """Linear layers to whose product with x an engine adds B A x; a push brings both factors, each under its name."""
+    """LoRA rank, and the linear layers to whose output an engine adds B A x; a push brings both factors by name."""
 
     rank: int  # A is (rank, in), B is (out, rank)
-    layers: tuple[str, ...]  # paths in the Hugging Face network; with .lora_A.weight and .lora_B.weight the names
+    layers: tuple[str, ...]  # paths in the Hugging Face network; a factor's name appends .lora_A.weight, .lora_B.weight
 
 
 class RolloutEngine(Protocol):
-    """Samples groups with one version of the weights."""
+    """A sampler of groups, all from one version of the weights."""
 
     version: int
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        """They will be asked next: do for them what needs no weights, and keep it until then."""
+        """Prefetch the weight-independent inputs of the prompts to be generated next, and cache them until then."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        """Groups in the order in which they finish."""
+        """Yield one group per prompt, in the order in which they finish."""
         ...
 
     def sleep(self) -> None:
-        """Leave the device to the learner until the next push."""
+        """Free the device for the learner until the next push."""
         ...
 
-    def begin_push(self) -> None: ...
+    def begin_push(self) -> None:
+        """Refuse to generate until `finish_push`."""
+        ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load one bucket of a push."""
+        ...
 
-    def finish_push(self, version: int, buckets: int) -> None: ...
+    def finish_push(self, version: int, buckets: int) -> None:
+        """Take the pushed weights into use as `version`; UnfinishedPush unless all `buckets` arrived."""
+        ...
 
     def check_weights(self, expected: Mapping[str, TensorDigest], *, complete: bool) -> dict[str, str]:
-        """What is wrong with the weights that this engine computes with, by name; `complete`: these are all of them."""
+        """Return the faults of the weights in use, by weight name; `complete`: `expected` names every weight."""
         ...
 
-    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]: ...
+    def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
+        """Return one sampled answer per prompt, in order, with the likeliest `candidates` tokens at each position."""
+        ...
 
 
-OPENED = -1  # the version of an engine that has the policy of the folder that it was opened with
+OPENED = -1  # version of an engine that still has the weights of the model folder it was opened with
 
 
 class UnfinishedPush(RuntimeError):
-    """An engine holds parts of two policies."""
+    """Raised by an engine that has no complete policy: a push did not finish, or the engine is asleep."""
 
 
-_UNFINISHED = -2  # the version of an engine during a push
+_UNFINISHED = -2  # version of an engine during a push
 
 
 class Receiver(ABC):
-    """The receiving end of a push. Until all of its buckets have arrived, an engine refuses to answer."""
+    """Base class for the receiving end of a push: the engine refuses to generate until all buckets have arrived."""
 
     version = OPENED
     _arrived = 0
@@ -154,16 +165,16 @@ class Receiver(ABC):
         self.version, self._arrived = _UNFINISHED, 0
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """One bucket of a push; weights that are in none of them stay as they are."""
+        """Load one bucket of a push; weights that are in no bucket keep their values."""
         assert self.version == _UNFINISHED, "weights outside of a push"
         with on_one_thread():
             self._write(weights)
         self._arrived += 1
 
     def finish_push(self, version: int, buckets: int) -> None:
-        """The policy is whole again: everything computed with older weights is forgotten."""
+        """Drop everything that was computed with older weights, and take `version` into use."""
         if self._arrived != buckets:
-            raise UnfinishedPush(f"of the {buckets} buckets of weights version {version}, {self._arrived} arrived")
+            raise UnfinishedPush(f"only {self._arrived} of the {buckets} buckets of weights version {version} arrived")
         self._forget()
         self.version = version
 
@@ -176,19 +187,23 @@ class Receiver(ABC):
             raise UnfinishedPush("a push of weights did not finish: this engine holds parts of two policies")
 
     @abstractmethod
-    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy one bucket into the weights."""
+        ...
 
     @abstractmethod
-    def _forget(self) -> None: ...
+    def _forget(self) -> None:
+        """Drop the caches that depend on the weights."""
+        ...
 
     @abstractmethod
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
-        """Read from what the engine computes with, never from what it received; one for each of its workers."""
+        """Return one record per worker, read from the weights it computes with, never from the received buckets."""
         ...
 
 
 class LearnerEngine(Protocol):
-    """One rank of the learner; every rank is called with its own share, all at the same time."""
+    """One rank of the learner. Methods are collective: every rank is called at the same time, with its own shard."""
 
     def update(
         self,
@@ -199,34 +214,37 @@ class LearnerEngine(Protocol):
         loss: str,
         correction: str,
     ) -> UpdateStats:
-        """Optimiser steps over [update][micro-batch][row]; an empty one keeps this rank in step with others."""
+        """Run one optimizer step per update over [update][micro-batch][packed sample]; return the reduced stats.
+
+        An empty micro-batch keeps this rank's collectives in step with the other ranks.
+        """
         ...
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        """On a thread of its own, until the `update` with these rows begins: what no update changes of them.
+        """Prefetch weight-independent inputs of the next update, until `update` is called with these packed samples.
 
-        With it or without it, the next update's outcome is the same.
+        Runs on its own thread. It never changes the update's result.
         """
         ...
 
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        """The policy's logprobs (T, K) of each probe's candidates."""
+        """Return the policy's logprobs (T, K) of each probe's candidates."""
         ...
 
     def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
-        """Of the images of each probe as the policy sees them, in the form that the probe has them in."""
+        """Return the digest of each probe's pixels as the policy sees them, in the dtype of the probe's own digest."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that training changes, whole, one after the other, under their Hugging Face module names."""
+        """Yield the trained weights, each gathered to its full shape, under their Hugging Face module names."""
         ...
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All others, in the same way."""
+        """Yield all other weights in the same form."""
         ...
 
     def release_memory(self) -> None:
-        """Leave what this process does not use to the engines on the same GPU, which wake when it is done."""
+        """Return unused GPU memory to the device, for rollout engines on the same GPU that wake up next."""
         ...
 
     def export(self, folder: Path) -> None:
@@ -234,23 +252,23 @@ class LearnerEngine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Begin to write weights and optimiser, each rank its share; what is written is as it is now."""
+        """Start to write this rank's shard of a snapshot of weights and optimizer state, in the background."""
         ...
 
     def written(self) -> bool:
-        """Whether `saved` would give an answer at once."""
+        """Return whether `saved` would return without waiting."""
         ...
 
     def saved(self) -> dict[str, str]:
-        """Wait until this rank's share is on the disk; the SHA-256 of each of its files."""
+        """Wait until this rank's shard is on disk; return file name -> SHA-256."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, on however many ranks."""
+        """Resume from a checkpoint that `save` wrote, on any number of ranks."""
         ...
 
 
 def release_cache(device: torch.device) -> None:
-    """Return freed blocks to the device. torch's allocator keeps them otherwise, and no other process can have them."""
+    """Return freed blocks to the device; torch's allocator would cache them, out of reach of other processes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Rows to tensors: a few shared-prefix rows on one line, with positions and images of their family."""
+"""Collation of packed samples into one packed sequence, with the positions and image tensors of the model family."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from othink_ray.types import Pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaidOut:
-    """A line of the N tokens that the network reads, and the M tokens of answers, which it predicts."""
+class HostBatch:
+    """A micro-batch in host memory: the N tokens that the network reads, and the M answer tokens that it predicts."""
 
-    line: PackedSequence  # of these N tokens; always on the CPU
+    sequence: PackedSequence  # of these N tokens; always on the CPU
     token_ids: Tensor  # (N,)
     position_ids: Tensor  # (axes, N)
     images: ImageTensors
-    asked: Tensor  # (K,) places whose hidden states predict the answer tokens
-    predictors: Tensor  # (M,) which of these predicts each
-    targets: Tensor  # (M,)
-    answers: Tensor  # (M,) which answer a token belongs to
+    asked: Tensor  # (K,) indices of the tokens whose hidden states predict answer tokens
+    predictors: Tensor  # (M,) index into `asked` of each answer token's predictor
+    targets: Tensor  # (M,) ids of the answer tokens
+    answers: Tensor  # (M,) index of the answer that a token belongs to
     loss_weights: Tensor  # (M,)
     advantages: Tensor  # (M,)
     sampler_logprobs: Tensor  # (M,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch(LaidOut):
-    """The same on the device of the network, with its attention."""
+class MicroBatch(HostBatch):
+    """The same tensors on the network's device, with the attention over them."""
 
     attention: Attention
 
@@ -53,61 +53,64 @@ def collate(
     attend: Callable[[PackedSequence, torch.device], Attention],
     device: torch.device,
 ) -> MicroBatch:
-    """Lay out `packs` and copy them to `device`."""
-    return to_device(lay_out(packs, family), attend, device)
+    """Return `packs` as one micro-batch on `device`."""
+    return to_device(collate_on_host(packs, family), attend, device)
 
 
-def lay_out(packs: Sequence[Pack], family: Family) -> LaidOut:
-    """Place and check `packs`, on the CPU; where none has an image, a row of weight 0 with the smallest one joins."""
+def collate_on_host(packs: Sequence[Pack], family: Family) -> HostBatch:
+    """Return `packs` as one batch on the CPU; ValueError where the image tokens are not the processor's.
+
+    Without images, append a zero-weight dummy sample so that every rank runs the vision tower (ZeRO-3 would hang).
+    """
     if not any(pack.images for pack in packs):
-        packs = [*packs, _weightless(family)]
+        packs = [*packs, _dummy_sample(family)]
     images = [family.encode_images(pack.images) for pack in packs]
     whole = build_packed_sequence([pack.segments for pack in packs])
     all_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
     read = predicting(whole)
-    line, token_ids = whole[read], all_ids[read]
+    sequence, token_ids = whole[read], all_ids[read]
     asked, which = (read.cumsum(0) - 1)[predictors(whole)].unique(return_inverse=True)
-    prompts = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
-    answer_start = torch.stack([prompt.max() + 1 for prompt in prompts])
-    of_prompts = torch.cat(prompts, dim=1)
-    position_ids = (answer_start[line.rows] + offsets(line)).expand(len(of_prompts), -1).clone()
-    position_ids[:, ~line.is_answer] = of_prompts
-    shown = [image for image in images if len(image.grids)]
-    return LaidOut(
-        line=line,
+    positions = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
+    answer_start = torch.stack([prompt.max() + 1 for prompt in positions])
+    prompt_positions = torch.cat(positions, dim=1)
+    position_ids = (answer_start[sequence.rows] + offsets(sequence)).expand(len(prompt_positions), -1).clone()
+    position_ids[:, ~sequence.is_answer] = prompt_positions
+    with_images = [image for image in images if len(image.grids)]
+    return HostBatch(
+        sequence=sequence,
         token_ids=token_ids,
         position_ids=position_ids,
         images=ImageTensors(
-            pixels=torch.cat([image.pixels for image in shown]),
-            grids=torch.cat([image.grids for image in shown]),
+            pixels=torch.cat([image.pixels for image in with_images]),
+            grids=torch.cat([image.grids for image in with_images]),
         ),
         asked=asked,
         predictors=which,
         targets=all_ids[whole.is_answer],
         answers=answer_index(whole),
-        loss_weights=_of_answers(packs, [pack.loss_weights for pack in packs]),
-        advantages=_of_answers(packs, [pack.advantages for pack in packs]),
-        sampler_logprobs=_of_answers(packs, [pack.sampler_logprobs for pack in packs]),
+        loss_weights=_answer_values(packs, [pack.loss_weights for pack in packs]),
+        advantages=_answer_values(packs, [pack.advantages for pack in packs]),
+        sampler_logprobs=_answer_values(packs, [pack.sampler_logprobs for pack in packs]),
     )
 
 
 def to_device(
-    laid_out: LaidOut, attend: Callable[[PackedSequence, torch.device], Attention], device: torch.device
+    batch: HostBatch, attend: Callable[[PackedSequence, torch.device], Attention], device: torch.device
 ) -> MicroBatch:
-    """A copy on `device`, where that is not the CPU, and its attention there."""
-    own = {one.name: getattr(laid_out, one.name) for one in fields(LaidOut)}
-    moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
-    images = replace(laid_out.images, pixels=laid_out.images.pixels.to(device))
-    return MicroBatch(**(own | moved | {"images": images}), attention=attend(laid_out.line, device))
+    """Return `batch` with its tensors on `device` and its attention there; tensors are shared if that is the CPU."""
+    values = {field.name: getattr(batch, field.name) for field in fields(HostBatch)}
+    moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    images = replace(batch.images, pixels=batch.images.pixels.to(device))
+    return MicroBatch(**(values | moved | {"images": images}), attention=attend(batch.sequence, device))
 
 
-def _weightless(family: Family) -> Pack:
-    """A row that changes nothing but runs every layer, so that ranks under ZeRO-3 make the same collectives."""
+def _dummy_sample(family: Family) -> Pack:
+    """Return a zero-weight sample with the smallest image: it runs every layer, so ZeRO-3 ranks' collectives match."""
     image = family.smallest_image()
     prompt = family.expand([family.image_token_id], family.image_token_counts([image]))
     length = len(prompt) + 1
     return Pack(
-        prompt_id="weightless",
+        prompt_id="dummy",
         images=(image,),
         token_ids=np.array([*prompt, family.eos_token_id], dtype=np.int64),
         segments=np.array([0] * len(prompt) + [1], dtype=np.int32),
@@ -118,7 +121,7 @@ def _weightless(family: Family) -> Pack:
 
 
 def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tensor:
-    """(axes, prompt length); refuses a row whose image tokens are not those that this rank's processor makes."""
+    """Return positions (axes, prompt length); ValueError unless this rank's processor makes as many image tokens."""
     prompt = torch.from_numpy(pack.token_ids[: pack.prompt_len])
     found = int((prompt == family.image_token_id).sum())
     expected = family.tokens_of(images)
@@ -130,7 +133,7 @@ def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tenso
     return family.prompt_positions(prompt, images)
 
 
-def _of_answers(packs: Sequence[Pack], rows: Sequence[NDArray[np.floating]]) -> Tensor:
-    """The values that stand on answer tokens, flat, as float32."""
-    kept = [row[pack.segments > 0] for pack, row in zip(packs, rows, strict=True)]
+def _answer_values(packs: Sequence[Pack], values: Sequence[NDArray[np.floating]]) -> Tensor:
+    """Return the values on answer tokens, concatenated to (M,) float32; `values` holds one array (L,) per pack."""
+    kept = [own[pack.segments > 0] for pack, own in zip(packs, values, strict=True)]
     return torch.from_numpy(np.concatenate(kept)).float()

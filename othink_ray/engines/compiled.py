@@ -1,6 +1,6 @@
-"""The network's layers compiled: what is done element by element runs in one pass over memory.
+"""Compilation of the network's layers: elementwise operations are fused into one pass over memory.
 
-Attention stays as it is. So do matrix products, which torch's compiler would give to its BLAS: `by_onednn` keeps them.
+Attention is left alone. Matrix products, which torch's compiler would send to its BLAS, stay with oneDNN on request.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from othink_ray.engines.products import multiply, product_place
+from othink_ray.engines.products import empty_product, multiply
 from othink_ray.families.base import Family
 
 
 def compile_layers(family: Family, network: nn.Module, *, by_onednn: bool) -> None:
-    """Compiled when first called, for any number of tokens; the compiler keeps its results on disk."""
-    # Fused operations round half-precision numbers as single ones do, and as the rollout engine does.
+    """Compile each layer at its first call, for any number of tokens; the compiler caches its results on disk."""
+    # Fused operations round half-precision numbers as eager ones do, and as the rollout engine does.
     options: dict[str, Any] = {"emulate_precision_casts": True}
     if by_onednn:
-        options["post_grad_custom_post_pass"] = _Products()
+        options["post_grad_custom_post_pass"] = _OneDNNMatmuls()
     for layer in family.layers(network):
         layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
 
 
-class _Products(CustomGraphPass):
-    """Puts oneDNN's float32 products in the place of torch's."""
+class _OneDNNMatmuls(CustomGraphPass):
+    """Graph pass that replaces torch's float32 matrix products by oneDNN's."""
 
     def __call__(self, graph: Graph) -> None:
         for node in list(graph.nodes):
-            if node.target in _PRODUCTS and node.meta["val"].dtype == torch.float32 and not node.kwargs:
+            if node.target in _MATMULS and node.meta["val"].dtype == torch.float32 and not node.kwargs:
                 with graph.inserting_before(node):
-                    product = _product(graph, node)
+                    product = _matmul_node(graph, node)
                 node.replace_all_uses_with(product)
                 graph.erase_node(node)
 
@@ -41,11 +41,14 @@ class _Products(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
-def _product(graph: Graph, node: Node) -> Node:
-    """What is added to each row goes along; a whole matrix, such as a layer's input, is added by whoever comes next."""
+def _matmul_node(graph: Graph, node: Node) -> Node:
+    """Insert the oneDNN product of `node` and return its result.
+
+    A bias vector is added inside the product; a whole matrix, such as a residual, by an add that the compiler can fuse.
+    """
     ours = torch.ops.othink_ray.product.default
     factors: tuple[Any, ...] = node.args
     *added, left, right = factors
@@ -66,8 +69,8 @@ _LIBRARY.define("product(Tensor left, Tensor right, Tensor? added) -> Tensor")
 _LIBRARY.impl("product", multiply, "CPU")
 
 
-def _place(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
-    return product_place(left, right) if added is None else left.new_empty(left.shape[0], right.shape[1])
+def _fake_product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    return empty_product(left, right) if added is None else left.new_empty(left.shape[0], right.shape[1])
 
 
-torch.library.register_fake("othink_ray::product", _place, lib=_LIBRARY)
+torch.library.register_fake("othink_ray::product", _fake_product, lib=_LIBRARY)

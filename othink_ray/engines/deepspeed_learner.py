@@ -1,4 +1,4 @@
-"""One DeepSpeed ZeRO rank: reference pass, loss, optimiser step, weights out. The only file that imports deepspeed."""
+"""One DeepSpeed ZeRO rank: reference pass, loss, optimizer step, weight export. The only module to import deepspeed."""
 
 from __future__ import annotations
 
@@ -24,24 +24,32 @@ from othink_ray.core.attention import attention_for
 from othink_ray.core.losses import LOSSES, importance
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache, share_of_cores
-from othink_ray.engines.collate import LaidOut, MicroBatch, lay_out, to_device
+from othink_ray.engines.collate import HostBatch, MicroBatch, collate_on_host, to_device
 from othink_ray.engines.compiled import compile_layers
-from othink_ray.engines.learner_checkpoint import StoredState, Writing, ZeroState, replace_export
+from othink_ray.engines.learner_checkpoint import CheckpointWriter, StoredState, ZeroState, replace_export
 from othink_ray.engines.lora import (
     WithoutAdapters,
     adapter_weights,
     choose_trained,
-    features_stay,
+    features_frozen,
     parameter_groups,
     plain_weights,
     trained_weights,
     write_adapter,
 )
 from othink_ray.engines.policy import DTYPES, Policy, checkpoint_layers, train_without_dropout
-from othink_ray.engines.prefetch import Kept, Made, Prefetched, Prefetcher, Prepared, pixel_digest, pixels_as
-from othink_ray.engines.products import onednn_is_there, products_by_onednn
+from othink_ray.engines.prefetch import (
+    Precomputed,
+    Prefetched,
+    Prefetcher,
+    PrefetchQueue,
+    Prepared,
+    pixel_digest,
+    pixels_as,
+)
+from othink_ray.engines.products import onednn_available, onednn_matmul
 from othink_ray.engines.update_stats import Totals
-from othink_ray.engines.zero_settings import linear_over_rows, zero_settings
+from othink_ray.engines.zero_settings import flattened_linear, zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.tracing import span
@@ -66,7 +74,7 @@ class DeepSpeedLearner:
         place: RendezvousInfo,
         shares_gpu: bool,
     ) -> None:
-        """`shares_gpu`: engines sleep while this one works, and need its memory when they wake."""
+        """`shares_gpu`: rollout engines on this GPU sleep during updates, and need its memory when they wake up."""
         self.shares_gpu = shares_gpu
         self.learner, self.family, self.place = learner, family, place
         self.clip_eps, self.kl_estimator, self.correction_bounds = clip_eps, kl_estimator, correction_bounds
@@ -78,14 +86,14 @@ class DeepSpeedLearner:
             LOCAL_RANK="0",
             DS_ACCELERATOR="cuda" if on_gpu else "cpu",
         )
-        self.by_onednn = not on_gpu and learner.onednn and onednn_is_there()
+        self.by_onednn = not on_gpu and learner.onednn and onednn_available()
         if not on_gpu:
             torch.set_num_threads(share_of_cores(learner.threads, learner.world_size))
-            self.products = products_by_onednn() if self.by_onednn else None
+            self.matmul_override = onednn_matmul() if self.by_onednn else None
         import deepspeed  # reads DS_ACCELERATOR when it is first imported
 
         self.deepspeed = deepspeed
-        # DeepSpeed would compile collectives of its own for CPU ranks, a minute at the first start; gloo has them all.
+        # DeepSpeed would compile its own collectives for CPU ranks, a minute at the first start; gloo has them all.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         place.rendezvous(self.device)
         deepspeed.init_distributed()
@@ -96,8 +104,8 @@ class DeepSpeedLearner:
         train_without_dropout(policy.network)
         if learner.gradient_checkpointing:
             checkpoint_layers(policy.network)
-        self.features_shared = learner.share_features and features_stay(family, policy.network)
-        self.engine = self._initialise(policy, train=True)
+        self.features_shared = learner.share_features and features_frozen(family, policy.network)
+        self.engine = self._initialize(policy, train=True)
         self.state = ZeroState(
             deepspeed,
             self.engine,
@@ -107,25 +115,25 @@ class DeepSpeedLearner:
             world_size=place.world_size,
         )
         self.reference = self._open_reference(DTYPES[dtype], temperature) if with_reference else None
-        self.reference_beside = self._open_beside(temperature)
-        self.ahead = Prefetcher(self._make_ahead)
+        self.prefetch_reference = self._open_prefetch_reference(temperature)
+        self.prefetcher = Prefetcher(self._prefetch)
 
     def _open_reference(self, dtype: torch.dtype, temperature: float) -> Any:
-        """What the policy was when training began."""
+        """Return the policy as it was when training began: the network without its adapters, or a frozen copy."""
         if self.learner.lora.rank:
             return WithoutAdapters(self.engine)
         frozen = self._open_policy(dtype, temperature).requires_grad_(False).eval()
         sharded = self.learner.zero_stage == 3
-        return self._initialise(frozen, train=False) if sharded else frozen.to(self.device)
+        return self._initialize(frozen, train=False) if sharded else frozen.to(self.device)
 
-    def _open_beside(self, temperature: float) -> Policy | None:
-        """The reference once more for a second thread, with a count of images of its own.
+    def _open_prefetch_reference(self, temperature: float) -> Policy | None:
+        """Return the reference for the prefetch thread: the same network, with a separate count of encoded images.
 
-        None where that thread would gain nothing (a GPU has one queue, or the ranks' threads are on all cores already),
-        or all ranks must make each pass together.
+        None where the thread would gain nothing (a GPU runs one stream; the ranks' threads already use all cores), or
+        where every pass is a collective of all ranks.
         """
-        all_busy = self.learner.world_size * torch.get_num_threads() >= (os.cpu_count() or 1)
-        if not isinstance(self.reference, Policy) or self.device.type == "cuda" or all_busy:
+        cores_in_use = self.learner.world_size * torch.get_num_threads() >= (os.cpu_count() or 1)
+        if not isinstance(self.reference, Policy) or self.device.type == "cuda" or cores_in_use:
             return None
         return Policy(self.reference.network, self.family, temperature, self.learner.logit_rows)
 
@@ -137,17 +145,17 @@ class DeepSpeedLearner:
             compile_layers(self.family, network, by_onednn=self.by_onednn)
         return Policy(network, self.family, temperature, self.learner.logit_rows)
 
-    def _initialise(self, policy: Policy, *, train: bool) -> Any:
-        """Wrap in DeepSpeed's engine. The head's weight is read outside its own module, which ZeRO-3 must be told."""
+    def _initialize(self, policy: Policy, *, train: bool) -> Any:
+        """Wrap `policy` in a DeepSpeed engine; ZeRO-3 must know that the head's weight is read outside its module."""
         settings = zero_settings(self.learner, next(policy.parameters()).dtype)
         if self.learner.zero_stage == 3:
-            zero = self.deepspeed.runtime.zero  # puts its own linear layers in the place of torch's
-            zero.partition_parameters.zero3_linear_wrap = linear_over_rows(zero.linear.zero3_linear_wrap)
+            zero = self.deepspeed.runtime.zero  # it replaces torch's linear function with `zero3_linear_wrap`
+            zero.partition_parameters.zero3_linear_wrap = flattened_linear(zero.linear.zero3_linear_wrap)
             self.deepspeed.zero.register_external_parameter(policy, self.family.output_weight(policy.network))
         optimizer = None
         if train:
             trained = parameter_groups(self.family, policy.network, self.learner)
-            # Fused: one kernel, and no temporary as large as the weights, as torch's default on GPUs has.
+            # Fused: one kernel, without the temporary as large as the weights that torch's default allocates on GPUs.
             optimizer = torch.optim.AdamW(trained, fused=True, **self._hyperparameters())
         engine, *_ = self.deepspeed.initialize(
             model=policy.to(self.device), config=settings, optimizer=optimizer, dist_init_required=False
@@ -163,15 +171,9 @@ class DeepSpeedLearner:
         }
 
     def update(
-        self,
-        updates: Sequence[Sequence[Sequence[Pack]]],
-        *,
-        beta: float,
-        lr: float,
-        loss: str,
-        correction: str,
+        self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats:
-        """One optimiser step for each of `updates`; gradients are summed over its micro-batches and all ranks."""
+        """Run one optimizer step per update; gradients are summed over its micro-batches and all ranks."""
         stats = self._update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
         self.release_memory()
         return stats
@@ -183,26 +185,26 @@ class DeepSpeedLearner:
     def _update(
         self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str, correction: str
     ) -> UpdateStats:
-        made, wants_reference = self.ahead.take(), beta > 0 and self.reference is not None
-        kept: Iterator[Kept | None] = repeat(None)
+        queue, wants_reference = self.prefetcher.take(), beta > 0 and self.reference is not None
+        precomputed: Iterator[Precomputed | None] = repeat(None)
         if len(updates) > 1:
-            kept = iter([self._before_any_step(rows, made) for rows in chain(*updates)])
+            precomputed = iter([self._before_any_step(packs, queue) for packs in chain(*updates)])
         totals = Totals(self.device)
         grad_norms: list[float] = []
         skipped, encodes = 0, 0
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         for update in updates:
-            for index, rows in enumerate(update):
+            for index, packs in enumerate(update):
                 with span("prepare"):
-                    one = self._prepared(rows, made, next(kept))
-                batch, reference = one.batch, one.reference if wants_reference else None
+                    prepared = self._prepared(packs, queue, next(precomputed))
+                batch, reference = prepared.batch, prepared.reference if wants_reference else None
                 if wants_reference and reference is None:
-                    reference = self._no_grad(self.reference, one)
+                    reference = self._no_grad(self.reference, prepared)
                 self.engine.set_gradient_accumulation_boundary(index == len(update) - 1)
                 with span("forward", tokens=len(batch.token_ids)):
-                    logprobs, entropy = self.engine(batch, features=one.features)
-                before = logprobs.detach() if one.old is None else one.old
+                    logprobs, entropy = self.engine(batch, features=prepared.features)
+                before = logprobs.detach() if prepared.old is None else prepared.old
                 used, ratios = importance(
                     correction,
                     before,
@@ -222,15 +224,15 @@ class DeepSpeedLearner:
                     clip_eps=self.clip_eps,
                     estimator=self.kl_estimator,
                 )
-                # DeepSpeed averages gradients over ranks; the loss weights are shares of the whole step.
+                # DeepSpeed averages gradients over ranks, but the loss weights are shares of the whole step: a sum.
                 with span("backward"):
                     self.engine.backward(value * self.place.world_size)
-                encodes += one.encodes
-                totals.note(one.rows, value)
+                encodes += prepared.encodes
+                totals.note(prepared.packs, value)
                 totals.add(batch, value, terms, ratios, logprobs, entropy, wants_reference)
-            with span("optimiser step"):
+            with span("optimizer step"):
                 self.engine.step()
-            if self.engine.optimizer.overflow:  # DeepSpeed steps on no gradient that is not finite
+            if self.engine.optimizer.overflow:  # the gradient is not finite, and DeepSpeed skipped the step
                 skipped += 1
             else:
                 grad_norms.append(float(self.engine.get_global_grad_norm()))
@@ -245,61 +247,64 @@ class DeepSpeedLearner:
             )
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        self.ahead.prepare(updates, with_reference=with_reference)
+        self.prefetcher.prepare(updates, with_reference=with_reference)
 
     @span("prepare")
-    def _before_any_step(self, rows: Sequence[Pack], made: Made) -> Kept:
-        """Logprobs of the policy before the first of several optimizer steps. Pixels are not kept until its own."""
-        one = self._prepared(rows, made)
-        old = self._no_grad(self.engine, one)
-        return Kept(old=old, features=one.features, reference=one.reference, encodes=one.encodes)
+    def _before_any_step(self, packs: Sequence[Pack], queue: PrefetchQueue) -> Precomputed:
+        """Compute the policy's logprobs before the first of several optimizer steps; pixels leave the device after."""
+        prepared = self._prepared(packs, queue)
+        old = self._no_grad(self.engine, prepared)
+        return Precomputed(old=old, features=prepared.features, reference=prepared.reference, encodes=prepared.encodes)
 
-    def _prepared(self, rows: Sequence[Pack], made: Made, kept: Kept | None = None) -> Prepared:
-        own = made.of(rows) if kept is None else None
-        own = own or Prefetched(laid_out=self._lay_out(rows), kept=kept or Kept())
-        one = own.kept.with_batch(rows, self._to_device(own.laid_out))
-        if self.features_shared and one.features is None:
-            return replace(one, features=self._features(self.engine, one.batch))
-        return one
+    def _prepared(self, packs: Sequence[Pack], queue: PrefetchQueue, known: Precomputed | None = None) -> Prepared:
+        """Return a micro-batch on the device; with `known` tensors of an earlier pass the queue is not read."""
+        found = queue.pop(packs) if known is None else None
+        found = found or Prefetched(host_batch=self._collate_on_host(packs), precomputed=known or Precomputed())
+        prepared = found.precomputed.with_batch(packs, self._to_device(found.host_batch))
+        if self.features_shared and prepared.features is None:
+            return replace(prepared, features=self._features(self.engine, prepared.batch))
+        return prepared
 
-    @span("prepare ahead")
-    def _make_ahead(self, rows: Sequence[Pack], with_reference: bool) -> Prefetched:
-        laid_out, beside = self._lay_out(rows), self.reference_beside
-        if beside is None or not with_reference:
-            return Prefetched(laid_out=laid_out, kept=Kept())
-        one = Prepared(rows=rows, batch=self._to_device(laid_out))
+    @span("prefetch")
+    def _prefetch(self, packs: Sequence[Pack], with_reference: bool) -> Prefetched:
+        """Prepare a micro-batch of the next update on the prefetch thread."""
+        host_batch, policy = self._collate_on_host(packs), self.prefetch_reference
+        if policy is None or not with_reference:
+            return Prefetched(host_batch=host_batch, precomputed=Precomputed())
+        prepared = Prepared(packs=packs, batch=self._to_device(host_batch))
         if self.features_shared:
-            one = replace(one, features=self._features(beside, one.batch))
-        reference = self._no_grad(beside, one)
-        encodes, beside.encoded_images = beside.encoded_images, 0
-        return Prefetched(laid_out=laid_out, kept=Kept(features=one.features, reference=reference, encodes=encodes))
+            prepared = replace(prepared, features=self._features(policy, prepared.batch))
+        reference = self._no_grad(policy, prepared)
+        encodes, policy.encoded_images = policy.encoded_images, 0
+        precomputed = Precomputed(features=prepared.features, reference=reference, encodes=encodes)
+        return Prefetched(host_batch=host_batch, precomputed=precomputed)
+
+    @on_one_thread()  # engines prepare the next prompts on the same cores
+    def _collate_on_host(self, packs: Sequence[Pack]) -> HostBatch:
+        return collate_on_host(packs, self.family)
 
     @on_one_thread()
-    def _lay_out(self, packs: Sequence[Pack]) -> LaidOut:
-        """On one thread: engines prepare what comes next meanwhile."""
-        return lay_out(packs, self.family)
-
-    @on_one_thread()
-    def _to_device(self, laid_out: LaidOut) -> MicroBatch:
-        return to_device(laid_out, self.attend, self.device)
+    def _to_device(self, host_batch: HostBatch) -> MicroBatch:
+        return to_device(host_batch, self.attend, self.device)
 
     @staticmethod
     def _features(policy: Any, batch: MicroBatch) -> Tensor:
-        """The images as a tower and a projector that stay see them: the same for policy, old policy and reference."""
+        """Encode images with a frozen tower and projector: the same for policy, old policy and reference."""
         with torch.no_grad():
             features: Tensor = policy(batch, wanted="features")
         return features
 
     @staticmethod
-    @span("pass without gradient")
-    def _no_grad(policy: Any, one: Prepared) -> Tensor:
-        """Logprobs (M,) of the answer tokens, by the same arithmetic as with a gradient; entropies are not computed."""
+    @span("no-grad pass")
+    def _no_grad(policy: Any, prepared: Prepared) -> Tensor:
+        """Return logprobs (M,) of the answer tokens by the arithmetic of the training pass, without entropies."""
+        batch = prepared.batch
         with torch.no_grad():
-            logprobs: Tensor = policy(one.batch, features=one.features, candidates=one.batch.targets[:, None])
+            logprobs: Tensor = policy(batch, features=prepared.features, candidates=batch.targets[:, None])
         return logprobs.squeeze(1)
 
     def _take_encodes(self) -> int:
-        """How many images went through a vision tower since the last call."""
+        """Return the number of images that policy and reference encoded since the last call, and reset it."""
         policies: list[Policy] = [self.engine.module]
         if not (self.reference is None or isinstance(self.reference, WithoutAdapters)):
             policies.append(getattr(self.reference, "module", self.reference))
@@ -310,23 +315,23 @@ class DeepSpeedLearner:
 
     @on_one_thread()
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:
-        batch = self._to_device(self._lay_out([_row(probe.group) for probe in probes]))
-        asked = torch.from_numpy(np.concatenate([probe.candidates for probe in probes]))
-        unasked = len(batch.targets) - len(asked)  # of the row that joins probes without an image
-        candidates = torch.nn.functional.pad(asked, (0, 0, 0, unasked)).to(self.device)
+        batch = self._to_device(self._collate_on_host([_packed_sample(probe.group) for probe in probes]))
+        requested = torch.from_numpy(np.concatenate([probe.candidates for probe in probes]))
+        dummies = len(batch.targets) - len(requested)  # tokens of the dummy sample that joins probes without an image
+        candidates = torch.nn.functional.pad(requested, (0, 0, 0, dummies)).to(self.device)
         with torch.no_grad():
             found = self.engine(batch, candidates=candidates).cpu()
         self._take_encodes()
         del batch, candidates
         self.release_memory()
         lengths = [len(probe.candidates) for probe in probes]
-        return [own.numpy() for own in found[: len(asked)].split(lengths)]
+        return [logprobs.numpy() for logprobs in found[: len(requested)].split(lengths)]
 
     def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
         images = [self.family.encode_images(probe.group.prompt.images) for probe in probes]
         return [
-            pixel_digest(pixels_as(self.family, own, probe.pixels.dtype))
-            for own, probe in zip(images, probes, strict=True)
+            pixel_digest(pixels_as(self.family, encoded, probe.pixels.dtype))
+            for encoded, probe in zip(images, probes, strict=True)
         ]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -335,7 +340,7 @@ class DeepSpeedLearner:
                 yield weight.name, weight.pushed()
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        if not self.learner.lora.rank:  # vLLM's loader cannot say where the weights under an adapter lie
+        if not self.learner.lora.rank:  # vLLM's loader cannot map the weights under an adapter
             for weight in plain_weights(self.engine.module.network):
                 if not weight.base.requires_grad:
                     with self._whole(weight.parts):
@@ -347,19 +352,19 @@ class DeepSpeedLearner:
                 yield weight.name, weight.merged()
 
     def _whole(self, parameters: list[Tensor]) -> Any:
-        """Under ZeRO-3 a parameter lives in pieces; inside this context it is whole on every rank."""
+        """Return a context in which these parameters are gathered on every rank; a no-op below ZeRO-3."""
         return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.learner.zero_stage == 3)
 
     def export(self, folder: Path) -> None:
-        """Write the model aside and put it in place when it is complete: what breaks off leaves an earlier export."""
+        """Write to a temporary folder and move it into place when complete: a failure leaves the earlier export."""
         network: Any = self.engine.module.network
         weights = ((name, weight.to("cpu", copy=True)) for name, weight in self._plain_weights())
-        aside = folder / ".partial"
+        partial = folder / ".partial"
         if self.place.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            self.family.save(aside, network, weights)
-        for _ in weights:  # a gathering under ZeRO-3 takes all ranks; only the first one keeps what is gathered
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.family.save(partial, network, weights)
+        for _ in weights:  # the other ranks take part in ZeRO-3's gathers; rank 0 has consumed the iterator
             pass
         adapter = {}
         for name, factor in adapter_weights(network):
@@ -367,25 +372,25 @@ class DeepSpeedLearner:
                 adapter[name] = factor.detach().to("cpu", copy=True)
         if self.place.rank == 0:
             if adapter:
-                write_adapter(aside / ADAPTER_FOLDER, network, adapter)
-            replace_export(folder, aside)
+                write_adapter(partial / ADAPTER_FOLDER, network, adapter)
+            replace_export(folder, partial)
         dist.barrier()
 
     def save(self, folder: Path) -> None:
-        tensors, steps = self.state.share()
-        self.writing = Writing(folder, self.place.rank, tensors, steps)
+        tensors, steps = self.state.shard()
+        self.writer = CheckpointWriter(folder, self.place.rank, tensors, steps)
 
     def written(self) -> bool:
-        return self.writing.over
+        return self.writer.done
 
     def saved(self) -> dict[str, str]:
-        return self.writing.finish()
+        return self.writer.finish()
 
     def load(self, folder: Path) -> None:
         self.state.restore(StoredState(folder))
 
 
-def _row(group: Group) -> Pack:
-    """A group as a row, for its logprobs alone."""
-    nothing = np.zeros(len(group.completions))
-    return pack(ScoredGroup(group=group, rewards=nothing, parts={}, valid=nothing == 0), nothing, 1)
+def _packed_sample(group: Group) -> Pack:
+    """Pack an unscored group, for its logprobs only."""
+    zeros = np.zeros(len(group.completions))
+    return pack(ScoredGroup(group=group, rewards=zeros, parts={}, valid=zeros == 0), zeros, 1)

@@ -1,4 +1,4 @@
-"""A rollout that always answers with the worked solution: with it, supervised training is the same loop."""
+"""A rollout that answers every prompt with its worked solution: the data source of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from othink_ray.types import Completion, Group, Prompt
 
 
 class Demonstrations:
-    """Groups of one worked answer each, tokenised as a sampled answer would be."""
+    """Generator of groups with one worked answer each, tokenized as a sampled answer would be."""
 
     def __init__(self, family: Family, *, reasoning: bool = True) -> None:
         self.family, self.reasoning = family, reasoning
 
     def generate(self, prompts: Sequence[Prompt], version: int = 0) -> Iterator[Group]:
         for prompt in prompts:
-            written = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
-            answer = [*self.family.encode_text(written), self.family.eos_token_id]
+            solution = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
+            answer = [*self.family.encode_text(solution), self.family.eos_token_id]
             counts = self.family.image_token_counts(prompt.images)
             yield Group(
                 prompt=prompt,
@@ -31,7 +31,7 @@ class Demonstrations:
                     Completion(
                         token_ids=np.array(answer, dtype=np.int64),
                         sampler_logprobs=np.zeros(len(answer), dtype=np.float32),
-                        text=self.family.opened + written,
+                        text=self.family.opened + solution,
                         finish="stop",
                     ),
                 ),

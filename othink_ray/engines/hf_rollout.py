@@ -1,4 +1,4 @@
-"""Sampling with transformers alone: slow, plain, and the oracle that the fast engine is held against."""
+"""Rollout engine on plain transformers: slow, and the oracle for the vLLM engine's tests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HFInput = tuple[list[int], ImageTensors, Tensor]
 
 
 class HFRollout(Receiver):
-    """One prompt at a time: its image and text are computed once, its answers side by side."""
+    """Samples one prompt at a time: prefills it once, then decodes its answers as one batch."""
 
     def __init__(
         self, rollout: RolloutConfig, model: ModelConfig, family: Family, adapters: ServedAdapters | None = None
     ) -> None:
-        """Where `adapters` are given, pushes bring their factors, and all other weights stay those of the folder."""
+        """With `adapters`, pushes bring their factors, and all other weights keep the values of the model folder."""
         self.family = family
         self.max_model_len, self.fixed_length = rollout.max_model_len, rollout.fixed_length
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")
@@ -37,7 +37,7 @@ class HFRollout(Receiver):
         self.network: Any = family.load_network(DTYPES[model.dtype])
         self.pushed: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
         if adapters is not None:
-            add_adapters(self.network, adapters.rank, adapters.rank, adapters.layers)  # a scale of 1: it is in B
+            add_adapters(self.network, adapters.rank, adapters.rank, adapters.layers)  # scale 1: B is pushed scaled
             self.pushed = {weight.name: weight.parameter for weight in trained_weights(self.network)}
         self.network.to(self.device).eval()
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
@@ -47,7 +47,7 @@ class HFRollout(Receiver):
         self.upcoming.prepare(prompts)
 
     def sleep(self) -> None:
-        """Its weights are all that it has, and they stay."""
+        """Do nothing: the engine holds no memory but its weights, which stay."""
 
     def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         with torch.no_grad():
@@ -55,14 +55,14 @@ class HFRollout(Receiver):
                 self.pushed[name].copy_(weight)
 
     def _forget(self) -> None:
-        """Nothing outlives a prompt here."""
+        """Do nothing: no cache outlives a prompt."""
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
-        own = self.pushed
-        asked = digests((name, own[name].to(weight.dtype)) for name, weight in expected.items() if name in own)
-        parts = {name: HeldPart(value=found.value, elements=own[name].numel()) for name, found in asked.items()}
-        # A shared matrix has several names, and the learner sends it under the first.
-        first = {id(weight): name for name, weight in reversed(own.items())}
+        held = self.pushed
+        found = digests((name, held[name].to(weight.dtype)) for name, weight in expected.items() if name in held)
+        parts = {name: HeldPart(value=digest.value, elements=held[name].numel()) for name, digest in found.items()}
+        # A tied matrix has several names, and the learner sends it under the first.
+        first = {id(weight): name for name, weight in reversed(held.items())}
         unreached = [name for name in first.values() if name not in expected] if complete else []
         return [Held(parts=parts, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))]
 
@@ -75,24 +75,24 @@ class HFRollout(Receiver):
         self._require_whole()
         probes = []
         for prompt in prompts:
-            given = self._input(prompt)
-            group, log_p = self._answer(prompt, given, sampling)
+            inputs = self._input(prompt)
+            group, log_p = self._answer(prompt, inputs, sampling)
             likeliest = log_p[: len(group.completions[0].token_ids), 0].topk(candidates)
             probes.append(
                 Probe(
                     group=group,
                     candidates=likeliest.indices.numpy(),
                     logprobs=likeliest.values.float().numpy(),
-                    pixels=pixel_digest(given[1].pixels),
+                    pixels=pixel_digest(inputs[1].pixels),
                 )
             )
         return probes
 
     @torch.no_grad()
-    def _answer(self, prompt: Prompt, given: HFInput, sampling: Sampling) -> tuple[Group, Tensor]:
-        """The group, and the log distributions (T, G, V) it was sampled from."""
-        prompt_ids, images, positions = given
-        draw = torch.Generator().manual_seed(sampling.seed_of(prompt))
+    def _answer(self, prompt: Prompt, inputs: HFInput, sampling: Sampling) -> tuple[Group, Tensor]:
+        """Sample one group; return it with the log distributions (T, G, V) it was sampled from."""
+        prompt_ids, images, positions = inputs
+        generator = torch.Generator().manual_seed(sampling.seed_of(prompt))
         cache = DynamicCache(config=self.network.config.get_text_config())
         token_ids = torch.tensor([prompt_ids], device=self.device)
         position_ids = positions[:, None].to(self.device)
@@ -103,34 +103,34 @@ class HFRollout(Receiver):
         distributions: list[Tensor] = []
         room = min(sampling.max_tokens, self.max_model_len - len(prompt_ids))
         ended = torch.zeros(sampling.answers, dtype=torch.bool)
-        for place in range(room):
+        for index in range(room):
             output = self.network(
                 input_ids=token_ids,
-                position_ids=position_ids.squeeze(0),  # where there is one axis only, networks want none
+                position_ids=position_ids.squeeze(0),  # networks with one axis take (B, T), without an axis dimension
                 past_key_values=cache,
                 use_cache=True,
                 **pixels,
             )
             logits = output.logits[:, -1].float().cpu()
-            if place == 0:
+            if index == 0:
                 cache.batch_repeat_interleave(sampling.answers)
                 logits = logits.expand(sampling.answers, -1)
                 pixels = {}
             logits = logits + self.bias
             log_p = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
             greedy = sampling.temperature == 0
-            chosen = log_p.argmax(-1) if greedy else torch.multinomial(log_p.exp(), 1, generator=draw)[:, 0]
+            chosen = log_p.argmax(-1) if greedy else torch.multinomial(log_p.exp(), 1, generator=generator)[:, 0]
             distributions.append(log_p)
             answers.append(chosen)
             ended |= self._ends(chosen)
             if bool(ended.all()):
                 break
             token_ids = chosen[:, None].to(self.device)
-            position_ids = (positions.max() + 1 + place).expand(len(positions), sampling.answers, 1).to(self.device)
+            position_ids = (positions.max() + 1 + index).expand(len(positions), sampling.answers, 1).to(self.device)
         return self._group(prompt, prompt_ids, torch.stack(answers), torch.stack(distributions))
 
     def _input(self, prompt: Prompt) -> HFInput:
-        """The expanded prompt, its pixels and its positions."""
+        """Return the expanded prompt, its pixels and its positions."""
         images = self.family.encode_images(prompt.images)
         counts = self.family.image_token_counts(prompt.images)
         prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
@@ -138,11 +138,11 @@ class HFRollout(Receiver):
         return prompt_ids, images, self.family.prompt_positions(torch.tensor(prompt_ids), images)
 
     def _ends(self, token_ids: Tensor) -> Tensor:
-        """Where an answer ends."""
+        """Return a mask of end tokens, all False with rollout.fixed_length."""
         return (token_ids == self.family.eos_token_id) & (not self.fixed_length)
 
     def _group(self, prompt: Prompt, prompt_ids: list[int], answers: Tensor, log_p: Tensor) -> tuple[Group, Tensor]:
-        """Cut each of the answers (T, G) after its end token."""
+        """Cut each of the answers (T, G) after its end token; return the group and `log_p` as it is."""
         chosen = log_p.gather(-1, answers[..., None])[..., 0]
         completions = []
         for column in range(answers.shape[1]):

@@ -1,6 +1,7 @@
-"""All that training changes, parameter by parameter, as it is whatever the number of ranks and the ZeRO stage.
+"""Learner checkpoints and exported models.
 
-Each rank writes a share of the parameters, whole, as safetensors; each rank reads from all shares what is its own.
+A checkpoint stores the trained parameters and Adam's moments independently of rank count and ZeRO stage: each rank
+writes a shard of full tensors as safetensors, and on loading reads its partition from all shards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from othink_ray.tracing import span
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
-# What each of DeepSpeed's optimizers calls this rank's float32 weights.
+# Attributes of DeepSpeed's optimizers that hold this rank's float32 weights.
 _FLAT_PARTITIONS = (
     "fp32_partitioned_groups_flat",  # ZeRO 3
     "single_partition_of_fp32_groups",  # ZeRO 1 and 2
@@ -35,11 +36,11 @@ _FLAT_PARTITIONS = (
 
 
 class StateError(ValueError):
-    """A checkpoint does not fit the model that is to go on from it."""
+    """Raised where a checkpoint does not fit the model that resumes from it."""
 
 
 class ZeroState:
-    """A DeepSpeed engine's float32 weights and Adam's moments. All public methods are collective."""
+    """Access to a DeepSpeed engine's float32 weights and Adam's moments. All public methods are collective."""
 
     def __init__(
         self, deepspeed: Any, engine: Any, network: nn.Module, *, stage: int, rank: int, world_size: int
@@ -47,10 +48,10 @@ class ZeroState:
         self.fragments: Any = deepspeed.utils
         self.whole: Any = deepspeed.zero.GatheredParameters
         self.optimizer, self.stage, self.rank, self.world_size = engine.optimizer, stage, rank, world_size
-        self.trained = [(name, own) for name, own in network.named_parameters() if own.requires_grad]
+        self.trained = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
 
-    def share(self) -> tuple[dict[str, Tensor], int]:
-        """This rank's parameters as `name/weight`, `name/exp_avg`, …, copied; and how many steps Adam has made."""
+    def shard(self) -> tuple[dict[str, Tensor], int]:
+        """Return copies of this rank's share of the tensors as `name/weight`, `name/exp_avg`, ..., and Adam's step."""
         steps = self._adam_steps()
         if steps:
             self.link_moments()
@@ -66,7 +67,8 @@ class ZeroState:
         return kept, steps
 
     def restore(self, stored: StoredState) -> None:
-        stored.require({name: getattr(own, "ds_shape", own.shape) for name, own in self.trained})
+        """Load a checkpoint; StateError where its parameters are not this network's."""
+        stored.require({name: getattr(weight, "ds_shape", weight.shape) for name, weight in self.trained})
         if stored.steps:
             self._open_moments(stored.steps)
         for name, parameter in self.trained:
@@ -92,7 +94,7 @@ class ZeroState:
             else:
                 self.fragments.safe_set_full_optimizer_state(parameter, whole, kind)
             return
-        # DeepSpeed's own setter for whole tensors fails on the last rank where their size does not divide evenly.
+        # DeepSpeed's setter for full tensors fails on the last rank where the size does not divide evenly.
         size = parameter.ds_tensor.numel()
         padded = pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
         own = padded[self.rank * size : (self.rank + 1) * size]
@@ -102,7 +104,7 @@ class ZeroState:
             self.fragments.safe_set_local_optimizer_state(parameter, own, kind)
 
     def _flat_partitions(self) -> list[Tensor]:
-        """What Adam steps on."""
+        """Return the flat tensors on which Adam steps."""
         [flat] = [getattr(self.optimizer, name) for name in _FLAT_PARTITIONS if hasattr(self.optimizer, name)]
         found: list[Tensor] = flat
         return found
@@ -112,25 +114,25 @@ class ZeroState:
         return max((int(state["step"]) for state in states if state), default=0)
 
     def _open_moments(self, steps: int) -> None:
-        """Adam makes its state at its first step; one that goes on needs it before."""
+        """Create Adam's state, which exists only after the first step: a resumed run fills it before that."""
         for flat in self._flat_partitions():
             moments = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
-            made = torch.tensor(float(steps), device=flat.device)  # fused AdamW counts its steps there
-            self.optimizer.optimizer.state[flat] = {"step": made, **moments}
+            step = torch.tensor(float(steps), device=flat.device)  # fused AdamW counts its steps on the device
+            self.optimizer.optimizer.state[flat] = {"step": step, **moments}
         self.link_moments()
 
     def link_moments(self) -> None:
-        """Let DeepSpeed find Adam's moments of each parameter.
+        """Link each parameter to its moments in DeepSpeed.
 
-        It does so once by itself, after the step of the first parameter group: those of other groups are not made yet.
+        DeepSpeed links once, after the step of the first parameter group, when other groups have no moments yet.
         """
         if self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class Writing:
-    """A share on its way to the disk while training goes on."""
+class CheckpointWriter:
+    """Writes this rank's shard on a background thread while training goes on."""
 
     def __init__(self, folder: Path, rank: int, tensors: dict[str, Tensor], steps: int) -> None:
         self.path = folder / f"learner_{rank}.safetensors"
@@ -146,15 +148,15 @@ class Writing:
             with self.path.open("rb") as written:
                 os.fsync(written.fileno())
                 self.digest = hashlib.file_digest(written, "sha256").hexdigest()
-        except BaseException as error:  # told by `finish`, to whoever waits for it
+        except BaseException as error:  # raised again by `finish`
             self.error = error
 
     @property
-    def over(self) -> bool:
+    def done(self) -> bool:
         return not self.thread.is_alive()
 
     def finish(self) -> dict[str, str]:
-        """File name -> digest, when it is on the disk; OSError where it could not be written."""
+        """Wait for the write; return file name -> SHA-256, or raise OSError where it failed."""
         self.thread.join()
         if self.error is not None:
             raise OSError(f"{self.path.name}: {self.error}") from self.error
@@ -162,32 +164,33 @@ class Writing:
 
 
 class StoredState:
-    """The shares of a checkpoint, however many ranks wrote them."""
+    """Reader of a checkpoint's shards, for any number of ranks that wrote them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("learner_*.safetensors"))]
-        self.places = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        self.file_of = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118 (not a mapping)
         self.steps = max((int(file.metadata()["steps"]) for file in self.files), default=0)
 
     def require(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        stored = {key.rpartition("/")[0] for key in self.places}
+        """Raise StateError unless exactly these parameters are stored, in these shapes."""
+        stored = {key.rpartition("/")[0] for key in self.file_of}
         missing, unknown = sorted(set(shapes) - stored), sorted(stored - set(shapes))
         other = [name for name in sorted(stored & set(shapes)) if self._shape(name) != list(shapes[name])]
         if missing or unknown or other:
             raise StateError(
-                f"run.resume: {self.folder} was saved by another learner: {_few(missing)} missing, {_few(unknown)} not "
-                f"wanted, {_few(other)} of another shape; go on with the model, learner.freeze and learner.lora of the "
-                "run that saved it"
+                f"run.resume: {self.folder} does not fit this learner: {_few(missing)} missing, {_few(unknown)} "
+                f"unexpected, {_few(other)} of another shape; resume with the model, learner.freeze and learner.lora "
+                "of the run that saved it"
             )
 
     def _shape(self, name: str) -> list[int]:
         key = f"{name}/{_WEIGHT}"
-        shape: list[int] = self.places[key].get_slice(key).get_shape()
+        shape: list[int] = self.file_of[key].get_slice(key).get_shape()
         return shape
 
     def read(self, name: str, kind: str) -> Tensor:
-        tensor: Tensor = self.places[f"{name}/{kind}"].get_tensor(f"{name}/{kind}")
+        tensor: Tensor = self.file_of[f"{name}/{kind}"].get_tensor(f"{name}/{kind}")
         return tensor
 
 
@@ -200,32 +203,32 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """The folder or hub name of the base model, and what a push of the adapter to an engine of it brings."""
+    """An exported adapter: its base model, and the factors that a push brings to an engine of that model."""
 
-    base: str
+    base: str  # folder or hub name
     adapters: ServedAdapters
     factors: Sequence[tuple[str, Tensor]]
 
 
-def replace_export(folder: Path, aside: Path) -> None:
-    """Move an export that is complete from `aside`, inside `folder`, to its place, and remove the earlier one there.
+def replace_export(folder: Path, partial: Path) -> None:
+    """Move a complete export from `partial`, inside `folder`, into `folder`, and remove the earlier export there.
 
-    `config.json`, without which nothing opens the folder as a model, is removed first and arrives last. Weight files
-    are removed and not written over: a learner that started from them may still have them mapped.
+    `config.json`, which makes the folder loadable as a model, is removed first and arrives last. Weight files are
+    unlinked and not overwritten: a learner that started from them may still have them memory-mapped.
     """
     (folder / _CONFIG).unlink(missing_ok=True)
     for weights in folder.glob("*.safetensors*"):  # the index, too
         weights.unlink()
     shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == _CONFIG):
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == _CONFIG):
         if file.is_dir():
             shutil.rmtree(folder / file.name, ignore_errors=True)
         file.replace(folder / file.name)
-    aside.rmdir()
+    partial.rmdir()
 
 
 def read_exported(path: str, dtype: str) -> Exported | None:
-    """None where `path` as it is, loaded in `dtype`, is the exact policy."""
+    """Return the adapter to serve on the base model, or None where `path` loaded in `dtype` is the exact policy."""
     if not merged_in_float32(path, dtype):
         return None
     folder = Path(path) / ADAPTER_FOLDER
@@ -236,7 +239,7 @@ def read_exported(path: str, dtype: str) -> Exported | None:
         layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
         factors.append((f"{layer}.lora_{kind}", factor * scale if kind == "B.weight" else factor))
         if kind == "B.weight":
-            layers.append(layer)  # the settings have peft's abbreviations of these
+            layers.append(layer)  # full paths; peft's settings abbreviate them
     return Exported(
         base=settings["base_model_name_or_path"],
         adapters=ServedAdapters(rank=settings["r"], layers=tuple(layers)),

@@ -1,4 +1,4 @@
-"""LoRA by peft, in place: modules keep their paths, and whoever asks for weights gets those of the plain network."""
+"""Trained and frozen parameters, and LoRA by peft in place: weights keep the names of the plain network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from othink_ray.config.schema import LearnerConfig, LoraConfig
 from othink_ray.engines.base import ServedAdapters
 from othink_ray.families.base import Family, modules_by_part
 
-_NAME = "default"  # peft's, of an adapter that is the only one
+_NAME = "default"  # peft's name for the only adapter
 
 
 class AdapterError(ValueError):
-    """An adapter is asked for where the network has nothing to adapt."""
+    """Raised where `learner.lora.targets` names layers that the network does not have or the engine cannot serve."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -35,20 +35,20 @@ class AdapterError(ValueError):
 
 
 def add_adapters(network: nn.Module, rank: int, alpha: float, layers: Sequence[str]) -> None:
-    """To these layers, by path. They add nothing yet, and nothing else asks for gradients any more."""
+    """Add adapters to these layers (paths) and freeze everything else. A new adapter adds 0: its B is 0."""
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers))
     peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
 
 
 def adapted_layers(family: Family, network: nn.Module, lora: LoraConfig, frozen: Collection[str]) -> tuple[str, ...]:
-    """Paths of the linear layers that `lora.targets` names."""
+    """Return the paths of the linear layers that `lora.targets` names."""
     known = _adaptable(family, network, frozen)
     _require_known(lora.targets, sorted(set().union(*known.values())), frozen)
     return tuple(path for path, names in known.items() if not names.isdisjoint(lora.targets))
 
 
 def _adaptable(family: Family, network: nn.Module, frozen: Collection[str]) -> dict[str, set[str]]:
-    """By path, the linear layers that may have an adapter: each one's part and, unless it is a number, its name."""
+    """Return path -> {part, name} of the linear layers that may have an adapter; a numeric name is left out."""
     blocks = [*family.layers(network), *family.projectors(network)]
     inside = {id(module) for block in blocks for module in block.modules()}
     found = {}
@@ -64,7 +64,7 @@ def _require_known(targets: Sequence[str], known: Sequence[str], frozen: Collect
         if target not in known:
             near = get_close_matches(target, known, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
-            where = f" outside of what learner.freeze keeps ({', '.join(frozen)})" if frozen else ""
+            where = f" outside of the parts that learner.freeze freezes ({', '.join(frozen)})" if frozen else ""
             raise AdapterError(
                 Problem(
                     subject=f"learner.lora.targets = [{', '.join(targets)}]",
@@ -75,7 +75,7 @@ def _require_known(targets: Sequence[str], known: Sequence[str], frozen: Collect
 
 
 class WithoutAdapters:
-    """The policy as it was before training: the same network, its adapters off."""
+    """The policy before training: calls the same network with its adapters disabled."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
@@ -93,20 +93,23 @@ class WithoutAdapters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """A tensor that training changes, and the factor that it has in a push."""
+    """A trained tensor, and the factor by which a push scales it."""
 
     name: str
     parameter: Tensor
     scale: float = 1.0
 
     def pushed(self) -> Tensor:
-        """In the dtype that the learner computes with."""
+        """Return the scaled tensor in the learner's compute dtype."""
         weight = self.parameter.detach()
         return weight if self.scale == 1.0 else weight * self.scale
 
 
 def trained_weights(network: nn.Module) -> Iterator[Trained]:
-    """In one fixed order; of an adapter both factors, the scale alpha / rank in B, so that engines add B A as it is."""
+    """Yield the trained tensors in a fixed order.
+
+    Of an adapter these are A and B, with the scale alpha / rank applied to B, so that engines add B A unscaled.
+    """
     adapted = _adapted(network)
     for path, layer in adapted:
         up, down = _factors(layer)
@@ -120,11 +123,11 @@ def trained_weights(network: nn.Module) -> Iterator[Trained]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One weight of the plain network, and what an adapter adds to it: scale * up @ down."""
+    """A weight of the plain network; an adapter adds scale * up @ down to it."""
 
     name: str
     base: Tensor
-    factors: tuple[Tensor, ...]  # up (out, rank), down (rank, in); none where it is not adapted
+    factors: tuple[Tensor, ...]  # up (out, rank), down (rank, in); empty without an adapter
     scale: float
 
     @property
@@ -132,7 +135,7 @@ class Weight:
         return [self.base, *self.factors]
 
     def merged(self) -> Tensor:
-        """In float32 where it is adapted: on a grid of bfloat16 small updates would round away."""
+        """Return the weight with its adapter merged, in float32 then: in bfloat16 small updates would round away."""
         if not self.factors:
             return self.base.detach()
         up, down = (factor.detach().float() for factor in self.factors)
@@ -140,7 +143,7 @@ class Weight:
 
 
 def plain_weights(network: nn.Module) -> Iterator[Weight]:
-    """All weights, in one fixed order, under the names that they have without adapters."""
+    """Yield all weights in a fixed order, under the names that they have without adapters."""
     adapted = {f"{path}.base_layer": layer for path, layer in _adapted(network)}
     factors = {id(factor) for layer in adapted.values() for factor in _factors(layer)}
     for name, parameter in network.named_parameters():
@@ -165,14 +168,14 @@ def _factors(layer: Any) -> tuple[Tensor, ...]:
 
 
 def adapter_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The factors of all adapters, under the names that they have in peft's files."""
+    """Yield the factors of all adapters under their names in peft's files."""
     for path, layer in _adapted(network):
         for kind, factor in zip(("lora_B", "lora_A"), _factors(layer), strict=True):
             yield f"base_model.model.{path}.{kind}.weight", factor
 
 
 def write_adapter(folder: Path, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """As peft loads it onto the model that training began with."""
+    """Write an adapter folder that peft loads onto the model that training began with."""
     trained: Any = network
     settings = replace(
         trained.peft_config[_NAME], base_model_name_or_path=trained.config.name_or_path, inference_mode=True
@@ -182,7 +185,7 @@ def write_adapter(folder: Path, network: nn.Module, weights: Mapping[str, Tensor
 
 
 def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -> None:
-    """Afterwards what is not trained asks for no gradient."""
+    """Add adapters or freeze parts: afterwards exactly the trained parameters require gradients."""
     frozen, lora = FROZEN[learner.freeze], learner.lora
     if lora.rank:
         add_adapters(network, lora.rank, lora.alpha, adapted_layers(family, network, lora, frozen))
@@ -194,10 +197,7 @@ def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -
 
 
 def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig) -> list[dict[str, Any]]:
-    """What is trained, as an optimizer takes it: parts that learn at the same rate together.
-
-    The rate of a group is learner.lr times its `lr_scale`.
-    """
+    """Return optimizer parameter groups, one per learning rate: learner.lr times the group's `lr_scale`."""
     scales = {"vision": learner.vision_lr_scale, "projector": learner.projector_lr_scale}
     groups: dict[float, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # a tied weight belongs to several modules
@@ -210,19 +210,19 @@ def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig)
 
 
 def trains_all(learner: LearnerConfig) -> bool:
-    """Whether every push brings every weight: no adapters in their place, and no part is frozen."""
+    """Return whether every push brings every weight: there are no adapters, and no part is frozen."""
     return not learner.lora.rank and not FROZEN[learner.freeze]
 
 
 def count_trained(family: Family, learner: LearnerConfig) -> int:
-    """How many numbers are trained, before any weight is loaded; AdapterError where there is nothing to adapt."""
+    """Return the number of trained elements without loading weights; AdapterError where there is nothing to adapt."""
     network = family.skeleton()
     choose_trained(family, network, learner)
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def served_adapters(family: Family, learner: LearnerConfig) -> ServedAdapters | None:
-    """What engines are opened for; None where whole weights are trained."""
+    """Return the adapters that engines must serve, or None without LoRA."""
     if not learner.lora.rank:
         return None
     layers = adapted_layers(family, family.skeleton(), learner.lora, FROZEN[learner.freeze])
@@ -230,7 +230,7 @@ def served_adapters(family: Family, learner: LearnerConfig) -> ServedAdapters | 
 
 
 def require_servable(family: Family, learner: LearnerConfig, engine: str) -> None:
-    """AdapterError where the network lacks a layer that is to be adapted, or the sampling engine cannot adapt it."""
+    """Raise AdapterError where the network lacks a target layer, or the rollout engine cannot serve its adapter."""
     served = served_adapters(family, learner)
     if served is None or engine != "vllm" or family.vllm_adapts_tower:
         return
@@ -243,8 +243,8 @@ def require_servable(family: Family, learner: LearnerConfig, engine: str) -> Non
         raise AdapterError(Problem(subject=subject, rule=rule, remedy=remedy))
 
 
-def features_stay(family: Family, network: nn.Module) -> bool:
-    """Whether training changes nothing between the pixels and the features of an image."""
+def features_frozen(family: Family, network: nn.Module) -> bool:
+    """Return whether image features are constant during training: vision tower and projector are frozen."""
     return not any(
         parameter.requires_grad
         for part, _, module in modules_by_part(family, network)

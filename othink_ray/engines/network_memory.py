@@ -1,7 +1,6 @@
-"""Bytes that a network needs while it computes, counted by running its real class on the meta device.
+"""Memory of a network's forward and backward pass, measured by running its real class on the meta device.
 
-No weight is loaded and nothing is computed: a forward and a backward pass of a model with billions of parameters takes
-about a second.
+No weight is loaded and nothing is computed: both passes of a model with billions of parameters take about a second.
 """
 
 from __future__ import annotations
@@ -19,35 +18,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import KernelShape
-from othink_ray.engines.lora import choose_trained, features_stay
+from othink_ray.engines.lora import choose_trained, features_frozen
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.hugging_face import prune_last_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkShape:
-    """Sizes of a network that its memory follows from; counts are of elements, not bytes."""
+    """Sizes of a network that determine its memory, in elements."""
 
     weights: int
     trained: int
     largest: int  # of the largest parameter
     vocabulary: int
-    width: int  # of the hidden states that predict tokens
+    width: int  # of the last hidden states
     head_trained: bool
     kv_per_token: int  # keys and values of all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """Bytes of one micro-batch beside weights and their gradients."""
+    """Activation memory of one micro-batch in bytes, without weights and their gradients."""
 
-    kept: int  # between the forward and the backward pass: what backward reads, and the hidden states
-    peak: int  # of forward and backward, the gradients of parameters taken away as they come
-    asked: int  # tokens, not bytes: those of answers, for which there are logits
+    kept: int  # between forward and backward: tensors saved for backward, and the hidden states
+    peak: int  # during forward and backward; parameter gradients are not counted
+    asked: int  # tokens, not bytes: answer tokens, for which there are logits
 
 
 def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
-    """The network as a learner rank trains it, on the meta device."""
+    """Return the network as a learner rank trains it, on the meta device."""
     network: Any = family.skeleton().to(dtype)
     if learner.narrow_last_layer:
         prune_last_layer(family.layers(network)[-1])
@@ -75,38 +74,38 @@ def network_shape(family: Family, network: Any) -> NetworkShape:
 
 
 def activations(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], asked: int) -> Activations:
-    """Of one packed sequence of `tokens`, its `images` included; `asked` of its tokens predict an answer token."""
+    """Measure one packed sequence of `tokens`, image tokens included, of which `asked` predict an answer token."""
     encoded = family.encode_images(images)
-    with _Live() as live, _OnMeta():
+    with _LiveBytes() as live, _OnMeta():
         hidden = _hidden(family, network, tokens, encoded, asked)
         kept = live.now
-        taken = [
-            parameter.register_post_accumulate_grad_hook(_take_gradient)
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
             for parameter in network.parameters()
             if parameter.requires_grad
         ]
         hidden.backward(torch.empty_like(hidden))
-    for hook in taken:
+    for hook in hooks:
         hook.remove()
     pixels = encoded.pixels.nbytes
     return Activations(kept=kept + pixels, peak=live.peak + pixels, asked=asked)
 
 
 def forward_peak(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes]) -> int:
-    """Bytes of a pass without gradients over `tokens`, `images` included, at its peak."""
+    """Return the peak bytes of a no-grad pass over `tokens`, image tokens included."""
     encoded = family.encode_images(images)
-    with _Live() as live, _OnMeta(), torch.no_grad():
+    with _LiveBytes() as live, _OnMeta(), torch.no_grad():
         _hidden(family, network, tokens, encoded, asked=tokens)
     peak: int = live.peak + encoded.pixels.nbytes
     return peak
 
 
 def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensors, asked: int) -> Tensor:
-    """Hidden states (asked, H), by the calls that `Policy` makes."""
-    shown = family.tokens_of(images)
-    token_ids = torch.tensor([family.image_token_id] * shown + [family.eos_token_id] * (tokens - shown))
-    axes = len(family.prompt_positions(token_ids[shown : shown + 1], images))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not features_stay(family, network)):
+    """Return hidden states (asked, H), computed by the same calls as in `Policy`."""
+    image_tokens = family.tokens_of(images)
+    token_ids = torch.tensor([family.image_token_id] * image_tokens + [family.eos_token_id] * (tokens - image_tokens))
+    axes = len(family.prompt_positions(token_ids[image_tokens : image_tokens + 1], images))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not features_frozen(family, network)):
         pixels = torch.empty_like(images.pixels, device="meta")
         features = family.image_features(network, ImageTensors(pixels=pixels, grids=images.grids))
     return family.hidden_states(
@@ -119,13 +118,13 @@ def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensor
     )
 
 
-def _take_gradient(parameter: Tensor) -> None:
-    """DeepSpeed moves each gradient to a buffer of its own, which is counted there."""
+def _drop_gradient(parameter: Tensor) -> None:
+    """Drop a gradient as soon as it is there: DeepSpeed moves it to a buffer, which the memory plan counts."""
     parameter.grad = None
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside it, as long as they live."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors that were created inside this mode, now and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -147,17 +146,17 @@ class _Live(TorchDispatchMode):
     def _add(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def freed(_: Any) -> None:
             del self._alive[key]
             self.now -= size
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 class _OnMeta(TorchFunctionMode):
-    """Takes tensors on the CPU along to the meta device where both meet: grids and positions have values, rows none."""
+    """Moves CPU tensors to the meta device where an operation mixes both: grids and positions have real values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -169,5 +168,5 @@ class _OnMeta(TorchFunctionMode):
         return func(*given[0], **given[1])
 
 
-# How many rows an index takes is in its values.
+# Indexing is left as it is: the size of its result depends on the values of the index.
 _BY_VALUE = (Tensor.__getitem__, Tensor.__setitem__)

@@ -1,4 +1,4 @@
-"""The trained network in training mode, which gradient checkpointing needs, computing what it does in eval mode."""
+"""The policy network with the sampler's temperature and token bans, and its training mode without dropout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from othink_ray.families.base import Family
 
 
 def train_without_dropout(network: nn.Module) -> None:
-    """Switch to training mode with every dropout rate set to 0, and warn where one was not.
+    """Switch to training mode, which gradient checkpointing needs, with all dropout rates at 0; warn if any was not.
 
-    An update compares the policy's logprobs with those of the sampler, the old policy and the reference. With dropout
-    equal weights would give other logprobs, and two passes over one token would disagree.
+    An update compares the policy's logprobs with the sampler's, the old policy's and the reference's. With dropout,
+    equal weights would give different logprobs, and two passes over one token would disagree.
     """
     dropouts = list(_dropout_rates(network))
     for _, module, name, _ in dropouts:
@@ -36,7 +36,7 @@ def train_without_dropout(network: nn.Module) -> None:
 
 
 def _dropout_rates(network: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
-    """(module path, module, attribute, rate) of each rate above 0: of dropout modules, and those given to attention."""
+    """Yield (module path, module, attribute, rate) of each rate above 0, of dropout modules and attention layers."""
     for path, module in network.named_modules():
         for name, rate in vars(module).items():
             is_rate = "dropout" in name or "drop_path" in name or (name == "p" and isinstance(module, _DropoutNd))
@@ -45,12 +45,15 @@ def _dropout_rates(network: nn.Module) -> Iterator[tuple[str, nn.Module, str, fl
 
 
 def checkpoint_layers(network: nn.Module) -> None:
-    """Keep a layer's input alone for backward, where its forward pass is repeated. Works in training mode only."""
+    """Enable gradient checkpointing: save only each layer's input, and recompute the layer in backward.
+
+    Works in training mode only.
+    """
     model: Any = network
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-# What vLLM's logit_bias can do at most; a token at -100 nats is never sampled, and both sides compute the same softmax.
+# vLLM's lowest logit_bias. A token at -100 nats is never sampled, and engine and learner compute the same softmax.
 BANNED_BIAS = -100.0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +62,7 @@ Wanted = Literal["logprobs", "features"]
 
 
 class Policy(nn.Module):
-    """A causal network with the sampler's temperature and its ban on vision tokens built in."""
+    """A causal network with the sampler's temperature and ban on vision tokens applied to its logits."""
 
     def __init__(self, network: nn.Module, family: Family, temperature: float, logit_rows: int) -> None:
         super().__init__()
@@ -77,10 +80,11 @@ class Policy(nn.Module):
         wanted: Wanted = "logprobs",
         candidates: Tensor | None = None,
     ) -> Any:
-        """One door for all that runs the network: a wrapper that gathers sharded weights stands before it.
+        """Return logprobs and entropies (M,), candidate logprobs (M, K), or image features (image tokens, H).
 
-        `features` are the batch's own, where they are known already. With `candidates` (M, K), tokens for each answer
-        place, it returns their logprobs (M, K) instead of the targets'.
+        Every use of the network goes through this method, because ZeRO-3's wrapper gathers sharded weights before it.
+        `features` skips the vision tower. `candidates` (M, K) are token ids for each answer token, whose logprobs are
+        returned instead of the targets'.
         """
         if features is None:
             features = self.image_features(batch)
@@ -90,13 +94,13 @@ class Policy(nn.Module):
         return self.logprobs(batch, states) if candidates is None else self.candidate_logprobs(states, candidates)
 
     def image_features(self, batch: MicroBatch) -> Tensor:
-        """(image tokens, H) of all images."""
+        """Return the features (image tokens, H) of all images, and count the images."""
         self.encoded_images += len(batch.images.grids)
         packed = packs_images(batch.attention, batch.images.pixels.device)
         return self.family.image_features(self.network, batch.images, packed=packed)
 
     def predicting_states(self, batch: MicroBatch, features: Tensor) -> Tensor:
-        """Hidden states (M, H) that predict the answer tokens."""
+        """Return the hidden states (M, H) that predict the answer tokens."""
         hidden = self.family.hidden_states(
             self.network,
             token_ids=batch.token_ids,
@@ -108,7 +112,7 @@ class Policy(nn.Module):
         return hidden[batch.predictors]
 
     def logprobs(self, batch: MicroBatch, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logprobs (M,) and detached entropies (M,) of the answer tokens, in nats."""
+        """Return logprobs (M,) and detached entropies (M,) of the answer tokens, in nats."""
         weight = self.family.output_weight(self.network)
         return token_logprobs(
             states,
@@ -120,7 +124,7 @@ class Policy(nn.Module):
         )
 
     def candidate_logprobs(self, states: Tensor, candidates: Tensor) -> Tensor:
-        """Log probabilities (M, K) of a few tokens at each answer place, without gradient: for an audit."""
+        """Return logprobs (M, K) of K tokens at each answer token's position, without gradient: for an audit."""
         weight = self.family.output_weight(self.network)
         return candidate_logprobs(
             states,
@@ -133,7 +137,7 @@ class Policy(nn.Module):
 
 
 def logit_bias(family: Family, weight: Tensor) -> Tensor:
-    """(V,) beside the output matrix `weight`: 0, and BANNED_BIAS for tokens that stand for pixels."""
+    """Return a bias (V,) on the device of the head `weight`: BANNED_BIAS for vision tokens, 0 elsewhere."""
     bias = torch.zeros(weight.shape[0], device=weight.device)
     bias[list(family.banned_token_ids)] = BANNED_BIAS
     return bias

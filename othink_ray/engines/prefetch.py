@@ -1,4 +1,4 @@
-"""What an engine makes of prompts, made before they are asked."""
+"""Caches of inputs that are prepared before they are used: prompts of a rollout engine, micro-batches of a learner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from othink_ray.engines.base import on_one_thread
-from othink_ray.engines.collate import LaidOut, MicroBatch
+from othink_ray.engines.collate import HostBatch, MicroBatch
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack, PixelDigest, Prompt
 from othink_ray.weights.digest import digests
@@ -23,13 +23,13 @@ DTYPES_OF_PIXELS = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": 
 
 
 def pixel_digest(pixels: Tensor) -> PixelDigest:
-    """Of all images of a prompt, one below the other; each engine has them in a form of its own."""
+    """Return the digest of all images of a prompt, concatenated, in the dtype in which the engine has them."""
     [digest] = digests([("pixels", pixels)]).values()
     return PixelDigest(value=digest.value, dtype=str(pixels.dtype).removeprefix("torch."))
 
 
 def pixels_as(family: Family, images: ImageTensors, dtype: str) -> Tensor:
-    """The pixels that an engine of this form should have."""
+    """Return the pixels in an engine's `dtype`; uint8 means before normalization."""
     return family.raw_pixels(images) if dtype == "uint8" else images.pixels.to(DTYPES_OF_PIXELS[dtype])
 
 
@@ -37,50 +37,51 @@ T = TypeVar("T")
 
 
 class Inputs(Generic[T]):
-    """One input a prompt."""
+    """Cache of one prepared input per prompt; an input that is not cached is made when it is needed."""
 
     def __init__(self, make: Callable[[Prompt], T]) -> None:
         self._make = make
-        self._made: dict[Prompt, T] = {}
+        self._cached: dict[Prompt, T] = {}
 
     @on_one_thread()
     def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """These are kept, and no others."""
-        self._made = {prompt: self.of(prompt) for prompt in prompts}
+        """Cache the inputs of exactly these prompts."""
+        self._cached = {prompt: self.get(prompt) for prompt in prompts}
 
-    def of(self, prompt: Prompt) -> T:
-        return self._made[prompt] if prompt in self._made else self._make(prompt)
+    def get(self, prompt: Prompt) -> T:
+        """Return the prepared input and keep it in the cache."""
+        return self._cached[prompt] if prompt in self._cached else self._make(prompt)
 
     def take(self, prompt: Prompt) -> T:
-        """Who takes one does not come again."""
-        return self._made.pop(prompt) if prompt in self._made else self._make(prompt)
+        """Return the prepared input and drop it from the cache."""
+        return self._cached.pop(prompt) if prompt in self._cached else self._make(prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A micro-batch on the device, and what is known of it already."""
+    """A micro-batch on the device with its precomputed tensors."""
 
-    rows: Sequence[Pack]
+    packs: Sequence[Pack]
     batch: MicroBatch
-    features: Tensor | None = None  # of its images, where policy and reference share them
-    reference: Tensor | None = None  # its logprobs
-    old: Tensor | None = None  # logprobs before the first of several optimizer steps
-    encodes: int = 0  # images that a vision tower has looked at for this
+    features: Tensor | None = None  # (image tokens, H), where policy and reference share them
+    reference: Tensor | None = None  # (M,) the reference's logprobs
+    old: Tensor | None = None  # (M,) logprobs before the first of several optimizer steps
+    encodes: int = 0  # images that a vision tower has encoded for this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """What is kept of a micro-batch on the device until its turn: no pixels, no positions."""
+class Precomputed:
+    """Tensors of a micro-batch that stay on the device until its turn; pixels and positions do not."""
 
     old: Tensor | None = None
     features: Tensor | None = None
     reference: Tensor | None = None
     encodes: int = 0
 
-    def with_batch(self, rows: Sequence[Pack], batch: MicroBatch) -> Prepared:
-        """The micro-batch itself beside it."""
+    def with_batch(self, packs: Sequence[Pack], batch: MicroBatch) -> Prepared:
+        """Return these tensors together with the micro-batch itself."""
         return Prepared(
-            rows=rows,
+            packs=packs,
             batch=batch,
             features=self.features,
             reference=self.reference,
@@ -91,62 +92,64 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetched:
-    """A micro-batch before its turn: its pixels wait in host memory, as those of a whole step may not fit a device."""
+    """A micro-batch before its turn. Its pixels stay in host memory: those of a whole step may not fit the device."""
 
-    laid_out: LaidOut
-    kept: Kept
+    host_batch: HostBatch
+    precomputed: Precomputed
 
 
-class Made:
-    """The first micro-batches of one update; the last of them may still be in the making."""
+class PrefetchQueue:
+    """The first micro-batches of one update; the last of them may still be in progress."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[Sequence[Pack], Future[Prefetched]]] = []
+        self.started: list[tuple[Sequence[Pack], Future[Prefetched]]] = []
 
-    def of(self, rows: Sequence[Pack]) -> Prefetched | None:
-        """That of exactly these rows, waited for where it is in the making; it is not kept here any longer."""
-        for place, (own, making) in enumerate(self.begun):
-            if len(own) == len(rows) and all(map(_equal, own, rows)):
-                del self.begun[place]
-                return making.result()
+    def pop(self, packs: Sequence[Pack]) -> Prefetched | None:
+        """Remove and return the micro-batch of exactly these packed samples, waiting for it; None if not started."""
+        for index, (own, future) in enumerate(self.started):
+            if len(own) == len(packs) and all(map(_equal, own, packs)):
+                del self.started[index]
+                return future.result()
         return None
 
 
 class Prefetcher:
-    """Prepares the next update's micro-batches, as many as there is time for."""
+    """Prefetches weight-independent inputs of the next update: collated micro-batches, frozen image features, reference
+    logprobs; as many micro-batches as there is time for."""
 
     def __init__(self, make: Callable[[Sequence[Pack], bool], Prefetched]) -> None:
-        """`make`: of the rows of a micro-batch, with the reference's logprobs or without."""
+        """`make(packs, with_reference)` prepares one micro-batch."""
         self.make = make
-        self._made, self._most = Made(), 0
+        self._queue, self._limit = PrefetchQueue(), 0
         self._lock = Lock()
 
-    def take(self) -> Made:
-        """At the beginning of an update: what was begun for it. No more is begun."""
+    def take(self) -> PrefetchQueue:
+        """Return the micro-batches started for the update that begins now, and stop starting more for it."""
         with self._lock:
-            made, self._made = self._made, Made()
-        return made
+            queue, self._queue = self._queue, PrefetchQueue()
+        return queue
 
     def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        """Until the update begins, and one micro-batch more than the last time at most.
+        """Prepare micro-batches until the update begins, at most one more than the last time.
 
-        What is made now shortens the next update, and so the time for making more: in small steps both settle.
+        Each micro-batch prepared now shortens the next update, and with it the time to prepare more: growing by one
+        lets both settle.
         """
-        made, most, begun = self._made, self._most + 1, 0
-        for rows in list(chain(*updates))[:most]:
-            making: Future[Prefetched] = Future()
+        queue, limit, started = self._queue, self._limit + 1, 0
+        for packs in list(chain(*updates))[:limit]:
+            future: Future[Prefetched] = Future()
             with self._lock:
-                if made is not self._made:
+                if queue is not self._queue:
                     break
-                made.begun.append((rows, making))
-            begun += 1
+                queue.started.append((packs, future))
+            started += 1
             try:
-                making.set_result(self.make(rows, with_reference))
+                future.set_result(self.make(packs, with_reference))
             except BaseException as error:
-                making.set_exception(error)
+                future.set_exception(error)
                 raise
-        self._most = begun
+        self._limit = started
 
 
 def _equal(left: Pack, right: Pack) -> bool:
-    return all(np.array_equal(getattr(left, one.name), getattr(right, one.name)) for one in fields(Pack))
+    return all(np.array_equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(Pack))

@@ -1,4 +1,4 @@
-"""Float32 matrix products on CPUs by oneDNN: torch asks its BLAS, which is half as fast where it was not made for."""
+"""Float32 matrix products on CPUs by oneDNN: torch's default BLAS is half as fast on processors it is not tuned for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import Library
 
 
-def products_by_onednn() -> Library:
-    """As long as what it returns is kept, oneDNN multiplies all float32 matrices of this process, backward included."""
+def onednn_matmul() -> Library:
+    """Route this process's float32 matrix products to oneDNN, backward included, while the returned handle lives."""
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*other operators may also be overridden")
@@ -19,50 +19,50 @@ def products_by_onednn() -> Library:
     return library
 
 
-def onednn_is_there() -> bool:
-    there: bool = torch.backends.mkldnn.is_available()
-    return there
-
-
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    if _suits(left) and _suits(right):
-        if _across(left, right):
-            return _product(_whole(right).t(), left.t(), None).t()
-        return _product(_whole(left), _whole(right), None)
-    return torch.mm(left, right, out=product_place(left, right))  # what torch does otherwise
-
-
-def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if beta == 1 and alpha == 1 and added.dim() == 1 and all(map(_suits, (left, right))):
-        return _product(_whole(left), _whole(right), added)
-    out = left.new_empty(left.shape[0], right.shape[1])
-    return torch.addmm(added, left, right, beta=beta, alpha=alpha, out=out)
+def onednn_available() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()
+    return available
 
 
 def multiply(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
-    """As products are while `products_by_onednn` holds."""
+    """Return left @ right (+ added), computed as under `onednn_matmul`."""
     return _mm(left, right) if added is None else _addmm(added, left, right)
 
 
-def product_place(left: Tensor, right: Tensor) -> Tensor:
-    """Empty memory that lies as the product of the two does."""
-    if _across(left, right):
+def empty_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return uninitialized memory with the shape and strides of `left @ right`."""
+    if _transposed_is_faster(left, right):
         return left.new_empty(right.shape[1], left.shape[0]).t()
     return left.new_empty(left.shape[0], right.shape[1])
 
 
-def _across(left: Tensor, right: Tensor) -> bool:
-    """Whether the product of the factors turned is quicker: oneDNN copies a left one that lies across."""
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    if _supported(left) and _supported(right):
+        if _transposed_is_faster(left, right):
+            return _product(_dense(right).t(), left.t(), None).t()
+        return _product(_dense(left), _dense(right), None)
+    return torch.mm(left, right, out=empty_product(left, right))  # torch's own kernel: `out=` skips the override
+
+
+def _addmm(added: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta == 1 and alpha == 1 and added.dim() == 1 and all(map(_supported, (left, right))):
+        return _product(_dense(left), _dense(right), added)
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(added, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def _transposed_is_faster(left: Tensor, right: Tensor) -> bool:
+    """Return whether to compute (right.T @ left.T).T instead: oneDNN copies a transposed left factor."""
     return not left.is_contiguous() and left.t().is_contiguous() and left.shape[0] > right.shape[1]
 
 
-def _suits(matrix: Tensor) -> bool:
-    """Neither empty nor expanded nor every other column of a larger one."""
+def _supported(matrix: Tensor) -> bool:
+    """Return whether a matrix is float32, not empty, not expanded and not a strided slice of columns."""
     return matrix.dtype == torch.float32 and matrix.numel() > 0 and 1 in matrix.stride()
 
 
-def _whole(matrix: Tensor) -> Tensor:
-    """A copy of what is cut from a larger matrix: oneDNN multiplies such by plain loops, a thousand times as slow."""
+def _dense(matrix: Tensor) -> Tensor:
+    """Copy a slice of a larger matrix: oneDNN multiplies these with reference loops, a thousand times slower."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 

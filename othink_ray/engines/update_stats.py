@@ -1,4 +1,4 @@
-"""What one update measured: sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
+"""Statistics of one update: sums over the answer tokens of all micro-batches, reduced over ranks once at the end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from othink_ray.types import Pack, UpdateStats
 
 
 class Totals:
+    """Accumulator of an update's statistics, on the learner's device."""
+
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(16, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(2, dtype=torch.float64, device=device)
         self.losses: list[tuple[list[str], Tensor]] = []
 
     def note(self, packs: Sequence[Pack], value: Tensor) -> None:
-        """Whose loss it is, should it turn out that one is not finite."""
+        """Record the loss of a micro-batch with its prompt ids, to name the prompts if it is not finite."""
         self.losses.append(([pack.prompt_id for pack in packs], value.detach()))
 
     def _bad_prompts(self) -> tuple[str, ...]:
-        """Ids of the prompts in this rank's micro-batches whose loss is not finite."""
+        """Return the ids of the prompts in this rank's micro-batches whose loss is not finite."""
         return tuple(prompt for prompts, value in self.losses if not value.isfinite() for prompt in prompts)
 
     def add(
@@ -38,6 +40,7 @@ class Totals:
         entropy: Tensor,
         referenced: bool,
     ) -> None:
+        """Add one micro-batch; `logprobs` and `entropy` are (M,) in nats."""
         active = batch.loss_weights > 0
         gap = (logprobs.detach() - batch.sampler_logprobs)[active].double()
         ratio = gap.exp()
@@ -65,7 +68,7 @@ class Totals:
             self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
 
     def stats(self, *, updates: int, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
-        """`updates`: how many optimizer steps the losses are of; the weights of each one's add up to a whole loss."""
+        """Return the statistics reduced over ranks; `updates` is the number of optimizer steps, each a whole loss."""
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)

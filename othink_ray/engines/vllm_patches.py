@@ -1,9 +1,10 @@
-"""vLLM's C++ kernels for norms and for rotary embeddings of several axes, on CPUs.
+"""Patches of vLLM: fast CPU kernels in float32, and in half precision the rounding of transformers.
 
-Its CPU platform leaves these to a compiler, and without one runs a norm as seven operations of torch and a rotation as
-25. The kernels are for float32: in half precision `vllm_rounding.py` says where numbers are rounded.
+In float32, vLLM's CPU platform leaves norms and multi-axis rotary embeddings to a compiler; without one it runs a norm
+as 7 torch operations and a rotation as 25. The patches select vLLM's C++ kernels instead. In half precision they round
+where transformers does, so that engine and learner compute the same logprobs.
 
-Import this in every process of vLLM before its network is built.
+Import this module in every vLLM process before its network is built.
 """
 
 from __future__ import annotations
@@ -28,23 +29,41 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import cpu_attn
 
 _KERNEL = "cpu_kernel"
-_LANES = 16  # numbers that a kernel handles at a time; it takes no other number of them
+_AS_TRANSFORMERS = "as_transformers"
+_LANES = 16  # SIMD width of the kernels, in elements: they take multiples of it
 
 
 def kernel_arguments() -> dict[str, Any]:
-    """Arguments of `EngineArgs` for an engine on CPUs, in float32, that compiles nothing."""
+    """Return arguments of `EngineArgs` for a float32 engine on CPUs that compiles nothing."""
     return {"ir_op_priority": {name: [_KERNEL, "native"] for name in ("rms_norm", "fused_add_rms_norm")}}
 
 
-def _suits(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
-    alike = weight is None or weight.dtype == torch.float32
-    return x.dtype == torch.float32 and alike and variance_size is None and x.shape[-1] % _LANES == 0
+def rounding_arguments() -> dict[str, Any]:
+    """Return arguments of `EngineArgs` for an engine in half precision."""
+    return {
+        # float32 logits, as the learner's. The text model of some families is built from the nested configuration.
+        "hf_overrides": {"head_dtype": "float32", "text_config": {"head_dtype": "float32"}},
+        "ir_op_priority": {"fused_add_rms_norm": [_AS_TRANSFORMERS]},
+        "compilation_config": {
+            # vLLM's kernel rounds rotated queries and keys once; transformers rounds each product.
+            "custom_ops": ["-rotary_embedding"],
+            # Fused kernels keep float32 between operations, unless they emulate the rounding of single operations.
+            "inductor_compile_config": {"emulate_precision_casts": True},
+        },
+        # Pixels are normalized by the processor in float32: on the device, other values fall on a rounding boundary.
+        "mm_device_do_normalize": False,
+    }
+
+
+def _supported(x: Tensor, weight: Tensor | None, variance_size: int | None) -> bool:
+    float32_weight = weight is None or weight.dtype == torch.float32
+    return x.dtype == torch.float32 and float32_weight and variance_size is None and x.shape[-1] % _LANES == 0
 
 
 @ir.ops.rms_norm.register_impl(  # type: ignore[untyped-decorator]
     _KERNEL,
     supported=current_platform.is_cpu(),
-    supports_args=lambda x, weight, epsilon, variance_size=None: _suits(x, weight, variance_size),
+    supports_args=lambda x, weight, epsilon, variance_size=None: _supported(x, weight, variance_size),
 )
 def _rms_norm_kernel(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     normalized = torch.empty(x.shape, dtype=x.dtype)
@@ -56,7 +75,7 @@ def _rms_norm_kernel(x: Tensor, weight: Tensor | None, epsilon: float, variance_
     _KERNEL,
     supported=current_platform.is_cpu(),
     supports_args=lambda x, x_residual, weight, epsilon, variance_size=None: (
-        _suits(x, weight, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
+        _supported(x, weight, variance_size) and x.is_contiguous() and x_residual.is_contiguous()
     ),
     inplace=True,
 )
@@ -70,9 +89,9 @@ def _add_rms_norm_kernel(
 def _rotate(
     self: Any, positions: Tensor, query: Tensor, key: Tensor, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotate query and key (tokens, heads * D) in place by positions (axes, tokens), of which each angle has its own.
+    """Rotate query and key (tokens, heads * D) in place by positions (axes, tokens); each angle belongs to one axis.
 
-    The kernel knows one axis. It is given a table of its own for these tokens: the cosines and sines of each.
+    vLLM's kernel takes one axis, so it gets a table of cosines and sines built for these tokens, indexed 0, 1, 2, ...
     """
     if query.dtype != torch.float32 or positions.ndim == 1 or (self.rotary_dim // 2) % _LANES:
         rotated: tuple[Tensor, Tensor] = self.forward_native(positions, query, key, offsets)
@@ -84,7 +103,7 @@ def _rotate(
 
 
 def _axes(rotary: Any) -> Tensor:
-    """Which axis each column of vLLM's table of cosines and sines turns by."""
+    """Return the position axis of each column of vLLM's table of cosines and sines, cached on the module."""
     if not hasattr(rotary, "_axis_of_column"):
         section = rotary.mrope_section
         if rotary.mrope_interleaved:
@@ -102,38 +121,18 @@ if current_platform.is_cpu():
     MRotaryEmbedding.forward_cpu = _rotate
 
 
-_AS_TRANSFORMERS = "as_transformers"
-
-
-def rounding_arguments() -> dict[str, Any]:
-    """Arguments of `EngineArgs` for an engine in half precision."""
-    return {
-        # float32 logits, as the learner's. The text model of some families is built from the nested configuration.
-        "hf_overrides": {"head_dtype": "float32", "text_config": {"head_dtype": "float32"}},
-        "ir_op_priority": {"fused_add_rms_norm": [_AS_TRANSFORMERS]},
-        "compilation_config": {
-            # vLLM's own kernel rounds rotated queries and keys once; transformers rounds each product.
-            "custom_ops": ["-rotary_embedding"],
-            # Fused kernels keep float32 between operations, unless told to round as single operations do.
-            "inductor_compile_config": {"emulate_precision_casts": True},
-        },
-        # Pixels are normalized by the processor in float32: on the device other values lie on the edge of a rounding.
-        "mm_device_do_normalize": False,
-    }
-
-
 @ir.ops.fused_add_rms_norm.register_impl(_AS_TRANSFORMERS)  # type: ignore[untyped-decorator]
 def _add_rms_norm(
     x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize the residual sum as it is stored; vLLM's own version normalizes it before it is rounded."""
+    """Normalize the residual sum after it is rounded for storage; vLLM's implementation normalizes it before."""
     total = x + x_residual
     return ir.ops.rms_norm(total, weight, epsilon, variance_size), total
 
 
 if current_platform.is_cpu():
-    # On processors with AMX vLLM would round attention's shares to bfloat16, and multiply small matrices by kernels of
-    # its own. The vector kernel and oneDNN do on all processors what the learner's attention and torch's products do.
+    # On processors with AMX, vLLM would round attention weights to bfloat16 and multiply small matrices with special
+    # kernels. Its vector kernel and oneDNN compute what the learner's attention and torch's matmul compute.
     _choose_kernel = cpu_attn._get_attn_isa
 
     def _choose_vector_kernel(*shape: Any) -> str:
@@ -150,12 +149,12 @@ _initialize_rotary = ApplyRotaryEmb.__init__
 def _initialize_in_float32(
     self: Any, enforce_enable: bool = False, is_neox_style: bool = True, enable_fp32_compute: bool = False
 ) -> None:
-    """Rotate vision queries and keys (the only ones built with `enforce_enable`) in float32, and round once."""
+    """Rotate vision queries and keys (the only modules built with `enforce_enable`) in float32, and round once."""
     _initialize_rotary(self, enforce_enable, is_neox_style, enable_fp32_compute or enforce_enable)
 
 
 def _float32_cos_sin(self: Any, seqlen: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (seqlen, D / 2) of a vision tower's positions; vLLM's table is in the network's precision."""
+    """Return float32 cosines and sines (seqlen, D / 2) of a vision tower's positions; vLLM's are in model precision."""
     positions = torch.arange(seqlen, dtype=torch.float32, device=self.cos_sin_cache.device)
     angles = torch.outer(positions, self._compute_inv_freq(self.base).to(positions.device))
     return angles.cos(), angles.sin()
@@ -177,7 +176,7 @@ def _build_as_transformers(self: Any, **settings: Any) -> None:
 
 
 def _interpolated(tower: Any, grids: Any) -> Tensor:
-    """Positions (patches, H) between the learned ones; vLLM weights and sums them in the network's precision."""
+    """Interpolate position embeddings to (patches, H) in float32; vLLM weights and sums them in model precision."""
     indices, weights = get_vision_interpolation_indices_and_weights(
         torch.as_tensor(grids, device=tower.device),
         tower.num_grid_per_side,
@@ -189,7 +188,7 @@ def _interpolated(tower: Any, grids: Any) -> Tensor:
 
 
 class _DeepStackLayer(Qwen3VLDecoderLayer):  # type: ignore[misc]  # vLLM is untyped here
-    """A layer whose sum is stored before image features are added to it, not after."""
+    """A layer that rounds its residual sum before image features are added, not after."""
 
     def forward(self, *states: Any) -> tuple[Tensor, Tensor]:
         added, residual = super().forward(*states)

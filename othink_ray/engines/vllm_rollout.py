@@ -1,4 +1,4 @@
-"""Sampling with vLLM, in process, one engine per actor. Only file of the rollout side that imports vllm."""
+"""Rollout engine on vLLM, in process, one per actor."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
 from othink_ray.weights.digest import Held, TensorDigest
 
-_ADAPTER = 1  # vLLM's number of the only one
+_ADAPTER = 1  # vLLM's id of the only adapter
 
 
 class VLLMRollout(Receiver):
-    """A vLLM engine that is given compressed images and unexpanded prompts, and gives back what it really saw."""
+    """A vLLM engine: takes compressed images and unexpanded prompts, and returns the token ids it really processed."""
 
     def __init__(
         self,
@@ -46,9 +46,10 @@ class VLLMRollout(Receiver):
         sleep_level: int = 1,
         adapters: ServedAdapters | None = None,
     ) -> None:
-        """Sleeping at level 2 drops the weights: only where every push brings all of them.
+        """Open an engine on the model folder or hub name `path`.
 
-        Where `adapters` are given, pushes bring their factors, and all other weights stay those of the folder.
+        `sleep_level` 2 drops the weights during sleep: only where every push brings all of them. With `adapters`,
+        pushes bring their factors, and all other weights keep the values of the model folder.
         """
         self.family, self.sleep_level, self.adapters = family, sleep_level, adapters
         self.limit, self.prefix_caching = rollout.max_model_len, rollout.prefix_caching
@@ -65,9 +66,11 @@ class VLLMRollout(Receiver):
                 VLLM_CPU_KVCACHE_SPACE=str(rollout.kv_cache_gb),
                 VLLM_CPU_OMP_THREADS_BIND="nobind",
                 OMP_NUM_THREADS=str(threads),
-                VLLM_CPU_ATTN_SPLIT_KV="0" if model.dtype != "float32" else "1",  # sums in one order, as the learner
+                VLLM_CPU_ATTN_SPLIT_KV="0"
+                if model.dtype != "float32"
+                else "1",  # one summation order, as the learner's
             )
-            torch.set_num_threads(threads)  # OpenMP has read its environment by now, where Ray wrote one thread
+            torch.set_num_threads(threads)  # OpenMP has read its environment already, in which Ray sets one thread
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
@@ -83,7 +86,7 @@ class VLLMRollout(Receiver):
             _inspect_here(path)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
         self.engine.collective_rpc("open_network")
-        self.adapter: Any = None  # asked for with every request, once it is there
+        self.adapter: Any = None  # vLLM's LoRARequest, sent with every request after the first push
         self.asleep = False
         self.upcoming, self.probed = Inputs(self._input), Inputs(self._input)
 
@@ -98,29 +101,29 @@ class VLLMRollout(Receiver):
         max_logprobs: int,
         adapters: ServedAdapters | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments of vLLM's `EngineArgs`; computed without opening an engine or touching a device."""
+        """Return keyword arguments of vLLM's `EngineArgs`, without opening an engine or touching a device."""
         arguments: dict[str, Any] = {
             "model": path,
             "dtype": model.dtype,
-            "seed": 0,  # every request brings its own
+            "seed": 0,  # every request has its own seed
             "max_model_len": rollout.max_model_len,
             "max_num_seqs": rollout.max_num_seqs,
             "max_num_batched_tokens": max(8192, rollout.max_model_len),
             "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
             "mm_processor_kwargs": family.processor_settings,
-            "mm_processor_cache_gb": 0,  # it would keep the pixels of gigabytes of images that never come again
+            "mm_processor_cache_gb": 0,  # it would hold gigabytes of pixels of images that do not come again
             "max_logprobs": max_logprobs,
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
             "enable_prefix_caching": True,
             "enforce_eager": rollout.enforce_eager,
             "tensor_parallel_size": rollout.tensor_parallel,
-            # A vision tower is small, and its heads seldom divide.
+            # A vision tower is small, and its head count is rarely divisible by the tensor-parallel size.
             "mm_encoder_tp_mode": "weights" if rollout.tensor_parallel == 1 else "data",
             "distributed_executor_backend": "uni" if rollout.tensor_parallel == 1 else "mp",
             "worker_extension_cls": "othink_ray.engines.vllm_worker.WorkerExtension",
             "disable_log_stats": True,
             "trust_remote_code": False,
-            "load_format": "safetensors",  # other files of weights can run code when they are read
+            "load_format": "safetensors",  # other weight formats can run code when they are loaded
         }
         if model.dtype != "float32":
             from othink_ray.engines.vllm_patches import rounding_arguments
@@ -134,8 +137,8 @@ class VLLMRollout(Receiver):
             if transport in ("nccl", "ipc"):
                 arguments["weight_transfer_config"] = {"backend": transport}
         else:
-            # A seeded request that is prefilled in parts crashes vLLM's CPU sampler; whole prefills only.
-            # Its attention takes blocks of 32: shorter ones let shorter prompts be shared by a group.
+            # No chunked prefill: with seeded requests it crashes vLLM's CPU sampler. Blocks of 32, the smallest that
+            # its CPU attention takes: small blocks let a group share more of a short prompt.
             arguments |= {"enable_chunked_prefill": False, "block_size": 32, "skip_mm_profiling": True}
             if model.dtype == "float32" and rollout.enforce_eager:
                 from othink_ray.engines.vllm_patches import kernel_arguments
@@ -149,33 +152,31 @@ class VLLMRollout(Receiver):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
         encodes = self._images_encoded()
-        inputs = [
-            self.upcoming.take(prompt) for prompt in prompts
-        ]  # what can be refused is refused before anything runs
+        inputs = [self.upcoming.take(prompt) for prompt in prompts]  # invalid prompts raise before any request runs
         for index, output in self._outputs(prompts, inputs, sampling, logprobs=0):
             before, encodes = encodes, self._images_encoded()
             yield self._group(prompts[index], output, encodes - before)
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
-        """The prompts are prepared once, as long as they are the same ones."""
+        """Sample one answer per prompt with its likeliest tokens; the inputs of repeated probes stay cached."""
         self._require_whole()
         self.probed.prepare(prompts)
-        inputs = [self.probed.of(prompt) for prompt in prompts]
-        with on_one_thread():  # so small a batch gains nothing by a second one, and often waits for it
+        inputs = [self.probed.get(prompt) for prompt in prompts]
+        with on_one_thread():  # more threads only add synchronization to so small a batch
             outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))
         return [self._probe(prompt, inputs[index], outputs[index]) for index, prompt in enumerate(prompts)]
 
     def transfer(self, verb: str, *arguments: Any) -> None:
-        """One call of vLLM's own weight transfer, made by the learner's sender."""
+        """Run one method of vLLM's weight transfer in the workers, on behalf of the learner's sender."""
         if verb == "start_weight_update":
             self.begin_push()
         self.engine.collective_rpc(verb, args=arguments)
 
     def sleep(self) -> None:
-        """Leave the device to the learner until the next push: keys and values are dropped, weights too at level 2.
+        """Free the device for the learner until the next push: drop the KV cache and, at level 2, the weights.
 
-        At level 1 the weights wait in host memory. What vLLM derives from the configuration (rotary tables and other
-        buffers) it keeps at both levels, but not the buffers of an adapter at level 2.
+        At level 1 the weights move to host memory. vLLM keeps the buffers that it derives from the configuration (such
+        as rotary tables) at both levels, but drops an adapter's buffers at level 2.
         """
         self.engine.sleep(level=self.sleep_level)
         self.asleep = True
@@ -183,7 +184,7 @@ class VLLMRollout(Receiver):
     def _require_whole(self) -> None:
         super()._require_whole()
         if self.asleep:
-            raise UnfinishedPush("this engine sleeps: its memory is the learner's until the next push")
+            raise UnfinishedPush("this engine is asleep: the learner has its GPU memory until the next push")
 
     def begin_push(self) -> None:
         super().begin_push()
@@ -204,7 +205,7 @@ class VLLMRollout(Receiver):
         return encoded
 
     def _forget(self) -> None:
-        """Drop keys, values and image features of older weights; with any of them left, answers mix two policies."""
+        """Drop the prefix cache and image features of older weights: with any left, answers would mix two policies."""
         if self.adapters is not None and self._arrived:
             self.engine.collective_rpc("serve_adapter", args=(_ADAPTER,))
             self.adapter = self._lora_request(lora_name="policy", lora_int_id=_ADAPTER, lora_path="pushed")
@@ -212,26 +213,26 @@ class VLLMRollout(Receiver):
             self.engine.wake_up(["kv_cache"])
             self.asleep = False
         if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM refused to drop its prefix cache: requests were still running during a push")
+            raise RuntimeError("vLLM did not reset its prefix cache: requests were still running during a push")
         self.engine.reset_encoder_cache()
 
     def _outputs(
         self, prompts: Sequence[Prompt], inputs: Sequence[Any], sampling: Sampling, *, logprobs: int
     ) -> Iterator[tuple[int, Any]]:
-        """(index of a prompt, its output) as they finish; named by index, since a prompt may come twice."""
-        waiting = {str(index) for index in range(len(prompts))}
+        """Yield (prompt index, output) as requests finish; the request id is the index, since a prompt may repeat."""
+        pending = {str(index) for index in range(len(prompts))}
         try:
-            for index, (prompt, given) in enumerate(zip(prompts, inputs, strict=True)):
+            for index, (prompt, engine_input) in enumerate(zip(prompts, inputs, strict=True)):
                 self.engine.add_request(
-                    str(index), given, self._parameters(prompt, sampling, logprobs), lora_request=self.adapter
+                    str(index), engine_input, self._parameters(prompt, sampling, logprobs), lora_request=self.adapter
                 )
             while self.engine.has_unfinished_requests():
                 for output in self.engine.step():
-                    waiting.remove(output.request_id)
+                    pending.remove(output.request_id)
                     yield int(output.request_id), output
         finally:
-            self.engine.abort_request(list(waiting))  # of a caller that stopped listening
-        assert not waiting, f"vLLM answered all but {sorted(waiting)}"
+            self.engine.abort_request(list(pending))  # the caller closed this iterator early
+        assert not pending, f"vLLM finished without an output for requests {sorted(pending)}"
 
     def _parameters(self, prompt: Prompt, sampling: Sampling, logprobs: int) -> Any:
         return self._sampling_params(
@@ -249,12 +250,12 @@ class VLLMRollout(Receiver):
         )
 
     def _input(self, prompt: Prompt) -> Any:
-        """The prompt as vLLM takes it in: expanded tokens, processed pixels."""
+        """Return vLLM's engine input: expanded tokens, processed pixels."""
         token_ids = self.family.prompt_token_ids(prompt)
         require_room(prompt, self.family.expand(token_ids, self.family.image_token_counts(prompt.images)), self.limit)
         images = [decoded(image) for image in prompt.images]
-        asked = {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
-        return self.engine.renderer.render_cmpl([asked])[0]
+        request = {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
+        return self.engine.renderer.render_cmpl([request])[0]
 
     def _group(self, prompt: Prompt, output: Any, image_encodes: int) -> Group:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
@@ -262,7 +263,7 @@ class VLLMRollout(Receiver):
         completions = tuple(
             Completion(
                 token_ids=np.array(answer.token_ids, dtype=np.int64),
-                sampler_logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 0].astype(np.float32),
+                sampler_logprobs=_by_position(answer.logprobs.logprobs, answer)[:, 0].astype(np.float32),
                 text=text,
                 finish="length" if answer.finish_reason == "length" else "stop",
             )
@@ -276,41 +277,41 @@ class VLLMRollout(Receiver):
             image_encodes=image_encodes,
         )
 
-    def _probe(self, prompt: Prompt, given: Any, output: Any) -> Probe:
+    def _probe(self, prompt: Prompt, engine_input: Any, output: Any) -> Probe:
         [answer] = output.outputs
         return Probe(
             group=self._group(prompt, output, image_encodes=0),
-            candidates=_by_place(answer.logprobs.token_ids, answer)[:, 1:].astype(np.int64),
-            logprobs=_by_place(answer.logprobs.logprobs, answer)[:, 1:].astype(np.float32),
-            pixels=_pixels(given),
+            candidates=_by_position(answer.logprobs.token_ids, answer)[:, 1:].astype(np.int64),
+            logprobs=_by_position(answer.logprobs.logprobs, answer)[:, 1:].astype(np.float32),
+            pixels=_pixels(engine_input),
         )
 
 
-def _pixels(given: Any) -> PixelDigest:
-    """Of the images that go to vLLM's vision tower."""
+def _pixels(engine_input: Any) -> PixelDigest:
+    """Return the digest of the images that go to vLLM's vision tower."""
     found = [
         field.data
-        for image in given.get("mm_kwargs", {}).get("image", ())
+        for image in engine_input.get("mm_kwargs", {}).get("image", ())
         for name, field in image.items()
         if name.startswith("pixel_values")
     ]
     return pixel_digest(torch.cat(found)) if found else PixelDigest()
 
 
-def _by_place(values: Sequence[float], answer: Any) -> NDArray[Any]:
-    """vLLM's flat lists as (T, 1 + K): at each place the sampled token, then the K likeliest ones."""
+def _by_position(values: Sequence[float], answer: Any) -> NDArray[Any]:
+    """Return vLLM's flat list as (T, 1 + K): at each position the sampled token, then the K likeliest tokens."""
     return np.array(values).reshape(len(answer.token_ids), -1)
 
 
 def _serving(adapters: ServedAdapters, path: str) -> dict[str, Any]:
-    """vLLM's arguments for one adapter, in the dtype of the model, on these layers and no others."""
+    """Return vLLM's arguments for one adapter, in the dtype of the model, on exactly these layers."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.config.lora import MaxLoRARanks
 
     [architecture] = AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
     rename = ModelRegistry.models[architecture].load_model_cls().hf_to_vllm_mapper.get_rename_mapper()
-    layers = {_packed(rename._map_name(layer)) for layer in adapters.layers}
+    layers = {_fused(rename._map_name(layer)) for layer in adapters.layers}
     return {
         "enable_lora": True,
         "max_loras": 1,
@@ -320,19 +321,19 @@ def _serving(adapters: ServedAdapters, path: str) -> dict[str, Any]:
     }
 
 
-_PACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 
 
-def _packed(layer: str) -> str:
-    """The layer of vLLM that holds it."""
+def _fused(layer: str) -> str:
+    """Return the path of the vLLM layer that contains this layer."""
     owner, _, name = layer.rpartition(".")
-    return f"{owner}.{_PACKED.get(name, name)}"
+    return f"{owner}.{_FUSED.get(name, name)}"
 
 
 def _inspect_here(path: str) -> None:
-    """Let vLLM look at the model's class in this process: in one of its own it would meet torchvision unprepared."""
+    """Let vLLM inspect the model class in this process: its subprocess would import torchvision unprepared."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

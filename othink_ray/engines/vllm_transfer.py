@@ -1,4 +1,4 @@
-"""The learner's end of vLLM's own weight transfer: NCCL between GPUs, CUDA IPC on a shared one."""
+"""The learner's end of vLLM's weight transfer: NCCL between GPUs, CUDA IPC on a shared GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from othink_ray.engines.base import RendezvousInfo
 
 
 class Engines(Protocol):
-    """The engines' end, as vLLM's sender calls it; the runtime provides one over Ray."""
+    """The engines' end of a transfer, as vLLM's sender calls it; the runtime implements it over Ray."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
@@ -27,9 +27,11 @@ NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Sender(Protocol):
-    """Sends the whole policy; called on every learner rank."""
+    """The sending end of a transfer on one learner rank."""
 
-    def send_weights(self) -> None: ...
+    def send_weights(self) -> None:
+        """Send the whole policy. Collective: called on every learner rank."""
+        ...
 
 
 def open_sender(
@@ -42,9 +44,9 @@ def open_sender(
     receivers: int,
     bucket_bytes: int,
 ) -> Sender:
-    """Meets the engines and returns a sender; rank 0 sends, the others join its gathering under ZeRO-3.
+    """Rendezvous with the engines and return a sender: rank 0 sends, the other ranks join ZeRO-3's gathers.
 
-    A bucket holds `bucket_bytes`, or the largest weight alone where that is more.
+    A bucket holds `bucket_bytes`, or a single larger weight.
     """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -52,7 +54,7 @@ def open_sender(
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     class PolicySource(WeightSource):  # type: ignore[misc]  # vLLM is untyped here
-        """The learner's weights, whole, in one fixed order."""
+        """Source of the learner's gathered weights in a fixed order."""
 
         def __init__(self) -> None:
             self._metadata = [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in named_weights()]
@@ -61,14 +63,14 @@ def open_sender(
             return self._metadata
 
         def largest(self) -> int:
-            """Bytes of the largest weight."""
-            return max(int(math.prod(one.shape)) * int(one.dtype.itemsize) for one in self._metadata)
+            """Return the bytes of the largest weight."""
+            return max(int(math.prod(meta.shape)) * int(meta.dtype.itemsize) for meta in self._metadata)
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return named_weights()
 
     source = PolicySource()
-    meeting = {
+    init_info = {
         "nccl": lambda: NCCLTrainerInitInfo(
             rank=place.rank,
             master_address=place.master_address,
@@ -76,11 +78,11 @@ def open_sender(
             world_size=1 + receivers,
             packed_buffer_size_bytes=bucket_bytes,
         ),
-        # Its buffer has a fixed size and refuses a weight that is larger, where NCCL's grows by that one weight. Every
-        # rank has all shapes and comes to the same size: they must cut the weights into the same buckets.
+        # IPC's buffer has a fixed size and refuses a larger weight, where NCCL's grows for it. Every rank knows all
+        # shapes and computes the same size: the ranks must cut the weights into the same buckets.
         "ipc": lambda: IPCTrainerInitInfo(
             rank=place.rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, source.largest())
         ),
     }
-    sender: Sender = WeightTransferTrainerFactory.trainer_init(meeting[backend](), client=engines, source=source)
+    sender: Sender = WeightTransferTrainerFactory.trainer_init(init_info[backend](), client=engines, source=source)
     return sender

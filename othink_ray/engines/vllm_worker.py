@@ -1,6 +1,7 @@
-"""Where in a worker's parameters each Hugging Face weight lies: vLLM renames, fuses, pads and shards them.
+"""Extension of vLLM's workers: receives pushed weights and adapter factors, and digests the weights in use.
 
-vLLM's own loader says it: it is run once on weights without memory, and each copy that it would make is noted.
+vLLM renames, fuses, pads and shards Hugging Face weights. Where each one lies in a worker's parameters is learned from
+vLLM's own loader: it runs once on meta tensors, and each copy that it would make is recorded.
 """
 
 from __future__ import annotations
@@ -24,43 +25,45 @@ from vllm.platforms import current_platform
 
 from othink_ray.weights.digest import Held, HeldPart, TensorDigest, as_matrix, piece_digest, read_back
 
+_READ_BACK = 8192  # elements checked per packed matrix: an update at lr 1e-6 in bfloat16 changes about 1 % of them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A part of a parameter, and which part of a weight, as a matrix (first dimension, all others), it holds."""
+    """A view of a parameter that holds a piece of a weight, the weight seen as a matrix (first dimension, rest)."""
 
     parameter: str
-    offset: int  # in elements, from the parameter's first one
+    offset: int  # in elements, from the start of the parameter
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     first_row: int
     first_column: int
 
     def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """What it holds now, (rows, columns)."""
+        """Return the current values (rows, columns)."""
         parameter = parameters[self.parameter].detach()
         offset = parameter.storage_offset() + self.offset
         return as_matrix(parameter.as_strided(self.shape, self.strides, offset))
 
 
 def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str, list[Region]]:
-    """The regions of each of these weights, in this worker. The parameters stay as they are."""
+    """Return the regions of each of these weights in this worker, without changing any parameter."""
     blank = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in expected.items()}
     names = {_storage(weight): name for name, weight in blank.items()}
     owners = {
         parameter.untyped_storage().data_ptr(): (name, parameter)
         for name, parameter in network.named_parameters(remove_duplicate=False)
     }
-    with _NotedCopies() as noted:
+    with _RecordedCopies() as recorded:
         network.load_weights(blank.items())
     regions: dict[str, list[Region]] = {name: [] for name in expected}
-    for target, source in noted.copies:
+    for target, source in recorded.copies:
         name = names.get(_storage(source))
         row_length = prod(expected[name].shape[1:]) if name else 0
         if name is None or not _in_order(source, target, row_length):
             raise NotImplementedError(
                 f"vLLM changes weights of {type(network).__name__} while it loads them (into a parameter of shape "
-                f"{tuple(target.shape)}): that they arrived cannot be proven"
+                f"{tuple(target.shape)}): their digests cannot be compared with the learner's"
             )
         parameter_name, parameter = owners[target.untyped_storage().data_ptr()]
         first_row, first_column = divmod(source.storage_offset(), row_length)
@@ -78,7 +81,7 @@ def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str
 
 
 def unreached(network: nn.Module, regions: Iterable[Region]) -> Iterator[str]:
-    """Parameters of which no weight is any part, such as a head that no longer is the embedding that it is tied to."""
+    """Yield the parameters that no region covers, such as a head that is no longer tied to its embedding."""
     reached = {region.parameter for region in regions}
     parameters = dict(network.named_parameters(remove_duplicate=False))
     same = {id(parameters[name]) for name in reached}
@@ -87,8 +90,8 @@ def unreached(network: nn.Module, regions: Iterable[Region]) -> Iterator[str]:
             yield name
 
 
-class _NotedCopies(TorchDispatchMode):
-    """Notes copies from tensors without memory instead of making them."""
+class _RecordedCopies(TorchDispatchMode):
+    """Records copies from meta tensors instead of running them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,13 +110,11 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _in_order(source: Tensor, target: Tensor, row_length: int) -> bool:
-    """Whether a copy takes elements of whole rows, or the same range of each, one after the other."""
+    """Return whether a copy reads whole rows, or one column range of each row, in order."""
     if source.shape != target.shape or not source.numel():
         return False
     return bool(source[0].is_contiguous()) and (len(source) == 1 or source.stride(0) == row_length)
 
-
-_READ_BACK = 8192  # elements of each packed matrix: of one stale by an update at lr 1e-6 in bfloat16, 1 % differ
 
 _pack = utils.dispatch_cpu_unquantized_gemm
 
@@ -128,9 +129,9 @@ def _add_one_adapter(
     output_slices: Sequence[int],
     **_: Any,
 ) -> None:
-    """y (tokens, out) += scale * x A^T B^T, each slice of its columns with factors of its own, in place.
+    """Add scale * x A^T B^T to y (tokens, out) in place, each column slice with its own factors.
 
-    All requests have the same adapter or none. vLLM's own way on CPUs gathers a copy of A and B for every token.
+    All requests have the same adapter or none. vLLM's CPU implementation gathers a copy of A and B for every token.
     """
     if wrapper.no_lora:
         return
@@ -140,10 +141,10 @@ def _add_one_adapter(
 
 
 def _pack_and_keep(layer: Any, remove_weight: bool) -> None:
-    """Pack a matrix and keep it beside its copy, so that a push can write over it by name.
+    """Pack a matrix for the CPU kernel and keep the original, so that a push can overwrite it by name.
 
-    Where adapters are served no push brings a matrix, and the copy is enough: half the memory of all linear layers.
-    An embedding is looked up in and never multiplied by: it needs no copy. A tied head packs the matrix for itself.
+    With adapters no push brings a matrix, and the packed copy is enough: half the memory of all linear layers.
+    An embedding is only looked up, never multiplied: it is not packed. A tied head packs the matrix for itself.
     """
     if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
         return
@@ -151,22 +152,25 @@ def _pack_and_keep(layer: Any, remove_weight: bool) -> None:
 
 
 if current_platform.is_cpu():
-    # Its kernels work on packed copies, and it drops what was packed. This must stand before a network is loaded, in
-    # that same process: only an import is early enough.
+    # vLLM's CPU kernels multiply with packed copies, and vLLM drops the originals. The patch must precede the loading
+    # of a network in the worker's process: only an import is early enough.
     utils.dispatch_cpu_unquantized_gemm = _pack_and_keep
     PunicaWrapperCPU.add_lora_linear = _add_one_adapter
 
 
 class WorkerExtension:
-    """Becomes a base class of vLLM's worker; `collective_rpc` calls it by name."""
+    """Mixin that vLLM adds to its worker class; `collective_rpc` calls its methods by name."""
 
     model_runner: Any
 
     def open_network(self) -> None:
+        """Find the parameters and packed matrices of the loaded network, and count its image embeddings."""
         self.network = self.model_runner.get_model()
         self.named = dict(self.network.named_parameters(remove_duplicate=False))
         named = self.network.named_modules()
-        self.packed = [(name, each) for name, each in named if hasattr(each, "cpu_linear") and each.weight.numel()]
+        self.packed = [
+            (name, module) for name, module in named if hasattr(module, "cpu_linear") and module.weight.numel()
+        ]
         self.regions: dict[str, list[Region]] = {}
         self.factors: dict[str, Tensor] = {}
         self.images = 0
@@ -178,16 +182,16 @@ class WorkerExtension:
 
     @torch.inference_mode()
     def clear_image_features(self) -> None:
-        """Zero what Qwen3-VL's first text layers add to their input, as vLLM leaves it after a step with images.
+        """Zero the image features that Qwen3-VL's first text layers add to their input, as vLLM does after each use.
 
-        vLLM allocates it with the weights, but as a plain list of tensors: after sleep at level 2 it restores buffers
-        alone, and a step in which no image is prefilled reads these as they are.
+        vLLM allocates them with the weights, but in a plain list of tensors: waking from sleep at level 2 restores only
+        buffers, and a step that prefills no image reads this memory as it is.
         """
         for features in getattr(self.network, "deepstack_input_embeds", ()):
             features.zero_()
 
     def write_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        """By their Hugging Face names. A head that shares its matrix with the embedding is packed anew with it."""
+        """Load weights by Hugging Face name, and repack the written matrices, a head tied to the embedding included."""
         written = {id(self.named[name]) for name in self.network.load_weights(weights)}
         for _, module in self.packed:
             if id(module.weight) in written:
@@ -197,11 +201,10 @@ class WorkerExtension:
         _pack(module, remove_weight=False)
 
     def held_weights(self, expected: Mapping[str, TensorDigest], version: int, complete: bool) -> Held:
-        """What this worker computes with: digests of its parts of `expected`, and which packed matrices are stale.
+        """Return digests of this worker's parts of `expected`, read from the weights in use, and the faults found.
 
-        `complete`: these are all weights of the model, so that a parameter which holds none of them is a fault.
-
-        With an adapter these are its factors; the layers around it are not those that vLLM's loader knows.
+        Faults are stale packed matrices and, if `complete` (`expected` names all weights of the model), parameters that
+        hold none of them. With an adapter only its factors are digested: vLLM's loader does not know adapted layers.
         """
         if self.factors:
             return Held(parts=self._digests(expected), faults=dict(self._stale_copies(version)))
@@ -215,15 +218,15 @@ class WorkerExtension:
         return Held(parts=self._digests(expected), faults=faults)
 
     def _digests(self, expected: Mapping[str, TensorDigest]) -> dict[str, HeldPart]:
-        """Of what is held of each, as if it had the precision in which it was sent: a CPU kernel has wider biases."""
+        """Digest this worker's part of each weight in the dtype in which it was sent: CPU kernels hold wider biases."""
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         names, values, elements = [], [], []
         for name, weight in expected.items():
             pieces = list(self._used(name, parameters))
             if pieces:
-                own = [piece_digest(piece.to(weight.dtype), row, column) for piece, row, column in pieces]
+                partial = [piece_digest(piece.to(weight.dtype), row, column) for piece, row, column in pieces]
                 names.append(name)
-                values.append(torch.stack(own).sum())
+                values.append(torch.stack(partial).sum())
                 elements.append(sum(piece.numel() for piece, _, _ in pieces))
         return {
             name: HeldPart(value=value, elements=count)
@@ -231,7 +234,7 @@ class WorkerExtension:
         }
 
     def _used(self, name: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int, int]]:
-        """What this worker computes with of a weight that was sent: pieces (rows, columns), and where they begin."""
+        """Yield this worker's pieces (rows, columns) of a weight, and their first row and column in the whole."""
         if name in self.factors:
             yield self._served(name, self.factors[name])
             return
@@ -239,9 +242,10 @@ class WorkerExtension:
             yield region.of(parameters), region.first_row, region.first_column
 
     def _stale_copies(self, version: int) -> Iterator[tuple[str, str]]:
-        """Packed matrices that are not their parameter: unit vectors, multiplied by a matrix, are columns of it.
+        """Yield (weight name, fault) of the packed matrices that differ from their parameter.
 
-        Exact in any precision. Which columns are read changes from push to push.
+        A unit vector times a matrix is one of its columns, exactly in any precision. The columns that are read change
+        from push to push.
         """
         for name, module in self.packed:
             weight = module.weight.detach()
@@ -254,22 +258,24 @@ class WorkerExtension:
                 yield f"{name}.weight", "is newer than the packed copy that the CPU kernel multiplies with"
 
     def write_factors(self, factors: Sequence[tuple[str, Tensor]]) -> None:
-        """Keep these until `serve_adapter`; the others stay as they are."""
+        """Store these factors until `serve_adapter`; other factors keep their values."""
         for name, factor in factors:
             if self._whole_layers and (used := self._buffer(name, factor)).shape != factor.shape:
-                raise RuntimeError(f"{name} is {tuple(factor.shape)}, but vLLM's layer takes {tuple(used.shape)}")
+                raise RuntimeError(
+                    f"{name} has shape {tuple(factor.shape)}, but vLLM's layer takes {tuple(used.shape)}"
+                )
         self.factors |= dict(factors)
 
     def serve_adapter(self, number: int) -> None:
-        """Copy the factors that were written into the buffers from which vLLM's layers add to their products.
+        """Copy the stored factors into the buffers of vLLM's adapted layers.
 
-        The buffers stay where they are, so that CUDA graphs that were captured with them go on.
+        The buffers keep their addresses, so that captured CUDA graphs stay valid.
         """
         rank = max(_rank(name, factor) for name, factor in self.factors.items())
         adapter = LoRAModel.from_lora_tensors(
             number,
             self.factors,
-            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a scale of 1: it is in the pushed B
+            PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # scale 1: B is pushed scaled
             device="cpu",
             dtype=self._adapters.lora_config.lora_dtype,
             weights_mapper=self._rename,
@@ -279,37 +285,37 @@ class WorkerExtension:
         self._adapters.activate_adapter(number)
 
     def used_factors(self) -> dict[str, Tensor]:
-        """What the layers of this process add their factors from, by pushed name: without vLLM's padding of the rank.
+        """Return the factors in use by pushed name, without vLLM's padding of the rank.
 
-        Under tensor parallelism of A or B the part that is this process's.
+        Under tensor parallelism, a factor is this process's shard of A or B.
         """
         return {name: self._buffer(name, factor) for name, factor in self.factors.items()}
 
     def _served(self, name: str, factor: Tensor) -> tuple[Tensor, int, int]:
-        """This process's part of a factor, and at which row and column of the whole it begins."""
-        part, layer = self._buffer(name, factor), self._layer(name)[0]
-        rows, columns = (
-            layer.tp_rank * (whole // own) // layer.tp_size * own
-            for whole, own in zip(factor.shape, part.shape, strict=True)
+        """Return this process's shard of a factor, and its first row and column in the whole factor."""
+        shard, layer = self._buffer(name, factor), self._layer(name)[0]
+        row, column = (
+            layer.tp_rank * (whole // held) // layer.tp_size * held
+            for whole, held in zip(factor.shape, shard.shape, strict=True)
         )
-        return part, rows, columns
+        return shard, row, column
 
     def _buffer(self, name: str, factor: Tensor) -> Tensor:
-        """A view into vLLM's buffer; KeyError where it has no layer of that name to adapt."""
+        """Return a view into vLLM's buffer; KeyError where vLLM has no adapted layer of that name."""
         layer, part, is_a = self._layer(name)
         rank = _rank(name, factor)
         view: Tensor = layer.lora_a_stacked[part][0, 0, :rank] if is_a else layer.lora_b_stacked[part][0, 0, :, :rank]
         return view
 
     def _layer(self, name: str) -> tuple[Any, int, bool]:
-        """vLLM's layer of a factor, which of its parts that is for, and whether the factor is A."""
+        """Return vLLM's layer of a factor, the index of its fused part, and whether the factor is A."""
         module, is_a = parse_fine_tuned_lora_name(name, self._rename)
         layer, part = self._adapters.modules.get(module), 0
         for packed, members in self._adapters.packed_modules.items():
             if module in members:
                 layer, part = self._adapters.modules[packed], members.index(module)
         if layer is None:
-            raise KeyError(f"vLLM has no layer to adapt for {name}")
+            raise KeyError(f"vLLM has no adapted layer for {name}")
         return layer, part, is_a
 
     @property
@@ -318,7 +324,7 @@ class WorkerExtension:
 
     @property
     def _rename(self) -> Any:
-        """From Hugging Face names to vLLM's."""
+        """Return vLLM's mapper from Hugging Face names to its own."""
         return self.network.hf_to_vllm_mapper.get_rename_mapper()
 
     @property
@@ -326,7 +332,7 @@ class WorkerExtension:
         return all(layer.tp_size == 1 for layer in self._adapters.modules.values())
 
     def embed_counted(self, **pixels: Any) -> Any:
-        """vLLM's own, counted: one embedding an image."""
+        """Call vLLM's `embed_multimodal` and count its embeddings, one per image."""
         embeddings = self.embed(**pixels)
         self.images += len(embeddings)
         return embeddings

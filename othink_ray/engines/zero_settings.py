@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration of a learner: its ZeRO stage, float32 sums of gradients, and one rounding a product."""
+"""DeepSpeed configuration of a learner: its ZeRO stage, float32 gradient sums, and one rounding per linear layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from othink_ray.config.schema import LearnerConfig
 
-# Elements of gradients that ranks exchange at a time: 200 MB in float32, enough for a full rate between GPUs, where
-# DeepSpeed's 5e8 would hold 2 GB on each of them.
+# Gradient elements per all-reduce: 200 MB in float32, enough for full bandwidth between GPUs. DeepSpeed's default of
+# 5e8 would hold 2 GB on each GPU.
 REDUCE_BUCKET = 50_000_000
 
 
 def zero_settings(learner: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The configuration for a network of `dtype`.
+    """Return the DeepSpeed configuration for a network of `dtype`.
 
-    Without `data_types` and `communication_data_type` a bfloat16 network's gradients would be added in bfloat16, over
-    micro-batches and over ranks: each addition rounds to 8 bits. With them stage 1 is another class of DeepSpeed's,
-    BF16_Optimizer, which keeps a parameter's bfloat16 gradient until the end of backward unless it is added at once.
+    Without `data_types` and `communication_data_type`, a bfloat16 network's gradients would be summed in bfloat16 over
+    micro-batches and ranks: each addition rounds to 8 bits. With them, stage 1 selects DeepSpeed's BF16_Optimizer,
+    which without `immediate_grad_update` holds every bfloat16 gradient until the end of backward.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -35,18 +35,18 @@ def zero_settings(learner: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def linear_over_rows(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
-    """DeepSpeed's `linear` of ZeRO 3, which adds the bias before it rounds, as other stages and the engines do.
+def flattened_linear(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """Wrap DeepSpeed's ZeRO-3 `linear` so that it adds the bias before it rounds, as other stages and the engines do.
 
-    Of (batch, tokens, width) it would round the product to bfloat16 first and the sum once more; of (rows, width) it
-    does not. Its own switch, `memory_efficient_linear: false`, would round once too, but torch's linear layer keeps
-    the gathered weight from its forward to its backward pass: without gradient checkpointing, all of them at once.
+    On input (batch, tokens, width) it rounds the product to bfloat16 and then the sum once more; on (tokens, width) it
+    rounds once. DeepSpeed's switch `memory_efficient_linear: false` would also round once, but torch's linear keeps
+    the gathered weight from forward to backward: without gradient checkpointing, all weights at once.
     """
 
-    def over_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def flattened(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is None or input.dim() < 3:
             return linear(input, weight, bias)
-        whole: Tensor = linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
-        return whole
+        output: Tensor = linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+        return output
 
-    return over_rows
+    return flattened

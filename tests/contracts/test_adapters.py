@@ -125,7 +125,7 @@ def lives(config: Config, cases: dict[str, Case]) -> Iterator[dict[str, Future[A
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, COARSE])
-def test_layers_add_the_very_numbers_that_were_pushed(
+def test_layers_use_exactly_the_pushed_factors(
     name: str, cases: dict[str, Case], lives: dict[str, Future[Adapted]]
 ) -> None:
     used = dict(from_chunks(lives[name].result().used))
@@ -159,11 +159,11 @@ def test_an_adapter_of_zeros_changes_no_seeded_answer(name: str, lives: dict[str
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[Adapted]]) -> None:
-    assert "has no layer to adapt for model." in lives[name].result().refused
+    assert "has no adapted layer for model." in lives[name].result().refused
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_no_push_brings_is_held_once(name: str, lives: dict[str, Future[Adapted]]) -> None:
+def test_weights_that_are_never_pushed_are_held_once(name: str, lives: dict[str, Future[Adapted]]) -> None:
     """On CPUs as a packed copy; the head's matrix also as it is, and the embedding, tied to it or not, unpacked."""
     [twice] = lives[name].result().twice
     assert twice.endswith("lm_head")
@@ -207,7 +207,7 @@ def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[
     return found, 1.96 * float(np.sqrt(np.square(scores).sum()) / (x @ x)), len(points)
 
 
-def test_in_bfloat16_the_sampler_changes_as_much_as_the_learner_in_float32(
+def test_a_bfloat16_sampler_moves_as_a_float32_learner(
     cases: dict[str, Case], lives: dict[str, Future[Adapted]]
 ) -> None:
     before, after = lives[COARSE].result().probes
@@ -217,7 +217,7 @@ def test_in_bfloat16_the_sampler_changes_as_much_as_the_learner_in_float32(
     assert found - margin > 0.98 and found + margin < 1.02, (found, margin, points)
 
 
-def test_transformers_alone_takes_adapters_in_as_they_are(cases: dict[str, Case], config: Config) -> None:
+def test_the_hf_engine_holds_pushed_adapters_unchanged(cases: dict[str, Case], config: Config) -> None:
     """Its own head computes in bfloat16, so that its logprobs say less exactly how much has changed."""
     case = cases[COARSE]
     engine = HFRollout(
@@ -243,7 +243,7 @@ def trained_weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_family_says_of_vllm_is_what_vllm_says_of_itself(name: str, cases: dict[str, Case]) -> None:
+def test_family_and_vllm_agree_on_tower_adapters(name: str, cases: dict[str, Case]) -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
@@ -252,7 +252,7 @@ def test_what_a_family_says_of_vllm_is_what_vllm_says_of_itself(name: str, cases
     assert cases[name].policy.family.vllm_adapts_tower == served
 
 
-def test_adapters_where_vllm_serves_none_are_refused_before_anything_starts(cases: dict[str, Case]) -> None:
+def test_adapters_that_vllm_cannot_serve_are_refused(cases: dict[str, Case]) -> None:
     case = cases["internvl"]
     everywhere = replace(case.learner, lora=LORA)
     with pytest.raises(AdapterError, match=r"outside of the text network .* Set learner\.lora\.targets=\[text\]"):

@@ -42,7 +42,7 @@ def answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
 # ---- what a group holds
 
 
-def test_an_answer_of_fixed_length_goes_on_after_its_end_token(
+def test_a_fixed_length_answer_continues_past_the_end_token(
     engine: RolloutEngine, policy: Policy, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = MIXED[0]
@@ -56,7 +56,7 @@ def test_an_answer_of_fixed_length_goes_on_after_its_end_token(
         assert long.token_ids[0] == family.eos_token_id
 
 
-def test_each_prompt_gets_its_answers_with_a_logprob_for_every_token(engine: RolloutEngine) -> None:
+def test_each_prompt_gets_its_answers_with_token_logprobs(engine: RolloutEngine) -> None:
     groups = list(engine.generate(MIXED, WARM))
     assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in MIXED)
     for group in groups:
@@ -72,7 +72,7 @@ def test_each_prompt_gets_its_answers_with_a_logprob_for_every_token(engine: Rol
             assert (completion.sampler_logprobs <= 0).all()
 
 
-def test_the_text_is_the_sampled_tokens_without_the_end(
+def test_the_text_is_the_decoded_tokens_without_the_end(
     engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
 ) -> None:
     give(engine, sent_weights(taught.network), 1)
@@ -83,13 +83,13 @@ def test_the_text_is_the_sampled_tokens_without_the_end(
             assert completion.text.endswith("</answer>")
 
 
-def test_the_prompt_is_the_one_that_the_family_expands(engine: RolloutEngine, family: Family) -> None:
+def test_the_prompt_is_expanded_as_by_the_family(engine: RolloutEngine, family: Family) -> None:
     for group in engine.generate(MIXED, replace(WARM, answers=1, max_tokens=1)):
         counts = family.image_token_counts(group.prompt.images)
         assert group.prompt_token_ids.tolist() == family.expand(family.prompt_token_ids(group.prompt), counts)
 
 
-def test_images_beyond_the_pixel_bounds_are_resized_as_the_learner_resizes_them(
+def test_images_beyond_pixel_bounds_are_resized_as_by_learner(
     engine: RolloutEngine, family: Family, config: Config, policy: Policy
 ) -> None:
     bounds = {"too large": config.model.max_pixels // 784, "too small": config.model.min_pixels // 784}
@@ -104,7 +104,7 @@ def test_images_beyond_the_pixel_bounds_are_resized_as_the_learner_resizes_them(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampled_logprobs_are_those_that_the_learner_computes(
+def test_sampled_logprobs_equal_the_learners(
     engine: RolloutEngine, family: Family, taught: Policy, temperature: float
 ) -> None:
     give(engine, sent_weights(taught.network), 1)
@@ -115,7 +115,7 @@ def test_sampled_logprobs_are_those_that_the_learner_computes(
         assert gap.max() < 1e-3
 
 
-def test_another_image_gives_other_logprobs(engine: RolloutEngine) -> None:
+def test_another_image_changes_the_logprobs(engine: RolloutEngine) -> None:
     prompts = [ask("left", picture(84, 84, 0)), ask("right", picture(84, 84, 1))]
     left, right = engine.probe(prompts, replace(WARM, answers=1, max_tokens=1), 16)
     by_token = [dict(zip(probe.candidates[0], probe.logprobs[0], strict=True)) for probe in (left, right)]
@@ -126,7 +126,7 @@ def test_another_image_gives_other_logprobs(engine: RolloutEngine) -> None:
 # ---- seeds
 
 
-def test_answers_do_not_depend_on_which_prompts_are_asked_together(engine: RolloutEngine) -> None:
+def test_answers_do_not_depend_on_the_batch_of_prompts(engine: RolloutEngine) -> None:
     together = answers(engine, MIXED, WARM)
     assert answers(engine, MIXED[::-1], WARM) == together
     apart: dict[str, list[list[int]]] = {}
@@ -135,18 +135,18 @@ def test_answers_do_not_depend_on_which_prompts_are_asked_together(engine: Rollo
     assert apart == together
 
 
-def test_another_seed_gives_other_answers(engine: RolloutEngine) -> None:
+def test_another_seed_changes_the_answers(engine: RolloutEngine) -> None:
     first, second = answers(engine, MIXED, WARM), answers(engine, MIXED, replace(WARM, seed=8))
     assert all(first[name] != second[name] for name in first)
 
 
-def test_answers_of_a_group_differ_and_so_do_equal_questions_under_two_ids(engine: RolloutEngine) -> None:
+def test_answers_differ_within_a_group_and_between_prompt_ids(engine: RolloutEngine) -> None:
     twins = [ask("a", picture(84, 84, 0)), ask("b", picture(84, 84, 0))]
     found = answers(engine, twins, WARM)
     assert len({tuple(answer) for group in found.values() for answer in group}) == 2 * WARM.answers
 
 
-def test_a_question_asked_twice_at_once_is_answered_twice(engine: RolloutEngine) -> None:
+def test_a_prompt_repeated_in_a_batch_gets_two_groups(engine: RolloutEngine) -> None:
     """A batch at the border of two epochs can hold a row twice."""
     groups = list(engine.generate([MIXED[0], MIXED[1], MIXED[0]], WARM))
     first, second = (group for group in groups if group.prompt.id == MIXED[0].id)
@@ -154,14 +154,14 @@ def test_a_question_asked_twice_at_once_is_answered_twice(engine: RolloutEngine)
     assert [c.token_ids.tolist() for c in first.completions] == [c.token_ids.tolist() for c in second.completions]
 
 
-def test_more_answers_than_places_are_all_given(engine: RolloutEngine, config: Config) -> None:
+def test_more_answers_than_max_num_seqs_are_all_sampled(engine: RolloutEngine, config: Config) -> None:
     wide = replace(WARM, answers=config.rollout.max_num_seqs + 3)
     found = answers(engine, MIXED, wide)
     assert [len(found[prompt.id]) for prompt in MIXED] == [wide.answers] * len(MIXED)
     assert all(len({tuple(answer) for answer in group}) == wide.answers for group in found.values())
 
 
-def test_prompts_that_were_prepared_are_answered_alike_and_not_prepared_again(
+def test_prefetched_prompts_are_prepared_once_and_answer_alike(
     engine: RolloutEngine, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answers(engine, MIXED, WARM)
@@ -172,7 +172,7 @@ def test_prompts_that_were_prepared_are_answered_alike_and_not_prepared_again(
     assert answers(engine, MIXED, WARM) == expected
 
 
-def test_an_iteration_that_is_left_early_does_not_disturb_the_next(engine: RolloutEngine) -> None:
+def test_closing_an_iterator_early_leaves_the_next_batch_intact(engine: RolloutEngine) -> None:
     expected = answers(engine, MIXED[:2], WARM)
     left = iter(engine.generate(MIXED[2:], WARM))
     next(left)
@@ -183,7 +183,7 @@ def test_an_iteration_that_is_left_early_does_not_disturb_the_next(engine: Rollo
 # ---- greedy
 
 
-def test_greedy_answers_repeat_whatever_the_seed(engine: RolloutEngine, taught: Policy) -> None:
+def test_greedy_answers_ignore_the_seed(engine: RolloutEngine, taught: Policy) -> None:
     give(engine, sent_weights(taught.network), 1)
     assert answers(engine, MIXED, GREEDY) == answers(engine, MIXED, replace(GREEDY, seed=5))
 
@@ -199,7 +199,7 @@ def test_both_engines_agree_on_greedy_answers(
     assert len({tuple(answer) for [answer] in by_hf.values()}) > 1
 
 
-def test_every_greedy_token_is_the_likeliest(engine: RolloutEngine) -> None:
+def test_greedy_tokens_are_the_likeliest_candidates(engine: RolloutEngine) -> None:
     for probe in engine.probe(MIXED, GREEDY, 3):
         assert probe.candidates[:, 0].tolist() == probe.group.completions[0].token_ids.tolist()
 
@@ -207,7 +207,7 @@ def test_every_greedy_token_is_the_likeliest(engine: RolloutEngine) -> None:
 # ---- where answers end
 
 
-def test_the_end_token_belongs_to_the_answer_and_stops_it(
+def test_the_end_token_is_part_of_the_answer_and_stops_it(
     engine: RolloutEngine, family: Family, policy: Policy
 ) -> None:
     rigged = always_says(policy, family, MIXED[0], family.eos_token_id)
@@ -218,7 +218,7 @@ def test_the_end_token_belongs_to_the_answer_and_stops_it(
         assert (completion.finish, completion.text) == ("stop", "")
 
 
-def test_answers_of_one_group_end_at_their_own_places(
+def test_answers_of_a_group_end_at_different_lengths(
     engine: RolloutEngine, family: Family, taught: Policy, scenes: Sequence[Prompt]
 ) -> None:
     give(engine, sent_weights(taught.network), 1)
@@ -237,7 +237,7 @@ def test_answers_of_one_group_end_at_their_own_places(
     assert len({length for _, length in ended}) > 2
 
 
-def test_an_answer_stops_where_the_model_has_no_room_left(engine: RolloutEngine, config: Config) -> None:
+def test_an_answer_stops_at_the_max_model_len(engine: RolloutEngine, config: Config) -> None:
     long = ask("long", text="3 " * 80)
     [group] = engine.generate([long], replace(WARM, max_tokens=100))
     room = config.rollout.max_model_len - len(group.prompt_token_ids)
@@ -247,7 +247,7 @@ def test_an_answer_stops_where_the_model_has_no_room_left(engine: RolloutEngine,
         assert len(completion.token_ids) == room or completion.finish == "stop"
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused_by_name(engine: RolloutEngine) -> None:
+def test_a_prompt_without_room_for_an_answer_is_refused(engine: RolloutEngine) -> None:
     with pytest.raises(ValueError, match=r"prompt endless.*rollout\.max_model_len"):
         list(engine.generate([MIXED[0], ask("endless", text="3 " * 300)], WARM))
     assert set(answers(engine, MIXED[:2], WARM)) == {"one image", "no image"}
@@ -256,7 +256,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused_by_name(engine: RolloutE
 # ---- pixels are never words
 
 
-def test_a_vision_token_is_never_sampled_however_likely(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+def test_a_vision_token_is_never_sampled(engine: RolloutEngine, family: Family, policy: Policy) -> None:
     for token_id in family.banned_token_ids:
         rigged = always_says(policy, family, MIXED[0], token_id)
         give(engine, sent_weights(rigged.network), 1)
@@ -266,7 +266,7 @@ def test_a_vision_token_is_never_sampled_however_likely(engine: RolloutEngine, f
         assert learner_gap(rigged, family, group).mean() < 1e-4
 
 
-def test_rigging_the_head_would_work_on_any_other_token(engine: RolloutEngine, family: Family, policy: Policy) -> None:
+def test_a_forced_token_that_is_not_banned_is_sampled(engine: RolloutEngine, family: Family, policy: Policy) -> None:
     """What makes the test above able to fail."""
     rigged = always_says(policy, family, MIXED[0], 200)
     give(engine, sent_weights(rigged.network), 1)
@@ -277,7 +277,7 @@ def test_rigging_the_head_would_work_on_any_other_token(engine: RolloutEngine, f
 # ---- probes
 
 
-def test_a_probe_holds_the_likeliest_tokens_of_each_place_in_order(
+def test_a_probe_holds_sorted_top_tokens_at_each_position(
     engine: RolloutEngine, family: Family, taught: Policy
 ) -> None:
     give(engine, sent_weights(taught.network), 1)

@@ -24,7 +24,7 @@ from tests.engines.samples import (
 WARM = Sampling(answers=4, max_tokens=8, temperature=1.0, seed=7)
 
 
-def test_new_weights_change_the_answers_and_old_ones_bring_them_back(
+def test_new_weights_change_answers_and_old_ones_restore_them(
     engine: RolloutEngine, policy: Policy, taught: Policy
 ) -> None:
     before = list(engine.generate(MIXED, WARM))
@@ -46,7 +46,7 @@ def test_new_weights_change_the_answers_and_old_ones_bring_them_back(
 
 
 @pytest.mark.parametrize("tower", ["visual", "language_model"])
-def test_new_weights_of_either_tower_reach_a_question_already_seen(
+def test_new_weights_of_either_tower_reach_a_cached_prompt(
     engine: RolloutEngine, family: Family, policy: Policy, tower: str
 ) -> None:
     moved = copy.deepcopy(policy)
@@ -78,7 +78,7 @@ def test_weights_may_come_in_buckets_of_any_size(
 
 
 @pytest.mark.parametrize("part", [".visual.", ".q_proj.", "embed_tokens"])
-def test_what_is_not_pushed_stays_as_it_was(
+def test_weights_that_are_not_pushed_keep_their_values(
     engine: RolloutEngine, family: Family, policy: Policy, taught: Policy, part: str
 ) -> None:
     mixed = copy.deepcopy(taught)
@@ -93,7 +93,7 @@ def test_what_is_not_pushed_stays_as_it_was(
         assert learner_gap(mixed, family, group).mean() < 1e-4
 
 
-def test_an_engine_with_half_a_push_refuses_to_answer_until_it_has_a_whole_one(
+def test_half_a_push_refuses_to_generate_until_a_full_one(
     engine: RolloutEngine, family: Family, taught: Policy
 ) -> None:
     weights = sent_weights(taught.network)
@@ -105,14 +105,14 @@ def test_an_engine_with_half_a_push_refuses_to_answer_until_it_has_a_whole_one(
             list(engine.generate(MIXED, WARM))
         with pytest.raises(UnfinishedPush, match="parts of two policies"):
             engine.probe(MIXED, replace(WARM, answers=1), 3)
-        with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 1, 1 arrived"):
+        with pytest.raises(UnfinishedPush, match="only 1 of the 2 buckets of weights version 1 arrived"):
             engine.finish_push(1, buckets=2)
     give(engine, weights, 2)
     assert {group.version for group in engine.generate(MIXED, WARM)} == {2}
     assert all(learner_gap(taught, family, group).mean() < 1e-4 for group in engine.generate(MIXED, WARM))
 
 
-def test_a_bucket_that_cannot_be_loaded_leaves_the_push_unfinished(
+def test_a_bucket_that_fails_to_load_leaves_a_push_unfinished(
     engine: RolloutEngine, policy: Policy, taught: Policy
 ) -> None:
     [(name, weight), *_] = sent_weights(taught.network)
@@ -128,7 +128,7 @@ def test_a_bucket_that_cannot_be_loaded_leaves_the_push_unfinished(
     give(engine, sent_weights(policy.network), 2)
 
 
-def test_an_engine_that_holds_what_was_sent_is_told_from_one_that_does_not(
+def test_missing_weights_fail_the_digest_check(
     engine: RolloutEngine, policy: Policy, taught: Policy
 ) -> None:
     weights = sent_weights(taught.network)
@@ -144,7 +144,7 @@ def test_an_engine_that_holds_what_was_sent_is_told_from_one_that_does_not(
     assert engine.check_weights(part, complete=False) == {}
 
 
-def test_weights_that_one_side_alone_has_are_named(engine: RolloutEngine, policy: Policy) -> None:
+def test_weights_known_to_only_one_side_are_named(engine: RolloutEngine, policy: Policy) -> None:
     expected = digests(sent_weights(policy.network))
     assert engine.check_weights(expected, complete=True) == {}
     [(first, digest), *others] = expected.items()
@@ -156,6 +156,6 @@ def test_weights_that_one_side_alone_has_are_named(engine: RolloutEngine, policy
     assert found == {first: "is not in the engine, or not whole"}
 
 
-def test_each_image_is_looked_at_once_for_all_answers(engine: RolloutEngine) -> None:
+def test_each_image_is_encoded_once_for_all_answers(engine: RolloutEngine) -> None:
     groups = list(engine.generate(MIXED, WARM))
     assert sum(group.image_encodes for group in groups) == sum(len(prompt.images) for prompt in MIXED) == 5

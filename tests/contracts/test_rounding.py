@@ -134,6 +134,6 @@ def used_kernels(chosen: Sequence[str]) -> list[str]:
     return used
 
 
-def test_attention_of_half_precision_is_never_that_of_amx() -> None:
+def test_half_precision_attention_never_uses_amx() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:  # the module changes vLLM for good
         assert alone.submit(used_kernels, ["amx", "vec", "vec16"]).result() == ["vec", "vec", "vec16"]

@@ -59,14 +59,14 @@ def pupil(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
     return pupil
 
 
-def test_the_prompt_ends_with_what_the_template_opens(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
+def test_the_prompt_ends_with_the_templates_opening_tag(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
     [prompt] = thinking.decode([thinking.prompt_token_ids(scenes[0])])
     assert prompt.endswith(f"assistant\n{opened}")
     assert thinking.opened == opened
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
-def test_a_demonstration_goes_on_where_the_prompt_ends(
+def test_a_demonstration_continues_the_prompt(
     thinking: Family, scenes: Sequence[Prompt], opened: str, reasoning: bool
 ) -> None:
     for group in Demonstrations(thinking, reasoning=reasoning).generate(scenes[:4]):
@@ -83,7 +83,7 @@ def test_a_demonstration_goes_on_where_the_prompt_ends(
         assert (thought in completion.text) == reasoning
 
 
-def test_what_is_graded_includes_what_the_template_opened(
+def test_the_graded_text_includes_the_templates_opening_tag(
     engine: RolloutEngine,
     thinking: Family,
     pupil: Policy,
@@ -106,7 +106,7 @@ def test_what_is_graded_includes_what_the_template_opened(
             assert score_group(group, REWARD, grader).parts["format"].tolist() == [1.0]
 
 
-def test_an_answer_that_opens_the_thought_again_is_not_in_the_format(thinking: Family) -> None:
+def test_an_answer_that_opens_the_thought_twice_has_no_format(thinking: Family) -> None:
     again = thinking.encode_text("<think> I count 3 items. </think><answer> 3 </answer>")
     [text] = thinking.answer_texts([again])
     assert format_reward(text) == 0.0

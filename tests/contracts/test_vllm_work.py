@@ -60,7 +60,7 @@ def work(engine: VLLMRollout) -> Iterator[Work]:
         handle.remove()
 
 
-def test_an_image_is_encoded_once_for_all_answers_and_again_for_new_weights(
+def test_an_image_is_encoded_once_per_weights_version(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
     for version in (1, 2):
@@ -85,7 +85,7 @@ def test_answers_of_a_group_share_the_blocks_of_their_prompt(
     assert work.take()[1] == length + (SAMPLING.answers - 1) * (length - shared) + fed_back
 
 
-def test_answers_are_the_same_without_prefix_caching_for_more_work(
+def test_prefix_caching_saves_work_and_keeps_the_answers(
     engine: VLLMRollout, work: Work, scenes: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, tokens = [], []
@@ -98,7 +98,7 @@ def test_answers_are_the_same_without_prefix_caching_for_more_work(
     assert tokens[1] > 1.5 * tokens[0]
 
 
-def test_nothing_of_a_prompt_outlives_its_weights(
+def test_a_push_drops_the_prefix_cache(
     engine: VLLMRollout, work: Work, policy: Policy, scenes: Sequence[Prompt]
 ) -> None:
     once = SAMPLING.answers * (SAMPLING.max_tokens - 1)
@@ -111,7 +111,7 @@ def test_nothing_of_a_prompt_outlives_its_weights(
     assert work.take()[1] == first > kept >= once
 
 
-def test_a_push_to_an_engine_that_still_answers_is_refused(engine: VLLMRollout) -> None:
+def test_a_push_during_generation_is_refused(engine: VLLMRollout) -> None:
     running = engine.engine
     running.add_request("left", {"prompt_token_ids": [1, 2, 3]}, engine._sampling_params(max_tokens=9, min_tokens=9))
     running.step()
@@ -122,12 +122,12 @@ def test_a_push_to_an_engine_that_still_answers_is_refused(engine: VLLMRollout) 
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (8, 8), (9, 16), (100, 128)])
-def test_adapters_are_padded_to_the_next_rank_that_vllm_serves(engine: VLLMRollout, rank: int, served: int) -> None:
+def test_adapters_are_padded_to_the_next_rank_of_vllm(engine: VLLMRollout, rank: int, served: int) -> None:
     adapters = ServedAdapters(rank=rank, layers=("model.language_model.layers.0.self_attn.q_proj",))
     assert _serving(adapters, engine.engine.vllm_config.model_config.model)["max_lora_rank"] == served
 
 
-def test_an_engine_that_sleeps_is_woken_by_the_next_push(engine: VLLMRollout, policy: Policy, taught: Policy) -> None:
+def test_the_next_push_wakes_a_sleeping_engine(engine: VLLMRollout, policy: Policy, taught: Policy) -> None:
     """On a CPU there is no memory to give back, but the scheduler rests as it does on a GPU."""
     give(engine, sent_weights(policy.network), 0)
     engine.sleep()

@@ -83,7 +83,7 @@ GUARDS = (
         "engines/learner_checkpoint.py",
         "            for kind in _MOMENTS if stored.steps else ():",
         "            for kind in ():",
-        "engines/test_learner_state.py::test_other_ranks_and_stages_go_on_where_the_first_stopped",
+        "engines/test_learner_state.py::test_a_checkpoint_resumes_on_other_ranks_and_stages",
     ),
     Guard(
         "a folder belongs to one run",
@@ -181,7 +181,7 @@ GUARDS = (
         "engines/deepspeed_learner.py",
         "                skipped += 1",
         "                skipped += 0",
-        "engines/test_learner.py::test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told",
+        "engines/test_learner.py::test_an_update_with_nan_loss_is_skipped_and_reported",
     ),
     Guard(
         "a KL that explodes is told and stops the run",

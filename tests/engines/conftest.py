@@ -35,7 +35,7 @@ def small_family(small: Config, small_folder: Path) -> Family:
 
 @pytest.fixture(scope="module")
 def batches(small_family: Family) -> list[list[Group]]:
-    """Two steps of four groups of three ragged answers; one group has equal rewards, one no image."""
+    """Two steps of four groups with three ragged answers each; one group has equal rewards, another no image."""
     prompts = [
         ask("a", picture(84, 84, 0)),
         ask("b", picture(56, 140, 1), text="How many?"),

@@ -1,6 +1,6 @@
-"""One learner rank in a process of its own, as DeepSpeed wants it: runs the scenarios of a job, one after the other.
+"""Program of one learner rank in a separate process, as DeepSpeed needs it: runs the scenarios of a job in order.
 
-`run_ranks` starts one such process a rank and gives back what each of them measured.
+`run_ranks` starts one such process per rank and returns their outcomes.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from othink_ray.engines.collate import MicroBatch
 from othink_ray.types import Pack, Probe, UpdateStats
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 270  # a busy machine is slow, but pytest should not be the one to stop
+TIMEOUT_S = 270  # below pytest's limit, so that the ranks' logs are shown
 
-# [rank][update][micro-batch][row] of one training step
+# [rank][update][micro-batch][packed sample] of one training step
 Shares = Sequence[Sequence[Sequence[Sequence[Pack]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A learner's life: perhaps load, then learn, then say what became of the weights."""
+    """Inputs of one learner: load a checkpoint if given, run the steps, then save and export if given."""
 
     learner: LearnerConfig
     steps: Sequence[Shares] = ()
@@ -52,15 +52,15 @@ class Scenario:
     save: Path | None = None
     export: Path | None = None
     probes: Sequence[Probe] = ()
-    watch: bool = False
-    ahead: bool = False  # each step's rows are prepared beside the update before
+    observe: bool = False
+    prefetch: bool = False  # prepare the samples of each step while the update before it runs
     shares_gpu: bool = False
-    rates: Sequence[float] = ()  # learning rate of each step; none: learner.lr, which the optimizer was made with
+    rates: Sequence[float] = ()  # learning rate of each step; empty: learner.lr, with which the optimizer was created
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """The network at one moment: each of its tensors, trained or not, and what the reference thinks of an answer."""
+class Snapshot:
+    """The network at one moment: digests of all its tensors, and the reference's logprobs of one sample's answers."""
 
     digests: dict[str, str]
     reference_logprobs: NDArray[np.float32]
@@ -68,34 +68,36 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one rank saw of a scenario."""
+    """Results of a scenario on one rank."""
 
     stats: Sequence[UpdateStats]
     weights: dict[str, NDArray[np.float32]]
     first_moments: dict[str, NDArray[np.float32]]  # Adam's: after one step the gradient times 1 - beta1
     candidate_logprobs: Sequence[NDArray[np.float32]] = field(default=())
     factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of adapters, before training
-    trained_factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # and after it
-    seen: Sequence[Seen] = field(default=())  # before and after training
-    frozen: dict[str, str] = field(default_factory=dict)  # digests of what engines hold from the start
-    made: Sequence[int] = ()  # micro-batches that were prepared ahead of each step
+    trained_factors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # the same after training
+    snapshots: Sequence[Snapshot] = field(default=())  # before and after training
+    frozen: dict[str, str] = field(default_factory=dict)  # digests of the frozen weights
+    prefetched: Sequence[int] = ()  # micro-batches that were prefetched for each step
     cost: Cost | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Cost:
-    """What a life took, counted from outside."""
+    """Work and memory of a scenario, counted from outside of the learner."""
 
     forwards: list[int]  # forward passes of each layer of the policy, the vision tower's first
-    read: list[int] = field(default_factory=list)  # tokens of each forward pass that is learned from, by the timeline
-    kept_bytes: int = 0  # tensors that autograd kept for backward
+    read: list[int] = field(default_factory=list)  # tokens of each training forward pass, from the timeline
+    saved_bytes: int = 0  # tensors that autograd saved for backward
     pixels: int = 0  # micro-batches whose pixels are on the device
-    most_pixels: int = 0
-    releases: list[tuple[int, int]] = field(default_factory=list)  # (optimizer steps made, `pixels`) at each release
+    peak_pixels: int = 0
+    releases: list[tuple[int, int]] = field(default_factory=list)  # (optimizer steps so far, `pixels`) at each release
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
+    """Arguments of all ranks, pickled to a file."""
+
     model: ModelConfig
     folder: Path
     world_size: int
@@ -106,10 +108,10 @@ class Job:
 def run_ranks(
     model: ModelConfig, folder: Path, world_size: int, scenarios: dict[str, Scenario], scratch: Path
 ) -> list[dict[str, Outcome]]:
-    """The outcomes by rank; a rank that fails takes its log with it into the message."""
+    """Run the scenarios on new ranks and return the outcomes by rank; a failure shows the ranks' logs."""
     scratch.mkdir(parents=True)
-    meeting = rendezvous_info()
-    job = Job(model=model, folder=folder, world_size=world_size, port=meeting.port, scenarios=scenarios)
+    store = rendezvous_info()
+    job = Job(model=model, folder=folder, world_size=world_size, port=store.port, scenarios=scenarios)
     (scratch / "job").write_bytes(pickle.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
     running = []
@@ -127,31 +129,31 @@ def run_ranks(
     return [pickle.loads((scratch / f"outcomes_{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def live(job: Job, scenario: Scenario, rank: int) -> Outcome:
+def run_scenario(job: Job, scenario: Scenario, rank: int) -> Outcome:
     with counted() as cost:
-        return _live(job, scenario, rank, cost)
+        return _run_scenario(job, scenario, rank, cost)
 
 
 @contextmanager
 def counted() -> Iterator[Cost]:
-    """Counts micro-batches whose pixels are on the device, and what autograd keeps, of all that is learned inside."""
+    """Count micro-batches whose pixels are on the device and bytes saved by autograd, for learners used inside."""
     from othink_ray.engines import deepspeed_learner
 
     cost, to_device = Cost(forwards=[]), deepspeed_learner.to_device
 
     def counting(*inputs: Any) -> MicroBatch:
         batch = to_device(*inputs)
-        pixels = batch.images.pixels.clone()  # as on a device that is not the CPU
+        pixels = batch.images.pixels.clone()  # as a copy to another device would be
         cost.pixels += 1
-        cost.most_pixels = max(cost.most_pixels, cost.pixels)
-        weakref.finalize(pixels, gone)
+        cost.peak_pixels = max(cost.peak_pixels, cost.pixels)
+        weakref.finalize(pixels, freed)
         return replace(batch, images=replace(batch.images, pixels=pixels))
 
-    def gone() -> None:
+    def freed() -> None:
         cost.pixels -= 1
 
     def keep(tensor: Tensor) -> Tensor:
-        cost.kept_bytes += tensor.nbytes
+        cost.saved_bytes += tensor.nbytes
         return tensor
 
     deepspeed_learner.to_device = counting
@@ -161,23 +163,23 @@ def counted() -> Iterator[Cost]:
             yield cost
     finally:
         deepspeed_learner.to_device = to_device
-        cost.read = [one.about["tokens"] for one in tracing.take(go_on=False).spans if one.name == "forward"]
+        cost.read = [span.about["tokens"] for span in tracing.take(go_on=False).spans if span.name == "forward"]
 
 
-def watch(learner: Any, cost: Cost) -> None:
-    """Count forward passes when they begin: one that is repeated for backward stops where it has what is missing."""
+def count_work(learner: Any, cost: Cost) -> None:
+    """Count forward passes at their start: a recomputation for backward may stop early."""
     from othink_ray.engines import deepspeed_learner
 
-    def begun(number: int) -> None:
+    def started(number: int) -> None:
         cost.forwards[number] += 1
 
     for number, layer in enumerate(learner.family.layers(learner.engine.module.network)):
         cost.forwards.append(0)
-        layer.mlp.register_forward_pre_hook(lambda *_, number=number: begun(number))
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: started(number))
     deepspeed_learner.release_cache = lambda device: cost.releases.append((learner.engine.global_steps, cost.pixels))
 
 
-def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
+def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
     from othink_ray.engines.base import RendezvousInfo
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
@@ -196,21 +198,21 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         place=RendezvousInfo(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
         shares_gpu=scenario.shares_gpu,
     )
-    watch(learner, cost)
+    count_work(learner, cost)
     if scenario.load:
         learner.load(scenario.load)
-    seen = [_look(learner, scenario, rank)] if scenario.watch else []
-    if scenario.watch and scenario.probes:  # as the audit of the first push, which no count of the update shows
+    snapshots = [_snapshot(learner, scenario, rank)] if scenario.observe else []
+    if scenario.observe and scenario.probes:  # as in the audit of the first push; the update's stats exclude it
         learner.candidate_logprobs(scenario.probes)
     factors = _factors(learner)
-    stats, made = [], []
+    stats, prefetched = [], []
     rates = scenario.rates or [scenario.learner.lr] * len(scenario.steps)
     for number, (shares, rate) in enumerate(zip(scenario.steps, rates, strict=True)):
-        before = learner.ahead._made
-        made.append(len(before.begun))
-        following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.ahead else []
-        with ThreadPoolExecutor() as beside:
-            preparing = [beside.submit(_prepare, learner, before, own, scenario.beta > 0) for own in following]
+        before = learner.prefetcher._queue
+        prefetched.append(len(before.started))
+        following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.prefetch else []
+        with ThreadPoolExecutor() as threads:
+            preparing = [threads.submit(_prepare, learner, before, own, scenario.beta > 0) for own in following]
             stats.append(
                 learner.update(
                     shares[rank],
@@ -220,9 +222,9 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
                     correction=scenario.correction,
                 )
             )
-            [one.result() for one in preparing]
-    if scenario.watch:
-        seen.append(_look(learner, scenario, rank))
+            [future.result() for future in preparing]
+    if scenario.observe:
+        snapshots.append(_snapshot(learner, scenario, rank))
     if scenario.save:
         scenario.save.mkdir(exist_ok=True)
         learner.save(scenario.save)
@@ -236,23 +238,23 @@ def _live(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcome:
         candidate_logprobs=learner.candidate_logprobs(scenario.probes) if scenario.probes else (),
         factors=factors,
         trained_factors=_factors(learner),
-        seen=seen,
-        frozen={name: _digest(weight) for name, weight in learner.frozen_weights()} if scenario.watch else {},
-        made=made,
+        snapshots=snapshots,
+        frozen={name: _digest(weight) for name, weight in learner.frozen_weights()} if scenario.observe else {},
+        prefetched=prefetched,
         cost=cost,
     )
 
 
 def _prepare(learner: Any, before: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
-    """As soon as the update has begun, which takes what was made before."""
+    """Prefetch as soon as the update has started and taken the earlier queue."""
     until = time.monotonic() + TIMEOUT_S
-    while learner.ahead._made is before and time.monotonic() < until:
+    while learner.prefetcher._queue is before and time.monotonic() < until:
         time.sleep(0.001)
     learner.prepare(updates, with_reference=with_reference)
 
 
 def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:
-    """The network's own parameters, by the names that they have in it."""
+    """Yield the network's gathered parameters by their names in it."""
     for name, parameter in learner.engine.module.network.named_parameters():
         with learner._whole([parameter]):
             yield name, parameter.detach()
@@ -266,12 +268,12 @@ def _digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
 
 
-def _look(learner: Any, scenario: Scenario, rank: int) -> Seen:
+def _snapshot(learner: Any, scenario: Scenario, rank: int) -> Snapshot:
     digests = {name: _digest(weight) for name, weight in _whole(learner)}
     [[row, *_], *_], *_ = scenario.steps[0][rank]
-    logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.ahead.take()))
+    logprobs = learner._no_grad(learner.reference, learner._prepared([row], learner.prefetcher.take()))
     learner._take_encodes()
-    return Seen(digests=digests, reference_logprobs=logprobs.numpy().copy())
+    return Snapshot(digests=digests, reference_logprobs=logprobs.numpy().copy())
 
 
 def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:
@@ -288,11 +290,11 @@ def _first_moments(learner: Any) -> dict[str, NDArray[np.float32]]:
 
 def main(scratch: Path, rank: int) -> None:
     job: Job = pickle.loads((scratch / "job").read_bytes())
-    outcomes = {name: live(job, scenario, rank) for name, scenario in job.scenarios.items()}
+    outcomes = {name: run_scenario(job, scenario, rank) for name, scenario in job.scenarios.items()}
     (scratch / f"outcomes_{rank}").write_bytes(pickle.dumps(outcomes))
 
 
 if __name__ == "__main__":
-    from tests.engines import learner_process  # under its real name, or the outcomes could not be unpickled elsewhere
+    from tests.engines import learner_process  # under its real name, so that other processes can unpickle the outcomes
 
     learner_process.main(Path(sys.argv[1]), int(sys.argv[2]))

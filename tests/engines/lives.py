@@ -1,4 +1,4 @@
-"""What a learner is given to live through: two steps of four small groups, under any settings."""
+"""Scenarios for the learner tests: two steps of four small groups, under any settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = (
     "model.tiny.vision_width=32",
     "model.tiny.vision_layers=1",
     "learner.lr=2e-3",
-    "learner.adam_eps=1e-4",  # rounding noise is not followed, so that runs can be compared tightly
+    "learner.adam_eps=1e-4",  # damps rounding noise, so that runs can be compared tightly
     "learner.weight_decay=0.1",
     "learner.micro_tokens=400",
     "learner.threads=1",
@@ -43,12 +43,12 @@ def planned(groups: Sequence[Group], *, ranks: int, updates: int, micro_tokens: 
     packs = packs_of(groups, updates)
     by_update = plan(packs, ranks=ranks, updates=updates, micro_tokens=micro_tokens)
     return [
-        [[[packs[row] for row in micro] for micro in update[rank]] for update in by_update] for rank in range(ranks)
+        [[[packs[index] for index in micro] for micro in update[rank]] for update in by_update] for rank in range(ranks)
     ]
 
 
 def training(small: Config, batches: list[list[Group]], ranks: int, **changes: object) -> Scenario:
-    """Two steps of two updates, under a changed learner."""
+    """Return a scenario of two steps of two updates, with changed learner settings."""
     learner = replace(small.learner, world_size=ranks, **changes)  # type: ignore[arg-type]
     steps = [planned(groups, ranks=ranks, updates=2, micro_tokens=learner.micro_tokens) for groups in batches]
     return Scenario(learner=learner, steps=steps, beta=BETA, temperature=TEMPERATURE)

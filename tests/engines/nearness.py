@@ -1,4 +1,4 @@
-"""How near is near, for learners that should have learned the same."""
+"""Tolerances for comparing learners that should have learned the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEQUENCE_RATIOS = ("raw_mean", "truncated_mean", "truncated_frac")
 
 
 def distance(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[np.float32]]) -> tuple[float, str]:
-    """The worst relative distance of a tensor, and its name."""
+    """Return the largest relative distance of a tensor, and its name."""
     assert set(expected) <= set(found)
     whole = max(float(np.linalg.norm(value)) for value in expected.values())
     return max(
@@ -28,7 +28,7 @@ def distance(found: dict[str, NDArray[np.float32]], expected: dict[str, NDArray[
 
 
 def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
-    """How far training took each weight: a tighter thing to agree on than the weight itself."""
+    """Return the change of each weight in training: a tighter comparison than of the weights themselves."""
     return {name: weight - start.weights[name] for name, weight in outcome.weights.items()}
 
 
@@ -42,7 +42,7 @@ def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateSta
             "truncated_mean",
             "truncated_frac",
             "masked_frac",
-            *(f"sequence_{one}" for one in SEQUENCE_RATIOS),
+            *(f"sequence_{ratio}" for ratio in SEQUENCE_RATIOS),
         ):
             assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
         for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
@@ -63,6 +63,6 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert whole > 0
     for name, gradient in expected.items():
-        # A gradient that is rounding, not signal, is held against the whole of it.
+        # A gradient that is only rounding noise is compared relative to the norm of the whole gradient.
         size = torch.maximum(gradient.norm(), 1e-3 * whole)
         assert (found[name] - gradient).norm() / size < tolerance, name

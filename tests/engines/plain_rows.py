@@ -1,4 +1,4 @@
-"""What a shared-prefix row is held against: the unmodified network on padded rows, one an answer."""
+"""The reference for packed samples: the unmodified network on padded rows, one per answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.reference.grpo_d import padded_rows
 
 
 def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> Tensor:
-    """The answers through the network's own forward pass, a row each, positions its own; flat, in row order."""
+    """Return logprobs (M,) of the answers by the network's own forward pass and positions, one row per answer."""
     network: Any = policy.network
     flat: list[Tensor] = []
     for group in groups:
@@ -36,6 +36,6 @@ def plain_logprobs(policy: Policy, family: Family, groups: Sequence[Group]) -> T
         log_p = torch.log_softmax(logits / policy.temperature, dim=-1)
         before = torch.roll(log_p, 1, dims=1)
         for row in range(len(rows)):
-            places = answered[row].nonzero().squeeze(1)
-            flat.append(before[row, places, token_ids[row, places]])
+            indices = answered[row].nonzero().squeeze(1)
+            flat.append(before[row, indices, token_ids[row, indices]])
     return torch.cat(flat)

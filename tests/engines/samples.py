@@ -1,4 +1,4 @@
-"""Real prompts, groups and rows for the engines: pictures of any size, answers of any length, one seed for each."""
+"""Prompts, groups and packed samples for engine tests: images of any size, answers of any length, all seeded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGro
 
 
 def picture(width: int, height: int, seed: int) -> bytes:
-    """A PNG of coloured noise, coarse enough to survive resizing."""
+    """Return a PNG of colored noise, coarse enough to survive resizing."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, size=(-(-height // 7), -(-width // 7), 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -42,7 +42,7 @@ def ask(name: str, *images: bytes, text: str = "How many items are there in the 
 
 
 def group_of(family: Family, prompt: Prompt, lengths: Sequence[int], seed: int) -> Group:
-    """Random answers of these lengths; what a sampler would think of them is made up, but fixed."""
+    """Return a group of random answers of these lengths, with made-up but seeded sampler logprobs."""
     rng = np.random.default_rng(seed)
     words = [token for token in range(100, 300) if token not in family.banned_token_ids]
     expanded = family.expand(family.prompt_token_ids(prompt), family.image_token_counts(prompt.images))
@@ -67,25 +67,25 @@ def scored(group: Group, rewards: Sequence[float]) -> ScoredGroup:
 
 
 def row_of(group: Group, *, groups_in_step: int = 1) -> Pack:
-    """A row whose answers have the advantages 1, -2, 3, ..."""
+    """Return a packed sample whose answers have the advantages 1, -2, 3, ..."""
     advantages = np.array([(-1.0) ** k * (k + 1) for k in range(len(group.completions))])
     return pack(scored(group, [0.0] * len(group.completions)), advantages, groups_in_step)
 
 
 def sent_weights(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """What the learner sends where all is trained."""
+    """Return the weights that a learner pushes if everything is trained."""
     return [(name, parameter.detach()) for name, parameter in network.named_parameters()]
 
 
 def give(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-    """A whole push, in one bucket."""
+    """Push these weights in one bucket."""
     engine.begin_push()
     engine.load_weights(weights)
     engine.finish_push(version, buckets=1)
 
 
 def worker_of(engine: Any) -> Any:
-    """vLLM's own worker, of an engine that has only one and in this process."""
+    """Return the vLLM worker of an engine that has one worker, in this process."""
     [worker] = engine.engine.collective_rpc(lambda worker: worker)
     return worker
 
@@ -95,10 +95,10 @@ def fresh_policy(family: Family, temperature: float = 1.0) -> Policy:
 
 
 def distributions(policy: Policy, batch: MicroBatch) -> Tensor:
-    """Log probabilities (M, V) of all tokens at every answer place."""
+    """Return logprobs (M, V) of the whole vocabulary at every answer token's position."""
     vocabulary = len(policy.family.output_weight(policy.network))
-    every: Tensor = policy(batch, candidates=torch.arange(vocabulary).expand(len(batch.targets), -1))
-    return every
+    logprobs: Tensor = policy(batch, candidates=torch.arange(vocabulary).expand(len(batch.targets), -1))
+    return logprobs
 
 
 def batch_of(packs: Sequence[Pack], family: Family, attention: str = "auto") -> MicroBatch:
@@ -107,7 +107,7 @@ def batch_of(packs: Sequence[Pack], family: Family, attention: str = "auto") -> 
 
 
 def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.float32]:
-    """|sampler's - learner's| logprob of each sampled token, in nats."""
+    """Return |sampler - learner| logprob of each sampled token, in nats."""
     row = row_of(group)
     with torch.no_grad():
         logprobs, _ = policy(batch_of([row], family))
@@ -117,7 +117,7 @@ def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.floa
 
 
 def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -> Policy:
-    """A copy whose head gives `token_id` a logit of 60 at the first answer place of `prompt`: nothing comes near it."""
+    """Return a copy whose head gives `token_id` a logit of 60, far above others, at the first answer token."""
     rigged = copy.deepcopy(policy)
     row = row_of(group_of(family, prompt, [1], seed=0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""GRPO-D from `tests/reference` on a real network: one plain row an answer, loops over tokens, torch's own AdamW."""
+"""GRPO-D from `tests/reference` on a real network: one padded row per answer, loops over tokens, torch's AdamW."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Rewards = Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slow:
-    """What the paper's formulas give; losses and norms are means over the updates of a step."""
+    """Results of the paper's formulas; losses and gradient norms are means over the updates of a step."""
 
     losses: list[float]
     grad_norms: list[float]
@@ -53,7 +53,7 @@ def slow_training(
     beta: float,
     correction: str = "none",
 ) -> Slow:
-    """One step for each of `batches`, whose groups are shared out over `updates` in order."""
+    """Train one step per batch; its groups are divided among `updates` in order."""
     policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
     optimizer = torch.optim.AdamW(
         policy.parameters(),

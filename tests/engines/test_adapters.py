@@ -1,4 +1,4 @@
-"""LoRA on real DeepSpeed ranks, held against the gradient of the whole matrices, and against itself."""
+"""LoRA on real DeepSpeed ranks, against the gradient of the full matrices and across stages and ranks."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from tests.engines.slow_training import TEMPERATURE
 TEXT = LoraConfig(rank=4, alpha=12, targets=("text",))
 EVERYWHERE = replace(TEXT, targets=("text", "vision", "projector"))
 Arrays = dict[str, NDArray[np.float32]]
-Lives = dict[str, list[Outcome]]
+Outcomes = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("adapters")
 
 
 @pytest.fixture(scope="module")
-def lives(small: Config, small_folder: Path, batches: list[list[Group]], places: Path) -> Lives:
-    """By name, each rank's: alone first, then two ranks, then alone again with what those saved."""
+def outcomes(small: Config, small_folder: Path, batches: list[list[Group]], scratch: Path) -> Outcomes:
+    """Outcomes of each scenario, by rank: on one rank, then on two, then on one from the two ranks' checkpoint."""
 
-    def outcomes(ranks: int, name: str, **scenarios: Scenario) -> Lives:
-        found = run_ranks(small.model, small_folder, ranks, scenarios, places / name)
-        return {life: [one[life] for one in found] for life in scenarios}
+    def run(ranks: int, name: str, **scenarios: Scenario) -> Outcomes:
+        found = run_ranks(small.model, small_folder, ranks, scenarios, scratch / name)
+        return {key: [rank[key] for rank in found] for key in scenarios}
 
     def adapted(ranks: int, **changes: object) -> Scenario:
         return training(small, batches, ranks, **({"lora": TEXT} | changes))
@@ -62,44 +62,46 @@ def lives(small: Config, small_folder: Path, batches: list[list[Group]], places:
         for group in batches[0]
     ]
     return (
-        outcomes(
+        run(
             1,
             "first",
             whole_matrices=first,
             first_step=replace(first, learner=replace(first.learner, lora=EVERYWHERE)),
             untouched=replace(one, steps=(), probes=probes),
-            stage_1=replace(one, watch=True, export=places / "export", probes=probes),
+            stage_1=replace(one, observe=True, export=scratch / "export", probes=probes),
             stage_2=adapted(1, zero_stage=2, micro_tokens=1),
-            stage_3=replace(adapted(1, zero_stage=3, gradient_checkpointing=True), watch=True),
+            stage_3=replace(adapted(1, zero_stage=3, gradient_checkpointing=True), observe=True),
             dense=adapted(1, attention="dense", onednn=False, share_features=False),
             everywhere=adapted(1, lora=EVERYWHERE),
             supervised=replace(one, loss="sft", beta=0.0, with_reference=False),
-            half=replace(one, steps=one.steps[:1], save=places / "of_one"),
-            rest=replace(one, steps=one.steps[1:], load=places / "of_one"),
+            half=replace(one, steps=one.steps[:1], save=scratch / "of_one"),
+            rest=replace(one, steps=one.steps[1:], load=scratch / "of_one"),
         )
-        | outcomes(
+        | run(
             2,
             "second",
             two_ranks=two,
-            two_of_stage_3=replace(three, watch=True, export=places / "export_3"),
-            one_to_stage_3=replace(three, steps=three.steps[1:], load=places / "of_one"),
-            half_of_stage_3=replace(three, steps=three.steps[:1], save=places / "of_three"),
+            two_of_stage_3=replace(three, observe=True, export=scratch / "export_3"),
+            one_to_stage_3=replace(three, steps=three.steps[1:], load=scratch / "of_one"),
+            half_of_stage_3=replace(three, steps=three.steps[:1], save=scratch / "of_three"),
         )
-        | outcomes(1, "third", stage_3_to_one=replace(one, steps=one.steps[1:], load=places / "of_three"))
+        | run(1, "third", stage_3_to_one=replace(one, steps=one.steps[1:], load=scratch / "of_three"))
     )
 
 
 @pytest.fixture(scope="module")
-def coarse(small: Config, small_folder: Path, batches: list[list[Group]], places: Path) -> Lives:
-    """Learners of a bfloat16 model at a small rate."""
+def coarse(small: Config, small_folder: Path, batches: list[list[Group]], scratch: Path) -> Outcomes:
+    """Outcomes of a bfloat16 model at a small learning rate."""
     model = replace(small.model, dtype="bfloat16")
 
-    def outcomes(name: str, ranks: int, **changes: object) -> list[Outcome]:
+    def run(name: str, ranks: int, **changes: object) -> list[Outcome]:
         changes = {"lora": TEXT, "lr": 1e-5, "adam_eps": 1e-8} | changes
-        scenario = replace(training(small, batches, ranks, **changes), export=places / f"export_{name}")
-        return [one[name] for one in run_ranks(model, small_folder, ranks, {name: scenario}, places / f"coarse_{name}")]
+        scenario = replace(training(small, batches, ranks, **changes), export=scratch / f"export_{name}")
+        return [
+            one[name] for one in run_ranks(model, small_folder, ranks, {name: scenario}, scratch / f"coarse_{name}")
+        ]
 
-    return {"one_rank": outcomes("one_rank", 1), "two_of_stage_3": outcomes("two_of_stage_3", 2, zero_stage=3)}
+    return {"one_rank": run("one_rank", 1), "two_of_stage_3": run("two_of_stage_3", 2, zero_stage=3)}
 
 
 def factors_of(outcome: Outcome, path: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -109,8 +111,8 @@ def factors_of(outcome: Outcome, path: str) -> tuple[NDArray[np.float32], NDArra
 # ---- the start
 
 
-def test_adapters_add_nothing_at_first_so_that_the_kl_of_the_first_update_is_zero(lives: Lives) -> None:
-    [outcome], [plain] = lives["first_step"], lives["whole_matrices"]
+def test_new_adapters_add_nothing_so_the_first_kl_is_zero(outcomes: Outcomes) -> None:
+    [outcome], [plain] = outcomes["first_step"], outcomes["whole_matrices"]
     assert outcome.stats[0].kl_mean == 0.0 == plain.stats[0].kl_mean
     assert outcome.stats[0].loss == plain.stats[0].loss
     assert outcome.stats[0].reference_passes > 0
@@ -120,11 +122,9 @@ def test_adapters_add_nothing_at_first_so_that_the_kl_of_the_first_update_is_zer
     assert not any(up.any() for up in ups) and all(down.all() for down in downs)
 
 
-def test_the_gradient_of_an_adapter_is_that_of_its_matrix_seen_through_the_other_factor(
-    lives: Lives, small: Config
-) -> None:
-    """dL/dB = scale * dL/dW A^T, and dL/dA = scale * B^T dL/dW, which is 0 where B is."""
-    [adapted], [plain] = lives["first_step"], lives["whole_matrices"]
+def test_adapter_gradients_follow_from_the_full_gradient(outcomes: Outcomes, small: Config) -> None:
+    """dL/dB = scale * dL/dW A^T, and dL/dA = scale * B^T dL/dW, which is 0 while B is 0."""
+    [adapted], [plain] = outcomes["first_step"], outcomes["whole_matrices"]
     paths = [name.removesuffix(".lora_B.default.weight") for name in adapted.factors if "lora_B" in name]
     assert {"visual.blocks" in path for path in paths} == {True, False}
     scale = EVERYWHERE.alpha / EVERYWHERE.rank
@@ -141,38 +141,38 @@ def test_the_gradient_of_an_adapter_is_that_of_its_matrix_seen_through_the_other
 
 
 @pytest.mark.parametrize("name", ["stage_1", "stage_3", "two_of_stage_3"])
-def test_only_adapters_change_and_all_of_them(lives: Lives, name: str) -> None:
-    for outcome in lives[name]:
-        before, after = (seen.digests for seen in outcome.seen)
+def test_only_adapters_change_and_all_of_them(outcomes: Outcomes, name: str) -> None:
+    for outcome in outcomes[name]:
+        before, after = (snapshot.digests for snapshot in outcome.snapshots)
         assert before.keys() == after.keys()
         assert {tensor for tensor in before if before[tensor] != after[tensor]} == set(outcome.factors)
         assert set(outcome.first_moments) == set(outcome.factors)
 
 
 @pytest.mark.parametrize("name", ["stage_1", "stage_3", "two_of_stage_3"])
-def test_the_reference_stays_the_same_to_the_last_bit(lives: Lives, name: str) -> None:
-    for outcome in lives[name]:
-        before, after = (seen.reference_logprobs for seen in outcome.seen)
+def test_the_reference_stays_bit_identical(outcomes: Outcomes, name: str) -> None:
+    for outcome in outcomes[name]:
+        before, after = (snapshot.reference_logprobs for snapshot in outcome.snapshots)
         assert np.isfinite(before).all() and np.array_equal(before, after)
         assert outcome.stats[-1].kl_mean > 1e-5
 
 
 @pytest.mark.parametrize("name", ["stage_2", "stage_3", "dense", "two_ranks", "two_of_stage_3"])
-def test_stages_ranks_and_attention_do_not_change_what_adapters_learn(lives: Lives, name: str) -> None:
-    [expected], [start] = lives["stage_1"], lives["untouched"]
-    for outcome in lives[name]:
+def test_adapters_learn_alike_for_any_stage_rank_and_attention(outcomes: Outcomes, name: str) -> None:
+    [expected], [start] = outcomes["stage_1"], outcomes["untouched"]
+    for outcome in outcomes[name]:
         assert_same_stats(outcome.stats, expected.stats)
         assert distance(moved(outcome, start), moved(expected, start))[0] < 1e-4
 
 
-def test_features_are_shared_only_where_no_adapter_is_on_the_way_to_them(lives: Lives) -> None:
-    [text], [unshared], [everywhere] = lives["stage_1"], lives["dense"], lives["everywhere"]
+def test_features_are_shared_only_below_no_adapter(outcomes: Outcomes) -> None:
+    [text], [unshared], [everywhere] = outcomes["stage_1"], outcomes["dense"], outcomes["everywhere"]
     assert 0 < text.stats[0].vision_encodes == unshared.stats[0].vision_encodes / 3
     assert everywhere.stats[0].vision_encodes == unshared.stats[0].vision_encodes
 
 
-def test_supervised_updates_make_the_answers_likelier(lives: Lives) -> None:
-    first, second = lives["supervised"][0].stats
+def test_supervised_updates_make_answers_likelier(outcomes: Outcomes) -> None:
+    first, second = outcomes["supervised"][0].stats
     assert 0 < second.loss < first.loss
 
 
@@ -180,7 +180,7 @@ def test_supervised_updates_make_the_answers_likelier(lives: Lives) -> None:
 
 
 def merged(network: nn.Module, sent: Arrays) -> dict[str, Tensor]:
-    """All weights of a plain network, in float32, with what was sent added: nothing but B A."""
+    """Return all weights of a plain network in float32, with B A of the pushed factors added."""
     weights = {name: weight.float() for name, weight in network.state_dict().items()}
     for name in sent:
         if name.endswith(".lora_A.weight"):
@@ -190,18 +190,18 @@ def merged(network: nn.Module, sent: Arrays) -> dict[str, Tensor]:
     return weights
 
 
-def test_what_is_sent_are_both_factors_of_every_adapter(lives: Lives) -> None:
-    [start], [trained] = lives["untouched"], lives["stage_1"]
+def test_both_factors_of_every_adapter_are_pushed(outcomes: Outcomes) -> None:
+    [start], [trained] = outcomes["untouched"], outcomes["stage_1"]
     first = {name.replace(".default", ""): factor for name, factor in start.factors.items()}
     assert start.weights.keys() == trained.weights.keys() == first.keys()
     assert all(np.array_equal(weight, first[name]) for name, weight in start.weights.items())
     assert all(not np.array_equal(weight, first[name]) for name, weight in trained.weights.items())
 
 
-def test_a_plain_network_with_the_sent_factors_answers_as_the_learner(
-    lives: Lives, small_family: Family, batches: list[list[Group]]
+def test_pushed_factors_on_a_plain_network_match_the_learner(
+    outcomes: Outcomes, small_family: Family, batches: list[list[Group]]
 ) -> None:
-    [trained], [start] = lives["stage_1"], lives["untouched"]
+    [trained], [start] = outcomes["stage_1"], outcomes["untouched"]
     policy = fresh_policy(small_family, TEMPERATURE)
     policy.network.load_state_dict(merged(policy.network, trained.weights))
     for group, found, before in zip(batches[0], trained.candidate_logprobs, start.candidate_logprobs, strict=True):
@@ -212,10 +212,10 @@ def test_a_plain_network_with_the_sent_factors_answers_as_the_learner(
 
 
 @pytest.mark.parametrize(("name", "folder"), [("stage_1", "export"), ("two_of_stage_3", "export_3")])
-def test_an_export_is_a_plain_model_with_its_adapter_beside_it(
-    lives: Lives, small_folder: Path, places: Path, name: str, folder: str
+def test_an_export_is_a_plain_model_and_its_adapter(
+    outcomes: Outcomes, small_folder: Path, scratch: Path, name: str, folder: str
 ) -> None:
-    export, sent = places / folder, lives[name][0].weights
+    export, sent = scratch / folder, outcomes[name][0].weights
     files = [load_file(one / "model.safetensors").keys() for one in (export, small_folder)]
     assert files[0] == files[1]
     exported, base = (AutoModelForImageTextToText.from_pretrained(one) for one in (export, small_folder))
@@ -226,21 +226,21 @@ def test_an_export_is_a_plain_model_with_its_adapter_beside_it(
         assert torch.allclose(weight, by_peft.state_dict()[tensor], rtol=0, atol=1e-6), tensor
 
 
-# ---- bfloat16, whose grid is coarser than the updates of a small learning rate
+# ---- bfloat16, which is coarser than the updates of a small learning rate
 
 
 def share(part: Tensor, whole: Tensor) -> float:
-    """How much of `whole` is in `part`, along it."""
+    """Return the projection of `part` on `whole`, relative to `whole`."""
     return float((part * whole).sum() / (whole * whole).sum())
 
 
 @pytest.mark.parametrize("name", ["one_rank", "two_of_stage_3"])
-def test_in_bfloat16_all_of_an_update_is_sent_and_exported(
-    coarse: Lives, small_folder: Path, places: Path, name: str
+def test_in_bfloat16_whole_updates_are_pushed_and_exported(
+    coarse: Outcomes, small_folder: Path, scratch: Path, name: str
 ) -> None:
     base, exported = (
         AutoModelForImageTextToText.from_pretrained(one, dtype=dtype).state_dict()
-        for one, dtype in ((small_folder, torch.bfloat16), (places / f"export_{name}", "auto"))
+        for one, dtype in ((small_folder, torch.bfloat16), (scratch / f"export_{name}", "auto"))
     )
     assert {weight.dtype for weight in exported.values()} == {torch.float32}
     sent = {key: torch.from_numpy(weight) for key, weight in coarse[name][0].weights.items()}
@@ -256,25 +256,25 @@ def test_in_bfloat16_all_of_an_update_is_sent_and_exported(
         rounded.append(share(weight.bfloat16().float() - start, update))
     assert len(arrived) == 2 * 7
     assert max(abs(found - 1) for found in arrived) < 2e-3
-    assert np.mean(rounded) < 0.5  # what would be left of it on the grid of the base
+    assert np.mean(rounded) < 0.5  # the share that would survive rounding to the base's dtype
 
 
-def test_an_export_of_bfloat16_is_opened_as_its_base_with_the_adapter_that_was_served(
-    coarse: Lives, small_folder: Path, places: Path
+def test_a_bfloat16_export_opens_as_base_and_served_adapter(
+    coarse: Outcomes, small_folder: Path, scratch: Path
 ) -> None:
-    found = read_exported(str(places / "export_one_rank"), "bfloat16")
+    found = read_exported(str(scratch / "export_one_rank"), "bfloat16")
     assert found is not None and found.base == str(small_folder) and found.adapters.rank == TEXT.rank
     [outcome] = coarse["one_rank"]
     assert {name: factor.dtype for name, factor in found.factors} == dict.fromkeys(outcome.weights, torch.bfloat16)
     assert all(np.array_equal(factor.float().numpy(), outcome.weights[name]) for name, factor in found.factors)
     names = {f"{layer}.lora_{factor}.weight" for layer in found.adapters.layers for factor in "AB"}
     assert names == outcome.weights.keys()
-    assert read_exported(str(places / "export_one_rank"), "float32") is None
+    assert read_exported(str(scratch / "export_one_rank"), "float32") is None
     assert read_exported(str(small_folder), "bfloat16") is None
 
 
-def test_in_bfloat16_what_is_sent_is_what_the_learner_computes_with(coarse: Lives) -> None:
-    """Numbers of bfloat16, and the scale of 3 is in B."""
+def test_in_bfloat16_the_push_has_the_learners_values(coarse: Outcomes) -> None:
+    """The values are bfloat16, and B includes the scale of 3."""
     for name in ("one_rank", "two_of_stage_3"):
         [outcome, *_] = coarse[name]
         for tensor, weight in outcome.weights.items():
@@ -286,21 +286,21 @@ def test_in_bfloat16_what_is_sent_is_what_the_learner_computes_with(coarse: Live
 # ---- save and load
 
 
-def test_a_checkpoint_holds_the_adapters_alone(lives: Lives, places: Path) -> None:
-    stored = load_file(places / "of_one" / "learner_0.safetensors")
-    assert {key.rpartition("/")[0] for key in stored} == set(lives["untouched"][0].factors)
+def test_a_checkpoint_holds_only_the_adapters(outcomes: Outcomes, scratch: Path) -> None:
+    stored = load_file(scratch / "of_one" / "learner_0.safetensors")
+    assert {key.rpartition("/")[0] for key in stored} == set(outcomes["untouched"][0].factors)
 
 
-def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(lives: Lives) -> None:
-    [rest], [whole] = lives["rest"], lives["stage_1"]
+def test_a_resumed_learner_equals_an_uninterrupted_one(outcomes: Outcomes) -> None:
+    [rest], [whole] = outcomes["rest"], outcomes["stage_1"]
     assert rest.stats == whole.stats[1:]
     assert distance(rest.weights, whole.weights)[0] == 0
 
 
 @pytest.mark.parametrize("name", ["one_to_stage_3", "stage_3_to_one"])
-def test_other_ranks_and_stages_go_on_where_the_first_stopped(lives: Lives, name: str) -> None:
-    [start], [whole] = lives["untouched"], lives["stage_1"]
-    for outcome in lives[name]:
+def test_a_checkpoint_resumes_on_other_ranks_and_stages(outcomes: Outcomes, name: str) -> None:
+    [start], [whole] = outcomes["untouched"], outcomes["stage_1"]
+    for outcome in outcomes[name]:
         assert distance(moved(outcome, start), moved(whole, start))[0] < 1e-3
 
 
@@ -308,7 +308,7 @@ def test_other_ranks_and_stages_go_on_where_the_first_stopped(lives: Lives, name
 
 
 def adapted_paths(family: Family, learner: LearnerConfig, *targets: str, freeze: str = "none") -> set[str]:
-    """Of a network that has no weights yet."""
+    """Return the paths of the adapted layers, from a network without weights."""
     network = family.skeleton()
     choose_trained(family, network, replace(learner, freeze=freeze, lora=replace(TEXT, targets=targets)))
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -316,7 +316,7 @@ def adapted_paths(family: Family, learner: LearnerConfig, *targets: str, freeze:
     return {name.partition(".lora_")[0].removeprefix("model.") for name in trained}
 
 
-def test_targets_are_parts_or_names(small_family: Family, small: Config) -> None:
+def test_targets_are_parts_or_layer_names(small_family: Family, small: Config) -> None:
     def paths(*targets: str, freeze: str = "none") -> set[str]:
         return adapted_paths(small_family, small.learner, *targets, freeze=freeze)
 
@@ -336,10 +336,10 @@ def test_targets_are_parts_or_names(small_family: Family, small: Config) -> None
     [
         (("text", "q_porj"), "none", r"= \[text, q_porj\] must .* has no q_porj; Did you mean q_proj\? It has: "),
         (("lm_head",), "none", "it has no lm_head; "),
-        (("qkv",), "vision", r"it has no qkv outside of what learner\.freeze keeps \(vision\); "),
+        (("qkv",), "vision", r"it has no qkv outside of the parts that learner\.freeze freezes \(vision\); "),
     ],
 )
-def test_a_target_that_is_not_there_is_named_with_what_is(
+def test_an_unknown_target_is_refused_with_the_known_ones(
     small_family: Family, small: Config, targets: tuple[str, ...], freeze: str, words: str
 ) -> None:
     with pytest.raises(AdapterError, match=words):

@@ -1,4 +1,4 @@
-"""What is made for the next update while one runs: how much, for which rows, and when it ends."""
+"""The learner's prefetcher: how many micro-batches it prepares, for which packed samples, and when it stops."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from othink_ray.engines.prefetch import Kept, Made, Prefetched, Prefetcher
+from othink_ray.engines.prefetch import Precomputed, Prefetched, Prefetcher, PrefetchQueue
 from othink_ray.types import Pack
 
-PATIENCE_S = 30
+TIMEOUT_S = 30
 
 
-def row(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
+def sample(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
     values = np.zeros(len(tokens))
     return Pack(
         prompt_id=name,
@@ -30,86 +30,88 @@ def row(name: str, tokens: Sequence[int] = (1, 2)) -> Pack:
     )
 
 
-def prepared(rows: Sequence[Pack], with_reference: bool = True) -> Prefetched:
-    named: Any = rows
-    return Prefetched(laid_out=named, kept=Kept(encodes=int(with_reference)))
+def prepared(packs: Sequence[Pack], with_reference: bool = True) -> Prefetched:
+    """A stand-in that records its arguments: the packs as the batch, `with_reference` as the image count."""
+    batch: Any = packs
+    return Prefetched(host_batch=batch, precomputed=Precomputed(encodes=int(with_reference)))
 
 
-UPDATES = [[[row("a")], [row("b"), row("c")]], [[row("d")]]]
+UPDATES = [[[sample("a")], [sample("b"), sample("c")]], [[sample("d")]]]
 
 
-def names(made: Made) -> list[list[str]]:
-    return [[own.prompt_id for own in rows] for rows, _ in made.begun]
+def names(queue: PrefetchQueue) -> list[list[str]]:
+    return [[own.prompt_id for own in packs] for packs, _ in queue.started]
 
 
-def test_one_micro_batch_more_than_last_time_is_made_in_their_order() -> None:
-    ahead = Prefetcher(prepared)
+def test_each_time_one_more_micro_batch_is_prepared_in_order() -> None:
+    prefetcher = Prefetcher(prepared)
     found = []
     for _ in range(5):
-        found.append(names(ahead.take()))
-        ahead.prepare(UPDATES, with_reference=True)
+        found.append(names(prefetcher.take()))
+        prefetcher.prepare(UPDATES, with_reference=True)
     assert found == [[], [["a"]], [["a"], ["b", "c"]], [["a"], ["b", "c"], ["d"]], [["a"], ["b", "c"], ["d"]]]
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_reference_is_asked_as_it_was_told(wanted: bool) -> None:
-    ahead = Prefetcher(prepared)
-    ahead.prepare(UPDATES, with_reference=wanted)
-    found = ahead.take().of(UPDATES[0][0])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_the_reference_runs_only_if_requested(with_reference: bool) -> None:
+    prefetcher = Prefetcher(prepared)
+    prefetcher.prepare(UPDATES, with_reference=with_reference)
+    found = prefetcher.take().pop(UPDATES[0][0])
     assert found is not None
-    assert found.kept.encodes == wanted
+    assert found.precomputed.encodes == with_reference
 
 
-def test_the_update_begins_no_more_and_waits_only_for_the_rows_in_the_making() -> None:
-    begun, finish = threading.Event(), threading.Event()
+def test_an_update_stops_prefetch_and_waits_only_for_its_own() -> None:
+    started, finish = threading.Event(), threading.Event()
 
-    def slowly(rows: Sequence[Pack], with_reference: bool) -> Prefetched:
-        if rows[0].prompt_id == "b":
-            begun.set()
-            assert finish.wait(PATIENCE_S)
-        return prepared(rows)
+    def slow(packs: Sequence[Pack], with_reference: bool) -> Prefetched:
+        if packs[0].prompt_id == "b":
+            started.set()
+            assert finish.wait(TIMEOUT_S)
+        return prepared(packs)
 
-    ahead = Prefetcher(slowly)
-    ahead._most = 2
-    with ThreadPoolExecutor() as beside:
-        preparing = beside.submit(ahead.prepare, UPDATES, with_reference=True)
-        assert begun.wait(PATIENCE_S)
-        made = ahead.take()
-        assert made.of([row("a")])
-        assert made.of([row("d")]) is None
-        waiting = beside.submit(made.of, [row("b"), row("c")])
+    prefetcher = Prefetcher(slow)
+    prefetcher._limit = 2
+    with ThreadPoolExecutor() as threads:
+        preparing = threads.submit(prefetcher.prepare, UPDATES, with_reference=True)
+        assert started.wait(TIMEOUT_S)
+        queue = prefetcher.take()
+        assert queue.pop([sample("a")])
+        assert queue.pop([sample("d")]) is None
+        waiting = threads.submit(queue.pop, [sample("b"), sample("c")])
         assert not waiting.done()
         finish.set()
-        found = waiting.result(PATIENCE_S)
-        preparing.result(PATIENCE_S)
+        found = waiting.result(TIMEOUT_S)
+        preparing.result(TIMEOUT_S)
     assert found is not None
-    assert found.laid_out is UPDATES[0][1]
-    assert names(made) == []
-    assert names(ahead.take()) == []
+    assert found.host_batch is UPDATES[0][1]
+    assert names(queue) == []
+    assert names(prefetcher.take()) == []
 
 
-def test_what_goes_wrong_is_told_by_whoever_wants_the_rows() -> None:
-    def fails(rows: Sequence[Pack], with_reference: bool) -> Prefetched:
+def test_an_error_is_raised_again_where_its_samples_are_used() -> None:
+    def fails(packs: Sequence[Pack], with_reference: bool) -> Prefetched:
         raise ValueError("no such image")
 
-    ahead = Prefetcher(fails)
+    prefetcher = Prefetcher(fails)
     with pytest.raises(ValueError, match="no such image"):
-        ahead.prepare(UPDATES, with_reference=True)
-    made = ahead.take()
-    assert made.of([row("d")]) is None
+        prefetcher.prepare(UPDATES, with_reference=True)
+    queue = prefetcher.take()
+    assert queue.pop([sample("d")]) is None
     with pytest.raises(ValueError, match="no such image"):
-        made.of([row("a")])
+        queue.pop([sample("a")])
 
 
-def test_only_what_was_made_of_exactly_these_rows_is_used() -> None:
-    ahead = Prefetcher(prepared)
-    ahead._most = 1
-    ahead.prepare([[[row("a"), row("b")], []]], with_reference=True)
-    made = ahead.take()
-    assert made.of([row("a"), row("b")])
-    assert made.of([])
-    changed = [replace(row("b"), **{name: getattr(row("b"), name) + 1}) for name in ("advantages", "loss_weights")]
-    for other in (row("c"), row("b", (1, 3)), row("b", (1, 2, 3)), replace(row("b"), images=(b"others",)), *changed):
-        assert made.of([row("a"), other]) is None
-    assert made.of([row("b"), row("a")]) is None
-    assert made.of([row("a")]) is None
+def test_only_a_batch_of_exactly_these_samples_is_used() -> None:
+    prefetcher = Prefetcher(prepared)
+    prefetcher._limit = 1
+    a, b = sample("a"), sample("b")
+    prefetcher.prepare([[[a, b], []]], with_reference=True)
+    queue = prefetcher.take()
+    assert queue.pop([sample("a"), sample("b")])
+    assert queue.pop([])
+    changed = [replace(b, **{name: getattr(b, name) + 1}) for name in ("advantages", "loss_weights")]
+    for other in (sample("c"), sample("b", (1, 3)), sample("b", (1, 2, 3)), replace(b, images=(b"others",)), *changed):
+        assert queue.pop([a, other]) is None
+    assert queue.pop([b, a]) is None
+    assert queue.pop([a]) is None

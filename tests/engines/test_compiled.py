@@ -1,4 +1,4 @@
-"""Compiled layers multiply by oneDNN, and are what they were; no test compiles a whole learner."""
+"""Compiled layers multiply with oneDNN and keep their results; no test compiles a whole learner."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Layer(nn.Module):
         return tokens + self.down(nn.functional.silu(self.up(tokens)))
 
 
-class OfLayers:
-    """All that is asked of a family here."""
+class LayersOnly:
+    """The part of a family that `compile_layers` uses."""
 
     def layers(self, network: nn.Module) -> list[nn.Module]:
         return list(network.children())
@@ -33,23 +33,23 @@ class OfLayers:
 
 @pytest.fixture
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of oneDNN's products."""
+    """Record the shapes (rows, inner, columns) of oneDNN's products."""
     shapes: list[tuple[int, ...]] = []
     product = products._product
 
-    def noting(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    def recording(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
         shapes.append((*left.shape, right.shape[1]))
         return product(left, right, added)
 
-    monkeypatch.setattr(products, "_product", noting)
+    monkeypatch.setattr(products, "_product", recording)
     yield shapes
     torch.compiler.reset()
 
 
-def test_a_compiled_layer_is_the_layer_with_onednns_products(multiplied: list[Any]) -> None:
+def test_a_compiled_layer_uses_onednn_with_equal_results(multiplied: list[Any]) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(Layer(), Layer())
-    inputs = [torch.randn(length, 6) for length in (50, 30)]  # as many tokens as come: compiled once
+    inputs = [torch.randn(length, 6) for length in (50, 30)]  # compiled once for any number of tokens
 
     def results() -> list[Tensor]:
         network.zero_grad()
@@ -59,8 +59,8 @@ def test_a_compiled_layer_is_the_layer_with_onednns_products(multiplied: list[An
 
     expected = results()
     assert not multiplied
-    compile_layers(cast(Family, OfLayers()), network, by_onednn=True)
+    compile_layers(cast(Family, LayersOnly()), network, by_onednn=True)
     assert_close(results(), expected, atol=1e-4, rtol=1e-5)
     assert (50, 6, 24) in multiplied and (30, 24, 6) in multiplied
-    # Two layers, two inputs: two products forward, four backward, but for the first layer's input.
+    # Two layers, two inputs: two products forward and four backward, one fewer for the first layer's input.
     assert len(multiplied) == 2 * (6 + 5)

@@ -1,4 +1,4 @@
-"""Exports over what an earlier one left in the folder, exports that break off, and the ranks' shares in gathering."""
+"""Exports: over an earlier export, after a failure, and the collective gathers of all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from othink_ray.engines.lora import add_adapters
 from othink_ray.families import hugging_face
 from othink_ray.families.base import Family
 
-IN_PARTS, IN_ONE = 100_000, 2**30
+SPLIT_BYTES, UNSPLIT_BYTES = 100_000, 2**30
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def gathered() -> list[list[Tensor]]:
 
 @pytest.fixture
 def export(small_family: Family, gathered: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What one rank does in an export, with files of so many bytes."""
+    """Return a function that runs one rank's part of an export with weight files of `part_bytes`."""
     monkeypatch.setattr(deepspeed_learner.dist, "barrier", lambda: None)
 
-    def exported(network: nn.Module, folder: Path, part_bytes: int = IN_ONE, rank: int = 0) -> None:
+    def exported(network: nn.Module, folder: Path, part_bytes: int = UNSPLIT_BYTES, rank: int = 0) -> None:
         monkeypatch.setattr(hugging_face, "PART_BYTES", part_bytes)
         learner: Any = DeepSpeedLearner.__new__(DeepSpeedLearner)
         learner.engine = SimpleNamespace(module=SimpleNamespace(network=network))
@@ -58,11 +58,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-@pytest.mark.parametrize(("earlier", "later"), [(IN_PARTS, IN_ONE), (IN_ONE, IN_PARTS), (IN_PARTS, 3 * IN_PARTS)])
-def test_an_export_leaves_nothing_of_an_earlier_one(
+@pytest.mark.parametrize(
+    ("earlier", "later"), [(SPLIT_BYTES, UNSPLIT_BYTES), (UNSPLIT_BYTES, SPLIT_BYTES), (SPLIT_BYTES, 3 * SPLIT_BYTES)]
+)
+def test_an_export_removes_the_earlier_one(
     earlier: int, later: int, network: nn.Module, export: Any, small_family: Family, tmp_path: Path
 ) -> None:
-    """vLLM reads the *.safetensors files that an index lists, or all of them where there is no index."""
+    """vLLM reads the *.safetensors files listed in the index, or all of them without an index."""
     folder = tmp_path / "export"
     export(network, folder, earlier)
     with torch.no_grad():
@@ -71,12 +73,12 @@ def test_an_export_leaves_nothing_of_an_earlier_one(
     export(network, folder, later)
     index = folder / "model.safetensors.index.json"
     listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    assert index.exists() == (later != IN_ONE)
+    assert index.exists() == (later != UNSPLIT_BYTES)
     assert {file.name for file in folder.glob("*.safetensors")} == listed
     assert same(weights_in(folder, small_family), dict(network.named_parameters()))
 
 
-def test_an_adapter_of_an_earlier_export_is_gone(network: nn.Module, export: Any, tmp_path: Path) -> None:
+def test_an_export_removes_the_earlier_adapter(network: nn.Module, export: Any, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_config.json").write_text("{}")
@@ -86,11 +88,11 @@ def test_an_adapter_of_an_earlier_export_is_gone(network: nn.Module, export: Any
     assert (folder / "config.json").exists()
 
 
-def test_an_export_that_breaks_off_leaves_the_earlier_one(
+def test_a_failed_export_leaves_the_earlier_one(
     network: nn.Module, export: Any, small_family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "export"
-    export(network, folder, IN_PARTS)
+    export(network, folder, SPLIT_BYTES)
     before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     with torch.no_grad():
         for parameter in network.parameters():
@@ -98,42 +100,42 @@ def test_an_export_that_breaks_off_leaves_the_earlier_one(
     with monkeypatch.context() as patched:
         patched.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(OSError, match="no space left"):
-            export(network, folder, IN_PARTS)
+            export(network, folder, SPLIT_BYTES)
     assert same(weights_in(folder, small_family), before)
-    export(network, folder, IN_PARTS)
+    export(network, folder, SPLIT_BYTES)
     assert same(weights_in(folder, small_family), dict(network.named_parameters()))
 
 
-def test_a_first_export_that_breaks_off_is_no_model(
+def test_a_failed_first_export_is_no_model(
     network: nn.Module, export: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """mode=check and a run that starts from the folder go by its config.json."""
+    """mode=check and runs that start from the folder look for its config.json."""
     folder = tmp_path / "export"
     monkeypatch.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        export(network, folder, IN_PARTS)
+        export(network, folder, SPLIT_BYTES)
     assert not (folder / "config.json").exists()
     assert not list(folder.glob("*.safetensors"))
 
 
-def test_a_folder_whose_files_are_being_replaced_is_no_model(tmp_path: Path) -> None:
-    """Some are of the earlier export by then and some of the new one."""
-    aside = tmp_path / ".partial"
-    aside.mkdir()
+def test_a_folder_during_replacement_is_no_model(tmp_path: Path) -> None:
+    """At that time some files are of the earlier export and some of the new one."""
+    partial = tmp_path / ".partial"
+    partial.mkdir()
     (tmp_path / "config.json").write_text("{}")
-    (aside / "config.json").write_text("{}")
-    (tmp_path / "tokenizer").write_text("a file, which no folder replaces")
-    (aside / "tokenizer").mkdir()
+    (partial / "config.json").write_text("{}")
+    (tmp_path / "tokenizer").write_text("a file cannot be replaced by a folder")
+    (partial / "tokenizer").mkdir()
     with pytest.raises(NotADirectoryError):
-        replace_export(tmp_path, aside)
+        replace_export(tmp_path, partial)
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("part_bytes", [IN_ONE, IN_PARTS])
+@pytest.mark.parametrize("part_bytes", [UNSPLIT_BYTES, SPLIT_BYTES])
 def test_all_ranks_gather_the_same_weights_in_order(
     part_bytes: int, network: nn.Module, export: Any, gathered: list[list[Tensor]], tmp_path: Path
 ) -> None:
-    """Under ZeRO-3 each gathering is a collective call: with one more on any rank all of them would hang."""
+    """Under ZeRO-3 each gather is a collective: one more on any rank would hang all of them."""
     layer = next(name for name, module in network.named_modules() if name.endswith("q_proj"))
     add_adapters(network, rank=2, alpha=4, layers=[layer])
     by_rank = []

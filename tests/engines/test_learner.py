@@ -1,4 +1,4 @@
-"""DeepSpeed ranks, real ones, against the paper read slowly: GRPO-D in loops over plain rows and torch's own AdamW."""
+"""Real DeepSpeed ranks against a slow reference of the paper: GRPO-D in loops over padded rows, with torch's AdamW."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CORRECTED = ("token", "sequence", "icepop", "mis_sequence")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("learner")
 
 
@@ -37,87 +37,87 @@ def probes(small_family: Family, batches: list[list[Group]]) -> list[Probe]:
     rng = np.random.default_rng(0)
     chosen = []
     for group in batches[0]:
-        one = replace(group, completions=group.completions[:1])
-        candidates = rng.integers(0, 300, size=(len(one.completions[0].token_ids), 4))
-        chosen.append(Probe(group=one, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32)))
+        single = replace(group, completions=group.completions[:1])
+        candidates = rng.integers(0, 300, size=(len(single.completions[0].token_ids), 4))
+        chosen.append(Probe(group=single, candidates=candidates, logprobs=np.zeros(candidates.shape, np.float32)))
     return chosen
 
 
 @pytest.fixture(scope="module")
 def alone(
-    small: Config, small_folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+    small: Config, small_folder: Path, batches: list[list[Group]], scratch: Path, probes: list[Probe]
 ) -> dict[str, Outcome]:
-    """A world of one rank."""
+    """Outcomes with one rank."""
     plain = training(small, batches, 1)
     one_update = [planned(batches[0], ranks=1, updates=1, micro_tokens=100)]
     unclipped = replace(plain.learner, max_grad_norm=1e6)
     scenarios = {
         "untouched": replace(plain, steps=(), probes=probes, with_reference=False),
-        "stage 1": replace(plain, export=places / "export_1", probes=probes, watch=True),
-        "stage 2, a row at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
+        "stage 1": replace(plain, export=scratch / "export_1", probes=probes, observe=True),
+        "stage 2, a sample at a time": training(small, batches, 1, zero_stage=2, micro_tokens=1),
         "stage 3, checkpointing": training(small, batches, 1, zero_stage=3, gradient_checkpointing=True),
         "all at once": training(small, batches, 1, micro_tokens=10**6),
         "dense, by BLAS": training(small, batches, 1, attention="dense", logit_rows=7, onednn=False),
         "frozen tower": replace(
-            training(small, batches, 1, freeze="projector"), export=places / "export_frozen", watch=True
+            training(small, batches, 1, freeze="projector"), export=scratch / "export_frozen", observe=True
         ),
-        "frozen tower, projector learns": replace(training(small, batches, 1, freeze="vision"), watch=True),
+        "frozen tower, projector learns": replace(training(small, batches, 1, freeze="vision"), observe=True),
         "frozen tower, encoded each time": training(small, batches, 1, freeze="projector", share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
         **{name: replace(plain, correction=name) for name in CORRECTED},
-        "mis_sequence, a row at a time": replace(
+        "mis_sequence, a sample at a time": replace(
             training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="mis_sequence"
         ),
-        "ahead": replace(plain, ahead=True),
-        "ahead, frozen tower": replace(training(small, batches, 1, freeze="projector"), ahead=True),
-        "ahead, stage 3": replace(training(small, batches, 1, zero_stage=3), ahead=True),
-        "ahead, beta 0": replace(plain, ahead=True, beta=0.0),
+        "prefetch": replace(plain, prefetch=True),
+        "prefetch, frozen tower": replace(training(small, batches, 1, freeze="projector"), prefetch=True),
+        "prefetch, stage 3": replace(training(small, batches, 1, zero_stage=3), prefetch=True),
+        "prefetch, beta 0": replace(plain, prefetch=True, beta=0.0),
         "beta 0": replace(plain, beta=0.0),
         "beta 0, no reference": replace(plain, beta=0.0, with_reference=False),
         "gspo": replace(plain, loss="gspo"),
-        "gspo, a row at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
+        "gspo, a sample at a time": replace(training(small, batches, 1, zero_stage=2, micro_tokens=1), loss="gspo"),
         "supervised": replace(plain, loss="sft", beta=0.0, with_reference=False),
         "poisoned": replace(plain, steps=[poisoned(plain.steps[0])]),
-        "first half": replace(plain, steps=plain.steps[:1], save=places / "half"),
-        "second half": replace(plain, steps=plain.steps[1:], load=places / "half"),
+        "first half": replace(plain, steps=plain.steps[:1], save=scratch / "half"),
+        "second half": replace(plain, steps=plain.steps[1:], load=scratch / "half"),
         "grouped, wide": training(small, batches, 1, attention="grouped", narrow_last_layer=False),
     }
-    [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, places / "alone")
+    [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, scratch / "alone")
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def pair(
-    small: Config, small_folder: Path, batches: list[list[Group]], places: Path, probes: list[Probe]
+    small: Config, small_folder: Path, batches: list[list[Group]], scratch: Path, probes: list[Probe]
 ) -> list[dict[str, Outcome]]:
-    """A world of two ranks."""
+    """Outcomes with two ranks, by rank."""
     plain, stage_3 = training(small, batches, 2), training(small, batches, 2, zero_stage=3)
     lopsided = [uneven(groups) for groups in batches]
     scenarios = {
         "stage 1, uneven": replace(plain, steps=lopsided),
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
-        "stage 3, frozen tower": replace(training(small, batches, 2, zero_stage=3, freeze="projector"), watch=True),
+        "stage 3, frozen tower": replace(training(small, batches, 2, zero_stage=3, freeze="projector"), observe=True),
         "gspo": replace(stage_3, loss="gspo"),
         "mis_sequence": replace(stage_3, correction="mis_sequence"),
         "stage 3, poisoned": replace(stage_3, steps=[poisoned(stage_3.steps[0])]),
         "untouched": replace(stage_3, steps=(), with_reference=False),
-        "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=places / "half_3"),
+        "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=scratch / "half_3"),
         "stage 3": replace(
-            stage_3, steps=stage_3.steps[1:], load=places / "half_3", export=places / "export_3", probes=probes
+            stage_3, steps=stage_3.steps[1:], load=scratch / "half_3", export=scratch / "export_3", probes=probes
         ),
     }
-    return run_ranks(small.model, small_folder, 2, scenarios, places / "pair")
+    return run_ranks(small.model, small_folder, 2, scenarios, scratch / "pair")
 
 
 def poisoned(shares: Shares) -> Shares:
-    """The first row of the first update has gains that are not numbers; the second update is sound."""
+    """Set the advantages of the first sample of the first update to NaN; the second update stays valid."""
     [[[first, *others], *micro_batches], *updates], *ranks = shares
     bad = replace(first, advantages=np.full_like(first.advantages, np.nan))
     return [[[[bad, *others], *micro_batches], *updates], *ranks]
 
 
 def uneven(groups: Sequence[Group]) -> Shares:
-    """Rank 0 has all images, rank 1 the text alone and an empty micro-batch or two."""
+    """Give all images to rank 0, and to rank 1 only text and empty micro-batches."""
     a, b, text, d = packs_of(groups, updates=2)
     return [[[[a], [b]], [[d], []]], [[[], []], [[], [text]]]]
 
@@ -125,7 +125,7 @@ def uneven(groups: Sequence[Group]) -> Shares:
 # ---- against the paper
 
 
-def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
+def test_loss_and_gradient_of_a_step_match_the_paper(
     small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
     slow = slow_training(small.learner, small_family, batches[:1], REWARDS, updates=1, beta=BETA)
@@ -136,7 +136,7 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_paper(
     assert distance(gradient, slow.first_gradient)[0] < 1e-5
 
 
-def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
+def test_updates_with_kl_and_clipping_match_the_paper(
     small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome]
 ) -> None:
     slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA)
@@ -148,16 +148,18 @@ def test_several_updates_with_kl_and_clipping_train_the_weights_of_the_paper(
 
 
 @pytest.mark.parametrize(
-    "name", ["stage 2, a row at a time", "stage 3, checkpointing", "all at once", "dense, by BLAS", "grouped, wide"]
+    "name", ["stage 2, a sample at a time", "stage 3, checkpointing", "all at once", "dense, by BLAS", "grouped, wide"]
 )
-def test_neither_the_stage_nor_the_micro_batches_change_what_is_learned(alone: dict[str, Outcome], name: str) -> None:
+def test_stages_and_micro_batches_learn_the_same(alone: dict[str, Outcome], name: str) -> None:
     found, expected = alone[name], alone["stage 1"]
     assert_same_stats(found.stats, expected.stats)
     assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["stage 1, uneven", "stage 2", "stage 3"])
-def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[dict[str, Outcome]], name: str) -> None:
+def test_two_ranks_learn_what_one_rank_learns(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], name: str
+) -> None:
     expected = alone["stage 1"]
     for outcomes in pair:
         earlier = outcomes["stage 3, first half, uneven"].stats if name == "stage 3" else []
@@ -166,7 +168,7 @@ def test_two_ranks_learn_what_one_learns(alone: dict[str, Outcome], pair: list[d
 
 
 @pytest.mark.parametrize("name", CORRECTED)
-def test_corrected_updates_train_the_weights_of_the_slow_reference(
+def test_corrected_updates_match_the_slow_reference(
     small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
 ) -> None:
     slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA, correction=name)
@@ -183,7 +185,7 @@ def test_ranks_and_micro_batches_do_not_change_a_corrected_run(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
 ) -> None:
     expected, start = alone["mis_sequence"], alone["untouched"]
-    for found in (alone["mis_sequence, a row at a time"], *(outcomes["mis_sequence"] for outcomes in pair)):
+    for found in (alone["mis_sequence, a sample at a time"], *(outcomes["mis_sequence"] for outcomes in pair)):
         assert_same_stats(found.stats, expected.stats)
         assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
 
@@ -191,7 +193,7 @@ def test_ranks_and_micro_batches_do_not_change_a_corrected_run(
 def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], pair: list[dict[str, Outcome]]) -> None:
     expected, start = alone["gspo"], alone["untouched"]
     assert distance(moved(expected, start), moved(alone["stage 1"], start))[0] > 1e-3
-    for found in (alone["gspo, a row at a time"], *(outcomes["gspo"] for outcomes in pair)):
+    for found in (alone["gspo, a sample at a time"], *(outcomes["gspo"] for outcomes in pair)):
         assert_same_stats(found.stats, expected.stats)
         assert distance(moved(found, start), moved(expected, start))[0] < 1e-4
 
@@ -199,7 +201,7 @@ def test_ranks_and_micro_batches_do_not_change_gspo(alone: dict[str, Outcome], p
 # ---- what is measured
 
 
-def test_stats_say_what_was_done(small: Config, batches: list[list[Group]], alone: dict[str, Outcome]) -> None:
+def test_stats_describe_the_update(small: Config, batches: list[list[Group]], alone: dict[str, Outcome]) -> None:
     first, second = alone["stage 1"].stats
     answered = sum(len(c.token_ids) for group in batches[0] for c in group.completions)
     assert (first.tokens, second.tokens) == (answered, answered)
@@ -231,7 +233,7 @@ def test_an_image_is_encoded_once_for_all_answers_of_its_prompt(alone: dict[str,
     assert alone["all at once"].stats[0].vision_encodes == 3 * passes
 
 
-def test_a_frozen_tower_encodes_an_image_once_for_all_passes_and_stays_as_it_was(
+def test_a_frozen_tower_encodes_once_and_learns_the_same(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
 ) -> None:
     shared, apart = alone["frozen tower"], alone["frozen tower, encoded each time"]
@@ -246,23 +248,23 @@ def test_a_frozen_tower_encodes_an_image_once_for_all_passes_and_stays_as_it_was
 
 
 @pytest.mark.parametrize(
-    ("ahead", "alike"),
-    [(f"ahead{kind}", kind[2:] or "stage 1") for kind in ("", ", frozen tower", ", beta 0")]
-    + [("ahead, stage 3", "stage 3, checkpointing")],
+    ("prefetched", "plain"),
+    [(f"prefetch{kind}", kind[2:] or "stage 1") for kind in ("", ", frozen tower", ", beta 0")]
+    + [("prefetch, stage 3", "stage 3, checkpointing")],
 )
-def test_what_is_prepared_beside_an_update_changes_nothing(alone: dict[str, Outcome], ahead: str, alike: str) -> None:
-    found, expected = alone[ahead], alone[alike]
-    assert found.made == [0, 1]
+def test_prefetch_does_not_change_an_update(alone: dict[str, Outcome], prefetched: str, plain: str) -> None:
+    found, expected = alone[prefetched], alone[plain]
+    assert found.prefetched == [0, 1]
     assert_same_stats(found.stats, expected.stats)
     for own, other in zip(found.stats, expected.stats, strict=True):
         assert own.reference_passes == other.reference_passes
         assert own.vision_encodes == other.vision_encodes
-    if alike != "stage 3, checkpointing":
+    if plain != "stage 3, checkpointing":
         assert distance(found.weights, expected.weights)[0] == 0
     assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
-def test_the_reference_runs_only_where_beta_asks_for_it(alone: dict[str, Outcome]) -> None:
+def test_the_reference_runs_only_for_a_positive_beta(alone: dict[str, Outcome]) -> None:
     with_kl, without = alone["stage 1"], alone["beta 0"]
     assert all(stats.reference_passes > 0 for stats in with_kl.stats)
     assert [stats.reference_passes for stats in without.stats] == [0, 0]
@@ -271,7 +273,7 @@ def test_the_reference_runs_only_where_beta_asks_for_it(alone: dict[str, Outcome
     assert distance(moved(without, alone["untouched"]), moved(with_kl, alone["untouched"]))[0] > 1e-3
 
 
-def test_supervised_updates_make_the_answers_likelier(alone: dict[str, Outcome]) -> None:
+def test_supervised_updates_make_answers_likelier(alone: dict[str, Outcome]) -> None:
     first, second = alone["supervised"].stats
     assert 0 < second.loss < first.loss
 
@@ -285,23 +287,23 @@ def test_supervised_updates_make_the_answers_likelier(alone: dict[str, Outcome])
         ("stage 3, frozen tower", ("vision", "projector")),
     ],
 )
-def test_what_is_frozen_keeps_every_bit_and_every_other_weight_is_trained(
+def test_frozen_weights_keep_every_bit_and_others_are_trained(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]], name: str, kept: tuple[str, ...]
 ) -> None:
     for outcome in [alone[name]] if name in alone else [outcomes[name] for outcomes in pair]:
-        before, after = (seen.digests for seen in outcome.seen)
+        before, after = (snapshot.digests for snapshot in outcome.snapshots)
         assert {part_of(tensor) for tensor in before} == {"text", "vision", "projector"}
-        still = {tensor for tensor in before if before[tensor] == after[tensor]}
-        assert still == {tensor for tensor in before if part_of(tensor) in kept}
-        assert set(outcome.weights) == set(outcome.first_moments) == set(before) - still
-        assert outcome.frozen == {tensor: after[tensor] for tensor in still}
+        unchanged = {tensor for tensor in before if before[tensor] == after[tensor]}
+        assert unchanged == {tensor for tensor in before if part_of(tensor) in kept}
+        assert set(outcome.weights) == set(outcome.first_moments) == set(before) - unchanged
+        assert outcome.frozen == {tensor: after[tensor] for tensor in unchanged}
 
 
 def part_of(tensor: str) -> str:
     return "projector" if ".merger." in tensor else "vision" if ".visual." in tensor else "text"
 
 
-def test_features_are_not_shared_where_the_projector_learns(alone: dict[str, Outcome]) -> None:
+def test_features_are_not_shared_if_the_projector_is_trained(alone: dict[str, Outcome]) -> None:
     encodes = [alone[name].stats[0].vision_encodes for name in ("frozen tower, projector learns", "frozen tower")]
     assert encodes[0] == 3 * encodes[1] > 0
 
@@ -309,18 +311,16 @@ def test_features_are_not_shared_where_the_projector_learns(alone: dict[str, Out
 # ---- weights out
 
 
-def test_a_matrix_that_head_and_embedding_share_is_sent_once(alone: dict[str, Outcome]) -> None:
+def test_a_tied_head_and_embedding_are_pushed_once(alone: dict[str, Outcome]) -> None:
     weights = alone["stage 1"].weights
     assert "model.language_model.embed_tokens.weight" in weights
     assert "lm_head.weight" not in weights
 
 
-def test_what_is_frozen_is_not_sent_but_exported_as_it_was(
-    alone: dict[str, Outcome], small: Config, places: Path
-) -> None:
+def test_frozen_weights_are_exported_but_not_pushed(alone: dict[str, Outcome], small: Config, scratch: Path) -> None:
     sent, start = alone["frozen tower"].weights, alone["untouched"].weights
     assert set(start) - set(sent) == {name for name in start if ".visual." in name}
-    exported = loaded(small, places / "export_frozen")
+    exported = loaded(small, scratch / "export_frozen")
     assert set(exported) == set(start)
     assert all(np.array_equal(weight, (start | sent)[name]) for name, weight in exported.items())
 
@@ -330,19 +330,19 @@ def loaded(small: Config, folder: Path) -> dict[str, NDArray[np.float32]]:
     return {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
 
 
-def test_all_ranks_give_out_the_same_whole_weights(pair: list[dict[str, Outcome]]) -> None:
+def test_all_ranks_yield_the_same_gathered_weights(pair: list[dict[str, Outcome]]) -> None:
     for name in pair[0]:
         for weight, other in zip(pair[0][name].weights.values(), pair[1][name].weights.values(), strict=True):
             assert np.array_equal(weight, other)
 
 
 @pytest.mark.parametrize("world", ["alone", "pair"])
-def test_an_export_is_a_folder_that_transformers_loads_with_the_trained_weights(
-    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], small: Config, places: Path, world: str
+def test_transformers_loads_an_export_with_trained_weights(
+    alone: dict[str, Outcome], pair: list[dict[str, Outcome]], small: Config, scratch: Path, world: str
 ) -> None:
     trained, exported = {
-        "alone": (alone["stage 1"], places / "export_1"),
-        "pair": (pair[0]["stage 3"], places / "export_3"),
+        "alone": (alone["stage 1"], scratch / "export_1"),
+        "pair": (pair[0]["stage 3"], scratch / "export_3"),
     }[world]
     opened = open_family(replace(small.model, path=str(exported)), str(exported))
     network = opened.load_network(torch.float32)
@@ -354,7 +354,7 @@ def test_an_export_is_a_folder_that_transformers_loads_with_the_trained_weights(
     assert opened.image_token_counts(prompt.images) == [9]
 
 
-def test_candidate_logprobs_are_those_of_the_weights_given_out(
+def test_candidate_logprobs_are_those_of_the_pushed_weights(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]], small_family: Family, probes: list[Probe]
 ) -> None:
     for outcome in (alone["untouched"], alone["stage 1"], pair[0]["stage 3"], pair[1]["stage 3"]):
@@ -370,21 +370,21 @@ def test_candidate_logprobs_are_those_of_the_weights_given_out(
             assert found == pytest.approx(expected, abs=1e-4)
 
 
-# ---- numbers that are none
+# ---- losses that are not finite
 
 
-def test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told(
+def test_an_update_with_nan_loss_is_skipped_and_reported(
     alone: dict[str, Outcome], pair: list[dict[str, Outcome]]
 ) -> None:
-    """The next one is made, from the weights as they were: by all ranks, wherever the bad row was."""
-    lives = [(alone["poisoned"], alone["untouched"])], [(one["stage 3, poisoned"], one["untouched"]) for one in pair]
-    for ranks in lives:
-        named = {prompt for outcome, _ in ranks for prompt in outcome.stats[0].bad_prompts}  # each rank names its own
+    """The next update starts from the unchanged weights on all ranks, whichever rank had the bad sample."""
+    two = [(outcomes["stage 3, poisoned"], outcomes["untouched"]) for outcomes in pair]
+    for ranks in ([(alone["poisoned"], alone["untouched"])], two):
+        named = {prompt for outcome, _ in ranks for prompt in outcome.stats[0].bad_prompts}  # each rank has a part
         assert named and named <= set("abcd")
         for outcome, start in ranks:
             [stats] = outcome.stats
             assert stats.skipped == 1 and math.isnan(stats.loss)
-            assert 0 < stats.grad_norm < math.inf, "of the update that was made"
+            assert 0 < stats.grad_norm < math.inf, "the norm of the valid update"
             assert all(np.isfinite(weight).all() for weight in outcome.weights.values())
             assert distance(outcome.weights, start.weights)[0] > 1e-4
 
@@ -392,8 +392,8 @@ def test_an_update_whose_loss_is_no_number_is_skipped_whole_and_told(
 # ---- save and load
 
 
-def test_a_saved_learner_goes_on_exactly_as_if_it_had_not_stopped(alone: dict[str, Outcome]) -> None:
-    """Sharded ranks do too: "stage 3" of two ranks is such a life in two halves."""
+def test_a_resumed_learner_equals_an_uninterrupted_one(alone: dict[str, Outcome]) -> None:
+    """The same for sharded ranks is part of "stage 3" with two ranks, which resumes after its first step."""
     half, rest, whole = alone["first half"], alone["second half"], alone["stage 1"]
     assert rest.stats == whole.stats[1:]
     assert distance(rest.weights, whole.weights)[0] == 0

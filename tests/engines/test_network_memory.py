@@ -1,4 +1,4 @@
-"""The planned bytes of a micro-batch against counted allocations, and against autograd's own list at true shapes."""
+"""Planned bytes of a micro-batch against counted allocations, and against autograd's saved tensors at real shapes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IMAGE = picture(224, 224, 0)
 
 
 class Causal(Attention):
-    """torch's own fused kernel: a packed sequence as if it were one text."""
+    """torch's fused causal attention, which treats a packed sequence as one text."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
@@ -54,8 +54,8 @@ def mid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def counted(config: Config, family: Family, row: Any, dtype: torch.dtype) -> int:
-    """Bytes that an update's forward, loss and backward allocate at their peak, beside weights and gradients."""
+def counted(config: Config, family: Family, sample: Any, dtype: torch.dtype) -> int:
+    """Return the peak bytes of an update's forward, loss and backward, without weights and gradients."""
     network: Any = family.load_network(dtype)
     prune_last_layer(family.layers(network)[-1])
     choose_trained(family, network, config.learner)
@@ -75,7 +75,7 @@ def counted(config: Config, family: Family, row: Any, dtype: torch.dtype) -> int
         parameter.register_post_accumulate_grad_hook(accumulate)
     cpu = torch.device("cpu")
     with Allocations(*policy.parameters(), *policy.buffers(), *sums.values()) as seen:
-        batch = collate([row], family, lambda line, device: Causal(), cpu)
+        batch = collate([sample], family, lambda sequence, device: Causal(), cpu)
         logprobs, _ = policy(batch)
         value, _ = LOSSES["grpo"](
             logprobs,
@@ -96,21 +96,21 @@ def counted(config: Config, family: Family, row: Any, dtype: torch.dtype) -> int
 @pytest.mark.parametrize(
     ("dtype", "checkpointing", "rank"), list(itertools.product(["float32", "bfloat16"], [False, True], [0, 8]))
 )
-def test_planned_bytes_are_those_that_an_update_allocates(
+def test_planned_bytes_match_the_allocations_of_an_update(
     mid_folder: Path, dtype: str, checkpointing: bool, rank: int
 ) -> None:
     keys = [f"learner.gradient_checkpointing={checkpointing}", f"learner.lora.rank={rank}", "learner.logit_rows=64"]
     config = load([*keys, f"model.dtype={dtype}", "learner.zero_stage=2"])
     family = open_family(replace(config.model, max_pixels=50176), str(mid_folder))
-    row = row_of(group_of(family, ask("a", IMAGE), [200, 300], seed=0))
+    sample = row_of(group_of(family, ask("a", IMAGE), [200, 300], seed=0))
     network = learner_skeleton(family, config.learner, DTYPES[dtype])
-    work = activations(family, network, len(row.token_ids), [IMAGE], asked=500)
+    work = activations(family, network, len(sample.token_ids), [IMAGE], asked=500)
     updating = learner_memory(config, network_shape(family, network), work).updating
     planned = sum(updating.get(name, 0) for name in ("activations", "logits"))
-    assert planned == pytest.approx(counted(config, family, row, DTYPES[dtype]), rel=0.15)
+    assert planned == pytest.approx(counted(config, family, sample, DTYPES[dtype]), rel=0.15)
 
 
-def test_sizes_are_those_of_the_configuration_and_no_hook_is_left(mid_folder: Path) -> None:
+def test_sizes_match_the_config_and_no_hook_is_left(mid_folder: Path) -> None:
     config = load([])
     family = open_family(replace(config.model, max_pixels=50176), str(mid_folder))
     network = learner_skeleton(family, config.learner, torch.float32)
@@ -123,20 +123,20 @@ def test_sizes_are_those_of_the_configuration_and_no_hook_is_left(mid_folder: Pa
 
 
 @pytest.mark.parametrize("name", ["2b", "7b"])
-def test_at_true_shapes_they_are_what_autograd_saves(name: str, tmp_path: Path) -> None:
+def test_at_real_shapes_planned_bytes_are_what_autograd_saves(name: str, tmp_path: Path) -> None:
     config = load([f"model=qwen2_vl_{name}"])
     family = open_family(config.model, str(write_public(tmp_path / name, name)))
     network = learner_skeleton(family, config.learner, torch.bfloat16)
     parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     saved: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in parameters:
             saved.append(tensor)
         return tensor
 
     image = picture(616, 616, 0)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         activations(family, network, 8800, [image], asked=8000)
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in saved}
     found = sum(storage.nbytes() for storage in storages.values())

@@ -1,4 +1,4 @@
-"""The learner's network on shared-prefix rows, held against the unmodified network on plain padded rows."""
+"""The learner's network on packed samples against the unmodified network on padded rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[tuple[Prompt, Sequence[int]], ...]] = {
 
 @pytest.fixture
 def learner(family: Family, policy: Policy) -> Policy:
-    """A network of its own, whose gradients nobody else reads."""
+    """A separate copy of the network, for tests that read gradients."""
     return Policy(copy.deepcopy(policy.network), family, TEMPERATURE, logit_rows=16)
 
 
@@ -61,7 +61,7 @@ def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attentio
 
 @pytest.mark.parametrize("attention", ["grouped", "dense", "blocks"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
+def test_packed_samples_equal_plain_rows_in_logprobs_and_grads(
     learner: Policy, family: Family, case: str, attention: str
 ) -> None:
     groups = groups_of(family, case)
@@ -74,7 +74,7 @@ def test_a_shared_prefix_row_equals_plain_rows_in_logprobs_and_gradients(
     assert_same_gradients(found, gradients(learner, (plain * direction).sum()), 1e-5)
 
 
-def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, family: Family) -> None:
+def test_full_distributions_contain_the_target_logprobs(policy: Policy, family: Family) -> None:
     batch = batch_of([row_of(group) for group in groups_of(family, "images of several sizes")], family)
     with torch.no_grad():
         logprobs, entropy = policy(batch)
@@ -90,7 +90,7 @@ def test_whole_distributions_hold_the_logprobs_of_the_targets(policy: Policy, fa
 def loss_and_gradient(
     policy: Policy, family: Family, micro_batches: Sequence[Sequence[Pack]]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Summed over the micro-batches, as the learner does."""
+    """Return loss and gradients summed over the micro-batches, as in the learner."""
     parts = []
     for packs in micro_batches:
         batch = batch_of(packs, family)
@@ -119,7 +119,7 @@ def splits(packs: list[Pack]) -> Iterator[list[list[Pack]]]:
     yield [packs, []]
 
 
-def test_loss_and_gradient_do_not_depend_on_how_rows_are_batched(learner: Policy, family: Family) -> None:
+def test_loss_and_gradient_do_not_depend_on_micro_batches(learner: Policy, family: Family) -> None:
     groups = [*groups_of(family, "images of several sizes"), *groups_of(family, "no image beside one")]
     packs = [row_of(group, groups_in_step=len(groups)) for group in groups]
     loss, gradient = loss_and_gradient(learner, family, [packs])
@@ -130,17 +130,17 @@ def test_loss_and_gradient_do_not_depend_on_how_rows_are_batched(learner: Policy
         assert_same_gradients(other_gradient, gradient, 1e-5)
 
 
-def test_no_row_is_touched_by_those_beside_it(policy: Policy, family: Family) -> None:
+def test_packed_samples_do_not_affect_each_other(policy: Policy, family: Family) -> None:
     short, long = (row_of(group) for group in groups_of(family, "two images in one prompt"))
     longer = row_of(group_of(family, ask("z", picture(84, 84, 9), text="3 " * 60), [40, 40], 9))
     with torch.no_grad():
         alone = own_logprobs(policy, family, [short, long])
-        beside = own_logprobs(policy, family, [short, long, longer])
+        together = own_logprobs(policy, family, [short, long, longer])
     assert len(longer) > 2 * len(short)
-    assert (beside[: len(alone)] - alone).abs().max() < 1e-5
+    assert (together[: len(alone)] - alone).abs().max() < 1e-5
 
 
-def test_features_known_beforehand_change_nothing(policy: Policy, family: Family) -> None:
+def test_precomputed_features_change_nothing(policy: Policy, family: Family) -> None:
     batch = batch_of([row_of(group) for group in groups_of(family, "two images in one prompt")], family)
     encoded = policy.encoded_images
     with torch.no_grad():
@@ -149,25 +149,25 @@ def test_features_known_beforehand_change_nothing(policy: Policy, family: Family
     assert policy.encoded_images - encoded == 2 * 3
 
 
-class Asked:
-    """All that is asked of a family here: whether images were to be packed."""
+class PackingProbe:
+    """A family whose `image_features` returns its `packed` argument."""
 
     def image_features(self, network: object, images: ImageTensors, *, packed: bool) -> bool:
         return packed
 
 
-def test_images_on_a_gpu_are_packed_beside_flex_attention(policy: Policy, family: Family) -> None:
-    asked = Policy(policy.network, cast(Family, Asked()), TEMPERATURE, logit_rows=16)
+def test_images_are_packed_for_flex_attention_on_a_gpu(policy: Policy, family: Family) -> None:
+    probe = Policy(policy.network, cast(Family, PackingProbe()), TEMPERATURE, logit_rows=16)
     packs = [row_of(group) for group in groups_of(family, "images of several sizes")]
     flex, dense = (batch_of(packs, family, name) for name in ("flex", "dense"))
-    assert not asked.image_features(flex)
+    assert not probe.image_features(flex)
     with FakeTensorMode():
         on_gpu = replace(flex.images, pixels=torch.empty(flex.images.pixels.shape, device="cuda"))
-    assert asked.image_features(replace(flex, images=on_gpu))
-    assert not asked.image_features(replace(dense, images=on_gpu))
+    assert probe.image_features(replace(flex, images=on_gpu))
+    assert not probe.image_features(replace(dense, images=on_gpu))
 
 
-def test_a_batch_without_images_runs_the_vision_tower_and_changes_nothing(learner: Policy, family: Family) -> None:
+def test_a_batch_without_images_still_runs_the_vision_tower(learner: Policy, family: Family) -> None:
     packs = [row_of(group_of(family, ask(name), lengths, 3)) for name, lengths in (("a", [4, 2]), ("b", [5]))]
     batch = batch_of(packs, family)
     assert len(batch.images.grids) == 1
@@ -187,16 +187,16 @@ def test_an_empty_micro_batch_has_no_weight(learner: Policy, family: Family) -> 
     assert not any(value.any() for value in gradient.values())
 
 
-def test_a_row_whose_image_tokens_are_not_the_processors_is_refused_by_name(family: Family) -> None:
+def test_a_wrong_number_of_image_tokens_is_refused_by_name(family: Family) -> None:
     group = group_of(family, ask("q17", picture(84, 84, 0)), [3, 2], 0)
     ids = group.prompt_token_ids
-    at = int((ids == family.image_token_id).argmax())
-    shorter = replace(group, prompt_token_ids=ids[[place for place in range(len(ids)) if place != at]])
+    first = int((ids == family.image_token_id).argmax())
+    shorter = replace(group, prompt_token_ids=ids[[index for index in range(len(ids)) if index != first]])
     with pytest.raises(ValueError, match=r"q17.* to 8 tokens.* to 9: .*model\.max_pixels"):
         batch_of([row_of(shorter)], family)
 
 
-def test_tokens_that_stand_for_pixels_have_no_chance_at_any_place(policy: Policy, family: Family) -> None:
+def test_vision_tokens_have_no_probability_at_any_position(policy: Policy, family: Family) -> None:
     batch = batch_of([row_of(group_of(family, ask("a", picture(84, 84, 0)), [3], 0))], family)
     with torch.no_grad():
         whole = distributions(policy, batch)

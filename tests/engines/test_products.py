@@ -1,4 +1,4 @@
-"""oneDNN's products are torch's: every layout, shape and type, forward and backward."""
+"""oneDNN's matrix products equal torch's for every layout, shape and dtype, forward and backward."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from othink_ray.engines.products import onednn_is_there, product_place, products_by_onednn
+from othink_ray.engines.products import empty_product, onednn_available, onednn_matmul
 
 
 @pytest.fixture
 def by_onednn() -> Iterator[None]:
-    assert onednn_is_there(), "this torch was built without oneDNN"
-    kept = products_by_onednn()
+    assert onednn_available(), "this torch was built without oneDNN"
+    handle = onednn_matmul()
     yield
-    kept._destroy()
+    handle._destroy()
 
 
 def matrix(rows: int, columns: int, layout: str) -> torch.Tensor:
@@ -39,7 +39,7 @@ LAYOUTS = ("rows", "columns", "cut", "crosswise", "expanded", "one row", "one co
 @pytest.mark.parametrize("left", LAYOUTS)
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 5, 3), (1, 5, 1), (64, 1, 9), (0, 5, 3), (4, 0, 3), (4, 5, 0)])
-def test_a_product_is_right_whatever_its_layout(
+def test_products_are_exact_for_every_layout(
     by_onednn: None, left: str, right: str, shape: tuple[int, int, int]
 ) -> None:
     rows, inner, columns = shape
@@ -53,62 +53,62 @@ def test_a_product_is_right_whatever_its_layout(
 @pytest.mark.parametrize("left", ("rows", "columns", "cut"))
 @pytest.mark.parametrize("right", ("rows", "columns", "cut"))
 @pytest.mark.parametrize(("rows", "columns"), [(7, 3), (3, 7)])
-def test_the_place_of_a_product_lies_as_the_product_does(
+def test_an_empty_product_has_the_strides_of_the_product(
     by_onednn: None, left: str, right: str, rows: int, columns: int
 ) -> None:
-    """What the compiler plans with; a place of another shape would be made anew at each product.
+    """The compiler plans with these strides; with others it would copy every product.
 
-    A left factor that lies by columns is multiplied turned where that is less to copy.
+    A column-major left factor is multiplied transposed where that copies less.
     """
     first, second = matrix(rows, 5, left), matrix(5, columns, right)
-    product, place = first @ second, product_place(first, second)
-    assert (place.shape, place.stride()) == (product.shape, product.stride())
+    product, empty = first @ second, empty_product(first, second)
+    assert (empty.shape, empty.stride()) == (product.shape, product.stride())
     assert product.t().is_contiguous() == (left == "columns" and rows > columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_other_types_are_left_to_torch(by_onednn: None, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_left_to_torch(by_onednn: None, dtype: torch.dtype) -> None:
     first, second = torch.arange(6).reshape(2, 3).to(dtype), torch.arange(12).reshape(3, 4).to(dtype)
     assert (first @ second).tolist() == [[20, 23, 26, 29], [56, 68, 80, 92]]
 
 
-def test_a_sum_with_factors_is_right(by_onednn: None) -> None:
+def test_addmm_with_alpha_and_beta_is_exact(by_onednn: None) -> None:
     added, first, second = torch.randn(4, 3), torch.randn(4, 5), torch.randn(5, 3)
     assert_close(torch.addmm(added, first, second, beta=0.5, alpha=2.0), 0.5 * added + 2 * (first @ second))
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (4, 1)])
-def test_a_sum_with_a_matrix_is_right(by_onednn: None, shape: tuple[int, int]) -> None:
+def test_addmm_with_a_matrix_is_exact(by_onednn: None, shape: tuple[int, int]) -> None:
     added, first, second = torch.randn(shape), torch.randn(4, 5), torch.randn(5, 3)
     exact = (first.double()[:, :, None] * second.double()[None]).sum(1)
     assert_close(torch.addmm(added, first, second).double(), added.double() + exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("left", "right", "copies"), [("rows", "columns", 0), ("cut", "rows", 1), ("cut", "cut", 2)])
-def test_only_what_is_cut_from_a_larger_matrix_is_copied(by_onednn: None, left: str, right: str, copies: int) -> None:
-    """OneDNN multiplies a cut one by plain loops; a copy of another is time and memory for nothing."""
+def test_only_slices_of_a_larger_matrix_are_copied(by_onednn: None, left: str, right: str, copies: int) -> None:
+    """OneDNN multiplies slices with slow reference loops; a copy of any other matrix would be wasted."""
     first, second = matrix(7, 5, left), matrix(5, 3, right)
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile() as profile:
         first @ second
-    assert sum(one.count for one in seen.key_averages() if one.key == "aten::copy_") == copies
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
 
 
-def test_the_gradients_of_a_layer_are_those_of_torch() -> None:
-    given = [torch.randn(2, 11, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), torch.randn(5)]
-    pulled = torch.randn(2, 11, 5)
-    plain = torch.autograd.grad(linear(*given), given[:2], pulled)
-    kept = products_by_onednn()
-    ours = torch.autograd.grad(linear(*given), given[:2], pulled)
-    kept._destroy()
+def test_gradients_of_a_linear_layer_match_torch() -> None:
+    inputs = [torch.randn(2, 11, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), torch.randn(5)]
+    grad_output = torch.randn(2, 11, 5)
+    plain = torch.autograd.grad(linear(*inputs), inputs[:2], grad_output)
+    handle = onednn_matmul()
+    ours = torch.autograd.grad(linear(*inputs), inputs[:2], grad_output)
+    handle._destroy()
     assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_it_ends_when_it_is_not_kept() -> None:
-    kept = products_by_onednn()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as while_kept:
+def test_the_override_ends_when_its_handle_is_dropped() -> None:
+    handle = onednn_matmul()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as while_held:
         torch.randn(4, 4) @ torch.randn(4, 4)
-    del kept
+    del handle
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as after:
         torch.randn(4, 4) @ torch.randn(4, 4)
-    called = [{event.key for event in seen.key_averages()} for seen in (while_kept, after)]
+    called = [{event.key for event in profile.key_averages()} for profile in (while_held, after)]
     assert ["mkldnn::_linear_pointwise" in keys for keys in called] == [True, False]

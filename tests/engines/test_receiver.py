@@ -1,4 +1,4 @@
-"""The receiving end of a push, whatever engine it belongs to."""
+"""`Receiver`, the receiving end of a push in every engine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, set_num_threads  # by name: an engine of another test may have made torch's own do nothing
+from torch import Tensor, set_num_threads  # by name: vLLM replaces torch.set_num_threads by a no-op
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
 from othink_ray.weights.digest import Held, TensorDigest
 
 
 class Engine(Receiver):
-    """Notes the threads that it was given to write with."""
+    """A receiver that records torch's thread count at each call."""
 
     def __init__(self) -> None:
         self.threads: list[int] = []
@@ -44,10 +44,10 @@ def three_threads() -> Iterator[None]:
     set_num_threads(before)
 
 
-def test_weights_are_written_on_one_thread_and_the_engine_has_its_own_again(
+def test_weights_load_on_one_thread_and_threads_are_restored(
     three_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # as vLLM has it
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # as vLLM does
     engine = Engine()
     engine.begin_push()
     engine.load_weights([])
@@ -58,9 +58,9 @@ def test_weights_are_written_on_one_thread_and_the_engine_has_its_own_again(
     assert (torch.get_num_threads(), engine.threads) == (3, [1, 1, 1])
 
 
-def test_a_push_with_a_bucket_missing_is_refused() -> None:
+def test_a_push_with_a_missing_bucket_is_refused() -> None:
     engine = Engine()
     engine.begin_push()
     engine.load_weights([])
-    with pytest.raises(UnfinishedPush, match="of the 2 buckets of weights version 7, 1 arrived"):
+    with pytest.raises(UnfinishedPush, match="only 1 of the 2 buckets of weights version 7 arrived"):
         engine.finish_push(7, buckets=2)

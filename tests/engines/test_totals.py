@@ -1,4 +1,4 @@
-"""The numbers of an update, from sums that are known, with a second rank that has the same."""
+"""Update statistics from known sums, with a second rank that has the same sums."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ HOW: dict[str, Any] = {"updates": 2, "grad_norm": 0.5, "lr": 0.25, "vision_encod
 
 
 @pytest.fixture(autouse=True)
-def two_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(tensor: Tensor, op: str = "sum") -> None:
         if op == "sum":
             tensor *= 2
 
-    alike: Any = SimpleNamespace(
+    fake_dist: Any = SimpleNamespace(
         all_reduce=all_reduce,
         ReduceOp=SimpleNamespace(MAX="max"),
     )
-    monkeypatch.setattr(update_stats, "dist", alike)
+    monkeypatch.setattr(update_stats, "dist", fake_dist)
 
 
 def added(values: Sequence[float], *, referenced: bool = True) -> Totals:
-    """Micro-batches of three tokens, the last of weight 0, whose policy is by log 2 and by 0 surer than the sampler."""
+    """Add micro-batches of three tokens, the last of weight 0; policy minus sampler logprobs are log 2 and 0."""
     sums = Totals(torch.device("cpu"))
     for value in values:
         batch: Any = SimpleNamespace(
@@ -46,7 +46,7 @@ def added(values: Sequence[float], *, referenced: bool = True) -> Totals:
             batch,
             loss,
             LossTerms(kl_sum=torch.tensor(0.3), clipped=torch.tensor(1)),
-            RatioTerms(**{name: torch.tensor(place + 1.0).double() for place, name in enumerate(RATIOS)}),
+            RatioTerms(**{name: torch.tensor(index + 1.0).double() for index, name in enumerate(RATIOS)}),
             logprobs=torch.tensor([-1.0 + math.log(2), -2.0, 5.0], requires_grad=True),
             entropy=torch.tensor([1.0, 3.0, 100.0]),
             referenced=referenced,
@@ -91,11 +91,11 @@ def test_sums_over_ranks_and_micro_batches_become_means() -> None:
         assert getattr(found, name) == pytest.approx(getattr(expected, name)), name
 
 
-def test_without_a_reference_the_kl_is_no_number() -> None:
+def test_without_a_reference_the_kl_is_nan() -> None:
     assert math.isnan(added([0.5], referenced=False).stats(**HOW).kl_mean)
 
 
-def test_prompts_of_a_loss_that_is_not_finite_are_named_by_all_ranks() -> None:
+def test_prompts_of_a_non_finite_loss_are_named() -> None:
     found = added([0.5, math.nan]).stats(**HOW)
     assert math.isnan(found.loss)
     assert found.bad_prompts == ("a", "b")

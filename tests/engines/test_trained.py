@@ -1,4 +1,4 @@
-"""What is trained, and whether a push brings every weight."""
+"""Trained and frozen parameters, and whether a push brings every weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from othink_ray.families.base import Family
 
 
 @pytest.mark.parametrize(
-    ("keys", "all_of_it"),
+    ("keys", "expected"),
     [
         ([], True),
         (["learner.lora.rank=8"], False),
@@ -19,15 +19,15 @@ from othink_ray.families.base import Family
         (["learner.freeze=vision", "learner.lora.rank=8"], False),
     ],
 )
-def test_all_is_trained_without_adapters_and_frozen_parts(keys: list[str], all_of_it: bool) -> None:
-    assert trains_all(load(keys).learner) == all_of_it
+def test_all_is_trained_only_without_adapters_and_freezing(keys: list[str], expected: bool) -> None:
+    assert trains_all(load(keys).learner) == expected
 
 
 @pytest.mark.parametrize("keys", [[], ["learner.freeze=vision"], ["learner.freeze=projector"], ["learner.lora.rank=4"]])
-def test_what_is_counted_before_loading_is_what_is_trained(small_family: Family, keys: list[str]) -> None:
+def test_the_count_before_loading_matches_trained_elements(small_family: Family, keys: list[str]) -> None:
     learner = load(keys).learner
     network = small_family.load_network(torch.float32)
     choose_trained(small_family, network, learner)
-    trained = sum(one.numel() for one in network.parameters() if one.requires_grad)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     assert count_trained(small_family, learner) == trained
-    assert (trained == sum(one.numel() for one in network.parameters())) == (not keys)
+    assert (trained == sum(parameter.numel() for parameter in network.parameters())) == (not keys)

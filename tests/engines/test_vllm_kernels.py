@@ -1,4 +1,4 @@
-"""On CPUs vLLM's norms and rotations are its kernels, and the same numbers as its operations of torch."""
+"""On CPUs, vLLM's norms and rotations run its C++ kernels, with the results of its torch implementations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLOSE = 1e-6
         (128, [16, 24, 24], False),  # Qwen2-VL and Qwen2.5-VL
         (128, [24, 20, 20], True),  # Qwen3-VL
         (64, [12, 10, 10], True),
-        (48, [8, 8, 8], False),  # 24 angles, which the kernel does not take
+        (48, [8, 8, 8], False),  # 24 angles, not a multiple of the kernel's SIMD width
     ],
 )
 def test_positions_of_several_axes_rotate_as_in_vllm(
@@ -42,32 +42,32 @@ def test_positions_of_several_axes_rotate_as_in_vllm(
         rotary = MRotaryEmbedding(
             head, head, 512, 1e4, True, torch.float32, mrope_section=section, mrope_interleaved=interleaved
         )
-    draw = torch.Generator().manual_seed(0)
-    for dtype, close in ((torch.float32, CLOSE), (torch.bfloat16, 0.0)):
-        for axes in (3, 1):  # text alone may have a single row of positions
-            positions = torch.randint(2048, (axes, tokens), generator=draw).squeeze(0)
-            packed = torch.randn(tokens, 5 * head, generator=draw).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, CLOSE), (torch.bfloat16, 0.0)):
+        for axes in (3, 1):  # pure text may have positions of one axis
+            positions = torch.randint(2048, (axes, tokens), generator=generator).squeeze(0)
+            packed = torch.randn(tokens, 5 * head, generator=generator).to(dtype)
             query, key, _ = packed.split([3 * head, head, head], dim=-1)
             wanted = rotary.forward_native(positions, query.clone(), key.clone())
             for found, one in zip(rotary.forward_cpu(positions, query, key), wanted, strict=True):
-                torch.testing.assert_close(found, one, rtol=0, atol=close)
+                torch.testing.assert_close(found, one, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(5, 128), (5, 3, 32), (0, 64), (4, 40)])
-def test_norms_are_those_of_vllm(shape: tuple[int, ...], vllm_engine: VLLMRollout) -> None:
+def test_norms_match_vllms_native_norms(shape: tuple[int, ...], vllm_engine: VLLMRollout) -> None:
     from vllm import ir
 
     from othink_ray.engines.vllm_patches import kernel_arguments
 
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(*shape[:-1], 2 * shape[-1], generator=draw)[..., : shape[-1]]  # part of something wider
-    weight = torch.rand(shape[-1], generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)[..., : shape[-1]]  # a slice of a wider tensor
+    weight = torch.rand(shape[-1], generator=generator)
     chosen = kernel_arguments()["ir_op_priority"]
     norm, add_norm = ir.ops.rms_norm, ir.ops.fused_add_rms_norm
     wanted = norm.impls["native"].impl_fn(x, weight, 1e-6)
     with norm.set_priority(chosen["rms_norm"]):
         torch.testing.assert_close(norm(x, weight, 1e-6), wanted, rtol=0, atol=CLOSE)
-    residual = torch.randn(shape, generator=draw)
+    residual = torch.randn(shape, generator=generator)
     for added in (x, x.contiguous()):
         wanted = add_norm.impls["native"].impl_fn(added, residual, weight, 1e-6)
         with add_norm.set_priority(chosen["fused_add_rms_norm"]):
@@ -75,7 +75,7 @@ def test_norms_are_those_of_vllm(shape: tuple[int, ...], vllm_engine: VLLMRollou
         torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE)
 
 
-def test_an_engine_works_with_the_kernels(vllm_engine: VLLMRollout, policy: Policy, scenes: Sequence[Prompt]) -> None:
+def test_an_engine_runs_on_the_kernels(vllm_engine: VLLMRollout, policy: Policy, scenes: Sequence[Prompt]) -> None:
     give(vllm_engine, sent_weights(policy.network), 0)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         list(vllm_engine.generate(scenes[:1], Sampling(answers=1, max_tokens=2, temperature=1.0, seed=0)))
@@ -88,7 +88,7 @@ def test_an_engine_works_with_the_kernels(vllm_engine: VLLMRollout, policy: Poli
     assert "aten::rsqrt" not in calls
 
 
-def test_half_precision_and_compiled_engines_keep_what_they_have(config: Config, family: Family) -> None:
+def test_half_precision_and_compiled_engines_keep_vllms_norms(config: Config, family: Family) -> None:
     eager = config.rollout
     compiled = replace(eager, enforce_eager=False)
     for rollout, dtype in ((eager, "bfloat16"), (compiled, "float32")):

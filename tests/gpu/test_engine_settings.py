@@ -39,7 +39,7 @@ def resolved(model_folder: Path) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_vllm_takes_an_engine_of_each_cluster_as_meant(
+def test_vllm_resolves_the_engine_of_each_cluster_as_meant(
     name: str, resolved: dict[tuple[str, ...], dict[str, Any]]
 ) -> None:
     found, config = resolved[(f"cluster={name}",)], load([f"cluster={name}", *MODEL])
@@ -66,7 +66,7 @@ def test_vllm_takes_an_engine_of_each_cluster_as_meant(
     }
 
 
-def test_a_split_engine_has_a_process_a_gpu_and_a_whole_tower_in_each(
+def test_a_split_engine_has_a_full_tower_in_each_process(
     resolved: dict[tuple[str, ...], dict[str, Any]],
 ) -> None:
     found = resolved[SPLIT]

@@ -41,7 +41,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 
 
 @pytest.mark.parametrize(("part", "transport"), [("colocated", "ipc"), ("apart", "nccl")])
-def test_the_learner_of_runs_pushes_as_the_checks_own_does(setup: Setup, part: str, transport: str) -> None:
+def test_the_deepspeed_learner_passes_the_gpu_checks_audit(setup: Setup, part: str, transport: str) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
         records = alone.submit(rehearse, dataclasses.replace(setup, colocated_steps=1), part).result()
     assert [record for record in records if record["state"] != "ok"] == []

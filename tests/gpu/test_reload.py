@@ -60,7 +60,7 @@ def test_a_reload_leaves_the_bits_and_addresses_of_a_plain_load(found: dict[str,
         assert reloaded.memory == ["load"]
 
 
-def test_weights_lost_in_sleep_are_whole_again_after_a_push_of_all(found: dict[str, Any]) -> None:
+def test_a_push_of_all_restores_weights_lost_in_sleep(found: dict[str, Any]) -> None:
     """Every weight, buffer and list of tensors was NaN: what no push brings, and nothing restores, would still be."""
     reloaded: Reloaded = found["all after level 2"]
     assert reloaded.memory == ["suspend at level 2", *ASLEEP]
@@ -74,13 +74,14 @@ def test_frozen_weights_survive_level_1_and_not_level_2(found: dict[str, Any]) -
     assert lost.weights and lost.buffers == []
 
 
-def test_a_sleeping_engine_refuses_to_answer(found: dict[str, Any]) -> None:
+def test_a_sleeping_engine_refuses_to_generate(found: dict[str, Any]) -> None:
     assert (
-        found["asleep"] == ["UnfinishedPush: this engine sleeps: its memory is the learner's until the next push"] * 2
+        found["asleep"]
+        == ["UnfinishedPush: this engine is asleep: the learner has its GPU memory until the next push"] * 2
     )
 
 
-def test_an_engine_with_half_a_transfer_refuses_to_answer(found: dict[str, Any]) -> None:
+def test_an_engine_with_half_a_transfer_refuses_to_generate(found: dict[str, Any]) -> None:
     failed, *refused = found["broken off"]
     assert failed == "OSError: the learner is lost"
     assert refused == [
@@ -93,7 +94,7 @@ def test_an_engine_with_half_a_transfer_refuses_to_answer(found: dict[str, Any])
     ("settings", "level"),
     [((), 2), (("learner.freeze=vision",), 1), (("learner.freeze=projector",), 1), (("learner.lora.rank=8",), 1)],
 )
-def test_weights_are_dropped_in_sleep_only_where_all_are_pushed(
+def test_sleep_drops_weights_only_where_all_are_pushed(
     settings: tuple[str, ...], level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from othink_ray.driver import build

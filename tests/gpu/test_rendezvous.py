@@ -64,7 +64,7 @@ def wait(calls: Sequence[list[Future[None]]]) -> None:
 
 
 @pytest.mark.parametrize(("engines", "processes"), [(1, 1), (3, 1), (2, 2)])
-def test_every_process_of_every_engine_has_a_rank_and_all_weights(
+def test_every_engine_process_gets_a_rank_and_all_weights(
     engines: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(get=wait))

@@ -90,12 +90,12 @@ def described(network: nn.Module) -> list[tuple[str, torch.dtype, torch.Size]]:
     return [(name, weight.dtype, weight.shape) for name, weight in trained(network)]
 
 
-def test_the_public_models_are_those_of_conf() -> None:
+def test_the_public_models_match_conf() -> None:
     paths = {file.stem: yaml.safe_load(file.read_text()).get("path") for file in CONF.glob("*.yaml")}
     assert {name for name, path in paths.items() if path and "/" in path} == set(PUBLIC) == set(EMBEDDINGS)
 
 
-def test_a_public_model_has_the_weights_that_its_page_states(network: tuple[str, nn.Module]) -> None:
+def test_a_public_model_has_its_stated_number_of_weights(network: tuple[str, nn.Module]) -> None:
     name, built = network
     assert sum(weight.numel() for weight in built.parameters()) == pytest.approx(WEIGHTS[name], rel=5e-4)
     largest = max(built.parameters(), key=lambda weight: weight.nbytes)
@@ -112,14 +112,14 @@ def test_every_weight_of_a_public_model_arrives_by_ipc(network: tuple[str, nn.Mo
     assert len(engines.buckets) > 2  # not all at once either
 
 
-def test_an_ipc_bucket_is_as_large_as_asked_where_all_fits() -> None:
+def test_an_ipc_bucket_has_the_configured_size_if_all_fits() -> None:
     weights = [(str(number), torch.empty(300, dtype=torch.bfloat16, device="meta")) for number in range(10)]
     engines = Engines("ipc")
     open_sender("ipc", lambda: iter(weights), engines, PLACE, port=0, receivers=1, bucket_bytes=1300).send_weights()
     assert engines.buckets == [1200] * 5
 
 
-def test_nccl_cuts_a_public_model_into_the_same_buckets_on_both_sides(network: tuple[str, nn.Module]) -> None:
+def test_nccl_sender_and_receiver_cut_equal_buckets(network: tuple[str, nn.Module]) -> None:
     """It has no limit: a bucket is closed by the weight that fills it, however large that is."""
     from vllm.distributed.weight_transfer.packed_tensor import (
         packed_nccl_broadcast_consumer,

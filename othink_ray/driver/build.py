@@ -20,9 +20,10 @@ from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.loop import Recipe, train
 from othink_ray.driver.sft import NO_KL, DemonstrationSource, EvaluatedSFTWorkers, SFTWorkers, sft_recipe
 from othink_ray.engines.base import OPENED, LearnerEngine, RendezvousInfo, RolloutEngine, ServedAdapters, share_of_cores
+from othink_ray.runtime.bundles import all_bundles, learner_bundles, rollout_bundles
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.monitoring import Incidents
-from othink_ray.runtime.placement import Placement, all_bundles, fits, learner_bundles, rollout_bundles
+from othink_ray.runtime.placement import Placement, fits
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.weight_sync import AuditedPush, open_transport

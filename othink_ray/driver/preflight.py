@@ -14,7 +14,7 @@ from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.rules import paired
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
-from othink_ray.runtime.placement import all_bundles, describe
+from othink_ray.runtime.bundles import all_bundles, describe
 from othink_ray.types import Prompt
 
 if TYPE_CHECKING:

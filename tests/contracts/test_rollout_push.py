@@ -128,9 +128,7 @@ def test_a_bucket_that_fails_to_load_leaves_a_push_unfinished(
     give(engine, sent_weights(policy.network), 2)
 
 
-def test_missing_weights_fail_the_digest_check(
-    engine: RolloutEngine, policy: Policy, taught: Policy
-) -> None:
+def test_missing_weights_fail_the_digest_check(engine: RolloutEngine, policy: Policy, taught: Policy) -> None:
     weights = sent_weights(taught.network)
     expected = digests(weights)
     older = sent_weights(policy.network)

@@ -59,7 +59,7 @@ def pupil(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
     return pupil
 
 
-def test_the_prompt_ends_with_the_templates_opening_tag(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
+def test_the_prompt_ends_with_the_opening_tag(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
     [prompt] = thinking.decode([thinking.prompt_token_ids(scenes[0])])
     assert prompt.endswith(f"assistant\n{opened}")
     assert thinking.opened == opened

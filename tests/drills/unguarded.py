@@ -216,14 +216,14 @@ GUARDS = (
         "driver/preflight.py",
         '            problems.append(Problem(subject="model.path"',
         '            str(Problem(subject="model.path"',
-        "driver/test_foresee.py::test_weights_that_are_not_safetensors_are_refused",
+        "driver/test_preflight.py::test_weights_that_are_not_safetensors_are_refused",
     ),
     Guard(
         "checkpoints that find no room are foreseen",
         "driver/preflight.py",
         "    if needed > free:",
         "    if False:",
-        "driver/test_foresee.py::test_a_disk_without_room_for_checkpoints_is_a_problem",
+        "driver/test_preflight.py::test_a_disk_without_room_for_checkpoints_is_a_problem",
     ),
     Guard(
         "on what is left, when a node is lost",

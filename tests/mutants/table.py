@@ -208,10 +208,8 @@ _HEAVY = {
         "runtime/test_gauges.py",
         "runtime/test_incidents.py",
     ),
-    "runtime/placement.py": (
-        *("runtime/test_seating.py", "runtime/test_malloc.py", "runtime/test_loading.py", "runtime/test_pools.py"),
-        "runtime/test_seating.py",
-    ),
+    "runtime/bundles.py": ("runtime/test_bundles.py",),
+    "runtime/placement.py": ("runtime/test_malloc.py", "runtime/test_loading.py", "runtime/test_pools.py"),
     "runtime/reward_actor.py": (
         "runtime/test_reward_memory.py",
         "runtime/test_pools.py",

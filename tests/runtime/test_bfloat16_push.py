@@ -20,8 +20,9 @@ import torch
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import learner_engine, open_workers
 from othink_ray.runtime import weight_sync
+from othink_ray.runtime.bundles import learner_bundles
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, learner_bundles
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.weight_sync import AuditedPush, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt

@@ -13,7 +13,8 @@ import ray
 
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.placement import Placement, ProcessSpec
+from othink_ray.runtime.bundles import ProcessSpec
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.types import Completion, Group, Prompt
 from tests.runtime.conftest import incidents

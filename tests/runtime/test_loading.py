@@ -12,8 +12,9 @@ import pytest
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import load_models
 from othink_ray.engines.base import RendezvousInfo
+from othink_ray.runtime.bundles import ProcessSpec
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, ProcessSpec
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.rollout_pool import RolloutPool
 from tests.runtime.conftest import incidents
 

@@ -18,9 +18,10 @@ from othink_ray.config.schema import Config
 from othink_ray.driver.loop import in_order
 from othink_ray.engines.base import Sampling
 from othink_ray.runtime import placement
+from othink_ray.runtime.bundles import ProcessSpec
 from othink_ray.runtime.cluster import ClusterError
 from othink_ray.runtime.futures import ProcessLost, WorkerFailed
-from othink_ray.runtime.placement import Placement, ProcessSpec
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.reward_pool import RewardPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.worker_group import WorkerGroup

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from othink_ray.config.schema import Config
+from othink_ray.runtime.bundles import learner_bundles
 from othink_ray.runtime.learner_pool import LearnerLost, LearnerPool
-from othink_ray.runtime.placement import Placement, learner_bundles
+from othink_ray.runtime.placement import Placement
 from othink_ray.types import Pack
 
 TIMEOUT_S = 60

@@ -18,9 +18,10 @@ from PIL import Image
 from othink_ray.config.schema import Config
 from othink_ray.engines.base import Receiver, RendezvousInfo, Sampling
 from othink_ray.engines.policy import Policy
+from othink_ray.runtime.bundles import ProcessSpec
 from othink_ray.runtime.futures import WorkerFailed
 from othink_ray.runtime.learner_pool import LearnerPool
-from othink_ray.runtime.placement import Placement, ProcessSpec
+from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.weight_sync import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup

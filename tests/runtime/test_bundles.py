@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from othink_ray.config.load import load
 from othink_ray.runtime import placement
+from othink_ray.runtime.bundles import ProcessSpec, all_bundles, assign_bundles, describe, shortage, total_resources
 from othink_ray.runtime.futures import TraceRecorder
-from othink_ray.runtime.placement import ProcessSpec, all_bundles, assign_bundles, describe, shortage, total_resources
 
 SHARED = load(["cluster=one_node_colocated"])
 SPLIT = load(["cluster=one_node"])

@@ -103,7 +103,11 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         ["--learner.lr=1e-5 (command line) unknown flag", "without dashes: learner.lr=1e-5"],
     ),
     "misspelling in a sweep": (["-m", "algo=grpo,grpo_d", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
-    "last value of a sweep": (["train.seed=0", "-m", "learner.lr=1e-5,0"], 1, ["learner.lr = 0 must be greater than 0"]),
+    "last value of a sweep": (
+        ["train.seed=0", "-m", "learner.lr=1e-5,0"],
+        1,
+        ["learner.lr = 0 must be greater than 0"],
+    ),
     "misspelling beside --cfg": (["--cfg", "job", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
 }
 

@@ -1,4 +1,4 @@
-"""Commands and Python blocks in README.md and docs/ work: each is run or, where impossible, its settings are checked."""
+"""Commands and Python blocks in README.md and docs/ work: each is run or, if impossible, its settings are checked."""
 
 from __future__ import annotations
 

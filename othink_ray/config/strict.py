@@ -52,7 +52,7 @@ def problems_of_value(key: str, value: Any, origin: Origin) -> Iterable[Problem]
             rule = f"{parent} is a single value and has no keys below it"
             yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=f"Set {parent} itself.")
             return
-        types = _types(section)
+        types = get_type_hints(section)
         if part not in types:
             yield _unknown(key, value, origin, ".".join(parents), list(types))
             return

@@ -122,12 +122,12 @@ def test_blocks_are_not_used_where_matmul_is_torchs_blas() -> None:
     assert not worth_it(10 * ENOUGH)
 
 
-@pytest.mark.parametrize(("tokens", "gain", "worth"), [(0, 0.0, True), (-1, 9.0, False), (0, -0.01, False)])
+@pytest.mark.parametrize(("tokens", "gain", "expected"), [(0, 0.0, True), (-1, 9.0, False), (0, -0.01, False)])
 def test_blocks_need_enough_tokens_and_enough_gain(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, worth: bool
+    monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, expected: bool
 ) -> None:
     monkeypatch.setattr(blocks, "matmul_gain", lambda: blocks._GAIN + gain)
-    assert worth_it(ENOUGH + tokens) == worth
+    assert worth_it(ENOUGH + tokens) == expected
 
 
 def test_the_gain_compares_the_fastest_of_both_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:

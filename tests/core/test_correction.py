@@ -58,7 +58,7 @@ class Tokens:
 
 
 def ragged_step(seed: int, drift: float = 0.3) -> tuple[list[list[Answer]], slow.Samplers, Tokens]:
-    """Return random groups of ragged, empty and invalid answers, `drift` from the sampler, and flat."""
+    """Return random groups of ragged, empty and invalid answers, `drift` away from the sampler, also flat."""
     random = torch.Generator().manual_seed(seed)
 
     def near(values: torch.Tensor, by: float = 0.3) -> torch.Tensor:

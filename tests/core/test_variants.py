@@ -137,7 +137,7 @@ def test_a_variant_gives_its_golden_numbers(name: str) -> None:
 
 
 def test_the_slow_reference_still_gives_the_golden_numbers() -> None:
-    made = golden.made()
+    made = golden.golden_numbers()
     assert made.keys() == GOLDEN.keys()
     for name in golden.VARIANTS:
         assert_same(made["variants"][name], GOLDEN["variants"][name])

@@ -53,12 +53,12 @@ def loss(
         for i, answer in enumerate(group):
             if not answer.valid:
                 continue
-            worth = variants.advantage(variant.advantage, step, g, i)
+            adv = variants.advantage(variant.advantage, step, g, i)
             weight = variants.token_weight(variant.weights, step, g, i, max_tokens)
             factor = factors(kind, [float(value) for value in answer.old], samplers[g][i], bounds)
             ratios = variants.ratios(variant.ratio, answer)
             for t, ratio in enumerate(ratios):
                 kl = variants.token_kl(variant.estimator, answer.policy[t], answer.ref[t])
-                gain = variants.gain(ratio, worth, variant.low, variant.high)
+                gain = variants.gain(ratio, adv, variant.low, variant.high)
                 total = total + weight * (beta * kl - factor[t] * gain)
     return total

@@ -121,7 +121,7 @@ def curve(name: str) -> list[float]:
     return [low] * 12
 
 
-def made() -> dict[str, Any]:
+def golden_numbers() -> dict[str, Any]:
     groups = step()
     return {
         "step": groups,
@@ -136,4 +136,4 @@ def made() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(made(), indent=1) + "\n")
+    FILE.write_text(json.dumps(golden_numbers(), indent=1) + "\n")

@@ -96,14 +96,14 @@ def ratios(kind: str, answer: Answer) -> list[torch.Tensor]:
     return [product ** (1 / len(each))] * len(each)
 
 
-def gain(ratio: torch.Tensor, worth: float, low: float, high: float) -> torch.Tensor:
+def gain(ratio: torch.Tensor, adv: float, low: float, high: float) -> torch.Tensor:
     """Return min(ratio * A, clip(ratio) * A)."""
     clipped = ratio
     if ratio < 1 - low:
         clipped = torch.tensor(1 - low, dtype=ratio.dtype)
     elif ratio > 1 + high:
         clipped = torch.tensor(1 + high, dtype=ratio.dtype)
-    return ratio * worth if ratio * worth <= clipped * worth else clipped * worth
+    return ratio * adv if ratio * adv <= clipped * adv else clipped * adv
 
 
 def loss(
@@ -119,11 +119,11 @@ def loss(
             for i, answer in enumerate(group):
                 if not answer.valid:
                     continue
-                worth = advantage(variant.advantage, step, update * share + g, i)
+                adv = advantage(variant.advantage, step, update * share + g, i)
                 weight = token_weight(variant.weights, groups, g, i, max_tokens)
                 for ratio, policy, ref in zip(ratios(variant.ratio, answer), answer.policy, answer.ref, strict=True):
                     kl = token_kl(variant.estimator, policy, ref)
-                    total = total + weight * (beta * kl - gain(ratio, worth, variant.low, variant.high))
+                    total = total + weight * (beta * kl - gain(ratio, adv, variant.low, variant.high))
         losses.append(total)
     return losses
 

@@ -126,9 +126,9 @@ class Run:
                 print(f"{self.done:>5} of {len(self.todo)}  {left:>13}  {verdict:<9} {mutant.name}", flush=True)
 
 
-def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> int:
+def report(selected: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> int:
     """Print the survivors with line and change; return 1 if one is unexplained or some were not tried."""
-    tried = [one for one in asked if one.name in verdicts]
+    tried = [one for one in selected if one.name in verdicts]
     survivors = [one for one in tried if verdicts[one.name]["verdict"] == "survived"]
     new = [one for one in survivors if one.key not in reasons]
     for one in new:
@@ -139,11 +139,11 @@ def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons
     hung = sum(verdicts[one.name]["verdict"] == "hung" for one in tried)
     seconds = sum(verdicts[one.name]["seconds"] for one in tried)
     print(
-        f"\n{len(asked)} mutants: {len(tried) - len(survivors)} killed ({hung} of them hung), "
-        f"{len(survivors) - len(new)} explained, {len(new)} survived, {len(asked) - len(tried)} not tried; "
+        f"\n{len(selected)} mutants: {len(tried) - len(survivors)} killed ({hung} of them hung), "
+        f"{len(survivors) - len(new)} explained, {len(new)} survived, {len(selected) - len(tried)} not tried; "
         f"{seconds / max(len(tried), 1):.1f} s each"
     )
-    return int(bool(new) or len(tried) < len(asked))
+    return int(bool(new) or len(tried) < len(selected))
 
 
 def main(arguments: Sequence[str], table: Table = TABLE) -> int:
@@ -159,14 +159,14 @@ def main(arguments: Sequence[str], table: Table = TABLE) -> int:
     parser.add_argument(
         "--results", type=Path, default=Path("runs/mutants.jsonl"), help="file of verdicts, which the next run reads"
     )
-    asked = parser.parse_args(arguments)
-    todo = chosen(table, asked.only, asked.seed)
+    options = parser.parse_args(arguments)
+    todo = chosen(table, options.only, options.seed)
     if not todo:
-        parser.error(f"--only {' '.join(asked.only)}: no such file in tests/mutants/table.py")
-    run = Run(table, todo, asked.results, asked.budget_minutes)
-    print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {asked.results}", flush=True)
-    workers = [threading.Thread(target=run.work) for _ in range(asked.workers)]
-    asked_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C, without leftovers
+        parser.error(f"--only {' '.join(options.only)}: no such file in tests/mutants/table.py")
+    run = Run(table, todo, options.results, options.budget_minutes)
+    print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {options.results}", flush=True)
+    workers = [threading.Thread(target=run.work) for _ in range(options.workers)]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C, without leftovers
     for worker in workers:
         worker.start()
     try:
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str], table: Table = TABLE) -> int:
         for worker in workers:
             worker.join()
     finally:
-        signal.signal(signal.SIGTERM, asked_to_end)
+        signal.signal(signal.SIGTERM, previous)
     if run.error is not None:
         raise run.error
     return report(todo, run.verdicts, explained(table.explained))

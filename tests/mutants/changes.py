@@ -103,7 +103,7 @@ def mutants(file: str, source: str) -> list[Mutant]:
 
 
 def _spliced(source: str, node: ast.stmt | ast.expr, replacement: str) -> str:
-    """Return the text with the node replaced and all lines in place; columns of a syntax tree count bytes."""
+    """Return the text with the node replaced and no line moved; columns of a syntax tree count bytes."""
     assert node.end_lineno is not None and node.end_col_offset is not None
     lines = source.encode().splitlines(keepends=True)
     start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
@@ -210,11 +210,11 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        for place, operator in enumerate(node.ops):
+        for index, operator in enumerate(node.ops):
             for other in _COMPARISONS[type(operator)]:
                 changed = copy(node)
-                changed.ops = [*node.ops[:place], other(), *node.ops[place + 1 :]]
-                which = f"comparison {place + 1}" if len(node.ops) > 1 else "compare"
+                changed.ops = [*node.ops[:index], other(), *node.ops[index + 1 :]]
+                which = f"comparison {index + 1}" if len(node.ops) > 1 else "compare"
                 self._add(node, f"{which} by {other.__name__}", changed)
         self.generic_visit(node)
 
@@ -251,11 +251,11 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if _called(node) in ("cast", "TypeVar", "getLogger"):
             return
-        for place, keyword in enumerate(node.keywords):
-            kept = [*node.keywords[:place], *node.keywords[place + 1 :]]
+        for index, keyword in enumerate(node.keywords):
+            kept = [*node.keywords[:index], *node.keywords[index + 1 :]]
             self._add(
                 node,
-                f"drop {keyword.arg or f'** {place + 1}'}=",
+                f"drop {keyword.arg or f'** {index + 1}'}=",
                 ast.Call(func=node.func, args=node.args, keywords=kept),
             )
         if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from tests.drills.faults import processes_of
-from tests.drills.ground import Ground, Outcome
+from tests.drills.ground import Harness, Outcome
 from tests.drills.job_endings import end_ray_jobs, end_slurm_jobs
 from tests.drills.places import keep_full, small_disk
-from tests.drills.slurm import why_no_slurm
+from tests.drills.slurm import missing_slurm
 from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STEPS, STUDY, Ended, Table, goes_on, last_line, on_disk
 
 Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
@@ -41,20 +41,20 @@ class Ending:
 
 
 def nothing(run: psutil.Process, run_dir: Path) -> None:
-    """Left in peace."""
+    """Leave the run undisturbed."""
 
 
 def tell(*signals: signal.Signals) -> Strike:
     def strike(run: psutil.Process, run_dir: Path) -> None:
-        for one in signals:
-            run.send_signal(one)
+        for each in signals:
+            run.send_signal(each)
             time.sleep(0.3)
 
     return strike
 
 
 def kill(words: str) -> Strike:
-    """kill -9 of the first process below the driver whose command line begins or whose program ends so."""
+    """Return a strike that kills (-9) the first descendant of the driver whose command matches `words`."""
 
     def strike(run: psutil.Process, run_dir: Path) -> None:
         for process in run.children(recursive=True):
@@ -74,7 +74,7 @@ def kill_role(role: str) -> Strike:
 
 
 def insist(run: psutil.Process, run_dir: Path) -> None:
-    """SIGTERM twice, while a rollout process hangs and the step cannot be finished."""
+    """Send SIGTERM twice while a rollout process hangs and the step cannot finish."""
     processes_of("rollout", run)[0].suspend()
     run.terminate()
     time.sleep(2.5)
@@ -82,19 +82,19 @@ def insist(run: psutil.Process, run_dir: Path) -> None:
 
 
 def fill(run: psutil.Process, run_dir: Path) -> None:
-    """It stays full."""
+    """Fill the disk for good."""
     keep_full(run_dir.parent)
 
 
 def jump(run: psutil.Process, run_dir: Path) -> None:
-    """The wall clock is a day ahead from now on."""
+    """Set the wall clock a day ahead from now on."""
     _clock(run_dir).write_text("+1d\n")
 
 
-def why_no_endings() -> str | None:
+def missing_for_endings() -> str | None:
     """The reason why this machine cannot run the drill, or None."""
-    if why := why_no_slurm():
-        return why
+    if reason := missing_slurm():
+        return reason
     missing = [name for name, is_here in (("libfaketime", _FAKETIME), ("gcc", shutil.which("cc"))) if not is_here]
     return f"{' and '.join(missing)} missing: apt-get install {' '.join(missing)}" if missing else None
 
@@ -103,7 +103,7 @@ def _clock(run_dir: Path) -> Path:
     return run_dir.parent / f"{run_dir.name}.clock"
 
 
-# libfaketime 0.9.10 mistakes waits by the monotonic clock where that is the real one: these go to the C library itself.
+# libfaketime 0.9.10 breaks waits on the monotonic clock when that is not faked: route these to the C library.
 _REAL_WAITS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -162,58 +162,58 @@ ENDINGS = (
 )
 
 
-def end_in_every_way(ground: Ground) -> list[Outcome]:
-    """Each of ENDINGS once, then each of a job's; the table is in endings.md."""
-    dice = random.Random(ground.seed)
-    table = Table(ground.folder / "endings.md")
+def end_in_every_way(harness: Harness) -> list[Outcome]:
+    """Do each of ENDINGS once, then the endings of jobs; write the table to endings.md."""
+    dice = random.Random(harness.seed)
+    table = Table(harness.folder / "endings.md")
     for number, ending in enumerate(ENDINGS):
-        table.add(ending.what, witness(ground, number, ending, dice.uniform(0.0, 1.0)))
+        table.add(ending.what, observe(harness, number, ending, dice.uniform(0.0, 1.0)))
     for jobs in (end_slurm_jobs, end_ray_jobs):
-        for what, ended in jobs(ground, dice):
+        for what, ended in jobs(harness, dice):
             table.add(what, ended)
     return table.outcomes
 
 
-def witness(ground: Ground, number: int, ending: Ending, after_s: float) -> Ended:
-    """Run once with the fault injected, then run the same command again."""
-    place = ground.folder / f"ending_{number}"
-    run_dir = place / place.name
-    keys = [*OWN, *(key.format(folder=place) for key in ending.keys)]
-    around: AbstractContextManager[None] = small_disk(place, 100) if ending.small_disk else nullcontext(place.mkdir())
+def observe(harness: Harness, number: int, ending: Ending, after_s: float) -> Ended:
+    """Run once with the fault injected, then run the same command again; return what was observed."""
+    folder = harness.folder / f"ending_{number}"
+    run_dir = folder / folder.name
+    keys = [*OWN, *(key.format(folder=folder) for key in ending.keys)]
+    around: AbstractContextManager[None] = small_disk(folder, 100) if ending.small_disk else nullcontext(folder.mkdir())
     with around, _faked_clock(run_dir) if ending.faked_clock else nullcontext({}) as environment:
-        run = ground.start(run_dir, *keys, environment=environment)
-        screen = ground.screen(run_dir)
+        run = harness.start(run_dir, *keys, environment=environment)
+        screen = harness.screen(run_dir)
         while run.poll() is None and not re.search(f"^{re.escape(ending.when)}", screen.read_text(), re.MULTILINE):
             time.sleep(0.01)
         time.sleep(0 if ending.at_once else after_s)
         driver = psutil.Process(run.pid)
-        below = driver.children(recursive=True)
+        children = driver.children(recursive=True)
         if run.poll() is None:
             ending.strike(driver, run_dir)
-        status = ground.finish(run)
-        _, left = psutil.wait_procs(below, timeout=30)
-        said = screen.read_text()
+        status = harness.finish(run)
+        _, left = psutil.wait_procs(children, timeout=30)
+        output = screen.read_text()
         there = on_disk(run_dir)
-        (place / "ballast").unlink(missing_ok=True)
-        again = ground.finish(ground.start(run_dir, *keys))
+        (folder / "ballast").unlink(missing_ok=True)
+        again = harness.finish(harness.start(run_dir, *keys))
     faults = {
         f"exit status {status}, not {ending.status}": status != ending.status,
-        "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
+        "a traceback": re.search(r"Traceback|\^\^\^", output) is not None,
         f"left behind: {left}": bool(left),
         f"the next command ended with {again}": again != 0,
     }
     return Ended(
         status=str(status),
-        last_line=last_line(said, run_dir),
+        last_line=last_line(output, run_dir),
         on_disk=there,
-        next_command=goes_on(screen.read_text()[len(said) :]),
+        next_command=goes_on(screen.read_text()[len(output) :]),
         wrong="; ".join(what for what, is_so in faults.items() if is_so),
     )
 
 
 @contextmanager
 def _faked_clock(run_dir: Path) -> Iterator[Mapping[str, str]]:
-    """The environment of a process whose wall clock is what a file says; its monotonic clock is the real one."""
+    """Yield environment variables that fake a process's wall clock from a file; its monotonic clock stays real."""
     _clock(run_dir).write_text("+0\n")
     waits = run_dir.parent / "waits.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", waits], input=_REAL_WAITS, text=True, check=True)

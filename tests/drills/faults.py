@@ -1,4 +1,4 @@
-"""Ways to hurt a run from outside: its processes by role, and what can be done to them."""
+"""Fault injection from outside: the processes of a run by role, and signals to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES = {"rollout": "ray::RolloutActor", "learner": "ray::LearnerActor", "reward
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`how` is a signal: SIGKILL is a death, SIGSTOP a hang."""
+    """A signal to a process of a role: SIGKILL for a death, SIGSTOP for a hang."""
 
     role: str
     how: signal.Signals
@@ -29,7 +29,7 @@ class Fault:
 
 
 def processes_of(role: str, driver: psutil.Process) -> list[psutil.Process]:
-    """Those below the driver."""
+    """Return the descendants of the driver with this role."""
     found = []
     for process in driver.children(recursive=True):
         try:
@@ -51,7 +51,7 @@ def lines(run_dir: Path) -> list[dict[str, float]]:
 
 @dataclass
 class Saboteur:
-    """Does one fault after the other to a run, each a random moment after its step and `apart` steps from the last."""
+    """Injects faults in turn, each a random moment after its step and at least `apart` steps after the last."""
 
     driver: psutil.Process
     run_dir: Path
@@ -59,10 +59,10 @@ class Saboteur:
     seed: int
     within_s: float = 1.0
     apart: int = 0
-    done: list[tuple[Fault, float]] = field(default_factory=list)  # with the time of the deed
+    done: list[tuple[Fault, float]] = field(default_factory=list)  # with the time of injection
 
     def __enter__(self) -> Saboteur:
-        self.others = {one.pid for role in ROLES for one in processes_of(role, self.driver)}  # of other runs
+        self.others = {process.pid for role in ROLES for process in processes_of(role, self.driver)}  # of other runs
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._work)
         self.thread.start()
@@ -79,7 +79,7 @@ class Saboteur:
                 pass
             self.over.wait(dice.uniform(0.0, self.within_s))
             while not self.over.is_set():
-                victims = [one for one in processes_of(fault.role, self.driver) if one.pid not in self.others]
+                victims = [it for it in processes_of(fault.role, self.driver) if it.pid not in self.others]
                 if victims:
                     self.done.append((fault, time.time()))
                     due = steps_done(self.run_dir) + self.apart

@@ -1,4 +1,4 @@
-"""Where drills take place: small runs, one that is left in peace, and others that are held against it step by step."""
+"""Harness of the drills: starts small runs and compares each, step by step, with an undisturbed baseline run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SMALL = (
     *("rollout.threads=1", "learner.threads=1"),
 )
 EXACT = ("reward/mean", "kl/beta", "loss", "tokens/completion_mean", "groups/constant_frac")
-APART = 6  # steps from one fault to the next, of which some go by before its random moment
-MENDED = 2  # steps after a fault, of which one was begun when it was over
+APART = 6  # steps from one fault to the next, some of which pass before its random moment
+RECOVERY_STEPS = 2  # steps after a fault, the first of which began before the recovery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a fault cost. `wrong` is empty where its run is, step by step, the one that was left in peace."""
+    """Cost of a fault; `wrong` is empty if its run equals the baseline at every step."""
 
     fault: str
     number: int
@@ -40,16 +40,16 @@ class Outcome:
     wrong: str
 
 
-class Ground:
-    """Where the drills take place: one base model, and a run that was left in peace, long enough for all faults."""
+class Harness:
+    """One base model and one undisturbed baseline run, long enough for all faults of a drill."""
 
     def __init__(self, folder: Path, times: int, seed: int) -> None:
-        self.folder, self.peaceful, self.times, self.seed = folder, folder / "in_peace", times, seed
-        self.steps = APART * times + 12  # after the last one the run must be at work for a while
-        assert self.finish(self.start(self.peaceful)) == 0, self.screen(self.peaceful).read_text()
+        self.folder, self.baseline, self.times, self.seed = folder, folder / "baseline", times, seed
+        self.steps = APART * times + 12  # the run must go on for a while after the last fault
+        assert self.finish(self.start(self.baseline)) == 0, self.screen(self.baseline).read_text()
 
     def screen(self, run_dir: Path) -> Path:
-        """Not in its folder, which may be on a disk that is full."""
+        """Return the file of the run's output; not in its folder, whose disk may be full."""
         return self.folder / f"{run_dir.name}.txt"
 
     def start(
@@ -60,10 +60,10 @@ class Ground:
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = (f"run.dir={run_dir}", f"run.cache_dir={self.folder / 'cache'}", f"train.steps={self.steps}")
+        settings = (f"run.dir={run_dir}", f"run.cache_dir={self.folder / 'cache'}", f"train.steps={self.steps}")
         with self.screen(run_dir).open("ab") as screen:
             return subprocess.Popen(
-                [*before, sys.executable, "-m", "othink_ray.main", *SMALL, *own, *overrides],
+                [*before, sys.executable, "-m", "othink_ray.main", *SMALL, *settings, *overrides],
                 stdout=screen,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment | {"CI": "true"},
@@ -78,9 +78,9 @@ class Ground:
             if run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)
 
-    def differences(self, run_dir: Path, peaceful: Path) -> str:
-        """From the run in peace; a masked answer changes what follows it: then only the steps are compared."""
-        found, expected = lines(run_dir), lines(peaceful)
+    def differences(self, run_dir: Path, baseline: Path) -> str:
+        """Return the first difference from the baseline, or ""; after masked answers only step numbers are compared."""
+        found, expected = lines(run_dir), lines(baseline)
         if [line["step"] for line in found] != [line["step"] for line in expected]:
             return f"steps {[line['step'] for line in found]}"
         if any(line["faults/masked_answers"] for line in found):
@@ -88,51 +88,53 @@ class Ground:
         for one, other in zip(found, expected, strict=True):
             for name in EXACT:
                 if one[name] != other[name]:
-                    return f"step {one['step']}: {name} is {one[name]}, in peace {other[name]}"
+                    return f"step {one['step']}: {name} is {one[name]}, in the baseline {other[name]}"
         return ""
 
     def outcomes(
         self,
         run_dir: Path,
         fault: str,
-        deeds: Sequence[float],
+        fault_times: Sequence[float],
         status: int,
-        told: Sequence[float],
+        noticed_at: Sequence[float],
         *,
-        peaceful: Path | None = None,
+        baseline: Path | None = None,
         times: int | None = None,
     ) -> list[Outcome]:
-        """Of one run, after all that was done to it: each fault's part of what it wrote, and of when it told what."""
+        """Return the outcome of each fault of a run, from its records and the times at which it was noticed."""
         wrong = f"ended with {status}, see {self.screen(run_dir)}" if status else ""
-        wrong = wrong or self.differences(run_dir, peaceful or self.peaceful)
-        wrong = wrong or ("" if len(deeds) == (times or self.times) else f"{len(deeds)} faults were done")
-        done, again = lines(run_dir), written(run_dir, "metrics.discarded")
+        wrong = wrong or self.differences(run_dir, baseline or self.baseline)
+        wrong = wrong or (
+            "" if len(fault_times) == (times or self.times) else f"{len(fault_times)} faults were injected"
+        )
+        done, again = lines(run_dir), records(run_dir, "metrics.discarded")
         found, before = [], 0.0
-        for number, deed in enumerate(deeds):
-            noticed = min((when for when in told if when > deed), default=deed)
-            mended = min((one["time/unix_s"] for one in done if one["time/unix_s"] > noticed), default=float("nan"))
+        for number, fault_time in enumerate(fault_times):
+            noticed = min((when for when in noticed_at if when > fault_time), default=fault_time)
+            recovered = min((one["time/unix_s"] for one in done if one["time/unix_s"] > noticed), default=float("nan"))
             found.append(
                 Outcome(
                     fault=fault,
                     number=number,
-                    noticed_after_s=noticed - deed,
-                    recovered_after_s=mended - deed,
-                    steps_lost=sum(before < one["time/unix_s"] <= mended for one in again),
+                    noticed_after_s=noticed - fault_time,
+                    recovered_after_s=recovered - fault_time,
+                    steps_lost=sum(before < one["time/unix_s"] <= recovered for one in again),
                     samples_masked=int(
-                        sum(one["faults/masked_answers"] for one in done if before < one["time/unix_s"] <= mended)
+                        sum(one["faults/masked_answers"] for one in done if before < one["time/unix_s"] <= recovered)
                     ),
                     wrong=wrong,
                 )
             )
-            before = mended
+            before = recovered
         return found
 
 
-def told_by(run_dir: Path) -> list[float]:
-    """When it told of something that went wrong."""
-    return [one["unix_s"] for one in written(run_dir, "incidents")]
+def incident_times(run_dir: Path) -> list[float]:
+    """Return the Unix times of the run's incidents."""
+    return [incident["unix_s"] for incident in records(run_dir, "incidents")]
 
 
-def written(run_dir: Path, name: str) -> list[dict[str, float]]:
+def records(run_dir: Path, name: str) -> list[dict[str, float]]:
     file = run_dir / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

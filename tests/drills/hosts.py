@@ -20,7 +20,7 @@ from pathlib import Path
 
 RAY = Path(sys.executable).with_name("ray")
 _PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
-# A dead node is known after some seconds in place of half a minute, and what a cut node leaves goes soon.
+# Detect a dead node within seconds instead of half a minute, and end the processes of a disconnected node soon.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -32,7 +32,7 @@ _QUICK = {
 }
 
 
-def why_not() -> str | None:
+def missing_namespaces() -> str | None:
     """The reason why this machine cannot have network namespaces, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
@@ -45,34 +45,34 @@ def why_not() -> str | None:
 
 
 def documented(start: str) -> list[str]:
-    """The words of the command of docs/cluster.md that begins so."""
+    """Return the words of the command in docs/cluster.md that starts with `start`."""
     [line] = [line for line in _PAGE.read_text().splitlines() if line.startswith(start)]
     return shlex.split(line, comments=True)
 
 
 class Hosts:
-    """`head` and `worker` by name; the worker's cable can be pulled."""
+    """Two hosts, `head` and `worker`; the worker's cable can be pulled."""
 
     bring_worker: Callable[[], None]
-    """Starts its Ray, for the first time or after it was lost."""
+    """Starts the worker's Ray, also again after it was lost."""
 
     def __init__(self, mark: str) -> None:
         self.names = {role: f"{role[0]}{mark}" for role in ("head", "worker")}
         self.addresses = {"head": "192.0.2.10", "worker": "192.0.2.11"}
         self.address = documented("ray start --address=")[-1].partition("=")[2]
         self.dashboard = documented("export RAY_AUTH_MODE=token RAY_ADDRESS=")[-1].partition("=")[2]
-        # As docs/ and the README advise wherever others share the network.
+        # As docs/ and the README advise on a shared network.
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
-        # Jobs start `python` as their nodes find it.
+        # Jobs start the `python` on the PATH of their node.
         self.environment = _QUICK | token | {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
 
     def on(self, host: str, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def job(self, *options: str, notice: bool) -> list[str]:
-        """The command that submits the checkout in the working directory; without settings.
+        """Return the command that submits the checkout in the working directory, without settings.
 
-        With `notice` a job that is stopped has as long as launch/job.yaml says, as docs/cluster.md advises.
+        With `notice` a stopped job has the time of launch/job.yaml to end, as docs/cluster.md advises.
         """
         submit = documented("ray job submit")
         words = submit[: submit.index("othink_ray.main") + 1]
@@ -82,13 +82,13 @@ class Hosts:
         return self.on("head", "env", f"RAY_ADDRESS={self.dashboard}", *words[:3], *options, *words[3:])
 
     def cable(self, state: str) -> None:
-        """`up` or `down`."""
+        """Set the worker's cable `up` or `down`."""
         _ip("-n", self.names["worker"], "link", "set", "eth", state)
 
 
 @contextmanager
 def cabled(addresses: Mapping[str, str]) -> Iterator[None]:
-    """Two network namespaces of these names, with these addresses at the ends of a cable between them."""
+    """Make two network namespaces by name, connected by a cable with these addresses at its ends."""
     with ExitStack() as stack:
         for name in addresses:
             _ip("netns", "add", name)
@@ -104,20 +104,27 @@ def cabled(addresses: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def two_hosts(cpus: int, head_only: Path, home: Path) -> Iterator[Hosts]:
-    """A head and a worker, so many CPUs each; the worker finds the folder `head_only` empty."""
+    """Start a head and a worker with `cpus` CPUs each; the worker sees the folder `head_only` empty."""
     hosts = Hosts(f"{uuid.uuid4().int % 10**8:08d}")
     hosts.environment["HOME"] = str(home)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray_", ignore_cleanup_errors=True)))
         stack.enter_context(cabled({name: hosts.addresses[host] for host, name in hosts.names.items()}))
-        mine = ("--disable-usage-stats", "--block", "--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20))
-        _start(stack, hosts, "head", scratch, *documented("ray start --head")[2:], *mine)
-        # Each `ip netns exec` has mounts of its own. Two nodes in one folder would clear away each other's files, and a
-        # driver takes the head for its node where it sees the head's processes. `wait` is what buries orphans there.
+        options = (
+            "--disable-usage-stats",
+            "--block",
+            "--num-cpus",
+            str(cpus),
+            "--object-store-memory",
+            str(200 * 2**20),
+        )
+        _start(stack, hosts, "head", scratch, *documented("ray start --head")[2:], *options)
+        # Each `ip netns exec` has separate mounts. Two nodes in one folder would delete each other's files, and a
+        # driver that sees the head's processes takes the head for its node. `wait` reaps orphans there.
         mounts = "".join(f'mount -t tmpfs none "{folder}" && ' for folder in (head_only, scratch))
         hide = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", f'{mounts} "$@" & wait', "sh")
         hosts.bring_worker = partial(
-            _start, stack, hosts, "worker", scratch, *documented("ray start --address=")[2:], *mine, before=hide
+            _start, stack, hosts, "worker", scratch, *documented("ray start --address=")[2:], *options, before=hide
         )
         hosts.bring_worker()
         yield hosts
@@ -126,12 +133,12 @@ def two_hosts(cpus: int, head_only: Path, home: Path) -> Iterator[Hosts]:
 def _start(
     stack: ExitStack, hosts: Hosts, host: str, scratch: Path, *arguments: str, before: tuple[str, ...] = ()
 ) -> None:
-    own = (f"--node-ip-address={hosts.addresses[host]}", *((f"--temp-dir={scratch}",) if host == "head" else ()))
+    options = (f"--node-ip-address={hosts.addresses[host]}", *((f"--temp-dir={scratch}",) if host == "head" else ()))
     log = scratch / f"{host}.log"
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            hosts.on(host, *before, str(RAY), "start", *own, *arguments),
-            stdout=said,
+            hosts.on(host, *before, str(RAY), "start", *options, *arguments),
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | hosts.environment,
             start_new_session=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import SMALL, Ground
+from tests.drills.ground import SMALL, Harness
 from tests.drills.hosts import Hosts, two_hosts
 from tests.drills.slurm import MINUTES, OVER, ROOT, Slurm, slurm
 from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STUDY, Ended, goes_on, last_line, on_disk
@@ -35,7 +35,7 @@ class SlurmEnding:
 
 
 def tell(*command: str) -> Strike:
-    return lambda here, job: here.tell(*command, job)
+    return lambda cluster, job: cluster.run(*command, job)
 
 
 SLURM = (
@@ -48,103 +48,103 @@ SLURM = (
     ),
     SlurmEnding(what="Slurm: `scancel`", strike=tell("scancel"), state="CANCELLED"),
     SlurmEnding(what="Slurm: `scontrol requeue`", strike=tell("scontrol", "requeue"), state="PENDING"),
-    # The last: the node stays down.
+    # Last, since the node stays down.
     SlurmEnding(what="Slurm: the node loses power", strike=Slurm.cut_power, state="PENDING"),
 )
 RAY_JOBS = {"`ray job stop`, with launch/job.yaml": True, "`ray job stop`, without": False}
 
 
-def end_slurm_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
-    """On one node, each in the midst of its work; what Slurm queues again goes on by itself."""
-    with slurm(ground.folder / "slurm_endings") as here:
+def end_slurm_jobs(harness: Harness, dice: random.Random) -> Iterator[tuple[str, Ended]]:
+    """Yield the endings of Slurm jobs on one node, struck during their work; requeued jobs resume by themselves."""
+    with slurm(harness.folder / "slurm_endings") as cluster:
         for number, ending in enumerate(SLURM):
-            yield ending.what, _end_slurm_job(ground, here, number, ending, dice.uniform(0, 1))
+            yield ending.what, _end_slurm_job(harness, cluster, number, ending, dice.uniform(0, 1))
 
 
-def _end_slurm_job(ground: Ground, here: Slurm, number: int, ending: SlurmEnding, after_s: float) -> Ended:
-    run_dir, log = ground.folder / f"slurm_ending_{number}", ground.folder / f"slurm_ending_{number}.txt"
-    own = (*ending.keys, f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}")
+def _end_slurm_job(harness: Harness, cluster: Slurm, number: int, ending: SlurmEnding, after_s: float) -> Ended:
+    run_dir, log = harness.folder / f"slurm_ending_{number}", harness.folder / f"slurm_ending_{number}.txt"
+    settings = (*ending.keys, f"run.dir={run_dir}", f"run.cache_dir={harness.folder / 'cache'}")
 
     def submit() -> str:
         options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
-        return here.submit(*options, settings=(*SMALL, *OWN, *own), log=log)
+        return cluster.submit(*options, settings=(*SMALL, *OWN, *settings), log=log)
 
     job = submit()
-    here.until(job, lambda _: log.exists() and f"\n{ending.when}" in log.read_text(), 240)
+    cluster.until(job, lambda _: log.exists() and f"\n{ending.when}" in log.read_text(), 240)
     time.sleep(after_s)
-    ending.strike(here, job)
-    ended = here.until(job, lambda found: found["JobState"] in ("PENDING", *OVER), 240)
+    ending.strike(cluster, job)
+    ended = cluster.until(job, lambda found: found["JobState"] in ("PENDING", *OVER), 240)
     left = _left_of(job)
-    said, there = log.read_text(), on_disk(run_dir)
+    output, files = log.read_text(), on_disk(run_dir)
     if ended["JobState"] == "PENDING":
-        here.start_again(job)
+        cluster.start_again(job)
     else:
         job = submit()
-    again = here.wait(job, 600)["JobState"]
+    again = cluster.wait(job, 600)["JobState"]
     faults = {
         f"{ended['JobState']}, not {ending.state}": ended["JobState"] != ending.state,
-        "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
+        "a traceback": re.search(r"Traceback|\^\^\^", output) is not None,
         f"left behind: {left}": bool(left),
         f"the next one is {again}": again != "COMPLETED",
     }
     status = f"{ended['JobState']}, {ended['ExitCode'].partition(':')[0]}"
     return Ended(
         status="queued again" if ended["JobState"] == "PENDING" else status,
-        last_line=last_line(said, run_dir),
-        on_disk=there,
-        next_command=goes_on(log.read_text()[len(said) :]),
+        last_line=last_line(output, run_dir),
+        on_disk=files,
+        next_command=goes_on(log.read_text()[len(output) :]),
         wrong="; ".join(text for text, is_so in faults.items() if is_so),
     )
 
 
 def _left_of(job: str) -> list[psutil.Process]:
-    """Processes of the job's Ray and of its script that are alive 30 s later."""
+    """Return the processes of the job's Ray and script that are still alive after 30 s."""
     marks = (f"/tmp/ray-{os.getuid()}-{job}-", f"/job{int(job):05d}/slurm_script")
-    commands = ((one, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"]))
-    processes = [one for one, command in commands if any(mark in command for mark in marks)]
+    commands = ((it, " ".join(it.info["cmdline"] or ())) for it in psutil.process_iter(["cmdline"]))
+    processes = [it for it, command in commands if any(mark in command for mark in marks)]
     return psutil.wait_procs(processes, timeout=30)[1]
 
 
-def end_ray_jobs(ground: Ground, dice: random.Random) -> Iterator[tuple[str, Ended]]:
-    """Submitted to a cluster with a dashboard, and stopped in the midst of a step."""
-    places = {name: ground.folder / name for name in ("jobs_head_only", "jobs_home")}
-    for place in places.values():
-        place.mkdir()
-    with two_hosts(cpus=2, head_only=places["jobs_head_only"], home=places["jobs_home"]) as hosts:
+def end_ray_jobs(harness: Harness, dice: random.Random) -> Iterator[tuple[str, Ended]]:
+    """Yield the endings of Ray jobs, submitted to a cluster with a dashboard and stopped during a step."""
+    folders = {name: harness.folder / name for name in ("jobs_head_only", "jobs_home")}
+    for folder in folders.values():
+        folder.mkdir()
+    with two_hosts(cpus=2, head_only=folders["jobs_head_only"], home=folders["jobs_home"]) as hosts:
         for number, (what, notice) in enumerate(RAY_JOBS.items()):
-            run_dir = ground.folder / f"ray_ending_{number}"
-            job = _submit(ground, hosts, run_dir, f"job_{number}", notice=notice)
+            run_dir = harness.folder / f"ray_ending_{number}"
+            job = _submit(harness, hosts, run_dir, f"job_{number}", notice=notice)
             while steps_done(run_dir) < _AT and job.poll() is None:
                 time.sleep(0.02)
             time.sleep(dice.uniform(0, 1))
-            _ask_ray(hosts, "stop", f"job_{number}")
-            ground.finish(job)
-            status = _ask_ray(hosts, "status", f"job_{number}")
-            said, there = ground.screen(run_dir).read_text(), on_disk(run_dir)
-            again = ground.finish(_submit(ground, hosts, run_dir, f"job_{number}_again", notice=notice))
+            _ray_job(hosts, "stop", f"job_{number}")
+            harness.finish(job)
+            status = _ray_job(hosts, "status", f"job_{number}")
+            output, files = harness.screen(run_dir).read_text(), on_disk(run_dir)
+            again = harness.finish(_submit(harness, hosts, run_dir, f"job_{number}_again", notice=notice))
             faults = {
                 status: "was stopped" not in status,
-                "a traceback": re.search(r"Traceback|\^\^\^", said) is not None,
+                "a traceback": re.search(r"Traceback|\^\^\^", output) is not None,
                 f"the next command ended with {again}": again != 0,
             }
             yield (
                 what,
                 Ended(
                     status="STOPPED",
-                    last_line=last_line(said, run_dir),
-                    on_disk=there,
-                    next_command=goes_on(ground.screen(run_dir).read_text()[len(said) :]),
+                    last_line=last_line(output, run_dir),
+                    on_disk=files,
+                    next_command=goes_on(harness.screen(run_dir).read_text()[len(output) :]),
                     wrong="; ".join(text for text, is_so in faults.items() if is_so),
                 ),
             )
 
 
-def _submit(ground: Ground, hosts: Hosts, run_dir: Path, name: str, *, notice: bool) -> subprocess.Popen[bytes]:
-    """So many steps that it is not over before Ray's command has started."""
-    own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"cluster.address={hosts.address}")
-    with ground.screen(run_dir).open("ab") as screen:
+def _submit(harness: Harness, hosts: Hosts, run_dir: Path, name: str, *, notice: bool) -> subprocess.Popen[bytes]:
+    """Submit a run with so many steps that it outlasts the start of Ray's command."""
+    settings = (f"run.dir={run_dir}", f"run.cache_dir={harness.folder / 'cache'}", f"cluster.address={hosts.address}")
+    with harness.screen(run_dir).open("ab") as screen:
         return subprocess.Popen(
-            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, "train.steps=60", *own],
+            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, "train.steps=60", *settings],
             stdout=screen,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -153,7 +153,7 @@ def _submit(ground: Ground, hosts: Hosts, run_dir: Path, name: str, *, notice: b
         )
 
 
-def _ask_ray(hosts: Hosts, *words: str) -> str:
+def _ray_job(hosts: Hosts, *words: str) -> str:
     done = subprocess.run(
         hosts.on("head", "ray", "job", words[0], f"--address={hosts.dashboard}", *words[1:]),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Drills of faults around a run: a disk that is full for a while, a network cable that is pulled."""
+"""Drills of faults in the environment: a disk that is full for a while, a host that loses its network."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from functools import partial
 from pathlib import Path
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import APART, MENDED, Ground, Outcome, told_by
+from tests.drills.ground import APART, RECOVERY_STEPS, Harness, Outcome, incident_times
 from tests.drills.hosts import Hosts, two_hosts
 
 
 @contextmanager
-def small_disk(place: Path, megabytes: int) -> Iterator[None]:
-    """A real one, at `place`; needs root."""
-    place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True)
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """Mount a small file system at `folder`; needs root."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """For a while."""
+    """Keep the disk full inside the context."""
     ballast = fill_up(disk)
     yield
     ballast.unlink()
 
 
 def fill_up(disk: Path) -> Path:
-    """Take all of it but a part of a page; returns the file that does."""
+    """Fill the disk but for a part of a page; return the file that fills it."""
     ballast = disk / "ballast"
     ballast.touch()
     _grow(ballast)
@@ -45,7 +45,7 @@ def fill_up(disk: Path) -> Path:
 
 
 def keep_full(disk: Path) -> None:
-    """Until its `ballast` is removed, whatever else is."""
+    """Keep the disk full, even as other files are removed, until its `ballast` is."""
     ballast = fill_up(disk)
 
     def keep() -> None:
@@ -66,74 +66,81 @@ def _grow(ballast: Path) -> None:
                     file.write(bytes(size))
 
 
-def fill_the_disk(ground: Ground) -> list[Outcome]:
-    """Something else takes all that is left of it, until the run says that a checkpoint found no room."""
-    dice, deeds, told, due = random.Random(ground.seed), [], [], 1
-    with small_disk(ground.folder / "disk", megabytes=400):
-        run_dir = ground.folder / "disk" / "disk_full"
-        run = ground.start(run_dir)
+def fill_the_disk(harness: Harness) -> list[Outcome]:
+    """Fill the run's disk each time until the run reports that a checkpoint could not be written."""
+    dice, fault_times, noticed_at, due = random.Random(harness.seed), [], [], 1
+    with small_disk(harness.folder / "disk", megabytes=400):
+        run_dir = harness.folder / "disk" / "disk_full"
+        run = harness.start(run_dir)
 
-        complaints = partial(_said, ground.screen(run_dir), "could not be written")
-        for number in range(ground.times):
+        complaints = partial(_count, harness.screen(run_dir), "could not be written")
+        for number in range(harness.times):
             _wait(run, partial(steps_done, run_dir), max(1 + APART * number, due))
             time.sleep(dice.uniform(0.0, 1.0))
-            with full(ground.folder / "disk"):
-                deeds.append(time.time())
+            with full(harness.folder / "disk"):
+                fault_times.append(time.time())
                 _wait(run, complaints, complaints() + 1)
-                told.append(time.time())
-            due = steps_done(run_dir) + MENDED
-        status = ground.finish(run)
-        return ground.outcomes(run_dir, "disk full for a while", deeds, status, told)
+                noticed_at.append(time.time())
+            due = steps_done(run_dir) + RECOVERY_STEPS
+        status = harness.finish(run)
+        return harness.outcomes(run_dir, "disk full for a while", fault_times, status, noticed_at)
 
 
-def pull_the_cable(ground: Ground) -> list[Outcome]:
+def pull_the_cable(harness: Harness) -> list[Outcome]:
     """Disconnect the host of one of two rollout actors; the run waits for it, or once goes on without it."""
     with ExitStack() as stack:
-        places = {name: ground.folder / name for name in ("head_only", "home")}
-        for place in places.values():
-            place.mkdir(parents=True)
-        hosts = stack.enter_context(two_hosts(cpus=1, head_only=places["head_only"], home=places["home"]))
+        folders = {name: harness.folder / name for name in ("head_only", "home")}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        hosts = stack.enter_context(two_hosts(cpus=1, head_only=folders["head_only"], home=folders["home"]))
 
         def start(run_dir: Path, *settings: str) -> subprocess.Popen[bytes]:
-            own = ("rollout=hf", "rollout.num_actors=2", "cluster.placement=SPREAD", f"cluster.address={hosts.address}")
-            return ground.start(run_dir, *own, *settings, before=hosts.on("head"), environment=hosts.environment)
+            cluster = (
+                "rollout=hf",
+                "rollout.num_actors=2",
+                "cluster.placement=SPREAD",
+                f"cluster.address={hosts.address}",
+            )
+            return harness.start(run_dir, *cluster, *settings, before=hosts.on("head"), environment=hosts.environment)
 
-        peaceful = ground.folder / "two_hosts_in_peace"
-        assert ground.finish(start(peaceful)) == 0, ground.screen(peaceful).read_text()
+        baseline = harness.folder / "two_hosts_baseline"
+        assert harness.finish(start(baseline)) == 0, harness.screen(baseline).read_text()
         found = []
-        for lost_node, times in (("wait", ground.times), ("continue", 1)):
-            run_dir = ground.folder / f"cable_pulled_{lost_node}"
+        for lost_node, times in (("wait", harness.times), ("continue", 1)):
+            run_dir = harness.folder / f"cable_pulled_{lost_node}"
             run = start(run_dir, f"faults.lost_node={lost_node}")
-            deeds = _cuts(ground, run, run_dir, hosts, times, back=lost_node == "wait")
-            status = ground.finish(run)
+            fault_times = _cuts(harness, run, run_dir, hosts, times, back=lost_node == "wait")
+            status = harness.finish(run)
             fault = f"cable pulled, lost_node={lost_node}"
-            found += ground.outcomes(run_dir, fault, deeds, status, told_by(run_dir), peaceful=peaceful, times=times)
+            found += harness.outcomes(
+                run_dir, fault, fault_times, status, incident_times(run_dir), baseline=baseline, times=times
+            )
         return found
 
 
 def _cuts(
-    ground: Ground, run: subprocess.Popen[bytes], run_dir: Path, hosts: Hosts, times: int, *, back: bool
+    harness: Harness, run: subprocess.Popen[bytes], run_dir: Path, hosts: Hosts, times: int, *, back: bool
 ) -> list[float]:
-    """When the cable was pulled."""
-    dice, deeds, due = random.Random(ground.seed), [], 1
+    """Pull the cable `times` times, and with `back` plug it in again; return the times of the pulls."""
+    dice, fault_times, due = random.Random(harness.seed), [], 1
     for number in range(times):
         _wait(run, partial(steps_done, run_dir), max(1 + APART * number, due))
         time.sleep(dice.uniform(0.0, 1.0))
         hosts.cable("down")
-        deeds.append(time.time())
+        fault_times.append(time.time())
         if back:
-            _wait(run, partial(_said, ground.screen(run_dir), "waiting for the cluster: "), number + 1)
+            _wait(run, partial(_count, harness.screen(run_dir), "waiting for the cluster: "), number + 1)
             hosts.cable("up")
             hosts.bring_worker()
-        due = steps_done(run_dir) + MENDED
-    return deeds
+        due = steps_done(run_dir) + RECOVERY_STEPS
+    return fault_times
 
 
-def _said(screen: Path, words: str) -> int:
+def _count(screen: Path, words: str) -> int:
     return screen.read_text().count(words)
 
 
 def _wait(run: subprocess.Popen[bytes], count: Callable[[], int], at_least: int) -> None:
-    """Or until the run is over."""
+    """Wait until the count is reached or the run is over."""
     while run.poll() is None and count() < at_least:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A private Slurm of two nodes, each in a network namespace of its own, and jobs whose time runs out."""
+"""A private Slurm of two nodes, each in its own network namespace, and jobs that reach their time limit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import APART, SMALL, Ground, Outcome
-from tests.drills.hosts import cabled, why_not
+from tests.drills.ground import APART, SMALL, Harness, Outcome
+from tests.drills.hosts import cabled, missing_namespaces
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES = 60  # of a job
+MINUTES = 60  # time limit of a job
 OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _SETTINGS = """\
@@ -54,16 +54,16 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def why_no_slurm() -> str | None:
+def missing_slurm() -> str | None:
     """The reason why this machine cannot run a private Slurm, or None."""
-    if why := why_not():
-        return why
+    if reason := missing_namespaces():
+        return reason
     missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
-    return f"Slurm is not here ({', '.join(missing)}): apt-get install slurm-wlm munge" if missing else None
+    return f"Slurm is not installed ({', '.join(missing)}): apt-get install slurm-wlm munge" if missing else None
 
 
 class Slurm:
-    """Commands to it, on its first node."""
+    """A running Slurm; its commands run on the first node."""
 
     def __init__(self, folder: Path, nodes: Sequence[str]) -> None:
         self.folder, self.nodes = folder, nodes
@@ -74,7 +74,7 @@ class Slurm:
         }
 
     def on(self, node: int, *command: str) -> list[str]:
-        """`ip netns exec` would hide the control groups, which slurmd wants."""
+        """Return the command to run on a node; `ip netns exec` would hide the control groups, which slurmd needs."""
         mount = f'mount --bind "{self.folder / "hosts"}" /etc/hosts && exec "$@"'
         return [
             "nsenter",
@@ -88,7 +88,7 @@ class Slurm:
             *command,
         ]
 
-    def tell(self, *command: str) -> str:
+    def run(self, *command: str) -> str:
         done = subprocess.run(
             self.on(0, *command),
             env=self.environment,
@@ -102,61 +102,61 @@ class Slurm:
         return done.stdout
 
     def submit(self, *options: str, settings: Sequence[str], log: Path) -> str:
-        """The job's number."""
-        own = ("--parsable", "--gpus-per-node=0", f"--output={log}")
-        return self.tell("sbatch", *own, *options, "launch/slurm.sbatch", *settings).strip()
+        """Submit a run; return the job's id."""
+        fixed = ("--parsable", "--gpus-per-node=0", f"--output={log}")
+        return self.run("sbatch", *fixed, *options, "launch/slurm.sbatch", *settings).strip()
 
     def state(self, job: str) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "show", "job", "--oneliner", job)))
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
 
     def until(self, job: str, done: Callable[[dict[str, str]], bool], limit_s: float) -> dict[str, str]:
-        """The job's record once `done` holds; raises when the job ends before, or after `limit_s`."""
+        """Return the job's record once `done` holds; raise if the job ends before, or after `limit_s`."""
         end = time.monotonic() + limit_s
         while not done(found := self.state(job)):
             if time.monotonic() > end or found["JobState"] in OVER:
-                self.tell("scancel", job)
+                self.run("scancel", job)
                 logs = sorted(self.folder.glob("slurm*.log"))
-                told = [line for log in logs for line in (f"{log.name}:", *log.read_text().splitlines()[-20:])]
-                raise AssertionError("\n".join((f"after {limit_s:.0f} s job {job} is {found}", *told)))
+                shown = [line for log in logs for line in (f"{log.name}:", *log.read_text().splitlines()[-20:])]
+                raise AssertionError("\n".join((f"after {limit_s:.0f} s job {job} is {found}", *shown)))
             time.sleep(0.5)
         return found
 
     def wait(self, job: str, limit_s: float) -> dict[str, str]:
-        """The job's record once it is over."""
+        """Return the job's record once it is over."""
         return self.until(job, lambda found: found["JobState"] in OVER, limit_s)
 
     def run_out(self, job: str) -> None:
-        """Shorten its limit to a minute or two and warn it at once: Slurm itself looks every 30 s."""
+        """Shorten the job's limit to a minute or two and send the warning at once: Slurm checks only every 30 s."""
         ran = self.state(job)["RunTime"]
         hours, minutes, _ = map(int, ran.split(":"))
-        self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
-        self.tell("scancel", "--batch", "--signal=USR1", job)
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+        self.run("scancel", "--batch", "--signal=USR1", job)
 
     def cut_power(self, job: str) -> None:
-        """Kill all processes of the first node but munged and slurmctld, and tell Slurm that the node is down."""
+        """Kill all processes of the first node but munged and slurmctld, and mark the node as down."""
         spared = {self.daemons[name].pid for name in ("munged", "slurmctld")}
         for pid in map(int, subprocess.check_output(["ip", "netns", "pids", self.nodes[0]]).split()):
             if pid not in spared:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self.tell("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=power")
+        self.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=power")
         for folder in Path("/tmp").glob(f"ray-{os.getuid()}-{job}-*"):
             shutil.rmtree(folder)
 
     def start_again(self, job: str) -> None:
-        """Start it at once when it is queued again: Slurm itself waits two minutes."""
+        """Start a requeued job at once: Slurm itself waits two minutes."""
         self.until(job, lambda found: found["JobState"] == "PENDING" and found["Reason"] == "BeginTime", 240)
-        # slurmd compares times in whole seconds: a start in the second in which the job ended has a revoked credential.
+        # slurmd compares times in whole seconds: a start within the second of the job's end has a revoked credential.
         time.sleep(2)
-        self.tell("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={MINUTES}")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", f"TimeLimit={MINUTES}")
 
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """Up, with two idle nodes; nothing of it is left at the end."""
+    """Start a Slurm with two idle nodes; stop and remove all of it at the end."""
     folder.mkdir(parents=True)
     folder.chmod(0o755)
-    # The path of a Unix socket has room for 107 characters: a test's own folder is too deep for these.
+    # The path of a Unix socket has at most 107 characters: the folder of a test is too deep.
     sockets = Path(tempfile.mkdtemp(prefix="slurm"))
     sockets.chmod(0o755)
     (folder / "state").mkdir()
@@ -168,69 +168,69 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     addresses = [f"10.{128 + number % 64}.0.{end}" for end in (1, 2)]
     host = os.uname().nodename
     (folder / "slurm.conf").write_text(_SETTINGS.format(folder=folder, sockets=sockets, host=host, addresses=addresses))
-    # As Debian and Ubuntu write it: a host's name is an address that no other host can reach.
+    # As on Debian and Ubuntu: the hostname resolves to an address that no other host can reach.
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n")
-    here = Slurm(folder, nodes)
+    cluster = Slurm(folder, nodes)
     munge = [f"--socket={sockets}/munge.socket", f"--key-file={key}"]
     munge += [f"--{kind}-file={folder}/munged.{kind}" for kind in ("pid", "log", "seed")]
     commands = {
-        "munged": here.on(0, "munged", "--foreground", "--force", *munge),
-        "slurmctld": here.on(0, "slurmctld", "-D", "-c"),
-        "n1": here.on(0, "slurmd", "-D", "-N", "n1"),
-        "n2": here.on(1, "slurmd", "-D", "-N", "n2"),
+        "munged": cluster.on(0, "munged", "--foreground", "--force", *munge),
+        "slurmctld": cluster.on(0, "slurmctld", "-D", "-c"),
+        "n1": cluster.on(0, "slurmd", "-D", "-N", "n1"),
+        "n2": cluster.on(1, "slurmd", "-D", "-N", "n2"),
     }
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, sockets)
         stack.enter_context(cabled(dict(zip(nodes, addresses, strict=True))))
-        stack.callback(_end, here.daemons)
+        stack.callback(_end, cluster.daemons)
         for name, command in commands.items():
             with (folder / f"{name}.screen").open("wb") as screen:
-                here.daemons[name] = subprocess.Popen(
-                    command, env=here.environment, stdout=screen, stderr=subprocess.STDOUT
+                cluster.daemons[name] = subprocess.Popen(
+                    command, env=cluster.environment, stdout=screen, stderr=subprocess.STDOUT
                 )
             time.sleep(0.5)
         until = time.monotonic() + 60
-        while here.tell("sinfo", "--noheader", "--format=%t %D").split() != ["idle", "2"]:
-            assert time.monotonic() < until, here.tell("sinfo", "--list-reasons")
+        while cluster.run("sinfo", "--noheader", "--format=%t %D").split() != ["idle", "2"]:
+            assert time.monotonic() < until, cluster.run("sinfo", "--list-reasons")
             time.sleep(0.5)
-        yield here
+        yield cluster
 
 
 def _end(daemons: Mapping[str, subprocess.Popen[bytes]]) -> None:
     for daemon in reversed(daemons.values()):
         if daemon.poll() is not None:
             continue
-        below = psutil.Process(daemon.pid).children(recursive=True)
+        children = psutil.Process(daemon.pid).children(recursive=True)
         daemon.terminate()
-        for process in psutil.wait_procs(below, 20)[1]:
+        for process in psutil.wait_procs(children, 20)[1]:
             process.kill()
         try:
             daemon.wait(20)
-        except subprocess.TimeoutExpired:  # slurmctld waits for a node that has no power
+        except subprocess.TimeoutExpired:  # slurmctld waits for a node that is down
             daemon.kill()
             daemon.wait()
 
 
-def let_time_run_out(ground: Ground) -> list[Outcome]:
-    """On one node and on two: the limit strikes at random moments, and the job that is queued again ends the run."""
-    dice = random.Random(ground.seed)
-    with slurm(ground.folder / "slurm") as here:
-        return [one_job(ground, here, nodes, max(1, ground.times // 2), dice) for nodes in (1, 2)]
+def let_time_run_out(harness: Harness) -> list[Outcome]:
+    """Run jobs on one and on two nodes into their time limit at random moments; the requeued jobs finish the run."""
+    dice = random.Random(harness.seed)
+    with slurm(harness.folder / "slurm") as cluster:
+        return [one_job(harness, cluster, nodes, max(1, harness.times // 2), dice) for nodes in (1, 2)]
 
 
-def one_job(ground: Ground, here: Slurm, nodes: int, times: int, dice: random.Random) -> Outcome:
-    """Run one job, let its time run out `times` times, and compares its steps with the undisturbed run."""
-    run_dir, log = ground.folder / f"slurm_{nodes}", ground.folder / f"slurm_{nodes}.txt"
-    own = (f"run.dir={run_dir}", f"run.cache_dir={ground.folder / 'cache'}", f"train.steps={ground.steps}")
+def one_job(harness: Harness, cluster: Slurm, nodes: int, times: int, dice: random.Random) -> Outcome:
+    """Run one job, let its time run out `times` times, and compare its steps with the baseline."""
+    run_dir, log = harness.folder / f"slurm_{nodes}", harness.folder / f"slurm_{nodes}.txt"
+    settings = (f"run.dir={run_dir}", f"run.cache_dir={harness.folder / 'cache'}", f"train.steps={harness.steps}")
     options = (f"--time={MINUTES}", "--signal=B:USR1@1", f"--nodes={nodes}")
-    job = here.submit(*options, settings=(*SMALL, "train.checkpoint_every=0", *own), log=log)
+    job = cluster.submit(*options, settings=(*SMALL, "train.checkpoint_every=0", *settings), log=log)
     for number in range(times):
         due = 2 * APART * number + 2
-        here.until(job, lambda _, due=due: steps_done(run_dir) >= due, 240)
+        cluster.until(job, lambda _, due=due: steps_done(run_dir) >= due, 240)
         time.sleep(dice.uniform(0, 1))
-        here.run_out(job)
-        here.start_again(job)
-    ended = here.wait(job, 600)
+        cluster.run_out(job)
+        cluster.start_again(job)
+    ended = cluster.wait(job, 600)
     wrong = "" if ended["JobState"] == "COMPLETED" else f"job {job} is {ended['JobState']}, see {log}"
     discarded = run_dir / "metrics.discarded.jsonl"
     return Outcome(
@@ -240,5 +240,5 @@ def one_job(ground: Ground, here: Slurm, nodes: int, times: int, dice: random.Ra
         recovered_after_s=float("nan"),
         steps_lost=discarded.read_text().count("\n") if discarded.exists() else 0,
         samples_masked=0,
-        wrong=wrong or ground.differences(run_dir, ground.peaceful),
+        wrong=wrong or harness.differences(run_dir, harness.baseline),
     )

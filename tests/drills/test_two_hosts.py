@@ -1,4 +1,4 @@
-"""Runs on two hosts: submitted as jobs, on both of them, and one of them goes away and comes back."""
+"""Runs on two hosts: submitted as jobs, trained on both, and continued after the loss of one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ import pytest
 
 from tests.data.files import picture, question, solution, write_jsonl, write_parquet
 from tests.drills.faults import lines, steps_done
-from tests.drills.hosts import Hosts, two_hosts, why_not
+from tests.drills.hosts import Hosts, missing_namespaces, two_hosts
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_interrupt import MARK, processes_with, wait_until
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.skipif(missing_namespaces() is not None, reason=str(missing_namespaces())),
+    pytest.mark.timeout(600),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -28,15 +31,15 @@ QUICK = (
     *("train.checkpoint_every=1", "rollout.threads=1", "learner.threads=1", "model.tiny.warm_steps=0"),
     *("rollout.max_tokens=32", "rollout.step_timeout_s=60", "learner.micro_tokens=2048"),
 )
-# Where vLLM is not what a test is about: it takes long to load.
+# For tests that are not about vLLM, which is slow to load.
 PLAIN = ("rollout=hf", "rollout.num_actors=2")
-# Neither fits beside another rank, both leave room for an engine.
+# Ranks too large to share a host, each with room for an engine beside it.
 RANK_EACH = ("learner.world_size=2", "learner.cpus_per_rank=0.7", "rollout.cpus_per_actor=0.3")
 
 
 @dataclass(frozen=True)
 class Site:
-    """The hosts, a checkout to submit, and folders: one that only the head sees, one that both do."""
+    """The hosts, a checkout to submit, a folder that only the head sees, and one that both hosts see."""
 
     hosts: Hosts
     checkout: Path
@@ -44,7 +47,7 @@ class Site:
     shared: Path
 
     def submit(self, *options: str, settings: tuple[str, ...], notice: bool = False) -> subprocess.Popen[str]:
-        """As a user does it, from the head."""
+        """Submit a run from the head, as a user does."""
         folders = (f"run.cache_dir={self.shared / 'cache'}", f"cluster.address={self.hosts.address}")
         return subprocess.Popen(
             [*self.hosts.job(*options, notice=notice), *SMALL, *QUICK, *folders, *settings],
@@ -55,16 +58,16 @@ class Site:
             env=os.environ | self.hosts.environment,
         )
 
-    def ask_ray(self, *words: str) -> str:
-        return self.told("ray", "job", words[0], "--address", self.hosts.dashboard, *words[1:])
+    def ray_job(self, *words: str) -> str:
+        return self.output("ray", "job", words[0], "--address", self.hosts.dashboard, *words[1:])
 
     def gauges(self, run_dir: Path) -> str:
-        """What Prometheus would find of a run that is at work."""
+        """Return the metrics of an active run as Prometheus would scrape them."""
         [found] = json.loads((run_dir / "prometheus.json").read_text())
-        return "".join(self.told("curl", "--silent", f"http://{target}/metrics") for target in found["targets"])
+        return "".join(self.output("curl", "--silent", f"http://{target}/metrics") for target in found["targets"])
 
-    def told(self, *command: str) -> str:
-        """By a command on the head."""
+    def output(self, *command: str) -> str:
+        """Run a command on the head; return its output."""
         environment = os.environ | self.hosts.environment
         done = subprocess.run(
             self.hosts.on("head", *command), capture_output=True, text=True, env=environment, check=False, timeout=120
@@ -74,10 +77,10 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """What it started is gone when it ends."""
+    """Start the hosts; afterwards check that none of their processes is left."""
     shared, head_only, checkout = (tmp_path_factory.mktemp(name) for name in ("shared", "head_only", "checkout"))
-    for room in ("othink_ray", "conf", "launch"):
-        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("othink_ray", "conf", "launch"):
+        shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
     try:
@@ -89,70 +92,72 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = job.communicate(timeout=240)
-    return job.returncode, said
+    output, _ = job.communicate(timeout=240)
+    return job.returncode, output
 
 
 def test_a_job_trains_on_both_hosts_with_data_of_one_host(site: Site) -> None:
-    """The copy of the checkout that Ray uploads is what runs; a relative run.dir outlives it."""
-    mine = (site.checkout / "conf/algo/grpo_d.yaml").read_text().replace("name: grpo_d", "name: mine")
-    (site.checkout / "conf/algo/mine.yaml").write_text(mine)
+    """Ray runs its uploaded copy of the checkout; a relative run.dir outlives the copy."""
+    custom = (site.checkout / "conf/algo/grpo_d.yaml").read_text().replace("name: grpo_d", "name: mine")
+    (site.checkout / "conf/algo/mine.yaml").write_text(custom)
     rows = range(8)
     train = write_parquet(site.head_only / "train.parquet", [{"bytes": picture(row), "path": None} for row in rows])
     for row in rows:
         (site.head_only / f"{row}.png").write_bytes(picture(row))
-    asked = [{"image_path": f"{row}.png", "question": question(row), "ground_truth": solution(row)} for row in rows]
-    test = write_jsonl(site.head_only / "test.jsonl", asked)
+    records = [{"image_path": f"{row}.png", "question": question(row), "ground_truth": solution(row)} for row in rows]
+    test = write_jsonl(site.head_only / "test.jsonl", records)
     data = ("data=own", f"data.train.files.path={train}", f"data.test.files.path={test}")
     settings = ("algo=mine", *data, *RANK_EACH, "train.steps=2", "run.dir=runs/first")
-    status, said = ended(site.submit(settings=settings))
-    assert status == 0, said
-    assert "after GRPO-D" in said or "accuracy" in said
+    status, output = ended(site.submit(settings=settings))
+    assert status == 0, output
+    assert "after GRPO-D" in output or "accuracy" in output
     run_dir = site.shared / "home" / "runs" / "first"
-    assert str(run_dir) in said
+    assert str(run_dir) in output
     assert [line["step"] for line in lines(run_dir)] == [0, 1]
-    seats = [line for line in said.splitlines() if "[L" in line]
-    assert [line.count("[L") for line in seats] == [1, 1], seats
-    assert "`ray job stop` kills this run 3 seconds after" in said
+    ranks = [line for line in output.splitlines() if "[L" in line]
+    assert [line.count("[L") for line in ranks] == [1, 1], ranks
+    assert "`ray job stop` kills this run 3 seconds after" in output
 
 
 def test_an_invalid_job_fails_with_the_reason_in_its_log(site: Site) -> None:
-    status, said = ended(site.submit(settings=("train.steps=0",)))
+    status, output = ended(site.submit(settings=("train.steps=0",)))
     assert status != 0
-    assert "train.steps = 0" in said and "must be at least 1" in said
+    assert "train.steps = 0" in output and "must be at least 1" in output
 
 
 def test_a_cluster_with_a_token_refuses_clients_without_it(site: Site) -> None:
-    stranger = {name: value for name, value in site.hosts.environment.items() if not name.startswith("RAY_AUTH")}
+    tokenless = {name: value for name, value in site.hosts.environment.items() if not name.startswith("RAY_AUTH")}
     command = site.hosts.on("worker", "ray", "job", "list", "--address", site.hosts.dashboard)
-    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | stranger, check=False, timeout=60)
-    assert told.returncode != 0
-    assert "token" in told.stdout + told.stderr
+    refused = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | tokenless, check=False, timeout=60
+    )
+    assert refused.returncode != 0
+    assert "token" in refused.stdout + refused.stderr
 
 
 def test_a_stopped_job_saves_its_step_and_another_resumes(site: Site) -> None:
-    """Its driver is on the worker."""
+    """The driver of the stopped job runs on the worker."""
     run_dir = site.shared / "stopped"
     there = ("--entrypoint-resources", f'{{"node:{site.hosts.addresses["worker"]}": 0.001}}', "--submission-id", "long")
     settings = (*PLAIN, "train.steps=500", "train.checkpoint_every=0", f"run.dir={run_dir}")
     job = site.submit(*there, settings=settings, notice=True)
     wait_until(lambda: steps_done(run_dir) >= 2, 300)
     shown = wait_until(lambda: "ray_othink_ray_kl_beta" in site.gauges(run_dir), 30)
-    site.ask_ray("stop", "--no-wait", "long")
-    _, said = ended(job)
+    site.ray_job("stop", "--no-wait", "long")
+    _, output = ended(job)
     done = steps_done(run_dir)
-    assert done >= 2 and shown, said
-    assert "stopping after this step is finished and saved" in said, said
+    assert done >= 2 and shown, output
+    assert "stopping after this step is finished and saved" in output, output
     assert (run_dir / "checkpoints" / f"step_{done}").is_dir()
     settings = (*PLAIN, f"train.steps={done + 1}", f"run.dir={run_dir}", "run.resume=auto")
-    status, said = ended(site.submit(settings=settings))
-    assert status == 0, said
+    status, output = ended(site.submit(settings=settings))
+    assert status == 0, output
     assert [line["step"] for line in lines(run_dir)] == list(range(done + 1))
 
 
 @pytest.mark.parametrize("lost_node", ["wait", "continue"])
 def test_a_run_survives_the_loss_of_a_host(site: Site, tmp_path: Path, lost_node: str) -> None:
-    """When it is back, or with what is left."""
+    """The run waits for the host, or continues on what is left."""
     overrides = (
         *(f"run.dir={tmp_path / 'run'}", f"run.cache_dir={site.shared}", f"cluster.address={site.hosts.address}"),
         *(*PLAIN, "cluster.placement=SPREAD", f"faults.lost_node={lost_node}", f"train.steps={STEPS}"),

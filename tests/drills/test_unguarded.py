@@ -1,4 +1,4 @@
-"""That tests fail where their guard is taken out can be tried: the list is of today, and one of it is tried here."""
+"""Every entry of the list of guards is current, and one of them is tried here."""
 
 from __future__ import annotations
 

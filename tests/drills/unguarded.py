@@ -1,4 +1,4 @@
-"""Each guard taken out of a copy of the tree, and its test, which must fail then:  python -m tests.drills.unguarded"""
+"""Remove each guard from a copy of the tree and check that its test fails then:  python -m tests.drills.unguarded"""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_LIMIT_S = 300.0  # some guards are against waiting for ever
+_LIMIT_S = 300.0  # some guards prevent an endless wait
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`code` in `file` under othink_ray/ guards; with `without` in its place `test` under tests/ must fail."""
+    """A guard: `code` in `file` under othink_ray/; with `without` instead, `test` under tests/ must fail."""
 
     name: str
     file: str
@@ -37,7 +37,7 @@ GUARDS = (
         "driver/test_checkpoint.py::test_auto_skips_a_damaged_checkpoint_and_a_path_refuses_it",
     ),
     Guard(
-        "a checkpoint counts when it is whole",
+        "a checkpoint counts only when it is complete",
         "driver/checkpoint.py",
         "if path.suffix != _UNFINISHED",
         "if path",
@@ -51,7 +51,7 @@ GUARDS = (
         "drills/test_disk.py::test_a_checkpoint_without_room_leaves_the_last_whole_one",
     ),
     Guard(
-        "a full disk leaves no line half written",
+        "a full disk leaves no record half written",
         "driver/metrics.py",
         "            self._file.truncate(self._size)\n",
         "",
@@ -65,21 +65,21 @@ GUARDS = (
         "driver/test_checkpoint.py::test_the_newest_checkpoints_and_the_best_one_are_kept",
     ),
     Guard(
-        "a run goes on with its own seed alone",
+        "a run resumes with its own seed only",
         "driver/checkpoint.py",
         "    if state.seed != seed:",
         "    if False:",
         "driver/test_checkpoint.py::test_resuming_with_another_seed_is_refused",
     ),
     Guard(
-        "a run goes on with the questions where it stopped",
+        "a run resumes its data where it stopped",
         "driver/async_loop.py",
         "        data_position = stream.position",
         "        data_position = 0",
         "driver/test_resume.py",
     ),
     Guard(
-        "Adam goes on with its moments",
+        "Adam resumes with its moments",
         "engines/learner_checkpoint.py",
         "            for kind in _MOMENTS if stored.steps else ():",
         "            for kind in ():",
@@ -100,14 +100,14 @@ GUARDS = (
         "runtime/test_pools.py::test_a_lost_engine_is_replaced_and_its_prompts_resampled",
     ),
     Guard(
-        "an engine that hangs is noticed",
+        "an engine that hangs is detected",
         "runtime/futures.py",
         "num_returns=1, timeout=self.timeout_s",
         "num_returns=1, timeout=None",
         "runtime/test_pools.py::test_a_lost_engine_is_replaced_and_its_prompts_resampled",
     ),
     Guard(
-        "engines that hold other bits than were sent stop the run",
+        "engines that hold other bits than sent stop the run",
         "runtime/weight_sync.py",
         '        require_arrived(self.rollout.wait_for(requested.checks, "checking weights"), self.version)\n',
         "",
@@ -128,7 +128,7 @@ GUARDS = (
         "runtime/test_push.py::test_after_half_a_push_engines_refuse_until_a_whole_one",
     ),
     Guard(
-        "restarts have an end, with the first cause",
+        "restarts are limited and report the first cause",
         "runtime/monitoring.py",
         "        if self.restarts >= self.max_restarts:",
         "        if False:",
@@ -149,21 +149,21 @@ GUARDS = (
         "runtime/test_pools.py::test_only_answers_that_break_the_grader_are_masked",
     ),
     Guard(
-        "a grader has so much memory and no more",
+        "the memory of a grader is limited",
         "runtime/reward_actor.py",
         "        _limit_memory(reward.actor_memory_mb)\n",
         "",
         "runtime/test_pools.py::test_only_answers_that_break_the_grader_are_masked",
     ),
     Guard(
-        "where a learner rank is lost, all start again",
+        "the loss of a learner rank restarts all processes",
         "driver/training.py",
         "        except ProcessLost as error:",
         "        except ZeroDivisionError as error:",
         "e2e/test_faults.py::test_a_run_that_loses_processes_ends_like_an_intact_one",
     ),
     Guard(
-        "the next checkpoint is found by the same command",
+        "the same command finds the latest checkpoint",
         "driver/checkpoint.py",
         'if resume == "auto" else ():',
         "if False else ():",
@@ -177,14 +177,14 @@ GUARDS = (
         "e2e/test_interrupt.py::test_sigterm_finishes_and_saves_the_step",
     ),
     Guard(
-        "an update that is not finite is counted",
+        "a skipped update is counted",
         "engines/deepspeed_learner.py",
         "                skipped += 1",
         "                skipped += 0",
         "engines/test_learner.py::test_an_update_with_nan_loss_is_skipped_and_reported",
     ),
     Guard(
-        "a KL that explodes is told and stops the run",
+        "a KL that explodes is reported and stops the run",
         "driver/callbacks.py",
         "        if stats.kl_mean > faults.kl_limit:",
         "        if False:",
@@ -205,7 +205,7 @@ GUARDS = (
         "data/test_bad_inputs.py::test_each_bad_input_gives_the_message_on_the_page",
     ),
     Guard(
-        "an image is rotated as its EXIF says, for engine and learner",
+        "both sides rotate an image by its EXIF data",
         "data/images.py",
         "        upright = ImageOps.exif_transpose(opened)",
         "        upright = opened.copy()",
@@ -219,14 +219,14 @@ GUARDS = (
         "driver/test_preflight.py::test_weights_that_are_not_safetensors_are_refused",
     ),
     Guard(
-        "checkpoints that find no room are foreseen",
+        "a lack of room for checkpoints is found before",
         "driver/preflight.py",
         "    if needed > free:",
         "    if False:",
         "driver/test_preflight.py::test_a_disk_without_room_for_checkpoints_is_a_problem",
     ),
     Guard(
-        "on what is left, when a node is lost",
+        "a run continues without a lost node",
         "driver/build.py",
         'config.faults.lost_node == "continue"',
         'config.faults.lost_node == "never"',
@@ -237,23 +237,25 @@ GUARDS = (
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.drills.unguarded", description=__doc__)
-    parser.add_argument("--only", default="", help="those whose name has this in it")
-    asked = parser.parse_args(arguments)
-    chosen = [guard for guard in GUARDS if asked.only in guard.name]
+    parser.add_argument("--only", default="", help="only guards whose name contains this")
+    options = parser.parse_args(arguments)
+    guards = [guard for guard in GUARDS if options.only in guard.name]
     blind = []
-    for guard in chosen:
+    for guard in guards:
         began = time.monotonic()
-        said = without(guard)
-        blind += [] if said else [guard.name]
-        print(f"{guard.name:<54}{time.monotonic() - began:>6.0f} s  {said or 'ITS TEST PASSED WITHOUT IT'}", flush=True)
-    print(f"{len(chosen)} guards, {len(blind)} whose tests do not need them")
+        error = without(guard)
+        blind += [] if error else [guard.name]
+        print(
+            f"{guard.name:<54}{time.monotonic() - began:>6.0f} s  {error or 'ITS TEST PASSED WITHOUT IT'}", flush=True
+        )
+    print(f"{len(guards)} guards, {len(blind)} whose tests pass without them")
     return int(bool(blind))
 
 
 def without(guard: Guard) -> str:
-    """What the test said in a tree that lacks the guard; empty where it passed."""
-    with tempfile.TemporaryDirectory() as place:
-        tree = Path(place) / "tree"
+    """Return the test's error in a tree without the guard; empty if the test passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
         for part in ("othink_ray", "tests", "conf", "docs", "launch"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "Makefile", "README.md"):
@@ -282,9 +284,9 @@ def _failure(command: Sequence[str], tree: Path) -> str:
             process.wait(60)
             return f"no end within {_LIMIT_S:.0f} s"
         screen.seek(0)
-        said = screen.read()
-    assert code in (0, 1), said[-2000:]
-    errors = [line.removeprefix("E").strip() for line in said.splitlines() if line.startswith("E  ")]
+        output = screen.read()
+    assert code in (0, 1), output[-2000:]
+    errors = [line.removeprefix("E").strip() for line in output.splitlines() if line.startswith("E  ")]
     return (errors or ["failed"])[0][:100] if code else ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.drills.faults import steps_done
 from tests.drills.ground import Outcome
 
-STEPS = 20  # so few that each has its line on the screen
+STEPS = 20  # few enough that each is printed
 OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
 IN_A_STEP = f"step  9/{STEPS}"
 STUDY = (
@@ -18,12 +18,12 @@ STUDY = (
     *("study.geometry.data=counting", "study.counting.data=both"),
 )
 IN_A_STUDY = "GR-grpo-alpha1-beta0.02-seed0: started"
-_TOLD = ("stopped: ", "interrupted", "stopped on request: ", "done in ", "report: ", "[slurm] ")
+_PREFIXES = ("stopped: ", "interrupted", "stopped on request: ", "done in ", "report: ", "[slurm] ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """Observed result; `wrong` is empty where it is the expected one."""
+    """Observed ending; `wrong` is empty if it is the expected one."""
 
     status: str
     last_line: str
@@ -34,7 +34,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows so far, in Markdown, and the outcome of each."""
+    """Table of endings in a Markdown file, and the outcome of each row."""
 
     file: Path
     outcomes: list[Outcome] = field(default_factory=list)
@@ -60,9 +60,9 @@ class Table:
         )
 
 
-def last_line(said: str, run_dir: Path) -> str:
-    """The last line that tells how it ended."""
-    lines = [line for line in said.splitlines() if line.startswith(_TOLD)] or ["nothing of its end"]
+def last_line(output: str, run_dir: Path) -> str:
+    """Return the last line that says how the run ended, with RUN, ADDRESS and '... s' for what varies."""
+    lines = [line for line in output.splitlines() if line.startswith(_PREFIXES)] or ["nothing of its end"]
     last = lines[-1].replace(str(run_dir), "RUN")
     return re.sub(r"\d+(\.\d+)? s\b", "... s", re.sub(r"\d+(\.\d+){3}:\d+", "ADDRESS", last))
 
@@ -79,11 +79,11 @@ def on_disk(run_dir: Path) -> str:
     return ", ".join([*parts, *(name for name, path in there.items() if path.exists())])
 
 
-def goes_on(said: str) -> str:
-    """Where the run that said so began."""
-    if runs := re.findall(r"^(\S+): started", said, re.MULTILINE):
+def goes_on(output: str) -> str:
+    """Return where the run with this output started: afresh or from a step, a run or a question."""
+    if runs := re.findall(r"^(\S+): started", output, re.MULTILINE):
         return "starts afresh" if "base" in runs else "goes on with the runs that are left"
-    if evaluated := re.search(r"^evaluating (\d+) questions", said, re.MULTILINE):
-        return f"evaluates the {evaluated[1]} questions that are left"
-    resumed = re.search(r"^resuming (after step \d+)", said, re.MULTILINE)
+    if left := re.search(r"^evaluating (\d+) questions", output, re.MULTILINE):
+        return f"evaluates the {left[1]} questions that are left"
+    resumed = re.search(r"^resuming (after step \d+)", output, re.MULTILINE)
     return f"goes on {resumed[1]}" if resumed else "starts afresh"

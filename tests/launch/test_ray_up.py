@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.drills.hosts import cabled, why_not
+from tests.drills.hosts import cabled, missing_namespaces
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_interrupt import wait_until
 
@@ -25,7 +25,7 @@ _VENV = Path(sys.prefix)
 _PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")
 _MISSING = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.skipif(missing_namespaces() is not None, reason=str(missing_namespaces())),
     pytest.mark.skipif(bool(_MISSING), reason=f"{', '.join(_MISSING)}: apt-get install openssh-server rsync"),
     pytest.mark.timeout(600),
 ]

@@ -1,11 +1,11 @@
-"""Small changes of the code, one at a time, each of which a test should notice:  python -m tests.mutants --help
+"""Mutation tests: small changes of the code, each of which a test should detect:  python -m tests.mutants --help
 
 All mutants of `core/`, `weights/` and the loops, a seeded sample of `engines/` and `runtime/`. A survivor is either a
-missing assertion or an equal program; the latter are listed in explained.txt, each with its reason.
+missing assertion or an equivalent program; the latter are listed in explained.txt, each with its reason.
 
-Own code, since neither kept library does it: mutmut 3 and cosmic-ray delete no statement, remove no subscript and drop
-no term of a sum, which are the mutants that found blind tests here, and cosmic-ray starts an interpreter for each
-mutant, which would import torch two thousand times.
+Neither maintained library fits: mutmut 3 and cosmic-ray do not delete statements, remove subscripts or drop terms of a
+sum, the mutants that found blind tests here, and cosmic-ray starts an interpreter for each mutant, which would import
+torch two thousand times.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tests.mutants.trials import Trials
 
 
 def chosen(table: Table, only: Sequence[str], seed: int) -> list[Mutant]:
-    """All mutants of the pure files, then the sample of the others; of `only` some files, if any are named.
+    """Return all mutants of the pure files, then the sample of the heavy ones; only those of `only`, if it names files.
 
-    What is sampled is a matter of each mutant alone: a change elsewhere in the code puts no other ones in its place.
+    Whether a mutant is sampled depends on its own key: a change elsewhere in the code does not exchange the sample.
     """
     pure = [one for file in table.pure for one in mutants(file, table.source(file).read_text())]
     heavy = [one for file in table.heavy for one in mutants(file, table.source(file).read_text())]
@@ -40,13 +40,13 @@ def chosen(table: Table, only: Sequence[str], seed: int) -> list[Mutant]:
 
 
 def digest(table: Table, file: str) -> str:
-    """Of the source and its tests: a verdict holds as long as they stay as they are."""
+    """Return a digest of the source and its tests: a verdict holds as long as it stays equal."""
     texts = [table.source(file).read_bytes(), *((table.root / test).read_bytes() for test in table.covering(file))]
     return sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def explained(path: Path) -> dict[str, str]:
-    """Key of a mutant -> why no test can notice it."""
+    """Return the reason why no test can detect a mutant, by the mutant's key."""
     lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     found: dict[str, str] = {}
     for line in lines:
@@ -58,7 +58,7 @@ def explained(path: Path) -> dict[str, str]:
 
 
 class Run:
-    """Mutants tried by several workers; verdicts are written as they come and read again by the next run."""
+    """Mutants tried by several workers; verdicts are written as they come, and the next run reads them."""
 
     def __init__(self, table: Table, todo: Sequence[Mutant], results: Path, minutes: float) -> None:
         self._table = table
@@ -83,7 +83,7 @@ class Run:
         self.done = 0
 
     def work(self) -> None:
-        """One worker's share, until nothing is left, time is up or the program is interrupted."""
+        """Try mutants in one worker until none is left, time is up or the program is interrupted."""
         try:
             with Trials(self._table) as trials:
                 while not self.stopped.is_set() and time.monotonic() < self._until:
@@ -100,7 +100,7 @@ class Run:
             self.stopped.set()
 
     def _limit(self, file: str, trials: Trials) -> float:
-        """Seconds after which a mutant counts as hung: from the tests' own time over the code as it is."""
+        """Return the seconds after which a mutant counts as hung, from the tests' time on the unchanged code."""
         if file not in self._limits:
             began = time.monotonic()
             status = trials.status(file, None, 1800)
@@ -111,7 +111,7 @@ class Run:
         return self._limits[file]
 
     def _note(self, mutant: Mutant, status: int | None, seconds: float) -> None:
-        # 1: a test failed; 2: an import did; above or below: the interpreter died. 5, no tests, cannot be: see _limit.
+        # 1: a test failed; 2: an import failed; others: the interpreter died. 5 (no tests) is excluded by _limit.
         verdict = "survived" if status == 0 else "hung" if status is None else "killed"
         record = {"name": mutant.name, "file": mutant.file, "digest": self._digests[mutant.file], "key": mutant.key}
         record |= {"verdict": verdict, "status": status, "seconds": round(seconds, 2)}
@@ -126,9 +126,9 @@ class Run:
                 print(f"{self.done:>5} of {len(self.todo)}  {left:>13}  {verdict:<9} {mutant.name}", flush=True)
 
 
-def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> int:
-    """Prints the survivors with their line and change; 1 where one has no explanation or some were not tried."""
-    tried = [one for one in asked if one.name in verdicts]
+def report(selected: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> int:
+    """Print the survivors with line and change; return 1 if one is unexplained or some were not tried."""
+    tried = [one for one in selected if one.name in verdicts]
     survivors = [one for one in tried if verdicts[one.name]["verdict"] == "survived"]
     new = [one for one in survivors if one.key not in reasons]
     for one in new:
@@ -139,28 +139,34 @@ def report(asked: Sequence[Mutant], verdicts: dict[str, dict[str, Any]], reasons
     hung = sum(verdicts[one.name]["verdict"] == "hung" for one in tried)
     seconds = sum(verdicts[one.name]["seconds"] for one in tried)
     print(
-        f"\n{len(asked)} mutants: {len(tried) - len(survivors)} killed ({hung} of them hung), "
-        f"{len(survivors) - len(new)} explained, {len(new)} survived, {len(asked) - len(tried)} not tried; "
+        f"\n{len(selected)} mutants: {len(tried) - len(survivors)} killed ({hung} of them hung), "
+        f"{len(survivors) - len(new)} explained, {len(new)} survived, {len(selected) - len(tried)} not tried; "
         f"{seconds / max(len(tried), 1):.1f} s each"
     )
-    return int(bool(new) or len(tried) < len(asked))
+    return int(bool(new) or len(tried) < len(selected))
 
 
 def main(arguments: Sequence[str], table: Table = TABLE) -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="files or folders under othink_ray/, such as core/kl.py")
-    parser.add_argument("--workers", type=int, default=2, help="mutants that are tried at the same time")
-    parser.add_argument("--budget-minutes", type=float, default=120, help="no mutant begins later; a new run goes on")
-    parser.add_argument("--seed", type=int, default=0, help=f"of the {table.sample} mutants of engines/ and runtime/")
-    parser.add_argument("--results", type=Path, default=Path("runs/mutants.jsonl"), help="verdicts, read again")
-    asked = parser.parse_args(arguments)
-    todo = chosen(table, asked.only, asked.seed)
+    parser.add_argument("--workers", type=int, default=2, help="number of mutants tried concurrently")
+    parser.add_argument(
+        "--budget-minutes", type=float, default=120, help="start no mutant later; the next run continues"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help=f"seed of the sample of {table.sample} mutants of engines/ and runtime/"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/mutants.jsonl"), help="file of verdicts, which the next run reads"
+    )
+    options = parser.parse_args(arguments)
+    todo = chosen(table, options.only, options.seed)
     if not todo:
-        parser.error(f"--only {' '.join(asked.only)}: no such file in tests/mutants/table.py")
-    run = Run(table, todo, asked.results, asked.budget_minutes)
-    print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {asked.results}", flush=True)
-    workers = [threading.Thread(target=run.work) for _ in range(asked.workers)]
-    asked_to_end = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as by Ctrl-C: nothing is left behind
+        parser.error(f"--only {' '.join(options.only)}: no such file in tests/mutants/table.py")
+    run = Run(table, todo, options.results, options.budget_minutes)
+    print(f"{len(todo)} mutants, {len(todo) - len(run.todo)} of them decided before; {options.results}", flush=True)
+    workers = [threading.Thread(target=run.work) for _ in range(options.workers)]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as by Ctrl-C, without leftovers
     for worker in workers:
         worker.start()
     try:
@@ -172,7 +178,7 @@ def main(arguments: Sequence[str], table: Table = TABLE) -> int:
         for worker in workers:
             worker.join()
     finally:
-        signal.signal(signal.SIGTERM, asked_to_end)
+        signal.signal(signal.SIGTERM, previous)
     if run.error is not None:
         raise run.error
     return report(todo, run.verdicts, explained(table.explained))

@@ -1,8 +1,8 @@
-"""All mutants of one source file: copies of it that differ in one small change, each of which a test should notice.
+"""Mutants of one source file: copies that differ in one small change, which a test should detect.
 
-Made from the syntax tree and spliced into the text, so that line numbers and comments stay. Left out is what no test
-should have to notice: docstrings, annotations, messages (f-strings, what is raised, logged or printed), decorators,
-protocols, and an assignment whose deletion leaves a name without a value.
+Changes are found in the syntax tree and spliced into the text, so that line numbers and comments stay. Excluded is what
+no test should have to detect: docstrings, annotations, messages (f-strings; raised, logged or printed texts),
+decorators, protocols, and assignments whose deletion leaves a name without a value.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LOSABLE = (ast.Expr, ast.Assign, ast.AugAssign, ast.Break, ast.Continue, ast.Ra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mutant:
-    """One change of `file`, a path under the package: `before` at `line` and `column` became `after`."""
+    """One change of `file` (a path under the package): `before` at `line` and `column` became `after`."""
 
     file: str
     function: str  # qualified name; empty at module level
@@ -73,12 +73,12 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """What stays when lines above it come or go: explanations are kept under it."""
+        """Key of an explanation, which does not change when lines above are added or removed."""
         return " | ".join((self.file, self.function, self.code, f"{self.before} -> {self.after}"))
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """All mutants in the order of the text; none equals the source or another one."""
+    """Return all mutants in the order of the text; none equals the source or another mutant."""
     found: list[Mutant] = []
     taken: set[tuple[ast.stmt | ast.expr, str]] = set()
     for function, node, kind, replacement in _Finder(source).found:
@@ -103,7 +103,7 @@ def mutants(file: str, source: str) -> list[Mutant]:
 
 
 def _spliced(source: str, node: ast.stmt | ast.expr, replacement: str) -> str:
-    """The text with the node replaced; columns of a syntax tree count bytes. No line moves."""
+    """Return the text with the node replaced and no line moved; columns of a syntax tree count bytes."""
     assert node.end_lineno is not None and node.end_col_offset is not None
     lines = source.encode().splitlines(keepends=True)
     start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
@@ -119,7 +119,7 @@ Change = tuple[str, ast.stmt | ast.expr, str, str]  # function, node, kind, repl
 
 
 class _Finder(ast.NodeVisitor):
-    """Collects the changes of a tree, and does not look where none is wanted."""
+    """Collects the changes of a syntax tree and skips the excluded parts."""
 
     def __init__(self, source: str) -> None:
         self.found: list[Change] = []
@@ -152,7 +152,7 @@ class _Finder(ast.NodeVisitor):
         super().visit(node)
 
     def _binds_alone(self, node: ast.stmt) -> bool:
-        """Whether without the assignment a name has no value: any test that comes by would notice."""
+        """Return whether a name has no value without the assignment, which any covering test would detect."""
         if not isinstance(node, ast.Assign):
             return False
         if len(self._scopes) == 0:
@@ -210,11 +210,11 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
-        for place, operator in enumerate(node.ops):
+        for index, operator in enumerate(node.ops):
             for other in _COMPARISONS[type(operator)]:
                 changed = copy(node)
-                changed.ops = [*node.ops[:place], other(), *node.ops[place + 1 :]]
-                which = f"comparison {place + 1}" if len(node.ops) > 1 else "compare"
+                changed.ops = [*node.ops[:index], other(), *node.ops[index + 1 :]]
+                which = f"comparison {index + 1}" if len(node.ops) > 1 else "compare"
                 self._add(node, f"{which} by {other.__name__}", changed)
         self.generic_visit(node)
 
@@ -251,11 +251,11 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if _called(node) in ("cast", "TypeVar", "getLogger"):
             return
-        for place, keyword in enumerate(node.keywords):
-            kept = [*node.keywords[:place], *node.keywords[place + 1 :]]
+        for index, keyword in enumerate(node.keywords):
+            kept = [*node.keywords[:index], *node.keywords[index + 1 :]]
             self._add(
                 node,
-                f"drop {keyword.arg or f'** {place + 1}'}=",
+                f"drop {keyword.arg or f'** {index + 1}'}=",
                 ast.Call(func=node.func, args=node.args, keywords=kept),
             )
         if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
@@ -283,7 +283,7 @@ class _Finder(ast.NodeVisitor):
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    """A docstring, or the dots of a body that is none."""
+    """Return whether the node is a docstring or the `...` of an empty body."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 

@@ -1,11 +1,11 @@
-"""A process that has imported what tests import, but nothing of ours, and runs each request's tests in a fork.
+"""Process that has imported the tests' dependencies, but no module of this project, and runs tests in forks.
 
     python -m tests.mutants.fork_server
 
 Reads lines of JSON (`tests`, `timeout_s`, `screen`) and answers each with its exit status; null: stopped at its limit.
-The limit is on processor time, so that a busy machine hangs nothing; what only sleeps is stopped at five times it.
-Torch takes seconds to import and a test of `core/` milliseconds. Nothing here starts a thread before the forks: torch's
-begin with its first operation, so the importing itself is the last thing that all forks share.
+The limit is on CPU time, so that nothing counts as hung on a busy machine; a sleeping test is stopped at five times the
+limit. Torch takes seconds to import and a test of `core/` milliseconds. No thread may start before the forks: torch
+starts its threads with its first operation, so the server only imports.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _LISTED = (
 
 
 def preload() -> None:
-    """Imports what the tests' conftest does, in its order, but for our own modules."""
+    """Import what the tests' conftest imports, in its order, except the modules of this project."""
     listed = subprocess.run([sys.executable, "-c", _LISTED], capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines()[-1].split():
         if name.partition(".")[0] not in OURS:
-            with suppress(Exception):  # made up by another module, or one that its importer tries and goes without
+            with suppress(Exception):  # created by another module, or an optional import
                 importlib.import_module(name)
 
 
 def run(tests: list[str], timeout_s: float, screen: Path) -> int | None:
-    """The exit status of pytest over `tests` in a fork, whose whole process group ends with it."""
+    """Run pytest on `tests` in a fork and kill its process group; return the exit status, or None at the limit."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -50,7 +50,7 @@ def run(tests: list[str], timeout_s: float, screen: Path) -> int | None:
                 os.dup2(file.fileno(), stream)
         import pytest
 
-        status = 1  # what ends the interpreter is a failure too
+        status = 1  # the end of the interpreter is a failure too
         try:
             status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
         finally:
@@ -72,7 +72,7 @@ def run(tests: list[str], timeout_s: float, screen: Path) -> int | None:
 
 def main() -> None:
     preload()
-    gc.freeze()  # else each fork's first collection copies the pages of all that was imported
+    gc.freeze()  # else each fork's first collection copies the pages of all imports
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

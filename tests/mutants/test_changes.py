@@ -1,4 +1,4 @@
-"""Every kind of change is made where it belongs, and what no test should have to notice is left alone."""
+"""Every kind of change is made where it applies, and excluded parts of the code stay unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPPOSITES = {"min": "max", "any": "all", "floor": "ceil", "minimum": "maximum", 
 
 
 def changes(statement: str) -> list[str]:
-    """`before -> after` of all mutants of one statement inside a function of a, b, c and d."""
+    """Return `before -> after` of all mutants of one statement in a function of a, b, c and d."""
     lines = "".join(f"        {line}\n" for line in statement.splitlines())
     return of_module(f"def f(a, b, c, d):\n    for x in a:\n{lines}")
 
@@ -232,7 +232,7 @@ def test_every_mutant_is_another_program_with_the_same_lines(file: str) -> None:
 
 
 def test_every_explanation_is_of_a_mutant_that_exists() -> None:
-    """A line whose code has changed explains nothing: take it out, or write it anew if the reason still holds."""
+    """A line of explained.txt whose code has changed must be removed, or rewritten if its reason still holds."""
     reasons = explained(TABLE.explained)
     files = {key.partition(" | ")[0] for key in reasons}
     keys = {one.key for file in files for one in mutants(file, TABLE.source(file).read_text())}

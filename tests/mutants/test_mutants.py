@@ -1,4 +1,4 @@
-"""Verdicts over a small package of its own: how they come about, how long they hold, and what is said of them."""
+"""Verdicts on a small package made by the test: how they are found, how long they hold, how they are reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ UNSEEN = {  # 0 // 2 is 0 * 2, 0 and 0 // 3
 
 
 def small(root: Path) -> Table:
-    """A package of three pure files and a heavy one, with its tests: made there, if it is not yet."""
+    """Return the table of a package of three pure files and a heavy one, made with its tests if missing."""
     for folder, files in (("othink_ray", SOURCES), ("tests", TESTS)):
         for name, text in files.items():
             path = root / folder / name
@@ -69,8 +69,8 @@ def small(root: Path) -> Table:
 
 
 @dataclass
-class Told:
-    """A run over the small package: its exit code, what it printed, and its lines in the file of results."""
+class Result:
+    """A run on the small package: its exit code, output and new lines in the file of results."""
 
     code: int
     screen: str
@@ -80,50 +80,50 @@ class Told:
         return {one["name"]: (one["verdict"], one["status"]) for one in self.lines if one["file"] == file}
 
 
-class House:
+class Project:
     def __init__(self, root: Path) -> None:
         self.root, self.table, self.results = root, small(root), root / "runs" / "mutants.jsonl"
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
 
-    def run(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
-        """Only the lines that this run added."""
+    def run(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> Result:
+        """Run the program; return its result with only the lines that it added."""
         known = len(self.lines())
         capsys.readouterr()
         code = main(["--results", str(self.results), *arguments], self.table)
-        return Told(code, capsys.readouterr().out, self.lines()[known:])
+        return Result(code, capsys.readouterr().out, self.lines()[known:])
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path / "house")
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
 
 
 def test_verdicts_of_a_run_over_forks_and_processes(
-    house: House, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(house.root.parent))
-    told = house.run(capsys)
+    monkeypatch.setattr("tempfile.tempdir", str(project.root.parent))
+    result = project.run(capsys)
 
-    sums = told.statuses("core/sums.py")
+    sums = result.statuses("core/sums.py")
     assert {name for name, (verdict, _) in sums.items() if verdict == "survived"} == UNSEEN
-    assert sums["core/sums.py:1:8+13:drop first="] == ("killed", 2)  # cannot be imported any more
+    assert sums["core/sums.py:1:8+13:drop first="] == ("killed", 2)  # the import fails
     assert sums["core/sums.py:5:12+9:right alone"] == ("killed", 1)
-    assert told.statuses("core/waits.py") == {"core/waits.py:2:11+1:negate": ("killed", 1), HUNG: ("hung", None)}
-    heavy = told.statuses("engines/heavy.py")
-    assert len(heavy) == house.table.sample and set(heavy.values()) == {("killed", 1)}
+    assert result.statuses("core/waits.py") == {"core/waits.py:2:11+1:negate": ("killed", 1), HUNG: ("hung", None)}
+    heavy = result.statuses("engines/heavy.py")
+    assert len(heavy) == project.table.sample and set(heavy.values()) == {("killed", 1)}
 
-    assert told.code == 1
-    assert "    n // KEPT  ->  n * KEPT" in told.screen and "in half\n    return n // KEPT" in told.screen
-    survived = sum(one["verdict"] == "survived" for one in told.lines)
-    assert f"{len(told.lines) - survived} killed (1 of them hung), 0 explained, {survived} survived" in told.screen
-    assert {name: house.table.source(name).read_text() for name in SOURCES} == SOURCES
-    assert [path.name for path in house.root.parent.iterdir()] == ["house"]
+    assert result.code == 1
+    assert "    n // KEPT  ->  n * KEPT" in result.screen and "in half\n    return n // KEPT" in result.screen
+    survived = sum(one["verdict"] == "survived" for one in result.lines)
+    assert f"{len(result.lines) - survived} killed (1 of them hung), 0 explained, {survived} survived" in result.screen
+    assert {name: project.table.source(name).read_text() for name in SOURCES} == SOURCES
+    assert [path.name for path in project.root.parent.iterdir()] == ["project"]
 
 
 def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
-    table = small(tmp_path / "house")
+    table = small(tmp_path / "project")
     (table.root / "tests/core/test_waits.py").write_text(
         "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\n"
         "def test_spinning():\n    while True:\n        pass\n"
@@ -136,91 +136,93 @@ def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
     assert (waiting, spinning) == (0, None)
 
 
-def test_verdicts_hold_until_the_source_or_its_tests_change(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verdicts_hold_until_the_source_or_its_tests_change(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ("--only", "core/sums.py", "core/signs.py")
-    first = house.run(capsys, *files)
-    again = house.run(capsys, *files)
+    first = project.run(capsys, *files)
+    again = project.run(capsys, *files)
     assert (again.code, again.lines) == (first.code, [])
     assert f"{len(first.lines)} mutants, {len(first.lines)} of them decided before" in again.screen
 
-    test = house.root / "tests/core/test_sums.py"
+    test = project.root / "tests/core/test_sums.py"
     test.write_text(test.read_text() + "    assert half(5) == 2\n")
-    sharper = house.run(capsys, *files)
+    sharper = project.run(capsys, *files)
     assert sharper.statuses("core/sums.py").keys() == first.statuses("core/sums.py").keys()
     assert {verdict for verdict, _ in sharper.statuses("core/sums.py").values()} == {"killed"}
     assert sharper.statuses("core/signs.py") == {}
 
-    source = house.root / "othink_ray/core/signs.py"
+    source = project.root / "othink_ray/core/signs.py"
     source.write_text(source.read_text() + "# another line\n")
-    changed = house.run(capsys, *files)
+    changed = project.run(capsys, *files)
     assert changed.statuses("core/signs.py").keys() == first.statuses("core/signs.py").keys()
     assert changed.statuses("core/sums.py") == {}
 
 
-def test_a_run_out_of_time_is_continued_by_the_next_one(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    tests = house.root / "tests/core/test_sums.py"
+def test_a_run_out_of_time_is_continued_by_the_next_one(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    tests = project.root / "tests/core/test_sums.py"
     tests.write_text(tests.read_text() + "    assert half(5) == 2\n")
-    late = house.run(capsys, "--only", "core/sums.py", "--budget-minutes", "0")
+    late = project.run(capsys, "--only", "core/sums.py", "--budget-minutes", "0")
     assert (late.code, late.lines) == (1, [])
     assert "6 not tried" in late.screen
-    on = house.run(capsys, "--only", "core/sums.py")
+    on = project.run(capsys, "--only", "core/sums.py")
     assert (on.code, len(on.lines)) == (0, 6)
 
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_only_its_verdicts(
-    way: signal.Signals, house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: signal.Signals, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.mutants.__main__ import main;"
         "from tests.mutants.test_mutants import small; sys.exit(main(sys.argv[2:], small(Path(sys.argv[1]))))"
     )
     files = ("--only", "core/sums.py", "core/signs.py")
-    (tmp_path / "places").mkdir()
+    (tmp_path / "trees").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(house.root), "--results", str(house.results), "--workers", "1", *files],
+        [sys.executable, "-c", program, str(project.root), "--results", str(project.results), "--workers", "1", *files],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "places")},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "trees")},
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         until = time.monotonic() + 200
-        while not house.lines() and time.monotonic() < until:
+        while not project.lines() and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(way)
         screen, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    before = house.lines()
+    before = project.lines()
     assert process.returncode == 1 and "ends with the mutants that are being tried" in screen
     assert 0 < len(before) < 7
-    assert list((tmp_path / "places").iterdir()) == []
-    house.run(capsys, *files)
-    after = [one["name"] for one in house.lines()]
+    assert list((tmp_path / "trees").iterdir()) == []
+    project.run(capsys, *files)
+    after = [one["name"] for one in project.lines()]
     assert len(after) == len(set(after)) == 7
 
 
-def test_tests_that_fail_without_a_mutant_stop_the_run(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    (house.root / "tests/core/test_sums.py").write_text("def test_half():\n    assert 3 == 4\n")
+def test_tests_that_fail_without_a_mutant_stop_the_run(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    (project.root / "tests/core/test_sums.py").write_text("def test_half():\n    assert 3 == 4\n")
     with pytest.raises(RuntimeError, match=r"(?s)core/sums.py fail without any mutant \(status 1\).*assert 3 == 4"):
-        house.run(capsys, "--only", "core/sums.py")
-    assert house.lines() == []
+        project.run(capsys, "--only", "core/sums.py")
+    assert project.lines() == []
 
 
 @pytest.mark.parametrize(("file", "limit"), [("core/waits.py", 2), ("engines/heavy.py", 10)])
-def test_a_test_process_and_its_children_end_when_time_is_up(house: House, file: str, limit: float) -> None:
-    [test] = house.table.covering(file)
-    (house.root / test).write_text(
+def test_a_test_process_and_its_children_end_when_time_is_up(project: Project, file: str, limit: float) -> None:
+    [test] = project.table.covering(file)
+    (project.root / test).write_text(
         "import subprocess, time\n\n\ndef test_slow():\n    subprocess.Popen(['sleep', '200'])\n    time.sleep(200)\n"
     )
-    with Trials(house.table) as trials:
+    with Trials(project.table) as trials:
         assert trials.status(file, None, limit) is None
     assert commands_with(trials.tree) == []
 
 
 def commands_with(tree: Path) -> list[list[str]]:
-    """Of all processes that were started to test this tree and still run."""
+    """Return the commands of all processes that test this tree and still run."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -230,15 +232,15 @@ def commands_with(tree: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("file", ["core/signs.py", "engines/heavy.py"])
-def test_a_mutant_does_not_outlive_its_trial(house: House, file: str) -> None:
-    mutant = mutants(file, house.table.source(file).read_text())[-1]
-    with Trials(house.table) as trials:
+def test_a_mutant_does_not_outlive_its_trial(project: Project, file: str) -> None:
+    mutant = mutants(file, project.table.source(file).read_text())[-1]
+    with Trials(project.table) as trials:
         statuses = [trials.status(file, each, 300) for each in (mutant, None, mutant)]
     assert statuses == [1, 0, 1]
 
 
-def test_all_pure_mutants_and_a_seeded_sample_are_chosen(house: House) -> None:
-    table = house.table
+def test_all_pure_mutants_and_a_seeded_sample_are_chosen(project: Project) -> None:
+    table = project.table
     pure = [one.name for file in table.pure for one in mutants(file, table.source(file).read_text())]
     heavy = {one.name for one in mutants("engines/heavy.py", table.source("engines/heavy.py").read_text())}
     samples = set()
@@ -253,41 +255,41 @@ def test_all_pure_mutants_and_a_seeded_sample_are_chosen(house: House) -> None:
     assert [one.name for one in chosen(table, ["core", "engines"], 0)] == [one.name for one in chosen(table, [], 0)]
 
 
-def test_new_code_puts_no_other_old_mutants_into_the_sample(house: House) -> None:
-    """Verdicts of those would be wanting in the next run."""
-    source = house.table.source("engines/heavy.py")
+def test_new_code_puts_no_other_old_mutants_into_the_sample(project: Project) -> None:
+    """The next run would lack verdicts of exchanged mutants."""
+    source = project.table.source("engines/heavy.py")
     for seed in range(10):
         source.write_text(SOURCES["engines/heavy.py"])
-        before = {one.key for one in chosen(house.table, ["engines"], seed)}
+        before = {one.key for one in chosen(project.table, ["engines"], seed)}
         source.write_text("def most(values):\n    return -max(values) - 1\n\n\n" + SOURCES["engines/heavy.py"])
-        assert {one.key for one in chosen(house.table, ["engines"], seed) if one.function != "most"} <= before
+        assert {one.key for one in chosen(project.table, ["engines"], seed) if one.function != "most"} <= before
 
 
-def test_a_name_that_is_no_file_of_the_table_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_no_file_of_the_table_is_refused(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        main(["--only", "core/klm.py", "--results", str(house.results)], house.table)
+        main(["--only", "core/klm.py", "--results", str(project.results)], project.table)
     assert refused.value.code == 2
     assert "--only core/klm.py: no such file" in capsys.readouterr().err
 
 
 def test_the_report_fails_for_unexplained_or_untried_mutants(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = mutants("core/sums.py", "def half(n, m):\n    return n @ m\n")
-    assert len(asked) == 2
+    selected = mutants("core/sums.py", "def half(n, m):\n    return n @ m\n")
+    assert len(selected) == 2
 
     def verdicts(*found: str) -> dict[str, dict[str, Any]]:
-        return {one.name: {"verdict": each, "seconds": 1.5} for one, each in zip(asked, found, strict=False)}
+        return {one.name: {"verdict": each, "seconds": 1.5} for one, each in zip(selected, found, strict=False)}
 
-    assert report(asked, verdicts("killed", "hung"), {}) == 0
+    assert report(selected, verdicts("killed", "hung"), {}) == 0
     assert "2 mutants: 2 killed (1 of them hung), 0 explained, 0 survived, 0 not tried; 1.5 s each" in (
         capsys.readouterr().out
     )
-    assert report(asked, verdicts("killed"), {}) == 1
-    assert report(asked, verdicts("killed", "survived"), {}) == 1
-    assert asked[1].name in capsys.readouterr().out
-    assert report(asked, verdicts("killed", "survived"), {asked[1].key: "equal"}) == 0
-    assert asked[1].name not in capsys.readouterr().out
-    assert report(asked, verdicts("killed", "killed"), {asked[1].key: "equal"}) == 0
-    assert f"take it out of explained.txt\n    {asked[1].key}" in capsys.readouterr().out
+    assert report(selected, verdicts("killed"), {}) == 1
+    assert report(selected, verdicts("killed", "survived"), {}) == 1
+    assert selected[1].name in capsys.readouterr().out
+    assert report(selected, verdicts("killed", "survived"), {selected[1].key: "equal"}) == 0
+    assert selected[1].name not in capsys.readouterr().out
+    assert report(selected, verdicts("killed", "killed"), {selected[1].key: "equal"}) == 0
+    assert f"take it out of explained.txt\n    {selected[1].key}" in capsys.readouterr().out
 
 
 # ---- the table of the package itself

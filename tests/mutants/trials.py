@@ -1,4 +1,4 @@
-"""Runs tests over a copy of the tree in which one file is mutated: a worker's tree, and what its tests say of it."""
+"""Runs tests on a copy of the tree in which one file is mutated."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _LINKED = ("conf", "docs", "launch", "Makefile", "README.md", "pyproject.toml")
 
 
 class Trials:
-    """One worker: its tree, and for the pure rooms its fork server. Leaves nothing behind."""
+    """One worker: its tree and, for pure files, its fork server; removes both at the end."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self._place = tempfile.TemporaryDirectory(prefix="mutants_")
         self.tree = Path(self._place.name) / "tree"
         self.tree.mkdir()
-        for part in ("othink_ray", "tests"):  # tests find the package beside them: a link would lead to the true one
+        for part in ("othink_ray", "tests"):  # copies: through a link the tests would import the original package
             shutil.copytree(table.root / part, self.tree / part)
         for part in _LINKED:
             (self.tree / part).symlink_to(table.root / part)
         self._environment = os.environ | {"PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1"}
-        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests' bytecode is for all mutants
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # all mutants share the tests' bytecode
         self._server: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Trials:
@@ -50,7 +50,7 @@ class Trials:
         self._place.cleanup()
 
     def status(self, file: str, mutant: Mutant | None, timeout_s: float, tests: Sequence[str] = ()) -> int | None:
-        """Pytest's exit status with the mutant (None: as it is); None where it had to be stopped."""
+        """Return pytest's exit status with the mutant (None: unchanged code); None if it was stopped at the limit."""
         target = self.tree / "othink_ray" / file
         true = target.read_text()
         self._write(target, mutant.source if mutant else true)
@@ -61,14 +61,14 @@ class Trials:
             self._write(target, true)
 
     def _write(self, target: Path, source: str) -> None:
-        """Bytecode goes too: made within the same second, a mutant's may pass for that of the next one."""
+        """Write the file and delete its bytecode: a mutant's bytecode of the same second could pass for the next's."""
         target.write_text(source)
         for stale in target.parent.glob(f"__pycache__/{target.stem}.*"):
             stale.unlink()
 
     @property
     def screen(self) -> Path:
-        """What the last tests printed."""
+        """File with the output of the last tests."""
         return Path(self._place.name) / "screen.txt"
 
     def _forked(self, tests: list[str], timeout_s: float) -> int | None:
@@ -81,7 +81,7 @@ class Trials:
 
     def _serve(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.mutants.fork_server"]
-        # Ctrl-C is for the program alone, which then lets its workers end.
+        # In a new session: Ctrl-C must reach only the program, which lets its workers finish.
         self._server = subprocess.Popen(
             command,
             cwd=self.tree,
@@ -111,7 +111,7 @@ class Trials:
             try:
                 return process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                process.terminate()  # Ray's processes go when their driver does
+                process.terminate()  # Ray's processes end with their driver
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(20)
                 return None

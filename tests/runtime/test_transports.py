@@ -100,8 +100,8 @@ def test_a_sender_is_opened_for_all_processes_of_all_engines(monkeypatch: pytest
     TransferPush("nccl", learner, rollout, 64)
     opened: dict[str, Any] = {}
 
-    def opener(backend: str, weights: Any, engines: Any, place: Any, **more: Any) -> str:
-        opened.update(more, backend=backend, weights=weights, engines=engines.actors, rendezvous=place)
+    def opener(backend: str, weights: Any, engines: Any, rendezvous: Any, **more: Any) -> str:
+        opened.update(more, backend=backend, weights=weights, engines=engines.actors, rendezvous=rendezvous)
         return "sender"
 
     monkeypatch.setattr(weight_sync, "open_sender", create_autospec(open_sender, side_effect=opener))

@@ -1,4 +1,4 @@
-"""What a vLLM engine does with pushed adapters: to be run in a process of its own, which can have one engine."""
+"""Run a vLLM engine with pushed adapters, in a separate process: a process can have only one engine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CANDIDATES = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapted:
-    """Answers as opened, then what was seen after each push."""
+    """Answers of the opened engine, then the results after each push."""
 
     opened: Sequence[Group]
     pushed: Sequence[Sequence[Group]]
     probes: Sequence[Sequence[Probe]]
-    used: Sequence[Chunk]  # what the layers add their factors from, after the last push
-    twice: Sequence[str]  # layers that hold their matrix beside the packed copy of it
-    refused: str  # what was said to a factor of a layer that is not there
+    used: Sequence[Chunk]  # factors in use after the last push
+    unpacked: Sequence[str]  # layers that hold their matrix beside its packed copy
+    refused: str  # error message for a factor of a missing layer
 
 
-def live(
+def run(
     model: ModelConfig,
     rollout: RolloutConfig,
     path: str,
@@ -37,7 +37,7 @@ def live(
     prompts: Sequence[Prompt],
     pushes: Sequence[Sequence[Chunk]],
 ) -> Adapted:
-    """Opens `path`, answers, and after each of `pushes` answers again."""
+    """Open an engine on `path` and sample answers, then again after each of `pushes`."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 
@@ -57,13 +57,13 @@ def live(
         probes.append(engine.probe(prompts, replace(SAMPLING, answers=1), CANDIDATES))
     [used] = engine.engine.collective_rpc("used_factors")
     chunks = list(to_chunks(used.items(), bucket_bytes=2**20))
-    [twice] = engine.engine.collective_rpc(_held_twice)
+    [unpacked] = engine.engine.collective_rpc(_unpacked)
     return Adapted(
-        opened=opened, pushed=pushed, probes=probes, used=chunks, twice=twice, refused=_refused(engine, used)
+        opened=opened, pushed=pushed, probes=probes, used=chunks, unpacked=unpacked, refused=_refused(engine, used)
     )
 
 
-def _held_twice(worker: Any) -> list[str]:
+def _unpacked(worker: Any) -> list[str]:
     named = worker.model_runner.get_model().named_modules()
     return [name for name, module in named if hasattr(module, "cpu_linear") and module.weight.numel()]
 

@@ -1,4 +1,4 @@
-"""The engines that contracts are held against."""
+"""The rollout engines on which the contract suites run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.engines.samples import give, sent_weights
 
 @pytest.fixture(params=["vllm", "hf"])
 def engine(request: pytest.FixtureRequest, policy: Policy) -> RolloutEngine:
-    """Each engine in turn, with the weights of `policy` as version 0."""
+    """Return each engine in turn, with the weights of `policy` as version 0."""
     opened: RolloutEngine = request.getfixturevalue(f"{request.param}_engine")
     give(opened, sent_weights(policy.network), 0)
     return opened

@@ -1,4 +1,4 @@
-"""Adapters in the engines: served as they were pushed, in all families, and in bfloat16 with all that they change."""
+"""Adapters in the rollout engines: served exactly as pushed, in all families, and in bfloat16 with full effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from othink_ray.engines.policy import DTYPES, Policy
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
 from othink_ray.weights.buckets import from_chunks, to_chunks
-from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, live
+from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, run
 from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint
 
@@ -31,7 +31,7 @@ COARSE = "bfloat16"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A learner's policy with adapters, and the same before it was trained."""
+    """A learner's policy with trained adapters, and the same policy before training."""
 
     model: ModelConfig
     learner: LearnerConfig
@@ -61,18 +61,18 @@ def ups(network: nn.Module) -> list[Tensor]:
 
 def random_case(model: ModelConfig, learner: LearnerConfig) -> Case:
     policy = adapted(model, learner)
-    base, draw = copy.deepcopy(policy), torch.Generator().manual_seed(0)
+    base, generator = copy.deepcopy(policy), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for up in ups(policy.network):
-            up.copy_(0.05 * torch.randn(up.shape, generator=draw))
+            up.copy_(0.05 * torch.randn(up.shape, generator=generator))
     return Case(model=model, learner=learner, policy=policy, base=base, prompts=MIXED)
 
 
 def small_steps(case: Case, learner: LearnerConfig, steps: int, size: float) -> Case:
-    """After so many Adam steps in one direction: B is +-(steps * size), as if the gradient had never turned."""
+    """Return the policy after `steps` Adam steps in one direction: B is +-(steps * size)."""
     policy = adapted(replace(case.model, dtype="float32"), learner)
-    lessons = batch_of([row_of(group) for group in _answers(case)], policy.family)
-    policy(lessons)[0].sum().backward()
+    batch = batch_of([row_of(group) for group in _answers(case)], policy.family)
+    policy(batch)[0].sum().backward()
     coarse = adapted(case.model, learner)
     with torch.no_grad():
         for up, exact in zip(ups(coarse.network), ups(policy.network), strict=True):
@@ -111,24 +111,24 @@ def cases(
 
 
 @pytest.fixture(scope="module")
-def lives(config: Config, cases: dict[str, Case]) -> Iterator[dict[str, Future[Adapted]]]:
-    """Each case in a vLLM engine of its own: first an adapter of zeros, then the trained one in small buckets."""
+def outcomes(config: Config, cases: dict[str, Case]) -> Iterator[dict[str, Future[Adapted]]]:
+    """Run each case in a separate vLLM engine: first an adapter of zeros, then the trained one in small buckets."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         futures = {}
         for name, case in cases.items():
             served = served_adapters(case.policy.family, case.learner)
             pushes = [list(to_chunks(case.nothing, 2**20)), list(to_chunks(case.pushed, 4096))]
             futures[name] = processes.submit(
-                *(live, case.model, config.rollout, str(case.model.path), served, case.prompts, pushes)
+                *(run, case.model, config.rollout, str(case.model.path), served, case.prompts, pushes)
             )
         yield futures
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, COARSE])
 def test_layers_use_exactly_the_pushed_factors(
-    name: str, cases: dict[str, Case], lives: dict[str, Future[Adapted]]
+    name: str, cases: dict[str, Case], outcomes: dict[str, Future[Adapted]]
 ) -> None:
-    used = dict(from_chunks(lives[name].result().used))
+    used = dict(from_chunks(outcomes[name].result().used))
     assert used.keys() == {tensor for tensor, _ in cases[name].pushed}
     assert all(torch.equal(used[tensor], weight) for tensor, weight in cases[name].pushed)
     assert all(used[tensor].dtype == weight.dtype for tensor, weight in cases[name].pushed)
@@ -136,10 +136,10 @@ def test_layers_use_exactly_the_pushed_factors(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_engine_samples_from_the_policy_with_its_adapters(
-    name: str, cases: dict[str, Case], lives: dict[str, Future[Adapted]]
+    name: str, cases: dict[str, Case], outcomes: dict[str, Future[Adapted]]
 ) -> None:
-    case, lived = cases[name], lives[name].result()
-    opened, *pushed = lived.opened, *lived.pushed
+    case, outcome = cases[name], outcomes[name].result()
+    opened, *pushed = outcome.opened, *outcome.pushed
     for policy, groups in ((case.base, opened), (case.base, pushed[0]), (case.policy, pushed[1])):
         assert len(groups) == len(MIXED)
         assert max(learner_gap(policy, policy.family, group).max() for group in groups) < 1e-4
@@ -148,25 +148,25 @@ def test_an_engine_samples_from_the_policy_with_its_adapters(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_adapter_of_zeros_changes_no_seeded_answer(name: str, lives: dict[str, Future[Adapted]]) -> None:
-    lived = lives[name].result()
+def test_an_adapter_of_zeros_changes_no_seeded_answer(name: str, outcomes: dict[str, Future[Adapted]]) -> None:
+    outcome = outcomes[name].result()
     before, after = (
         {group.prompt.id: [answer.token_ids.tolist() for answer in group.completions] for group in groups}
-        for groups in (lived.opened, lived.pushed[0])
+        for groups in (outcome.opened, outcome.pushed[0])
     )
     assert before == after
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_factor_without_a_layer_is_refused(name: str, lives: dict[str, Future[Adapted]]) -> None:
-    assert "has no adapted layer for model." in lives[name].result().refused
+def test_a_factor_without_a_layer_is_refused(name: str, outcomes: dict[str, Future[Adapted]]) -> None:
+    assert "has no adapted layer for model." in outcomes[name].result().refused
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_that_are_never_pushed_are_held_once(name: str, lives: dict[str, Future[Adapted]]) -> None:
-    """On CPUs as a packed copy; the head's matrix also as it is, and the embedding, tied to it or not, unpacked."""
-    [twice] = lives[name].result().twice
-    assert twice.endswith("lm_head")
+def test_weights_that_are_never_pushed_are_held_once(name: str, outcomes: dict[str, Future[Adapted]]) -> None:
+    """On CPUs only as a packed copy, except for the head; the embedding, tied to the head or not, is not packed."""
+    [unpacked] = outcomes[name].result().unpacked
+    assert unpacked.endswith("lm_head")
 
 
 # ---- bfloat16
@@ -178,9 +178,10 @@ def distributions_of(policy: Policy, probes: Sequence[Probe]) -> Tensor:
 
 
 def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[float, float, int]:
-    """Of the sampler's change of logprobs on that in float32, where that is at least 0.1 nats; half its 95 % interval.
+    """Regress the sampler's logprob changes on the float32 changes of at least 0.1 nats.
 
-    Rounding is the same wherever a token is likely at the same place, so that (place, token) is what is independent.
+    Return the slope, half of its 95 % interval, and the number of points. Rounding is the same wherever a token is
+    likely at the same position, so that errors are clustered by (position, token).
     """
     in_float = replace(case.model, dtype="float32")
     exact = [adapted(in_float, case.learner) for _ in range(2)]
@@ -191,16 +192,16 @@ def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[
     rows, points = iter(change), []
     for one, other in zip(before, after, strict=True):
         same = True
-        for place in range(len(one.candidates)):
+        for index in range(len(one.candidates)):
             row, ours = next(rows), (p.group.completions[0].token_ids for p in (one, other))
-            same = same and place < len(other.candidates)
+            same = same and index < len(other.candidates)
             if same:
-                there = dict(zip(other.candidates[place].tolist(), other.logprobs[place].tolist(), strict=True))
-                for token, logprob in zip(one.candidates[place].tolist(), one.logprobs[place].tolist(), strict=True):
+                there = dict(zip(other.candidates[index].tolist(), other.logprobs[index].tolist(), strict=True))
+                for token, logprob in zip(one.candidates[index].tolist(), one.logprobs[index].tolist(), strict=True):
                     if token in there and abs(float(row[token])) >= 0.1:
-                        points.append((float(row[token]), there[token] - logprob, place * 1000 + token))
+                        points.append((float(row[token]), there[token] - logprob, index * 1000 + token))
                 mine, theirs = ours
-                same = mine[place] == theirs[place]
+                same = mine[index] == theirs[index]
     x, y, cluster = (np.array(column) for column in zip(*points, strict=True))
     found = float(x @ y / (x @ x))
     scores = [float((x * (y - found * x))[cluster == each].sum()) for each in set(cluster.tolist())]
@@ -208,9 +209,9 @@ def slope(case: Case, before: Sequence[Probe], after: Sequence[Probe]) -> tuple[
 
 
 def test_a_bfloat16_sampler_moves_as_a_float32_learner(
-    cases: dict[str, Case], lives: dict[str, Future[Adapted]]
+    cases: dict[str, Case], outcomes: dict[str, Future[Adapted]]
 ) -> None:
-    before, after = lives[COARSE].result().probes
+    before, after = outcomes[COARSE].result().probes
     found, margin, points = slope(cases[COARSE], before, after)
     print(f"slope {found:.4f} +- {margin:.4f} over {points} logprobs")
     assert points > 3000
@@ -218,7 +219,7 @@ def test_a_bfloat16_sampler_moves_as_a_float32_learner(
 
 
 def test_the_hf_engine_holds_pushed_adapters_unchanged(cases: dict[str, Case], config: Config) -> None:
-    """Its own head computes in bfloat16, so that its logprobs say less exactly how much has changed."""
+    """Transformers computes the head in bfloat16, so that its logprobs measure changes less exactly."""
     case = cases[COARSE]
     engine = HFRollout(
         config.rollout, case.model, case.policy.family, served_adapters(case.policy.family, case.learner)
@@ -227,10 +228,10 @@ def test_the_hf_engine_holds_pushed_adapters_unchanged(cases: dict[str, Case], c
     for version, weights in enumerate((case.nothing, case.pushed)):
         give(engine, weights, version)
         probes.append(engine.probe(case.prompts[:24], replace(SAMPLING, answers=1), CANDIDATES))
-        own = dict(trained_weights_of(engine.network))
-        assert all(torch.equal(own[name], weight) for name, weight in weights)
+        held = dict(trained_weights_of(engine.network))
+        assert all(torch.equal(held[name], weight) for name, weight in weights)
     found, margin, points = slope(case, *probes)
-    # Of a delta that rounds away as in a merged matrix, at most two thirds would be found.
+    # Merged into a bfloat16 matrix, at most two thirds of the delta would survive rounding.
     assert points > 1000 and abs(found - 1) < 0.1 and margin < 0.05, (found, margin, points)
 
 
@@ -239,7 +240,7 @@ def trained_weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield weight.name, weight.parameter
 
 
-# ---- where vLLM has none
+# ---- layers whose adapters vLLM does not serve
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,4 @@
-"""What every rollout engine promises, held against both: vLLM in process, and transformers alone."""
+"""The contract of every rollout engine, run on vLLM in process and on plain transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answers(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling
     }
 
 
-# ---- what a group holds
+# ---- contents of a group
 
 
 def test_a_fixed_length_answer_continues_past_the_end_token(
@@ -100,7 +100,7 @@ def test_images_beyond_pixel_bounds_are_resized_as_by_learner(
     assert all(learner_gap(policy, family, group).mean() < 1e-4 for group in found.values())
 
 
-# ---- the property of the project: what is trained is what was sampled
+# ---- sampler and learner compute the same logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
@@ -147,7 +147,7 @@ def test_answers_differ_within_a_group_and_between_prompt_ids(engine: RolloutEng
 
 
 def test_a_prompt_repeated_in_a_batch_gets_two_groups(engine: RolloutEngine) -> None:
-    """A batch at the border of two epochs can hold a row twice."""
+    """A batch across the end of an epoch can contain a prompt twice."""
     groups = list(engine.generate([MIXED[0], MIXED[1], MIXED[0]], WARM))
     first, second = (group for group in groups if group.prompt.id == MIXED[0].id)
     assert len(groups) == 3
@@ -204,14 +204,14 @@ def test_greedy_tokens_are_the_likeliest_candidates(engine: RolloutEngine) -> No
         assert probe.candidates[:, 0].tolist() == probe.group.completions[0].token_ids.tolist()
 
 
-# ---- where answers end
+# ---- ends of answers
 
 
 def test_the_end_token_is_part_of_the_answer_and_stops_it(
     engine: RolloutEngine, family: Family, policy: Policy
 ) -> None:
-    rigged = always_says(policy, family, MIXED[0], family.eos_token_id)
-    give(engine, sent_weights(rigged.network), 1)
+    forced = always_says(policy, family, MIXED[0], family.eos_token_id)
+    give(engine, sent_weights(forced.network), 1)
     [group] = engine.generate(MIXED[:1], WARM)
     for completion in group.completions:
         assert completion.token_ids.tolist() == [family.eos_token_id]
@@ -253,23 +253,23 @@ def test_a_prompt_without_room_for_an_answer_is_refused(engine: RolloutEngine) -
     assert set(answers(engine, MIXED[:2], WARM)) == {"one image", "no image"}
 
 
-# ---- pixels are never words
+# ---- vision tokens are banned
 
 
 def test_a_vision_token_is_never_sampled(engine: RolloutEngine, family: Family, policy: Policy) -> None:
     for token_id in family.banned_token_ids:
-        rigged = always_says(policy, family, MIXED[0], token_id)
-        give(engine, sent_weights(rigged.network), 1)
+        forced = always_says(policy, family, MIXED[0], token_id)
+        give(engine, sent_weights(forced.network), 1)
         [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=4))
         sampled = {int(token) for completion in group.completions for token in completion.token_ids}
         assert not sampled & set(family.banned_token_ids)
-        assert learner_gap(rigged, family, group).mean() < 1e-4
+        assert learner_gap(forced, family, group).mean() < 1e-4
 
 
 def test_a_forced_token_that_is_not_banned_is_sampled(engine: RolloutEngine, family: Family, policy: Policy) -> None:
-    """What makes the test above able to fail."""
-    rigged = always_says(policy, family, MIXED[0], 200)
-    give(engine, sent_weights(rigged.network), 1)
+    """Shows that the test above can fail."""
+    forced = always_says(policy, family, MIXED[0], 200)
+    give(engine, sent_weights(forced.network), 1)
     [group] = engine.generate(MIXED[:1], replace(WARM, max_tokens=1))
     assert {int(token) for completion in group.completions for token in completion.token_ids} == {200}
 
@@ -284,14 +284,14 @@ def test_a_probe_holds_sorted_top_tokens_at_each_position(
     probes = engine.probe(MIXED, Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0), 8)
     assert [probe.group.prompt.id for probe in probes] == [prompt.id for prompt in MIXED]
     for probe in probes:
-        places = len(probe.group.completions[0].token_ids)
-        assert probe.candidates.shape == probe.logprobs.shape == (places, 8)
+        length = len(probe.group.completions[0].token_ids)
+        assert probe.candidates.shape == probe.logprobs.shape == (length, 8)
         assert probe.candidates.dtype == np.int64
         assert probe.logprobs.dtype == np.float32
-        row = row_of(probe.group)
+        sample = row_of(probe.group)
         with torch.no_grad():
-            own = distributions(taught, batch_of([row], family))[:places]
-        assert own.topk(8).values.numpy() == pytest.approx(probe.logprobs, abs=1e-4)
+            expected = distributions(taught, batch_of([sample], family))[:length]
+        assert expected.topk(8).values.numpy() == pytest.approx(probe.logprobs, abs=1e-4)
         for tokens, logprobs in zip(probe.candidates, probe.logprobs, strict=True):
             assert len(set(tokens.tolist())) == 8
             assert all(more >= less for more, less in pairwise(logprobs))

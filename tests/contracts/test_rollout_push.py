@@ -1,4 +1,4 @@
-"""What a push does to every rollout engine, held against both: new weights reach it whole, or it refuses to answer."""
+"""The contract of a push on both rollout engines: all new weights are in use, or the engine refuses to generate."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_new_weights_of_either_tower_reach_a_cached_prompt(
 def test_weights_may_come_in_buckets_of_any_size(
     engine: RolloutEngine, family: Family, taught: Policy, size: int
 ) -> None:
-    """Matrices that an engine has fused come apart."""
+    """Parts of a matrix that the engine fuses arrive in different buckets."""
     weights = sent_weights(taught.network)
     buckets = [weights[start : start + size] for start in range(0, len(weights), size)]
     engine.begin_push()
@@ -133,7 +133,7 @@ def test_missing_weights_fail_the_digest_check(engine: RolloutEngine, policy: Po
     expected = digests(weights)
     older = sent_weights(policy.network)
     assert engine.check_weights(digests(older), complete=True) == {}
-    give(engine, weights[:-1], 1)  # the last one does not arrive
+    give(engine, weights[:-1], 1)  # the last weight is missing
     wrong = {weights[-1][0]: "differs from what the learner sent"}
     assert engine.check_weights(expected, complete=True) == wrong
     give(engine, weights, 2)

@@ -1,4 +1,4 @@
-"""In bfloat16 engine and learner round alike: the gap of their logprobs, of each family, before and after a push."""
+"""In bfloat16, engine and learner round alike: the logprob gap of each family, before and after a push."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from tests.contracts.family_engine import probe_before_and_after
 from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint
 
-# Mean gaps in nats of these checkpoints where each side rounds in its own way.
+# Mean gaps in nats of these checkpoints without the rounding patches.
 UNALIKE = {"qwen2_vl": 0.0353, "qwen2_5_vl": 0.0083, "qwen3_vl": 0.0397, "internvl": 0.0420}
 
-# The kernel that repeats vLLM's attention to the last bit needs AVX-512. Without it another order of summation flips
-# single bits, and the flips grow over the layers to most of what independent roundings make.
+# The attention kernel that is bit-identical to vLLM's needs AVX-512. Without it, another order of summation flips
+# single bits, and over the layers these grow to nearly the gap of independent rounding.
 SMALLER = 5 if fused.is_quick() and fused.open_kernel().part() == 32 else 1
 
 Probes = tuple[list[Probe], list[Probe]]
 
 
 @pytest.fixture(scope="module")
-def asked(scenes: Sequence[Prompt]) -> list[Prompt]:
+def prompts(scenes: Sequence[Prompt]) -> list[Prompt]:
     return [*MIXED, *scenes[:11]]
 
 
 @pytest.fixture(scope="module")
 def policies(config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
-    """The learner's in bfloat16, as they start."""
+    """Return the learner's bfloat16 policy of each family before training."""
     opened = {}
     for name in FAMILIES:
         folder = tmp_path_factory.mktemp(name)
@@ -54,29 +54,29 @@ def policies(config: Config, texts: list[str], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def trained(policies: dict[str, Policy]) -> dict[str, Policy]:
-    """The same with every matrix moved."""
+    """Return the same policies with noise added to every parameter."""
     moved = {name: copy.deepcopy(policy) for name, policy in policies.items()}
-    draw = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for policy in moved.values():
             for parameter in policy.parameters():
-                noise = torch.randn(parameter.shape, generator=draw)
+                noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * 0.3 * parameter.float().std())
     return moved
 
 
 @pytest.fixture(scope="module")
 def probes(
-    config: Config, policies: dict[str, Policy], trained: dict[str, Policy], asked: list[Prompt]
+    config: Config, policies: dict[str, Policy], trained: dict[str, Policy], prompts: list[Prompt]
 ) -> Iterator[dict[str, Future[Probes]]]:
-    """vLLM engines in bfloat16, two at a time, probed before and after the trained weights came."""
+    """Probe bfloat16 vLLM engines, two at a time, before and after a push of the trained weights."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         futures = {}
         for name, policy in policies.items():
             path = Path(policy.family.path)  # type: ignore[attr-defined]
             weights = list(to_chunks(sent_weights(trained[name].network), bucket_bytes=2**20))
             model = _half(config, name, path)
-            futures[name] = processes.submit(probe_before_and_after, model, config.rollout, str(path), asked, weights)
+            futures[name] = processes.submit(probe_before_and_after, model, config.rollout, str(path), prompts, weights)
         yield futures
 
 
@@ -92,7 +92,7 @@ def test_an_engine_rounds_as_the_learner(
 def test_an_engine_rounds_as_the_learner_after_a_push(
     name: str, policies: dict[str, Policy], trained: dict[str, Policy], probes: dict[str, Future[Probes]]
 ) -> None:
-    """Its float32 head too, tied or not."""
+    """This includes the float32 head, tied or not."""
     _, pushed = probes[name].result()
     assert _gap(trained[name], pushed).gap_mean <= UNALIKE[name] / SMALLER
     assert _gap(policies[name], pushed).gap_mean > 10 * UNALIKE[name]
@@ -113,7 +113,7 @@ def _policy(model: ModelConfig) -> Policy:
 
 
 def _gap(policy: Policy, probes: Sequence[Probe]) -> Audit:
-    """Over the likeliest tokens, as the audit of a push has it."""
+    """Compare logprobs over the likeliest tokens, as the audit of a push does."""
     cpu = torch.device("cpu")
     known = []
     for probe in probes:
@@ -135,5 +135,5 @@ def used_kernels(chosen: Sequence[str]) -> list[str]:
 
 
 def test_half_precision_attention_never_uses_amx() -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:  # the module changes vLLM for good
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:  # the patch is permanent in its process
         assert alone.submit(used_kernels, ["amx", "vec", "vec16"]).result() == ["vec", "vec", "vec16"]

@@ -1,4 +1,4 @@
-"""Models whose chat template opens the thought, by `<think>` or a newline more: what is graded, and what is taught."""
+"""Chat templates that end with `<think>`, with or without a newline: the graded text and the demonstrations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def opened(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def thinking(config: Config, model_folder: Path, opened: str, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """The tiny model with such a template."""
+    """Return the family of the tiny model with such a template."""
     folder = tmp_path_factory.mktemp("thinking") / "model"
     shutil.copytree(model_folder, folder)
     with_template(
@@ -45,18 +45,18 @@ def thinking(config: Config, model_folder: Path, opened: str, tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def pupil(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
-    """A model that has seen, by some steps of SFT, what the teacher demonstrates under this template."""
-    pupil = copy.deepcopy(taught)
-    lessons = [row_of(group) for group in Demonstrations(thinking).generate(scenes)]
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=2e-3, weight_decay=0.0)
+def trained(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
+    """Return a model after a few SFT steps on demonstrations under this template."""
+    trained = copy.deepcopy(taught)
+    samples = [row_of(group) for group in Demonstrations(thinking).generate(scenes)]
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(12):
-        start = step * 16 % len(lessons)
-        logprobs, _ = pupil(batch_of(lessons[start : start + 16], thinking))
+        start = step * 16 % len(samples)
+        logprobs, _ = trained(batch_of(samples[start : start + 16], thinking))
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         optimizer.step()
-    return pupil
+    return trained
 
 
 def test_the_prompt_ends_with_the_opening_tag(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
@@ -86,13 +86,13 @@ def test_a_demonstration_continues_the_prompt(
 def test_the_graded_text_includes_the_templates_opening_tag(
     engine: RolloutEngine,
     thinking: Family,
-    pupil: Policy,
+    trained: Policy,
     scenes: Sequence[Prompt],
     opened: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine, "family", thinking)
-    give(engine, sent_weights(pupil.network), 1)
+    give(engine, sent_weights(trained.network), 1)
     prompts = [replace(prompt, id=f"{opened!r} {prompt.id}") for prompt in scenes[:4]]
     groups = list(engine.generate(prompts, GREEDY))
     assert len(groups) == 4
@@ -100,7 +100,7 @@ def test_the_graded_text_includes_the_templates_opening_tag(
         for group in groups:
             [completion] = group.completions
             [own] = thinking.decode([completion.token_ids.tolist()])
-            assert "<think>" not in own  # the template's, so the model does not write it
+            assert "<think>" not in own  # the tag is part of the prompt, so the model does not write it
             assert format_reward(own) == 0.0
             assert completion.text == opened + own
             assert score_group(group, REWARD, grader).parts["format"].tolist() == [1.0]

@@ -1,4 +1,4 @@
-"""What vLLM must not do twice for a group: look at its image, read its prompt."""
+"""Work that vLLM does once per group: encoding its images and prefilling its prompt."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from othink_ray.types import Prompt
 from tests.engines.samples import ask, give, picture, sent_weights
 
 SAMPLING = Sampling(answers=4, max_tokens=3, temperature=1.0, seed=0)
-BLOCK = 32  # tokens that vLLM's prefix cache keeps or drops together
+BLOCK = 32  # tokens per block of vLLM's prefix cache
 
 
 @dataclass
 class Work:
-    """Counted on vLLM's own modules: images that entered the vision tower, tokens that entered the first layer."""
+    """Counter on vLLM's modules: images that entered the vision tower, tokens that entered the first layer."""
 
     images: int = 0
     tokens: int = 0
@@ -128,7 +128,7 @@ def test_adapters_are_padded_to_the_next_rank_of_vllm(engine: VLLMRollout, rank:
 
 
 def test_the_next_push_wakes_a_sleeping_engine(engine: VLLMRollout, policy: Policy, taught: Policy) -> None:
-    """On a CPU there is no memory to give back, but the scheduler rests as it does on a GPU."""
+    """On a CPU no memory is released, but the scheduler is paused as on a GPU."""
     give(engine, sent_weights(policy.network), 0)
     engine.sleep()
     assert engine.engine.is_sleeping()

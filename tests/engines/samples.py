@@ -118,14 +118,14 @@ def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.floa
 
 def always_says(policy: Policy, family: Family, prompt: Prompt, token_id: int) -> Policy:
     """Return a copy whose head gives `token_id` a logit of 60, far above others, at the first answer token."""
-    rigged = copy.deepcopy(policy)
+    forced = copy.deepcopy(policy)
     row = row_of(group_of(family, prompt, [1], seed=0))
     with torch.no_grad():
         batch = batch_of([row], family)
-        [hidden] = rigged.predicting_states(batch, rigged(batch, wanted="features"))[:1]
-        head = rigged.network.get_parameter("lm_head.weight")
+        [hidden] = forced.predicting_states(batch, forced(batch, wanted="features"))[:1]
+        head = forced.network.get_parameter("lm_head.weight")
         head[token_id] = 60.0 * hidden / hidden.dot(hidden)
-    return rigged
+    return forced
 
 
 MIXED = (

@@ -1,8 +1,8 @@
-"""Resolve vLLM's own configuration as on a node of H200 GPUs, of a machine without any; prints it as JSON.
+"""Resolve vLLM's configuration as on a node of H200 GPUs, on a machine without GPUs; print it as JSON.
 
     python -m tests.gpu.engine_settings MODEL_FOLDER < settings.json
 
-`settings.json` is a list of Hydra overrides for each engine. A program of its own: the platform is one of a process.
+`settings.json` is a list of Hydra overrides per engine. Runs as a separate program: a process has one vLLM platform.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 
 
 def pretend_cuda() -> None:
-    """Before vLLM looks for a platform: what its build for CPUs lacks is there, but empty."""
+    """Fake a Hopper platform before vLLM detects one: modules missing from the CPU build exist, but are empty."""
     for name in ("_C_stable_libtorch", "_C", "_moe_C", "_moe_C_stable_libtorch"):
         sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
     import vllm
@@ -38,8 +38,8 @@ def pretend_cuda() -> None:
 
         @classmethod
         def has_device_capability(cls, capability: Any, device_id: int = 0) -> bool:
-            asked = capability if isinstance(capability, int) else capability[0] * 10 + capability[1]
-            return bool(asked <= 90)
+            requested = capability if isinstance(capability, int) else capability[0] * 10 + capability[1]
+            return bool(requested <= 90)
 
         @classmethod
         def get_device_name(cls, device_id: int = 0) -> str:

@@ -1,10 +1,10 @@
-"""Compile the learner's FlexAttention for an H100 on a machine without one; prints each kernel as JSON.
+"""Compile the learner's FlexAttention for an H100 on a machine without one; print each kernel as JSON.
 
-    python -m tests.gpu.flex_kernels forward|backward line HEADS KEY_HEADS
+    python -m tests.gpu.flex_kernels forward|backward sequence HEADS KEY_HEADS
     python -m tests.gpu.flex_kernels forward|backward images HEADS WIDTH
 
-Inductor lowers what the learner calls to Triton, and Triton compiles that to a cubin for sm_90: neither needs a device.
-A program of its own: torch believes in a device from its start to its end.
+Inductor lowers the learner's calls to Triton, and Triton compiles to a cubin for sm_90: neither needs a device.
+Runs as a separate program: the faked device stays for the life of the process.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any
 from unittest import mock
 
 ANSWERS = 8
-LINES = ((600, 256), (60, 6))  # tokens of a prompt and of each of its answers; the second has less than a block
-# Patches of each image of a micro-batch: ragged ones, then windows of Qwen2.5-VL and what is left at an image's edges.
+SEQUENCES = ((600, 256), (60, 6))  # tokens of a prompt and of each answer; the second is shorter than a block
+# Patches of each image of a micro-batch: ragged images, then windows of Qwen2.5-VL with cut windows at the edges.
 IMAGES = ((2080, 1280, 48, 900), (*[64] * 50, *[32] * 9, 16, 48), (128,) * 5, (4,), (100,), (60, 40, 28))
 STREAM_MULTIPROCESSORS, SHARED_BYTES = 132, 232_448
 Captured = list[tuple[str, str]]
 
 
 class LoweredError(Exception):
-    """All is compiled: a device would run it now."""
+    """Raised once everything is compiled, where a device would run it."""
 
 
 def _stop(*_: Any) -> Any:
@@ -44,7 +44,7 @@ def _stop(*_: Any) -> Any:
 
 
 def pretend_hopper() -> Captured:
-    """torch finds one H100; what would be loaded onto it is kept instead, by name and source."""
+    """Fake one H100 for torch; return the list that collects kernels as (name, source) instead of loading them."""
     import torch
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import async_compile, output_code
@@ -122,7 +122,7 @@ def pretend_hopper() -> Captured:
     inductor.force_disable_caches = True
     import torch._higher_order_ops.flex_attention
 
-    # It would copy to the strides of the query, which are those of the result already.
+    # The original would copy to the query's strides, which the result already has.
     flex = sys.modules["torch._higher_order_ops.flex_attention"]
     flex._permute_strides = lambda out, _strides: torch.empty_like(out)  # type: ignore[attr-defined]
     output_code.CompiledFxGraph.__call__ = _stop  # type: ignore[method-assign, assignment]
@@ -138,11 +138,11 @@ def pretend_hopper() -> Captured:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the learner attends with, made on the CPU, and the shapes of what it is called with."""
+    """An attention of the learner, built on the CPU, and the shapes of its inputs."""
 
     attention: Any  # has a block mask, and is called with query, key, value and scale
-    kernel: Callable[..., Any]  # what it runs on CUDA
-    looks_at: tuple[str, ...]  # the tensors that its mask function knows, by name
+    kernel: Callable[..., Any]  # the kernel that it runs on CUDA
+    captured: tuple[str, ...]  # names of the tensors that its mask function closes over
     heads: int
     key_heads: int
     width: int  # of a head
@@ -153,7 +153,7 @@ class Case:
         return length
 
     def states(self) -> tuple[Any, Any, Any]:
-        """Query, key and value in bfloat16: a token's heads lie side by side, as a projection leaves them."""
+        """Return query, key and value in bfloat16, with a token's heads contiguous, as a projection returns them."""
         import torch
 
         made = [
@@ -163,32 +163,32 @@ class Case:
         return made[0], made[1], made[2]
 
 
-def packed_line(heads: int, key_heads: int, prompt: int, answer: int) -> Case:
-    """`core.attention.FlexAttention` over one line: a prompt with its answers, as `auto` has it."""
+def packed_sequence(heads: int, key_heads: int, prompt: int, answer: int) -> Case:
+    """Build `core.attention.FlexAttention` over one packed sequence: a prompt with its answers."""
     import numpy as np
     import torch
 
     from othink_ray.core import attention as ours
     from othink_ray.core.packed_sequence import build_packed_sequence
 
-    segments = [0] * prompt + [1 + place // answer for place in range(ANSWERS * answer)]
-    line = build_packed_sequence([np.array(segments, dtype=np.int32)])
-    made = ours.FlexAttention(line, torch.device("cpu"))
-    return Case(made, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
+    segments = [0] * prompt + [1 + index // answer for index in range(ANSWERS * answer)]
+    sequence = build_packed_sequence([np.array(segments, dtype=np.int32)])
+    attention = ours.FlexAttention(sequence, torch.device("cpu"))
+    return Case(attention, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
 
 
 def packed_images(heads: int, width: int, patches: Sequence[int]) -> Case:
-    """`core.packed_images.PackedImages` over images, or windows, of so many patches each."""
+    """Build `core.flex.PackedImages` over images, or windows, with these numbers of patches."""
     import torch
 
     from othink_ray.core import flex as ours
 
-    made = ours.PackedImages(torch.tensor([0, *itertools.accumulate(patches)]), torch.device("cpu"))
-    return Case(made, ours._kernel("cuda"), ("image_of",), heads, heads, width)
+    attention = ours.PackedImages(torch.tensor([0, *itertools.accumulate(patches)]), torch.device("cpu"))
+    return Case(attention, ours._kernel("cuda"), ("image_of",), heads, heads, width)
 
 
 def over(mask: Callable[..., Any], tensors: dict[str, Any]) -> Callable[..., Any]:
-    """The learner's own mask function, looking at these tensors instead."""
+    """Return the learner's mask function with these tensors in its closure."""
     assert isinstance(mask, types.FunctionType)
     assert set(mask.__code__.co_freevars) == set(tensors), mask.__code__.co_freevars
     cells = tuple(types.CellType(tensors[name]) for name in mask.__code__.co_freevars)
@@ -207,8 +207,8 @@ def lower_forward(case: Case) -> None:
 
     attention = case.attention
     with FakeTensorMode(shape_env=ShapeEnv()):
-        looked_at = {name: torch.zeros(case.length, dtype=torch.int64, device="cuda") for name in case.looks_at}
-        attention.mask.mask_mod = over(attention.mask.mask_mod, looked_at)
+        closure = {name: torch.zeros(case.length, dtype=torch.int64, device="cuda") for name in case.captured}
+        attention.mask.mask_mod = over(attention.mask.mask_mod, closure)
         for name in TABLES:
             table = getattr(attention.mask, name)
             setattr(attention.mask, name, torch.empty(table.shape, dtype=table.dtype, device="cuda"))
@@ -218,7 +218,7 @@ def lower_forward(case: Case) -> None:
 
 
 def lower_backward(case: Case) -> None:
-    """What autograd of the compiled kernel runs, traced and given to Inductor: autograd itself wants a device."""
+    """Trace the kernel's backward and give it to Inductor directly: running autograd would need a device."""
     import torch
     import torch._higher_order_ops.flex_attention
     from torch._guards import TracingContext, tracing
@@ -247,22 +247,22 @@ def lower_backward(case: Case) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device="cuda")
 
-        def mask(b: Any, h: Any, viewer: Any, seen: Any, *looked_at: Any) -> Any:
-            return over(block_mask.mask_mod, dict(zip(case.looks_at, looked_at, strict=True)))(b, h, viewer, seen)
+        def mask(b: Any, h: Any, viewer: Any, seen: Any, *closure: Any) -> Any:
+            return over(block_mask.mask_mod, dict(zip(case.captured, closure, strict=True)))(b, h, viewer, seen)
 
         query, key, value = case.states()
         sums = [empty(1, case.heads, length, dtype=torch.float32) for _ in range(2)]
-        numbers = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in case.looks_at]
+        numbers = [torch.zeros(length, dtype=torch.int64, device="cuda") for _ in case.captured]
         tables = [empty(*table.shape, dtype=table.dtype) for table in (getattr(block_mask, name) for name in TABLES)]
         out, grad = torch.empty_like(query), torch.empty_like(query)
         inputs = [query, key, value, out, sums[0], grad, sums[1], *numbers]
 
         def back(query: Any, key: Any, value: Any, out: Any, lse: Any, grad: Any, grad_lse: Any, *rest: Any) -> Any:
-            looked_at, blocks = rest[: len(case.looks_at)], rest[len(case.looks_at) :]
+            closure, blocks = rest[: len(case.captured)], rest[len(case.captured) :]
             described = (length, length, *blocks, None, None, None, None, *block_mask.BLOCK_SIZE, mask)
             return flex.flex_attention_backward(
                 query, key, value, out, lse, grad, grad_lse, forward, joint, described, case.width**-0.5, options,
-                (), looked_at,
+                (), closure,
             )[:3]  # fmt: skip
 
         graph = make_fx(back, tracing_mode="real")(*inputs, *tables)
@@ -271,7 +271,7 @@ def lower_backward(case: Case) -> None:
 
 
 def compiled(name: str, source: str, folder: Path) -> dict[str, Any]:
-    """What Triton makes of a kernel's source for sm_90, with the warps and stages that Inductor chose."""
+    """Compile a kernel's source with Triton for sm_90, with the warps and stages that Inductor chose."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -318,14 +318,14 @@ def main(direction: str, kind: str, *numbers: int) -> None:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         captured = pretend_hopper()
-        if kind == "line":
-            cases = [partial(packed_line, *numbers, *lengths) for lengths in LINES]
+        if kind == "sequence":
+            cases = [partial(packed_sequence, *numbers, *lengths) for lengths in SEQUENCES]
         else:
             cases = [partial(packed_images, *numbers, patches) for patches in IMAGES]
         for case in cases if direction == "forward" else cases[:1]:
             lower(case())
         for name, source in captured:
-            if name.startswith("triton_tem"):  # the template of attention; the rest are sums
+            if name.startswith("triton_tem"):  # the attention template; other kernels are reductions
                 print("KERNEL " + json.dumps(compiled(name, source, Path(made))), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""A GPU's memory played by this machine's, so that vLLM's code for GPUs runs between real processes on CPUs.
+"""A fake GPU device in host memory, so that vLLM's GPU code runs between real processes on CPUs.
 
-Only what needs a device is replaced: a CUDA IPC handle is a file that two processes map, NCCL is vLLM's own
-StatelessProcessGroup over sockets, and the allocator that sleeping empties forgets what is in the weights.
+Only what needs a device is replaced: a CUDA IPC handle is a file that two processes map, NCCL is vLLM's
+StatelessProcessGroup over sockets, and the sleep-mode allocator overwrites the weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DEVICE = "GPU-0000"  # both processes see the same one
-FOLDER = "PRETEND_FOLDER"  # the environment's name of where handles lie
+DEVICE = "GPU-0000"  # the same UUID in both processes
+FOLDER = "PRETEND_FOLDER"  # environment variable with the folder of the handles
 _MODULES = (
     *(f"vllm.distributed.weight_transfer.{name}" for name in ("base", "ipc_engine", "nccl_engine", "nccl_common")),
     "vllm.distributed.weight_transfer.packed_tensor",
@@ -28,7 +28,7 @@ _MODULES = (
 
 
 class Stream:
-    """Everything that it is given has been done already."""
+    """A CUDA stream on which all work has finished."""
 
     def __init__(self, device: int = 0) -> None: ...
 
@@ -36,10 +36,10 @@ class Stream:
 
 
 class PretendedTorch:
-    """torch as a module of vLLM sees it, with one device."""
+    """The torch module with one fake device, for vLLM's modules."""
 
     def __init__(self, meta: bool) -> None:
-        self.meta = meta  # tensors of the device have shapes alone
+        self.meta = meta  # device tensors are meta tensors
         self.cuda = SimpleNamespace(
             Stream=Stream,
             current_stream=Stream,
@@ -74,7 +74,7 @@ def _file_of(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _export(memory: Tensor) -> tuple[None, tuple[Any, ...]]:
-    """What torch's `reduce_tensor` gives: a function, and what another process rebuilds the tensor from."""
+    """Replace torch's `reduce_tensor`: return a function and the arguments to rebuild the tensor elsewhere."""
     path = None if memory.is_meta else str(_files[memory.data_ptr()])
     return None, (path, memory.numel(), memory.dtype, None, None, None, 0)
 
@@ -86,7 +86,7 @@ def _import(path: str | None, size: int, dtype: torch.dtype, *_rest: Any) -> Ten
 
 
 class SocketCommunicator:
-    """NCCL's part: vLLM's group of processes has met over sockets already, and moves the bytes too."""
+    """Replaces NCCL's communicator by vLLM's process group, which broadcasts over sockets."""
 
     def __init__(self, group: Any, device: Any) -> None:
         self.group = group
@@ -98,7 +98,7 @@ class SocketCommunicator:
 
 
 class PretendedMemory:
-    """vLLM's allocator for sleeping: at level 1 it keeps the weights on the host, at level 2 they are lost."""
+    """Fake of vLLM's sleep-mode allocator: level 1 keeps the weights on the host, level 2 loses them."""
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
@@ -121,13 +121,13 @@ class PretendedMemory:
             self.kept = {}
 
     def _weights(self) -> dict[str, Tensor]:
-        """Everything that vLLM allocates while it builds the network."""
+        """Return all tensors that vLLM allocates while it builds the network."""
         network = self.worker.model_runner.get_model()
         return dict(network.named_parameters()) | dict(network.named_buffers()) | plain_tensors(network)
 
 
 def plain_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Tensors in lists that modules keep as attributes: neither parameters nor buffers."""
+    """Return tensors in list attributes of modules, which are neither parameters nor buffers."""
     return {
         f"{path}.{name}.{index}".lstrip("."): tensor
         for path, module in network.named_modules()
@@ -140,7 +140,7 @@ def plain_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def device(*, meta: bool = False) -> Iterator[None]:
-    """While it lasts, vLLM's weight transfer finds a GPU in this process."""
+    """Let vLLM's weight transfer find a GPU in this process, inside this context."""
     from importlib import import_module
 
     from torch.multiprocessing import reductions
@@ -156,7 +156,7 @@ def device(*, meta: bool = False) -> Iterator[None]:
         _replace(undo, packed_tensor, "reduce_tensor", _export)
         _replace(undo, reductions, "rebuild_cuda_tensor", _import)
         _replace(undo, pynccl, "PyNcclCommunicator", SocketCommunicator)
-        # The worker for CPUs does nothing when it is to sleep; the one for GPUs is what is looked at.
+        # The CPU worker ignores sleep; these tests check the GPU worker's code.
         memory = property(lambda worker: worker.__dict__.setdefault("pretended", PretendedMemory(worker)))
         _replace(undo, CPUWorker, "sleep_mode_backend", memory)
         for verb in ("sleep", "wake_up"):
@@ -169,7 +169,7 @@ def device(*, meta: bool = False) -> Iterator[None]:
 
 
 def _finish(worker: Any) -> None:
-    """The worker's own, and what kernels for CPUs keep of the weights made anew: kernels for GPUs keep nothing."""
+    """Finish an update and repack the matrices for the CPU kernels; GPU kernels have no packed copies."""
     from vllm.v1.worker.gpu_worker import Worker
 
     from othink_ray.engines.vllm_worker import _pack
@@ -187,12 +187,12 @@ def _replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> N
 
 
 def with_transfer(arguments: dict[str, Any], transport: str) -> dict[str, Any]:
-    """An engine's arguments as they are on a GPU, as far as one on a CPU takes them."""
+    """Add the GPU engine's transfer arguments to a CPU engine's arguments."""
     return arguments | ({"weight_transfer_config": {"backend": transport}} if transport in ("ipc", "nccl") else {})
 
 
 def serve(pipe: Any, setup: Any, transport: str, gpu: int | None, changes: dict[str, Any]) -> None:
-    """The GPU check's process of an engine, with a device to pretend."""
+    """Run the GPU check's engine process with the fake device."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from benchmarks.gpu import engine_process
     from othink_ray.engines.vllm_rollout import VLLMRollout

@@ -1,7 +1,7 @@
-"""The networks of all `conf/model` files at their true shapes, on the meta device: names, shapes and no memory.
+"""The networks of all `conf/model` files at real shapes, on the meta device: names and shapes without memory.
 
-The numbers are those of the `config.json` that each model's page on the Hugging Face hub shows; `WEIGHTS` are the sizes
-that the same pages state, so that a number copied wrongly is noticed.
+The numbers are from the `config.json` of each model on the Hugging Face hub. `WEIGHTS` are the parameter counts that
+the model pages state, to catch a number copied wrongly.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def _internvl(text: dict[str, Any]) -> InternVLConfig:
         "attention_bias": True,
     }
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    own = {"model_type": "qwen2", "tie_word_embeddings": False, "rope_parameters": rope}
-    return InternVLConfig(text_config={**own, **text}, vision_config=vision, tie_word_embeddings=False)
+    base = {"model_type": "qwen2", "tie_word_embeddings": False, "rope_parameters": rope}
+    return InternVLConfig(text_config={**base, **text}, vision_config=vision, tie_word_embeddings=False)
 
 
 PUBLIC: dict[str, PreTrainedConfig] = {
@@ -114,7 +114,7 @@ WEIGHTS = {
 
 
 def public_network(name: str) -> nn.Module:
-    """Of the class that the learner trains, in bfloat16."""
+    """Return the network in bfloat16, of the class that the learner trains."""
     with torch.device("meta"):
         network: nn.Module = AutoModelForImageTextToText.from_config(PUBLIC[name], dtype=torch.bfloat16)
     return network

@@ -1,4 +1,4 @@
-"""The GPU check's engine and learner together, with the learner of real runs in the place of the check's plain one."""
+"""The GPU check's colocated parts with the DeepSpeed learner instead of the check's plain learner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.gpu import pretend
 
 
 class RunsLearner:
-    """DeepSpeed's, on one rank, under the names by which the check asks its own."""
+    """The DeepSpeed learner on one rank, behind the interface of the check's learner."""
 
     def __init__(self, setup: Setup, *, lr: float, shares_gpu: bool = False) -> None:
         from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
@@ -33,7 +33,7 @@ class RunsLearner:
         model = setup.model()
         assert model.path is not None
         self.lr = lr
-        self.meeting = rendezvous_info()
+        self.store = rendezvous_info()
         self.engine = DeepSpeedLearner(
             load(["learner.threads=1", f"learner.lr={lr}"]).learner,
             open_family(model, model.path),
@@ -44,7 +44,7 @@ class RunsLearner:
             correction_bounds=(0.5, 2.0),
             with_reference=True,
             seed=0,
-            place=RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.meeting.port),
+            place=RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.store.port),
             shares_gpu=shares_gpu,
         )
 
@@ -73,14 +73,14 @@ class RunsLearner:
 
 
 def rehearse(setup: Setup, part: str) -> list[dict[str, Any]]:
-    """The records of one part of the check, in the process that calls it, which DeepSpeed keeps for itself."""
+    """Run one part of the check and return its records; DeepSpeed's process group stays in the calling process."""
     os.environ[pretend.FOLDER] = str(setup.folder)
-    life = getattr(colocated, part)
+    part_of_check = getattr(colocated, part)
     with (
         mock.patch.object(engine_process, "serve_engine", pretend.serve),
         mock.patch.object(colocated, "open_learner", RunsLearner),
         mock.patch.object(torch.cuda, "device_count", lambda: 2),
         pretend.device(),
     ):
-        rows: list[Row] = list(life(setup))
+        rows: list[Row] = list(part_of_check(setup))
     return [row.record() for row in rows]

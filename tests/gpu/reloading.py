@@ -1,4 +1,7 @@
-"""What a vLLM engine has after pushes through the layer-wise reload of NCCL and IPC: in a process of its own."""
+"""Compare a vLLM engine after pushes through the layer-wise reload of NCCL and IPC with plain loading.
+
+Runs in a separate process: a process can have only one engine.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,18 @@ Named = Callable[[], Iterator[tuple[str, Tensor]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reloaded:
-    """What differs from an engine that was given the same weights plainly; nothing should."""
+    """Differences from an engine that loaded the same weights plainly; all should be empty."""
 
     weights: list[str]
-    buffers: list[str]  # and what modules keep in lists
-    moved: list[str]  # weights that are at another address, where CUDA graphs would read the old one
-    logprobs: float  # most nats
+    buffers: list[str]  # including tensors in lists of modules
+    moved: list[str]  # weights at another address: captured CUDA graphs would read the old one
+    logprobs: float  # largest difference in nats
     buckets: int
-    memory: list[str]  # what vLLM asked of its allocator, and the loading of a bucket
+    memory: list[str]  # calls of vLLM's allocator, and loaded buckets
 
 
 class Local:
-    """An engine in this process, as vLLM's sender sees engines."""
+    """An engine in this process, with the interface that vLLM's sender calls."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -58,8 +61,8 @@ class Local:
         self.engine.transfer("finish_weight_update")
 
 
-class Life:
-    """One engine, and the weights that the learner has: those of the folder, and others."""
+class Comparison:
+    """One engine, and two sets of learner weights: those of the model folder, and others."""
 
     def __init__(self, model: ModelConfig, rollout: RolloutConfig, path: str, handles: str) -> None:
         from othink_ray.engines.policy import DTYPES
@@ -78,10 +81,10 @@ class Life:
         self.worker = worker_of(self.engine)
         self.network = self.worker.network
         old = dict(family.load_network(DTYPES[model.dtype]).named_parameters())
-        draw = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         self.old = {name: weight.detach() for name, weight in old.items()}
         self.new = {
-            name: (weight + 0.1 * torch.randn(weight.shape, generator=draw).to(weight.dtype))
+            name: (weight + 0.1 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
             for name, weight in self.old.items()
         }
         self.engines = Local(self.engine)
@@ -89,14 +92,14 @@ class Life:
         self.version = 0
 
     def plain(self, weights: dict[str, Tensor]) -> None:
-        """By the way that runs on CPUs always."""
+        """Push `weights` by the plain path, which CPU engines always use."""
         self.version += 1
         self.engine.begin_push()
         self.engine.load_weights(weights.items())
         self.engine.finish_push(self.version, 1)
 
     def send(self, named: Named) -> None:
-        """By vLLM's own transfer."""
+        """Push weights by vLLM's weight transfer."""
         from othink_ray.engines.vllm_transfer import open_sender
 
         self.version += 1
@@ -113,25 +116,25 @@ class Life:
             {name: weight.data_ptr() for name, weight in named.items()},
         )
 
-    def compared(self, prompts: Sequence[Prompt], names: Sequence[str], *, asleep_at: int | None) -> Reloaded:
-        """After the weights of `names` came over others by each of both ways."""
-        given = {name: self.new[name] for name in names}
+    def compare(self, prompts: Sequence[Prompt], names: Sequence[str], *, asleep_at: int | None) -> Reloaded:
+        """Push the weights of `names` over the old ones by both paths, and compare the engine's state."""
+        pushed = {name: self.new[name] for name in names}
         self.plain(self.old)
-        self.plain(given)
-        weights, buffers, places = self.state()
+        self.plain(pushed)
+        weights, buffers, addresses = self.state()
         wanted = self.engine.probe(prompts, SAMPLING, 8)
         self.plain(self.old)
         self.engines.log.clear()
         if asleep_at is not None:
             self.engine.sleep_level = asleep_at
             self.engine.sleep()
-        self.send(lambda: iter(given.items()))
-        now, now_buffers, now_places = self.state()
+        self.send(lambda: iter(pushed.items()))
+        now, now_buffers, now_addresses = self.state()
         probes = self.engine.probe(prompts, SAMPLING, 8)
         return Reloaded(
             weights=[name for name in weights if not torch.equal(weights[name], now[name])],
             buffers=[name for name in buffers if not torch.equal(buffers[name], now_buffers[name])],
-            moved=[name for name in places if places[name] != now_places[name]],
+            moved=[name for name in addresses if addresses[name] != now_addresses[name]],
             logprobs=max(
                 float(abs(one.logprobs - other.logprobs).max()) for one, other in zip(wanted, probes, strict=True)
             ),
@@ -139,18 +142,18 @@ class Life:
             memory=[call for call, _ in groupby(self.engines.log)],
         )
 
-    def asked_asleep(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What it says in its sleep."""
+    def errors_asleep(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the errors of a sleeping engine that is asked for answers."""
         self.plain(self.old)
         self.engine.sleep()
-        said = _said(
+        errors = _errors(
             lambda: list(self.engine.generate(prompts, SAMPLING)), lambda: self.engine.probe(prompts, SAMPLING, 8)
         )
         self.plain(self.old)
-        return said
+        return errors
 
-    def broken_off(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What the engine says when asked after a learner failed in the middle of a push."""
+    def errors_after_failure(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the errors of a push during which the learner fails, and of the engine after it."""
 
         def half() -> Iterator[tuple[str, Tensor]]:
             for number, item in enumerate(self.new.items()):
@@ -159,41 +162,41 @@ class Life:
                 yield item
             described.append(True)
 
-        described: list[bool] = []  # the first pass tells names and shapes
-        return _said(
+        described: list[bool] = []  # the sender's first pass reads only names and shapes
+        return _errors(
             lambda: self.send(half),
             lambda: list(self.engine.generate(prompts, SAMPLING)),
             lambda: self.engine.probe(prompts, SAMPLING, 8),
         )
 
 
-def _said(*calls: Callable[[], object]) -> list[str]:
-    said = []
+def _errors(*calls: Callable[[], object]) -> list[str]:
+    errors = []
     for call in calls:
         try:
             call()
-            said.append("nothing")
+            errors.append("nothing")
         except Exception as error:
-            said.append(f"{type(error).__name__}: {error}")
-    return said
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
-def live(
+def run(
     model: ModelConfig, rollout: RolloutConfig, path: str, handles: str, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """Pushes of all weights and of the text alone, to an engine that is awake, or slept at some level."""
+    """Push all weights, or only the text network's, to an engine that is awake or sleeping at some level."""
     torch.set_num_threads(1)
     Path(handles).mkdir(exist_ok=True)
     with pretend.device():
-        life = Life(model, rollout, path, handles)
-        every = list(life.new)
+        comparison = Comparison(model, rollout, path, handles)
+        every = list(comparison.new)
         text = [name for name in every if "language_model" in name or name.startswith("lm_head")]
         return {
-            "all": life.compared(prompts, every, asleep_at=None),
-            "all after level 2": life.compared(prompts, every, asleep_at=2),
-            "text": life.compared(prompts, text, asleep_at=None),
-            "text after level 1": life.compared(prompts, text, asleep_at=1),
-            "text after level 2": life.compared(prompts, text, asleep_at=2),
-            "asleep": life.asked_asleep(prompts),
-            "broken off": life.broken_off(prompts),
+            "all": comparison.compare(prompts, every, asleep_at=None),
+            "all after level 2": comparison.compare(prompts, every, asleep_at=2),
+            "text": comparison.compare(prompts, text, asleep_at=None),
+            "text after level 1": comparison.compare(prompts, text, asleep_at=1),
+            "text after level 2": comparison.compare(prompts, text, asleep_at=2),
+            "asleep": comparison.errors_asleep(prompts),
+            "after failure": comparison.errors_after_failure(prompts),
         }

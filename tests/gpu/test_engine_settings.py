@@ -1,4 +1,4 @@
-"""What vLLM makes of our engine's arguments on GPUs, for every `conf/cluster` file that has any."""
+"""vLLM's resolved settings for our engine's arguments on GPUs, for every `conf/cluster` file with GPUs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ MODEL = ("model=qwen2_vl_2b", "data=geoqa")
 
 @pytest.fixture(scope="module")
 def resolved(model_folder: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """One process for all: the platform is faked when it starts."""
-    asked = [*((f"cluster={name}",) for name in CLUSTERS), SPLIT, EAGER]
+    """Resolve all settings in one process, whose platform is faked at its start."""
+    requested = [*((f"cluster={name}",) for name in CLUSTERS), SPLIT, EAGER]
     program = subprocess.run(
         [sys.executable, "-m", "tests.gpu.engine_settings", str(model_folder)],
-        input=json.dumps([[*settings, *MODEL] for settings in asked]),
+        input=json.dumps([[*settings, *MODEL] for settings in requested]),
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=240,
         check=False,
     )
-    said = [json.loads(line.partition(" ")[2]) for line in program.stdout.splitlines() if line.startswith("RESOLVED ")]
-    assert len(said) == len(asked), program.stderr[-3000:]
-    return dict(zip(asked, said, strict=True))
+    resolved_settings = [
+        json.loads(line.partition(" ")[2]) for line in program.stdout.splitlines() if line.startswith("RESOLVED ")
+    ]
+    assert len(resolved_settings) == len(requested), program.stderr[-3000:]
+    return dict(zip(requested, resolved_settings, strict=True))
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[2]
     ("direction", "model"), [("forward", "qwen2_5_vl_3b"), ("backward", "qwen2_vl_2b"), ("backward", "qwen2_vl_7b")]
 )
 def test_flex_attention_compiles_for_hopper(direction: str, model: str) -> None:
-    """Forward, once for all lines of 128 tokens or more and once for shorter ones."""
+    """Forward compiles once for all packed sequences of 128 tokens or more, and once for shorter ones."""
     text = PUBLIC[model].text_config
     assert text.hidden_size == 128 * text.num_attention_heads
-    kernels = compiled(direction, "line", text.num_attention_heads, text.num_key_value_heads)
+    kernels = compiled(direction, "sequence", text.num_attention_heads, text.num_key_value_heads)
     assert len(kernels) == (2 if direction == "forward" else 1)
     for kernel in kernels:
         assert_fits(kernel)
@@ -33,7 +33,7 @@ def test_flex_attention_compiles_for_hopper(direction: str, model: str) -> None:
     ("direction", "width"), [("forward", 80), ("backward", 80), ("backward", 72), ("backward", 64)]
 )
 def test_packed_images_compile_for_hopper(direction: str, width: int) -> None:
-    """Forward, once for all numbers of patches above 128, once for that one and once for fewer."""
+    """Forward compiles once for all patch counts above 128, once for 128 and once for fewer."""
     assert {width_of_heads(model) for model in PUBLIC if model.startswith("qwen")} == {64, 80}  # 72: Qwen3-VL-8B
     kernels = compiled(direction, "images", 16, width)
     assert len(kernels) == (3 if direction == "forward" else 1)
@@ -63,7 +63,7 @@ def compiled(direction: str, kind: str, *numbers: int) -> list[dict[str, Any]]:
 
 
 def assert_fits(kernel: dict[str, Any]) -> None:
-    """It has tensor-core instructions, and needs no more shared memory than a block can have there: 227 KiB."""
+    """Assert that a kernel uses tensor cores, and at most a block's 227 KiB of shared memory on Hopper."""
     assert kernel["tensor cores"]
     assert kernel["cubin"] > 100_000
     assert 0 < kernel["shared"] <= SHARED_BYTES == 227 * 1024

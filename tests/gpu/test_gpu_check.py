@@ -1,4 +1,4 @@
-"""The GPU check's own program of an engine and a learner, on this machine: vLLM's weight transfer between processes."""
+"""The GPU check's engine and learner on this machine: vLLM's weight transfer between processes."""
 
 from __future__ import annotations
 

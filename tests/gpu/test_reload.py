@@ -1,4 +1,4 @@
-"""Pushes through vLLM's layer-wise reload, which NCCL and IPC take, against plain loading; and sleeping around them."""
+"""Pushes through vLLM's layer-wise reload, used by NCCL and IPC, against plain loading; and sleep around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from othink_ray.config.schema import Config
 from othink_ray.engines.lora import trains_all
 from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
-from tests.gpu.reloading import Reloaded, live
+from tests.gpu.reloading import Reloaded, run
 
 CASES = [
     ("qwen2_vl", "float32"),
@@ -28,10 +28,10 @@ ASLEEP = ["resume ['weights']", "load", "resume ['kv_cache']"]
 
 
 @pytest.fixture(scope="module")
-def lives(
+def outcomes(
     config: Config, texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[tuple[str, str], Future[Any]]]:
-    """An engine each, in a process of its own."""
+    """Run one engine per case, each in a separate process."""
     prompts = [ask("a", picture(84, 84, 0)), ask("b", picture(56, 140, 1))]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         futures = {}
@@ -40,19 +40,19 @@ def lives(
             build_checkpoint(family, folder / "model", texts)
             model = replace(config.model, family=family, path=str(folder / "model"), dtype=dtype, tiny=None)
             futures[family, dtype] = processes.submit(
-                live, model, config.rollout, str(folder / "model"), str(folder / "handles"), prompts
+                run, model, config.rollout, str(folder / "model"), str(folder / "handles"), prompts
             )
         yield futures
 
 
 @pytest.fixture(params=CASES, ids="-".join)
-def found(request: pytest.FixtureRequest, lives: dict[tuple[str, str], Future[Any]]) -> dict[str, Any]:
-    told: dict[str, Any] = lives[request.param].result(timeout=250)
-    return told
+def found(request: pytest.FixtureRequest, outcomes: dict[tuple[str, str], Future[Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = outcomes[request.param].result(timeout=250)
+    return result
 
 
 def test_a_reload_leaves_the_bits_and_addresses_of_a_plain_load(found: dict[str, Any]) -> None:
-    """In buckets that part the query, key and value of a layer; all weights, then those of the text alone."""
+    """Buckets separate query, key and value of a layer; all weights are pushed, then only the text network's."""
     for what in ("all", "text"):
         reloaded: Reloaded = found[what]
         assert (reloaded.weights, reloaded.buffers, reloaded.moved, reloaded.logprobs) == ([], [], [], 0.0)
@@ -61,7 +61,7 @@ def test_a_reload_leaves_the_bits_and_addresses_of_a_plain_load(found: dict[str,
 
 
 def test_a_push_of_all_restores_weights_lost_in_sleep(found: dict[str, Any]) -> None:
-    """Every weight, buffer and list of tensors was NaN: what no push brings, and nothing restores, would still be."""
+    """Every weight, buffer and listed tensor was NaN in sleep: any that is not restored would still be."""
     reloaded: Reloaded = found["all after level 2"]
     assert reloaded.memory == ["suspend at level 2", *ASLEEP]
     assert (reloaded.weights, reloaded.buffers, reloaded.moved, reloaded.logprobs) == ([], [], [], 0.0)
@@ -82,7 +82,7 @@ def test_a_sleeping_engine_refuses_to_generate(found: dict[str, Any]) -> None:
 
 
 def test_an_engine_with_half_a_transfer_refuses_to_generate(found: dict[str, Any]) -> None:
-    failed, *refused = found["broken off"]
+    failed, *refused = found["after failure"]
     assert failed == "OSError: the learner is lost"
     assert refused == [
         "UnfinishedPush: a push of weights did not finish: this engine holds parts of two policies"

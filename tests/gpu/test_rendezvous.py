@@ -1,4 +1,4 @@
-"""The ranks of an NCCL push: one sender, and every process of every engine at a place of its own, over real sockets."""
+"""The ranks of an NCCL push over real sockets: one sender, and a separate rank for every process of every engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = [(str(number), torch.full((100,), float(number))) for number in range(
 
 
 class Engine:
-    """vLLM's receivers of one engine, one for each of its processes, called as a Ray actor is."""
+    """vLLM's receivers of one engine, one per process, called like a Ray actor."""
 
     def __init__(self, processes: int, threads: ThreadPoolExecutor) -> None:
         from vllm.config import WeightTransferConfig

@@ -19,7 +19,7 @@ from tests.gpu import pretend
 from tests.gpu.public_models import PUBLIC, WEIGHTS, public_network
 
 CONF = Path(__file__).parents[2] / "conf/model"
-PLACE = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
+RENDEZVOUS = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
 BUCKET = load([]).weights.bucket_mb * 2**20
 EMBEDDINGS = {  # bytes in bfloat16, vocabulary times width times 2
     "qwen2_vl_2b": 151_936 * 1536 * 2,
@@ -45,7 +45,7 @@ def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
 
 
 class Model(nn.Module):
-    """Notes what it is given to load."""
+    """A model that records the weights it loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 
 class Engines:
-    """One engine in this process, by vLLM's own receiver; the reload around it is another test's."""
+    """One engine in this process with vLLM's receiver; `test_reload` covers the reload around it."""
 
     def __init__(self, backend: str) -> None:
         from vllm.config import WeightTransferConfig
@@ -105,29 +105,31 @@ def test_a_public_model_has_its_stated_number_of_weights(network: tuple[str, nn.
 def test_every_weight_of_a_public_model_arrives_by_ipc(network: tuple[str, nn.Module]) -> None:
     name, built = network
     engines = Engines("ipc")
-    sender = open_sender("ipc", lambda: trained(built), engines, PLACE, port=0, receivers=1, bucket_bytes=BUCKET)
+    sender = open_sender("ipc", lambda: trained(built), engines, RENDEZVOUS, port=0, receivers=1, bucket_bytes=BUCKET)
     sender.send_weights()
     assert engines.model.loaded == described(built)
     assert max(engines.buckets) <= EMBEDDINGS[name]
-    assert len(engines.buckets) > 2  # not all at once either
+    assert len(engines.buckets) > 2  # and not everything in one bucket
 
 
 def test_an_ipc_bucket_has_the_configured_size_if_all_fits() -> None:
     weights = [(str(number), torch.empty(300, dtype=torch.bfloat16, device="meta")) for number in range(10)]
     engines = Engines("ipc")
-    open_sender("ipc", lambda: iter(weights), engines, PLACE, port=0, receivers=1, bucket_bytes=1300).send_weights()
+    open_sender(
+        "ipc", lambda: iter(weights), engines, RENDEZVOUS, port=0, receivers=1, bucket_bytes=1300
+    ).send_weights()
     assert engines.buckets == [1200] * 5
 
 
 def test_nccl_sender_and_receiver_cut_equal_buckets(network: tuple[str, nn.Module]) -> None:
-    """It has no limit: a bucket is closed by the weight that fills it, however large that is."""
+    """NCCL buckets have no size limit: the weight that fills a bucket closes it, however large it is."""
     from vllm.distributed.weight_transfer.packed_tensor import (
         packed_nccl_broadcast_consumer,
         packed_nccl_broadcast_producer,
     )
 
     name, built = network
-    sent, received, loaded = Notes(), Notes(), Model()
+    sent, received, loaded = RecordingGroup(), RecordingGroup(), Model()
     packed_nccl_broadcast_producer(trained(built), sent, 0, lambda item: item[1], BUCKET)
     described_shapes = ((own, (shape, dtype)) for own, dtype, shape in described(built))
     packed_nccl_broadcast_consumer(described_shapes, received, 0, loaded.load_weights, BUCKET, device="meta")
@@ -136,8 +138,8 @@ def test_nccl_sender_and_receiver_cut_equal_buckets(network: tuple[str, nn.Modul
     assert loaded.loaded == described(built)
 
 
-class Notes:
-    """A group of processes that notes how much went through it."""
+class RecordingGroup:
+    """A process group that records the sizes of its broadcasts."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -103,8 +104,10 @@ def _sample(config: Config, split: Split) -> tuple[str, list[Prompt]]:
     rows = len(source) if hasattr(source, "__len__") else None
     good = stream.take(min(_ROWS_CHECKED, rows or _ROWS_CHECKED))
     dropped = stream.dropped
+    bad = len({row_id for row_id, _ in dropped})  # a small data set is read more than once
+    checked = min(len(good) + len(dropped), rows or sys.maxsize)
     size = f"{rows} rows" if rows is not None else "streamed rows"
-    text = f"{size}; {len(dropped)} of {len(good) + len(dropped)} checked are bad"
+    text = f"{size}; {bad} of {checked} checked are bad"
     return text + (f", such as {dropped[0][0]}: {dropped[0][1]}" if dropped else ""), good
 
 

@@ -48,7 +48,7 @@ from othink_ray.engines.prefetch import (
     pixels_as,
 )
 from othink_ray.engines.products import onednn_available, onednn_matmul
-from othink_ray.engines.update_stats import Totals
+from othink_ray.engines.update_stats import UpdateTotals
 from othink_ray.engines.zero_settings import flattened_linear, zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import prune_last_layer
@@ -189,7 +189,7 @@ class DeepSpeedLearner:
         precomputed: Iterator[Precomputed | None] = repeat(None)
         if len(updates) > 1:
             precomputed = iter([self._before_any_step(packs, queue) for packs in chain(*updates)])
-        totals = Totals(self.device)
+        totals = UpdateTotals(self.device)
         grad_norms: list[float] = []
         skipped, encodes = 0, 0
         for group in self.engine.optimizer.param_groups:

@@ -14,7 +14,7 @@ from othink_ray.engines.collate import MicroBatch
 from othink_ray.types import Pack, UpdateStats
 
 
-class Totals:
+class UpdateTotals:
     """Accumulator of an update's statistics, on the learner's device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from othink_ray.core.losses import LossTerms, RatioTerms
 from othink_ray.engines import update_stats
-from othink_ray.engines.update_stats import Totals
+from othink_ray.engines.update_stats import UpdateTotals
 from othink_ray.types import Pack, UpdateStats
 
 RATIOS = ("used", "truncated", "cut", "masked", "sequence_raw", "sequence_truncated", "sequence_cut", "answers")
@@ -33,9 +33,9 @@ def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_stats, "dist", fake_dist)
 
 
-def added(values: Sequence[float], *, referenced: bool = True) -> Totals:
+def added(values: Sequence[float], *, referenced: bool = True) -> UpdateTotals:
     """Add micro-batches of three tokens, the last of weight 0; policy minus sampler logprobs are log 2 and 0."""
-    sums = Totals(torch.device("cpu"))
+    sums = UpdateTotals(torch.device("cpu"))
     for value in values:
         batch: Any = SimpleNamespace(
             loss_weights=torch.tensor([0.5, 0.5, 0.0]), sampler_logprobs=torch.tensor([-1.0, -2.0, -9.0])

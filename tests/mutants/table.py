@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What is mutated and by which tests it is tried: paths under the package -> paths under tests/."""
+    """Mutated files and the tests that must notice: paths under the package -> paths under tests/."""
 
     root: Path  # of the checkout: the package, its tests and what tests read beside them
     pure: Mapping[str, tuple[str, ...]]  # all mutants of these; tried in forks of a process that has imported torch
@@ -178,7 +178,8 @@ _HEAVY = {
     "engines/vllm_worker.py": (
         "contracts/test_rollout_push.py",
         "runtime/test_bfloat16_push.py",
-        *("contracts/test_rollout_push.py", "contracts/test_vllm_work.py", "contracts/test_adapters.py"),
+        "contracts/test_vllm_work.py",
+        "contracts/test_adapters.py",
     ),
     "engines/zero_settings.py": (*_LEARNER,),
     "runtime/actors.py": (

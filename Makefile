@@ -39,6 +39,7 @@ lint:  ## set up, then check style, types, import contracts, shell scripts and D
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+	@$(python) -m tests.arch.language
 	@.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 	@.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 

@@ -28,7 +28,6 @@ RETIRED = {
     "examiners": "eval workers",
     "foresee": "preflight",
     "journal": "callbacks",
-    "narrow": "last-layer pruning",
     "seat": "bundle",
     "seats": "bundles",
     "seating": "placement",

@@ -13,7 +13,7 @@ from othink_ray.types import Pack, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossDenominators:
+class Denominators:
     """Denominators of one optimizer step's loss, counted before its backward passes: weights add up in any split."""
 
     groups: int
@@ -22,10 +22,10 @@ class LossDenominators:
 
 
 # (lengths, valid) of one group's answers, (G,) each -> weight of each token of each answer (G,); 0 where invalid
-LossWeights = Callable[[NDArray[np.int64], NDArray[np.bool_], LossDenominators], NDArray[np.float64]]
+LossWeights = Callable[[NDArray[np.int64], NDArray[np.bool_], Denominators], NDArray[np.float64]]
 
 
-def answer_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: LossDenominators) -> NDArray[np.float64]:
+def answer_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Denominators) -> NDArray[np.float64]:
     """Weigh tokens as Eq. 4: mean over each answer's tokens, over the valid answers of a group, over groups.
 
     An empty answer has no tokens but counts among the valid ones: its token mean is 0.
@@ -34,14 +34,12 @@ def answer_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Lo
     return weights
 
 
-def token_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: LossDenominators) -> NDArray[np.float64]:
+def token_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Denominators) -> NDArray[np.float64]:
     """Weigh all tokens of the optimizer step equally (DAPO), so that long answers count for more."""
     return valid.astype(np.float64) / max(totals.tokens, 1)
 
 
-def constant_length(
-    lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: LossDenominators
-) -> NDArray[np.float64]:
+def constant_length(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Denominators) -> NDArray[np.float64]:
     """Weigh tokens as Dr. GRPO: each answer's token sum over the longest possible length, then the means of Eq. 4."""
     return valid.astype(np.float64) / (totals.groups * max(int(valid.sum()), 1) * totals.max_tokens)
 
@@ -71,7 +69,7 @@ def pack_step(
     samples: list[Pack] = []
     for members in _mini_batches(len(scored), updates):
         tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in members)
-        totals = LossDenominators(groups=len(members), tokens=tokens, max_tokens=max_tokens)
+        totals = Denominators(groups=len(members), tokens=tokens, max_tokens=max_tokens)
         for i in members:
             weights = loss_weights(_lengths(scored[i]), scored[i].valid, totals)
             answers = np.arange(len(weights))
@@ -83,7 +81,7 @@ def pack_step(
 def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: int) -> Pack:
     """Return one packed sample weighted by `answer_mean`, which depends on no other group of the step."""
     lengths = _lengths(scored)
-    totals = LossDenominators(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
+    totals = Denominators(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
     return _packed_sample(scored, advantages, answer_mean(lengths, scored.valid, totals), np.arange(len(lengths)))
 
 

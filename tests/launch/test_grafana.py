@@ -54,7 +54,7 @@ def test_the_important_panels_exist(board: dict[str, Any], title: str) -> None:
 
 
 def test_the_times_of_a_step_are_stacked_to_its_length(board: dict[str, Any]) -> None:
-    [panel] = [panel for panel in board["panels"] if panel["title"] == "Seconds a step"]
+    [panel] = [panel for panel in board["panels"] if panel["title"] == "Seconds per step"]
     assert panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
     names = [re.findall(r"time_(\w+)_s", target["expr"]) for target in panel["targets"]]
     assert names == [["generate"], ["score"], ["update"], ["push"]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tests.driver.trace_events import Done, spans_in
 from tests.e2e.conftest import Run
 
-PHASES = {"prepare", "forward", "backward", "optimiser step", "sum over ranks"}
+PHASES = {"prepare", "forward", "backward", "optimizer step", "sum over ranks"}
 
 
 def named(spans: Sequence[Done], process: str, name: str) -> list[Done]:

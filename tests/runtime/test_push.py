@@ -131,7 +131,7 @@ def test_caches_kept_over_a_push_are_caught(
     workers.push(version())
     on_engine(workers, lambda engine: setattr(engine.engine, cache, lambda: True))
     train_one_step(workers, prompts, version())
-    with pytest.raises(AuditError, match="caches kept over the push"):
+    with pytest.raises(AuditError, match="caches kept across the push"):
         workers.push(version())
     on_engine(workers, lambda engine: delattr(engine.engine, cache))
     workers.push(version())

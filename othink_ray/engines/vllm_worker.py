@@ -23,6 +23,7 @@ from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+import othink_ray.engines.vllm_patches  # noqa: F401  # patches vLLM in this process
 from othink_ray.weights.digest import Held, HeldPart, TensorDigest, as_matrix, piece_digest, read_back
 
 _READ_BACK = 8192  # elements checked per packed matrix: an update at lr 1e-6 in bfloat16 changes about 1 % of them

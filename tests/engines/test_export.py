@@ -98,7 +98,7 @@ def test_a_failed_export_leaves_the_earlier_one(
         for parameter in network.parameters():
             parameter.add_(1.0)
     with monkeypatch.context() as patched:
-        patched.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        patched.setattr(hugging_face, "_name_shards", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(OSError, match="no space left"):
             export(network, folder, SPLIT_BYTES)
     assert same(weights_in(folder, small_family), before)
@@ -111,7 +111,7 @@ def test_a_failed_first_export_is_no_model(
 ) -> None:
     """mode=check and runs that start from the folder look for its config.json."""
     folder = tmp_path / "export"
-    monkeypatch.setattr(hugging_face, "_name_parts", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(hugging_face, "_name_shards", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
         export(network, folder, SPLIT_BYTES)
     assert not (folder / "config.json").exists()

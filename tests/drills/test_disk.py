@@ -15,7 +15,7 @@ from othink_ray.driver import checkpoint
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.metrics import StepLines
 from othink_ray.driver.run import _message
-from othink_ray.engines.learner_checkpoint import StoredState, Writing
+from othink_ray.engines.learner_checkpoint import StoredState, CheckpointWriter
 from othink_ray.runtime.futures import WorkerFailed
 from tests.drills.places import full, small_disk
 
@@ -37,7 +37,7 @@ class Learner:
     megabytes = 1
 
     def save(self, folder: Path) -> None:
-        self.writing = Writing(folder, 0, {"a/weight": torch.ones(self.megabytes * 2**18)}, steps=1)
+        self.writing = CheckpointWriter(folder, 0, {"a/weight": torch.ones(self.megabytes * 2**18)}, steps=1)
 
     def written(self) -> bool:
         return self.writing.over

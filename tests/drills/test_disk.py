@@ -40,7 +40,7 @@ class Learner:
         self.writing = CheckpointWriter(folder, 0, {"a/weight": torch.ones(self.megabytes * 2**18)}, steps=1)
 
     def written(self) -> bool:
-        return self.writing.over
+        return self.writing.done
 
     def saved(self) -> dict[str, str]:
         return self.writing.finish()

@@ -15,7 +15,7 @@ from othink_ray.driver import checkpoint
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.metrics import StepLines
 from othink_ray.driver.run import _message
-from othink_ray.engines.learner_checkpoint import StoredState, CheckpointWriter
+from othink_ray.engines.learner_checkpoint import CheckpointWriter, StoredState
 from othink_ray.runtime.futures import WorkerFailed
 from tests.drills.places import full, small_disk
 

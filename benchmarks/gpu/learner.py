@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.work import BETA
 from othink_ray.config.schema import ModelConfig
 from othink_ray.core.attention import attention_for
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import release_cache
 from othink_ray.engines.collate import MicroBatch, collate
@@ -81,15 +81,17 @@ class PlainLearner:
                 reference = self.reference(batch, candidates=batch.targets[:, None]).squeeze(1)
             policy_logprobs, _ = self.policy(batch)
             loss, _ = LOSSES["grpo"](
-                policy_logprobs,
-                policy_logprobs.detach(),
-                reference,
-                batch.advantages,
-                batch.loss_weights,
-                answers=batch.answers,
-                beta=BETA,
-                clip_eps=CLIP,
-                estimator="k3",
+                LossInputs(
+                    policy_logprobs=policy_logprobs,
+                    old_logprobs=policy_logprobs.detach(),
+                    ref_logprobs=reference,
+                    advantages=batch.advantages,
+                    loss_weights=batch.loss_weights,
+                    answers=batch.answers,
+                    beta=BETA,
+                    clip_eps=CLIP,
+                    estimator="k3",
+                )
             )
             loss.backward()
         self.optimizer_step()

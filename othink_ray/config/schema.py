@@ -73,7 +73,7 @@ class AlgoConfig:
     advantage: str  # a key of othink_ray.core.advantages.ADVANTAGES
     loss: str  # grpo | gspo, keys of othink_ray.core.losses.LOSSES
     loss_weights: str  # a key of othink_ray.core.packing.LOSS_WEIGHTS
-    correction: str  # auto | a key of othink_ray.core.losses.CORRECTIONS: sampler-learner mismatch
+    correction: str  # auto | a key of othink_ray.core.losses.TIS_MODES: sampler-learner mismatch
     correction_cap: float  # upper limit of the importance ratio: above it, truncated or masked
     correction_low: float  # lower limit, for icepop
     kl: KLConfig

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -42,7 +41,7 @@ Kept = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
 def no_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Return 1 for every token: no correction."""
+    """Return 1 for every token: no importance sampling."""
     return torch.ones_like(log_ratio)
 
 
@@ -71,7 +70,7 @@ def kept_below(ratio: torch.Tensor, low: float, cap: float) -> torch.Tensor:
     return ratio <= cap
 
 
-CORRECTIONS: dict[str, tuple[Ratio, Kept]] = {
+TIS_MODES: dict[str, tuple[Ratio, Kept]] = {
     "none": (no_ratio, all_kept),
     "token": (token_ratio, all_kept),
     "sequence": (sequence_ratio, all_kept),
@@ -81,8 +80,8 @@ CORRECTIONS: dict[str, tuple[Ratio, Kept]] = {
 }
 
 
-def importance(
-    correction: str,
+def importance_weights(
+    mode: str,
     old_logprobs: torch.Tensor,
     sampler_logprobs: torch.Tensor,
     loss_weights: torch.Tensor,
@@ -93,13 +92,13 @@ def importance(
     """Return the factor on each token's advantage, without gradient, and its statistics; all tensors have one shape.
 
     `bounds` are the lowest and highest trusted ratio, low <= 1 <= cap: the factor is min(ratio, cap), or 0 where the
-    correction masks. A masked token keeps its share of the step's weight: the weights of other tokens do not grow. A
+    mode masks. A masked token keeps its share of the step's weight: the weights of other tokens do not grow. A
     factor on the advantages affects only the gain: the KL term is unchanged, and clipped tokens stay clipped.
     """
     low, cap = bounds
     active = loss_weights != 0
     log_ratio = blank_inactive(old_logprobs.detach() - sampler_logprobs, active).double()
-    ratio_of, kept_by = CORRECTIONS[correction]
+    ratio_of, kept_by = TIS_MODES[mode]
     ratio = ratio_of(log_ratio, answers)
     kept = kept_by(ratio, low, cap)
     used = blank_inactive(ratio.clamp(max=cap), kept)
@@ -126,127 +125,81 @@ class LossTerms:
     clipped: torch.Tensor  # number of tokens whose gain is clipped
 
 
-class Loss(Protocol):
-    """Interface of a loss: a weighted sum over tokens, and its statistics.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """Inputs of a loss for one micro-batch; the tensors have one shape, with any number of dimensions.
 
-    All tensors have one shape, with any number of dimensions; `answers` is the answer index of each token, from 0
-    without gaps. `clip_eps` is (low, high): the ratio is clipped to 1 - low .. 1 + high. `estimator` is a key of
-    kl.ESTIMATORS. All means (over an answer's tokens, its group, the groups) are part of `loss_weights`. A token of
-    weight 0 adds nothing to loss and gradient, whatever its values (NaN included). The KL is measured if there is a
-    reference, and trained if beta is not 0 as well.
+    A token of weight 0 adds nothing to loss and gradient, whatever its values (NaN included).
     """
 
-    def __call__(
-        self,
-        policy_logprobs: torch.Tensor,
-        old_logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor | None,
-        advantages: torch.Tensor,
-        loss_weights: torch.Tensor,
-        *,
-        answers: torch.Tensor,
-        beta: float,
-        clip_eps: tuple[float, float],
-        estimator: str,
-    ) -> tuple[torch.Tensor, LossTerms]: ...
+    policy_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor  # of the policy before the update
+    ref_logprobs: torch.Tensor | None  # None: the KL is neither measured nor trained
+    advantages: torch.Tensor
+    loss_weights: torch.Tensor  # shares of the whole step: all means (tokens, answers, groups) are part of them
+    answers: torch.Tensor  # answer index of each token, from 0 without gaps
+    beta: float  # KL weight; 0: the KL is measured, not trained
+    clip_eps: tuple[float, float]  # (low, high): the ratio is clipped to 1 - low .. 1 + high
+    estimator: str  # of the trained KL, a key of kl.ESTIMATORS
+
+    @property
+    def active(self) -> torch.Tensor:
+        """Mask of the tokens that count."""
+        return self.loss_weights != 0
+
+    def log_ratio(self) -> torch.Tensor:
+        """Return log(policy / old) of each token; 0 where inactive."""
+        return blank_inactive(self.policy_logprobs, self.active) - blank_inactive(self.old_logprobs, self.active)
 
 
-def grpo_loss(
-    policy_logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,
-    loss_weights: torch.Tensor,
-    *,
-    answers: torch.Tensor,
-    beta: float,
-    clip_eps: tuple[float, float],
-    estimator: str,
-) -> tuple[torch.Tensor, LossTerms]:
+# A weighted sum over tokens (0-d, with gradient) and its statistics
+Loss = Callable[[LossInputs], tuple[torch.Tensor, LossTerms]]
+
+
+def grpo_loss(inputs: LossInputs) -> tuple[torch.Tensor, LossTerms]:
     """Return the negative of Eq. 4: the sum over tokens of weight * (beta * KL - min(ratio * A, clip(ratio) * A))."""
-    log_ratio = _log_ratio(policy_logprobs, old_logprobs, loss_weights)
-    return _clipped_loss(log_ratio, policy_logprobs, ref_logprobs, advantages, loss_weights, beta, clip_eps, estimator)
+    return _clipped_loss(inputs, inputs.log_ratio())
 
 
-def gspo_loss(
-    policy_logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,
-    loss_weights: torch.Tensor,
-    *,
-    answers: torch.Tensor,
-    beta: float,
-    clip_eps: tuple[float, float],
-    estimator: str,
-) -> tuple[torch.Tensor, LossTerms]:
+def gspo_loss(inputs: LossInputs) -> tuple[torch.Tensor, LossTerms]:
     """Return the GSPO loss: Eq. 4 with the ratio of the whole answer, exp(mean over its tokens of log pi/old).
 
     Whole answers are clipped, so all tokens of an answer must be in one call.
     """
-    log_ratio = _log_ratio(policy_logprobs, old_logprobs, loss_weights)
-    log_ratio = _answer_means(log_ratio, loss_weights != 0, answers)
-    return _clipped_loss(log_ratio, policy_logprobs, ref_logprobs, advantages, loss_weights, beta, clip_eps, estimator)
+    return _clipped_loss(inputs, _answer_means(inputs.log_ratio(), inputs.active, inputs.answers))
 
 
-def sft_loss(
-    policy_logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,
-    loss_weights: torch.Tensor,
-    *,
-    answers: torch.Tensor,
-    beta: float,
-    clip_eps: tuple[float, float],
-    estimator: str,
-) -> tuple[torch.Tensor, LossTerms]:
+def sft_loss(inputs: LossInputs) -> tuple[torch.Tensor, LossTerms]:
     """Return the negative log likelihood: the sum over tokens of -weight * logprob; the other inputs are ignored."""
-    active = loss_weights != 0
-    policy = blank_inactive(policy_logprobs, active)
+    policy = blank_inactive(inputs.policy_logprobs, inputs.active)
     zero = torch.zeros_like(policy).sum()
-    loss = -(blank_inactive(loss_weights, active) * policy).sum()
+    loss = -(blank_inactive(inputs.loss_weights, inputs.active) * policy).sum()
     return loss, LossTerms(kl_sum=zero, clipped=zero)
 
 
 LOSSES: dict[str, Loss] = {"grpo": grpo_loss, "gspo": gspo_loss, "sft": sft_loss}
 
 
-def _clipped_loss(
-    log_ratio: torch.Tensor,
-    policy_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor | None,
-    advantages: torch.Tensor,
-    loss_weights: torch.Tensor,
-    beta: float,
-    clip_eps: tuple[float, float],
-    estimator: str,
-) -> tuple[torch.Tensor, LossTerms]:
+def _clipped_loss(inputs: LossInputs, log_ratio: torch.Tensor) -> tuple[torch.Tensor, LossTerms]:
     """Return the loss of clipped gain and KL for given log ratios, per token or per answer."""
-    active = loss_weights != 0
-    advantage = blank_inactive(advantages, active)
-    low, high = clip_eps
+    active = inputs.active
+    advantage = blank_inactive(inputs.advantages, active)
+    low, high = inputs.clip_eps
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     gain = ratio * advantage
     clipped_gain = ratio.clamp(1 - low, 1 + high) * advantage
     token_loss = -torch.minimum(gain, clipped_gain)
 
     kl_sum = torch.zeros_like(ratio).sum()
-    if ref_logprobs is not None:
-        policy, ref = blank_inactive(policy_logprobs, active), blank_inactive(ref_logprobs, active)
+    if inputs.ref_logprobs is not None:
+        policy, ref = blank_inactive(inputs.policy_logprobs, active), blank_inactive(inputs.ref_logprobs, active)
         kl_sum = kl_k3(policy.detach(), ref).sum()
-        if beta != 0:
-            token_loss = token_loss + beta * ESTIMATORS[estimator](policy, ref)
+        if inputs.beta != 0:
+            token_loss = token_loss + inputs.beta * ESTIMATORS[inputs.estimator](policy, ref)
 
     # An inactive token's advantage is 0, so it never counts as clipped.
     terms = LossTerms(kl_sum=kl_sum, clipped=(clipped_gain < gain).sum())
-    return (blank_inactive(loss_weights, active) * token_loss).sum(), terms
-
-
-def _log_ratio(policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, loss_weights: torch.Tensor) -> torch.Tensor:
-    """Return log pi/old of each token; 0 where inactive."""
-    active = loss_weights != 0
-    return blank_inactive(policy_logprobs, active) - blank_inactive(old_logprobs, active)
+    return (blank_inactive(inputs.loss_weights, active) * token_loss).sum(), terms
 
 
 def _answer_means(values: torch.Tensor, active: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

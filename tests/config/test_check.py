@@ -345,7 +345,7 @@ def test_algorithm_choices_match_the_core() -> None:
     assert set(bounds.LOSSES) == set(losses.LOSSES) - {"sft"}  # sft is a mode, not an algorithm
     assert tuple(packing.LOSS_WEIGHTS) == bounds.LOSS_WEIGHTS
     assert tuple(kl.ESTIMATORS) == bounds.ESTIMATORS
-    assert tuple(losses.CORRECTIONS) == bounds.CORRECTIONS
+    assert tuple(losses.TIS_MODES) == bounds.CORRECTIONS
 
 
 @pytest.mark.parametrize("schedule", ["target", "accuracy"])

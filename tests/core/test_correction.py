@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from othink_ray.core.advantages import group_advantages
-from othink_ray.core.losses import CORRECTIONS, LOSSES, RatioTerms, importance
+from othink_ray.core.losses import LOSSES, TIS_MODES, LossInputs, RatioTerms, importance_weights
 from tests.reference import correction as slow
 from tests.reference.grpo_d import Answer
 from tests.reference.variants import Variant
@@ -20,7 +20,7 @@ VARIANTS = {
     "grpo": Variant("group_std", "grpo", "answer_mean", "k3", 0.2, 0.2),
     "gspo": Variant("group_std", "gspo", "answer_mean", "k2", 0.05, 0.08),
 }
-CORRECTED = tuple(name for name in CORRECTIONS if name != "none")
+CORRECTED = tuple(name for name in TIS_MODES if name != "none")
 
 
 @dataclass
@@ -39,20 +39,22 @@ class Tokens:
         return Tokens(*(value[rows] for value in vars(self).values()))
 
     def importance(self, name: str) -> tuple[torch.Tensor, RatioTerms]:
-        return importance(name, self.old, self.sampler, self.weights, self.answers, bounds=BOUNDS)
+        return importance_weights(name, self.old, self.sampler, self.weights, self.answers, bounds=BOUNDS)
 
     def loss(self, variant: Variant, name: str) -> torch.Tensor:
         """Compute the loss as the learner does."""
         value, _ = LOSSES[variant.ratio](
-            self.policy,
-            self.old,
-            self.ref,
-            self.advantages * self.importance(name)[0],
-            self.weights,
-            answers=self.answers,
-            beta=BETA,
-            clip_eps=(variant.low, variant.high),
-            estimator=variant.estimator,
+            LossInputs(
+                policy_logprobs=self.policy,
+                old_logprobs=self.old,
+                ref_logprobs=self.ref,
+                advantages=self.advantages * self.importance(name)[0],
+                loss_weights=self.weights,
+                answers=self.answers,
+                beta=BETA,
+                clip_eps=(variant.low, variant.high),
+                estimator=variant.estimator,
+            )
         )
         return value
 
@@ -104,7 +106,7 @@ def test_corrected_loss_and_gradient_equal_the_slow_reference(variant: Variant, 
     torch.testing.assert_close(gradient(found, tokens.policy), slow_gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", TIS_MODES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_equal_sampler_and_policy_give_the_uncorrected_loss(variant: Variant, name: str) -> None:
     _, _, tokens = ragged_step(0, drift=0.0)
@@ -142,7 +144,7 @@ def test_token_and_sequence_ratios_by_hand() -> None:
     }
     assert expected.keys() == set(CORRECTED)
     for name, factors in expected.items():
-        used, terms = importance(name, old, sampler, weights, answers, bounds=(0.6, 1.7))
+        used, terms = importance_weights(name, old, sampler, weights, answers, bounds=(0.6, 1.7))
         assert used.tolist() == pytest.approx(factors)
         assert terms.masked == factors[:4].count(0.0)
         assert terms.used.item() == pytest.approx(sum(factors[:4]))
@@ -186,7 +188,7 @@ def test_any_shape_and_padding_gives_the_same_factors() -> None:
     _, _, tokens = ragged_step(4)
     count = len(tokens.old)
     padded = Tokens(*(torch.cat([value, value.new_zeros(60 - count)]).view(3, 4, 5) for value in vars(tokens).values()))
-    for name in CORRECTIONS:
+    for name in TIS_MODES:
         used, terms = padded.importance(name)
         expected, expected_terms = tokens.importance(name)
         torch.testing.assert_close(used.flatten()[:count], expected)
@@ -194,7 +196,7 @@ def test_any_shape_and_padding_gives_the_same_factors() -> None:
             torch.testing.assert_close(getattr(terms, field), getattr(expected_terms, field))
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", TIS_MODES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 1e4, -1e4])
 def test_masked_values_do_not_leak(poison: float, variant: Variant, name: str) -> None:
@@ -210,10 +212,10 @@ def test_masked_values_do_not_leak(poison: float, variant: Variant, name: str) -
     assert all(torch.isfinite(getattr(terms, field)) for field in RatioTerms.__slots__)
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", TIS_MODES)
 def test_a_call_without_active_tokens_has_zero_terms(name: str) -> None:
     zeros = torch.zeros(2, 3)
-    used, terms = importance(name, zeros - 1, zeros, zeros, zeros.long(), bounds=(0.5, 2.0))
+    used, terms = importance_weights(name, zeros - 1, zeros, zeros, zeros.long(), bounds=(0.5, 2.0))
     assert torch.equal(used, zeros + 1)
     assert all(getattr(terms, field) == 0 for field in RatioTerms.__slots__)
 
@@ -222,7 +224,7 @@ def test_a_call_without_active_tokens_has_zero_terms(name: str) -> None:
 def test_huge_ratios_are_capped_or_masked(name: str) -> None:
     old, sampler = torch.tensor([-0.1, -0.1]), torch.tensor([-2000.0, -2000.0])
     answers = torch.zeros(2, dtype=torch.int64)
-    used, terms = importance(name, old, sampler, torch.ones(2), answers, bounds=(0.5, 2.0))
+    used, terms = importance_weights(name, old, sampler, torch.ones(2), answers, bounds=(0.5, 2.0))
     masks = name not in ("token", "sequence")
     assert used.tolist() == ([0.0, 0.0] if masks else [2.0, 2.0])
     assert terms.masked == (2 if masks else 0)
@@ -233,9 +235,9 @@ def test_ratios_at_the_bounds_and_of_one_are_trusted() -> None:
     ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     sampler, weights, answers = torch.zeros_like(ratios), torch.ones_like(ratios), torch.arange(3)
     for name in CORRECTED:
-        used, terms = importance(name, ratios.log(), sampler, weights, answers, bounds=(0.5, 2.0))
+        used, terms = importance_weights(name, ratios.log(), sampler, weights, answers, bounds=(0.5, 2.0))
         assert used.tolist() == pytest.approx([0.5, 1.0, 2.0]) and terms.masked == 0
-        used, terms = importance(name, sampler, sampler, weights, answers, bounds=(1.0, 1.0))
+        used, terms = importance_weights(name, sampler, sampler, weights, answers, bounds=(1.0, 1.0))
         assert used.tolist() == [1.0, 1.0, 1.0] and terms.masked == 0
         assert terms.cut == terms.sequence_cut == 0
 
@@ -245,7 +247,7 @@ def test_the_ratio_of_a_long_answer_is_summed_in_float64() -> None:
     sampler = -3 * torch.rand(2000, generator=random)
     old = sampler + 0.01 * torch.randn(2000, generator=random)
     answers = torch.zeros(2000, dtype=torch.int64)
-    _, terms = importance("sequence", old, sampler, torch.ones(2000), answers, bounds=(0.5, 2.0))
+    _, terms = importance_weights("sequence", old, sampler, torch.ones(2000), answers, bounds=(0.5, 2.0))
     assert terms.sequence_raw.item() == pytest.approx(math.exp(math.fsum((old - sampler).tolist())), rel=1e-12)
 
 

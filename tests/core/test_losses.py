@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from othink_ray.core.advantages import EPS, group_advantages
-from othink_ray.core.losses import LOSSES, LossTerms, grpo_loss
+from othink_ray.core.losses import LOSSES, LossInputs, LossTerms, grpo_loss
 from tests.reference import grpo_d
 
 CLIP = (0.2, 0.2)
@@ -32,15 +32,17 @@ class Tokens:
         self, name: str, beta: float = 0.05, clip_eps: tuple[float, float] = CLIP, estimator: str = "k3"
     ) -> tuple[torch.Tensor, LossTerms]:
         return LOSSES[name](
-            self.policy,
-            self.old,
-            self.ref,
-            self.advantages,
-            self.weights,
-            answers=self.answers,
-            beta=beta,
-            clip_eps=clip_eps,
-            estimator=estimator,
+            LossInputs(
+                policy_logprobs=self.policy,
+                old_logprobs=self.old,
+                ref_logprobs=self.ref,
+                advantages=self.advantages,
+                loss_weights=self.weights,
+                answers=self.answers,
+                beta=beta,
+                clip_eps=clip_eps,
+                estimator=estimator,
+            )
         )
 
     def grpo(self, beta: float = 0.05) -> tuple[torch.Tensor, LossTerms]:
@@ -115,15 +117,17 @@ def test_ratio_one_without_kl_gives_the_reinforce_gradient() -> None:
 def test_beta_zero_gives_the_gradient_without_a_reference() -> None:
     _, tokens = ragged_step(1)
     without, _ = grpo_loss(
-        tokens.policy,
-        tokens.old,
-        None,
-        tokens.advantages,
-        tokens.weights,
-        answers=tokens.answers,
-        beta=0.05,
-        clip_eps=CLIP,
-        estimator="k3",
+        LossInputs(
+            policy_logprobs=tokens.policy,
+            old_logprobs=tokens.old,
+            ref_logprobs=None,
+            advantages=tokens.advantages,
+            loss_weights=tokens.weights,
+            answers=tokens.answers,
+            beta=0.05,
+            clip_eps=CLIP,
+            estimator="k3",
+        )
     )
     (expected,) = torch.autograd.grad(without, tokens.policy, retain_graph=True)
     assert torch.equal(gradient(tokens, beta=0.0), expected)

@@ -13,7 +13,7 @@ import torch
 from othink_ray.config.load import conf_dir, groups, load
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import ESTIMATORS
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.core.packed_sequence import answer_index, build_packed_sequence
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.types import Completion, Group, Message, Pack, Prompt, ScoredGroup
@@ -82,15 +82,17 @@ def loss_of(
     advantages = np.concatenate([pack.advantages[pack.segments > 0] for pack in chosen])
     weights = np.concatenate([pack.loss_weights[pack.segments > 0] for pack in chosen])
     value, _ = LOSSES[variant.ratio](
-        leaf[indices],
-        flat(step, "old")[indices],
-        flat(step, "ref")[indices],
-        torch.from_numpy(advantages),
-        torch.from_numpy(weights),
-        answers=answer_index(build_packed_sequence([pack.segments for pack in chosen])),
-        beta=golden.BETA,
-        clip_eps=(variant.low, variant.high),
-        estimator=variant.estimator,
+        LossInputs(
+            policy_logprobs=leaf[indices],
+            old_logprobs=flat(step, "old")[indices],
+            ref_logprobs=flat(step, "ref")[indices],
+            advantages=torch.from_numpy(advantages),
+            loss_weights=torch.from_numpy(weights),
+            answers=answer_index(build_packed_sequence([pack.segments for pack in chosen])),
+            beta=golden.BETA,
+            clip_eps=(variant.low, variant.high),
+            estimator=variant.estimator,
+        )
     )
     return value
 

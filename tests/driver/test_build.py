@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.core.losses import CORRECTIONS
+from othink_ray.core.losses import TIS_MODES
 from othink_ray.driver.build import correction, temperature
 
 
@@ -16,7 +16,7 @@ def test_auto_corrects_on_policy_answers_only_in_bfloat16(dtype: str, on_policy:
     assert correction(config, stale=True) == "token"
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", TIS_MODES)
 def test_an_explicit_correction_holds_on_and_off_policy(name: str) -> None:
     config = load([f"algo.correction={name}"])
     assert {correction(config, stale=stale) for stale in (False, True)} == {name}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import Config, LearnerConfig
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.core.packing import pack
 from othink_ray.engines.learner_checkpoint import StoredState
 from othink_ray.engines.policy import Policy
@@ -167,15 +167,17 @@ def loss_of(policy: Policy, packed: Pack, family: Family) -> Tensor:
     batch = batch_of([packed], family)
     logprobs, _ = policy(batch)
     value, _ = LOSSES["grpo"](
-        logprobs,
-        logprobs.detach(),
-        None,
-        batch.advantages,
-        batch.loss_weights,
-        answers=batch.answers,
-        beta=0.0,
-        clip_eps=(CLIP_EPS, CLIP_EPS),
-        estimator="k3",
+        LossInputs(
+            policy_logprobs=logprobs,
+            old_logprobs=logprobs.detach(),
+            ref_logprobs=None,
+            advantages=batch.advantages,
+            loss_weights=batch.loss_weights,
+            answers=batch.answers,
+            beta=0.0,
+            clip_eps=(CLIP_EPS, CLIP_EPS),
+            estimator="k3",
+        )
     )
     return value
 

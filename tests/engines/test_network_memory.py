@@ -18,7 +18,7 @@ from benchmarks.allocations import Allocations
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
 from othink_ray.core.attention import Attention
-from othink_ray.core.losses import LOSSES
+from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.driver.memory_plan import learner_memory
 from othink_ray.engines.collate import collate
 from othink_ray.engines.lora import choose_trained
@@ -78,15 +78,17 @@ def counted(config: Config, family: Family, sample: Any, dtype: torch.dtype) -> 
         batch = collate([sample], family, lambda sequence, device: Causal(), cpu)
         logprobs, _ = policy(batch)
         value, _ = LOSSES["grpo"](
-            logprobs,
-            logprobs.detach(),
-            logprobs.detach(),
-            batch.advantages,
-            batch.loss_weights,
-            answers=batch.answers,
-            beta=0.1,
-            clip_eps=(0.2, 0.2),
-            estimator="k3",
+            LossInputs(
+                policy_logprobs=logprobs,
+                old_logprobs=logprobs.detach(),
+                ref_logprobs=logprobs.detach(),
+                advantages=batch.advantages,
+                loss_weights=batch.loss_weights,
+                answers=batch.answers,
+                beta=0.1,
+                clip_eps=(0.2, 0.2),
+                estimator="k3",
+            )
         )
         value.backward()
     assert all(total.any() for total in sums.values()) or config.learner.lora.rank

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from othink_ray.core.losses import grpo_loss
+from othink_ray.core.losses import LossInputs, grpo_loss
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Group, Pack, Prompt
@@ -97,15 +97,17 @@ def loss_and_gradient(
         logprobs, _ = policy(batch)
         reference = logprobs.detach() - 0.3
         value, _ = grpo_loss(
-            logprobs,
-            batch.sampler_logprobs,
-            reference,
-            batch.advantages,
-            batch.loss_weights,
-            answers=batch.answers,
-            beta=0.1,
-            clip_eps=(0.2, 0.2),
-            estimator="k3",
+            LossInputs(
+                policy_logprobs=logprobs,
+                old_logprobs=batch.sampler_logprobs,
+                ref_logprobs=reference,
+                advantages=batch.advantages,
+                loss_weights=batch.loss_weights,
+                answers=batch.answers,
+                beta=0.1,
+                clip_eps=(0.2, 0.2),
+                estimator="k3",
+            )
         )
         parts.append(value)
     total = torch.stack(parts).sum()

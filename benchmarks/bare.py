@@ -23,13 +23,13 @@ from othink_ray.config.load import read
 from othink_ray.config.schema import Config
 from othink_ray.core.packing import plan
 from othink_ray.data import PromptStream, open_training
-from othink_ray.driver.build import learner_engine, open_sft_workers, recipe, rollout_engine
+from othink_ray.driver.build import learner_engine, open_sft_session, recipe, rollout_engine
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
 from othink_ray.engines.base import RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.products import multiply
 from othink_ray.families import open_family
-from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup
+from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup, UpdateSettings
 
 
 def main(part: str, overrides: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ def opened(overrides: Sequence[str]) -> tuple[Config, str, PromptStream]:
     config, problems = read(overrides)
     assert config is not None and not problems, problems
     with Console() as console:
-        path = base_model(config, console, open_sft_workers)
+        path = base_model(config, console, open_sft_session)
     return config, path, PromptStream(open_training(config.data), seed=config.train.seed, on_bad_row="stop")
 
 
@@ -117,9 +117,9 @@ def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
         packs = algorithm.pack(scored, list(algorithm.advantages(rewards, valid)))
         [[micro_batches]] = plan(packs, ranks=1, updates=1, micro_tokens=config.learner.micro_tokens)
         batches: list[list[Pack]] = [[packs[index] for index in indices] for indices in micro_batches]
-        lr, loss = config.learner.lr, config.algo.loss
+        settings = UpdateSettings(beta=config.algo.kl.beta_min, lr=config.learner.lr, loss=config.algo.loss, tis="none")
         start = time.perf_counter()
-        engine.update([batches], beta=config.algo.kl.beta_min, lr=lr, loss=loss, correction="none")
+        engine.update([batches], settings)
         return time.perf_counter() - start
 
     return step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,6 +96,25 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSettings:
+    """Settings of one update, equal on all ranks."""
+
+    beta: float  # KL weight
+    lr: float
+    loss: str  # a key of core.losses.LOSSES
+    tis: str  # importance sampling of off-policy answers, a key of core.losses.TIS_MODES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRequest:
+    """One update of the learner: `updates` optimizer steps, each over whole groups of the packed samples, in order."""
+
+    packs: Sequence[Pack]
+    updates: int
+    settings: UpdateSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStats:
     """Statistics of one learner update, reduced over ranks; means are over answer tokens, each counted once.
 
@@ -108,10 +127,10 @@ class UpdateStats:
     ratio_raw_mean: float
     ratio_raw_max: float
     ratio_clip_frac: float
-    ratio_used_mean: float  # the applied importance weight: 1 without correction, 0 where masked
+    ratio_used_mean: float  # the applied importance weight: 1 without TIS, 0 where masked
     ratio_truncated_mean: float
     ratio_truncated_frac: float  # tokens above the cap
-    ratio_masked_frac: float  # tokens dropped by the correction
+    ratio_masked_frac: float  # tokens masked by importance sampling
     ratio_sequence_raw_mean: float
     ratio_sequence_truncated_mean: float
     ratio_sequence_truncated_frac: float

@@ -100,7 +100,7 @@ def policy(family: Family) -> Policy:
 def taught(family: Family, policy: Policy, scenes: Sequence[Prompt]) -> Policy:
     """The policy after a few seconds of SFT: it answers in the format, ends its answers, and is mostly confident."""
     trained = copy.deepcopy(policy)
-    samples = [row_of(group) for group in Demonstrations(family).generate(scenes)]
+    samples = [row_of(group) for group in Demonstrations(family).answer(scenes)]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(40):
         start = step * 16 % len(samples)

@@ -9,7 +9,7 @@ from itertools import chain, groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from othink_ray.types import Pack, ScoredGroup
+from othink_ray.types import Group, Pack, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,38 +68,57 @@ def pack_step(
     assert len(set(ids)) == len(ids), f"prompt ids of a step must be unique (mini-batches are split by them): {ids}"
     samples: list[Pack] = []
     for members in _mini_batches(len(scored), updates):
-        tokens = sum(int(_lengths(scored[i])[scored[i].valid].sum()) for i in members)
+        tokens = sum(int(_lengths(scored[i].group)[scored[i].valid].sum()) for i in members)
         totals = Denominators(groups=len(members), tokens=tokens, max_tokens=max_tokens)
         for i in members:
-            weights = loss_weights(_lengths(scored[i]), scored[i].valid, totals)
+            weights = _token_weights(scored[i], loss_weights, totals)
             answers = np.arange(len(weights))
             parts = [answers] if shared_prefix else list(answers[:, None])
-            samples += [_packed_sample(scored[i], advantages[i], weights, part) for part in parts]
+            samples += [_packed_sample(scored[i].group, advantages[i], weights, part) for part in parts]
     return samples
 
 
 def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: int) -> Pack:
     """Return one packed sample weighted by `answer_mean`, which depends on no other group of the step."""
-    lengths = _lengths(scored)
+    lengths = _lengths(scored.group)
     totals = Denominators(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
-    return _packed_sample(scored, advantages, answer_mean(lengths, scored.valid, totals), np.arange(len(lengths)))
+    return _packed_sample(
+        scored.group, advantages, _token_weights(scored, answer_mean, totals), np.arange(len(lengths))
+    )
 
 
-def _lengths(scored: ScoredGroup) -> NDArray[np.int64]:
-    return np.array([len(completion.token_ids) for completion in scored.group.completions])
+def _token_weights(scored: ScoredGroup, loss_weights: LossWeights, totals: Denominators) -> NDArray[np.float64]:
+    """Return the weight of each token of each answer of a group (G,)."""
+    lengths = _lengths(scored.group)
+    assert len(scored.valid) == len(lengths)
+    return loss_weights(lengths, scored.valid, totals)
+
+
+def pack_demonstrations(groups: Sequence[Group]) -> list[Pack]:
+    """Return one packed sample per group of worked answers, weighted by `answer_mean`; advantages are 0."""
+    samples = []
+    for group in groups:
+        lengths = _lengths(group)
+        totals = Denominators(groups=len(groups), tokens=int(lengths.sum()), max_tokens=1)
+        weights = answer_mean(lengths, np.ones(len(lengths), bool), totals)
+        samples.append(_packed_sample(group, np.zeros(len(lengths)), weights, np.arange(len(lengths))))
+    return samples
+
+
+def _lengths(group: Group) -> NDArray[np.int64]:
+    return np.array([len(completion.token_ids) for completion in group.completions])
 
 
 def _packed_sample(
-    scored: ScoredGroup,
+    group: Group,
     advantages: NDArray[np.float64],
     token_weights: NDArray[np.float64],
     answers: NDArray[np.int64],
 ) -> Pack:
     """Return `[prompt | answer | ... | answer]` for a subset of the answers; advantages and weights are of all G."""
-    group = scored.group
-    prompt_len, lengths = len(group.prompt_token_ids), _lengths(scored)
+    prompt_len, lengths = len(group.prompt_token_ids), _lengths(group)
     assert prompt_len > 0
-    assert len(advantages) == len(token_weights) == len(scored.valid) == len(lengths)
+    assert len(advantages) == len(token_weights) == len(lengths)
     completions = [group.completions[answer] for answer in answers]
     assert all(len(each.sampler_logprobs) == len(each.token_ids) for each in completions)
     answer_lengths = lengths[answers]

@@ -1,6 +1,13 @@
 """The training loop with sampling and learning overlapped: each step trains on answers of weights one step older.
 
-Sampling, scoring and preparing step k+1 overlap with the update of step k; the weight push and the callbacks follow.
+Step k, on two threads; the push waits for both, because engines load weights only between answers:
+
+    sampling thread (engines, reward actors)                      learning thread (learner)
+    generate and score step k+1, with the weights of step k       optimizer steps of step k
+    prefetch: prepare the prompts of step k+2 on the engines      gather weights (queued right behind)
+    prefetch_update: prepare step k+1 on the learner (beside its optimizer steps)
+    ------------------------------------------- both finished -------------------------------------------
+    push version k+1, then callbacks
 """
 
 from __future__ import annotations
@@ -45,6 +52,7 @@ class _Batch:
 
 def _sample_batch(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> _Batch:
     sampled = sample(workers, stream, recipe, clock, step=step, version=version)
+    workers.prefetch(stream.upcoming())
     advantages = compute_advantages(sampled.trained, recipe)
     return _Batch(sampled=sampled, advantages=advantages, packs=recipe.pack(sampled.trained, advantages))
 
@@ -60,17 +68,17 @@ def train_overlapped(
     schedule_state: Mapping[str, float],
     lr: Callable[[int], float],
     callbacks: Callbacks,
-    prepare_ahead: bool,
+    prefetch_update: bool,
 ) -> None:
     """Run `steps` like `loop.train`, with staleness 1 after the first step, which has no earlier update to overlap.
 
     When it raises, the other thread may still be running; it ends when the caller ends the workers' processes.
     """
 
-    def sample_next(clock: Clock, step: int, with_reference: bool) -> _Batch:
+    def sample_next(clock: Clock, step: int, expected_beta: float) -> _Batch:
         batch = _sample_batch(workers, stream, recipe, clock, step=step, version=step - 1)
-        if prepare_ahead:
-            workers.prepare(batch.packs, updates=recipe.updates_per_step, with_reference=with_reference)
+        if prefetch_update:
+            workers.prefetch_update(recipe.request(batch.packs, beta=expected_beta, lr=lr(step), stale=True))
         return batch
 
     workers.push(steps.start)
@@ -84,15 +92,13 @@ def train_overlapped(
         beta = schedule.beta(step, schedule_state)
         sampling_clock = Clock()
         if step + 1 in steps:
-            expected_beta = schedule.beta(
-                step + 1, schedule_state
-            )  # an adaptive schedule may change it after this step
-            next_batch = executor.submit(sample_next, sampling_clock, step + 1, expected_beta > 0)
+            # An adaptive schedule may change beta after this step; what is prefetched depends only on beta > 0.
+            expected_beta = schedule.beta(step + 1, schedule_state)
+            next_batch = executor.submit(sample_next, sampling_clock, step + 1, expected_beta)
         stale = any(scored.group.version < step for scored in batch.sampled.trained)
-        learning = executor.submit(
-            workers.update, batch.packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=stale
-        )
-        stats = _result(learning, next_batch)
+        update = workers.begin_update(recipe.request(batch.packs, beta=beta, lr=lr(step), stale=stale))
+        workers.begin_push()
+        stats = _result(executor.submit(workers.finish_update, update), next_batch)
         clock.lap("update")
         _result(next_batch)
         clock.lap("generate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +15,8 @@ from othink_ray.core.kl import BetaSchedule
 from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.data import LengthFilter
-from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
-from othink_ray.driver.loop import Recipe, train
-from othink_ray.driver.sft import NO_KL, DemonstrationSource, EvaluatedSFTWorkers, SFTWorkers, sft_recipe
+from othink_ray.driver.loop import Recipe
+from othink_ray.driver.sft import DemonstrationSource
 from othink_ray.engines.base import OPENED, LearnerEngine, RendezvousInfo, RolloutEngine, ServedAdapters, share_of_cores
 from othink_ray.runtime.bundles import all_bundles, learner_bundles, rollout_bundles
 from othink_ray.runtime.learner_pool import LearnerPool
@@ -58,9 +56,7 @@ def depth(config: Config, path: str) -> int:
 
 
 def recipe(config: Config) -> Recipe:
-    """Return the algorithm's recipe: advantages, loss weights and packing."""
-    if config.mode == "sft":
-        return sft_recipe(config.train.prompts_per_step)
+    """Return the algorithm's recipe: advantages, loss weights, packing, loss and importance sampling."""
     algo = config.algo
     return Recipe(
         prompts_per_step=config.train.prompts_per_step,
@@ -74,12 +70,13 @@ def recipe(config: Config) -> Recipe:
             max_tokens=config.rollout.max_tokens,
             shared_prefix=config.learner.shared_prefix,
         ),
+        loss=algo.loss,
+        tis=tis_mode(config, stale=False),
+        stale_tis=tis_mode(config, stale=True),
     )
 
 
 def beta_schedule(config: Config) -> BetaSchedule:
-    if config.mode == "sft":
-        return NO_KL
     kl = config.algo.kl
     return BetaSchedule(
         name=kl.schedule,
@@ -98,20 +95,6 @@ def lr_schedule(config: Config) -> Callable[[int], float]:
     return lambda step: learning_rate(learner.lr_schedule, step, config.train.steps, learner.lr, learner.warmup_frac)
 
 
-@contextmanager
-def open_loop(config: Config) -> Iterator[Callable[..., None]]:
-    """Yield `loop.train`, or `train_overlapped` with its thread pool if train.overlap is set.
-
-    Open it before the workers: on exit the pool joins its threads, and after a failure a thread that waits for a worker
-    process ends only when that process does.
-    """
-    if config.mode == "train" and config.train.overlap:
-        with ThreadPoolExecutor(max_workers=OVERLAP_THREADS, thread_name_prefix="overlap") as executor:
-            yield partial(train_overlapped, executor, prepare_ahead=config.train.prepare_ahead)
-    else:
-        yield train
-
-
 def clip_range(config: Config) -> tuple[float, float]:
     """Return how far the importance ratio may go below and above 1."""
     low, high = config.algo.clip_eps, config.algo.clip_eps_high
@@ -127,8 +110,8 @@ def temperature(config: Config) -> float:
     return config.rollout.temperature if config.mode == "train" else 1.0
 
 
-def correction(config: Config, *, stale: bool) -> str:
-    """Return the importance correction for off-policy (`stale`) or on-policy answers; resolves algo.correction=auto."""
+def tis_mode(config: Config, *, stale: bool) -> str:
+    """Return the importance sampling of off-policy (`stale`) or on-policy answers; resolves algo.correction=auto."""
     if config.algo.correction != "auto":
         return config.algo.correction
     return "token" if stale or config.model.dtype != "float32" else "none"
@@ -175,7 +158,6 @@ def open_workers(
     probe_prompts: Sequence[Prompt],
     incidents: Incidents,
     say: Callable[[str], None],
-    upcoming: Callable[[], Sequence[Prompt]],
 ) -> Iterator[WorkerGroup]:
     """Start the rollout, reward and learner processes and load their models."""
     if incidents.restarts and config.faults.lost_node == "continue":
@@ -194,22 +176,18 @@ def open_workers(
         load_models(config, rollout, learner)
         rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
+        pusher = AuditedPush(transport, learner, rollout, config.weights, probe_prompts, temperature(config), tolerance)
         yield WorkerGroup(
             rollout=rollout,
             rewards=rewards,
             incidents=incidents,
             learner=learner,
-            pusher=AuditedPush(
-                transport, learner, rollout, config.weights, probe_prompts, temperature(config), tolerance
-            ),
+            pusher=pusher,
+            sync_new_engines=pusher.sync_new_engines,
             answers=config.algo.group_size,
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
             seed=config.train.seed,
-            loss=config.algo.loss,
-            correction=correction(config, stale=False),
-            stale_correction=correction(config, stale=True),
-            upcoming=upcoming,
         )
 
 
@@ -227,13 +205,6 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> N
         loading = learner.start()
         rollout.wait()
         learner.wait(loading)
-
-
-def loop_workers(config: Config, path: str, workers: WorkerGroup) -> WorkerGroup | EvaluatedSFTWorkers:
-    """Return the workers for the loop: the group itself, or for SFT its learner with demonstrations."""
-    if config.mode == "train":
-        return workers
-    return EvaluatedSFTWorkers(_demonstrations(config, path), workers.learner, workers)
 
 
 @contextmanager
@@ -258,23 +229,23 @@ def open_eval_workers(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTSession:
-    """SFT workers and their learner, for the model in one folder."""
+    """A learner with the model in one folder, and demonstrations tokenized for it."""
 
-    workers: SFTWorkers
     learner: LearnerPool
+    demonstrations: DemonstrationSource
 
 
 @contextmanager
-def open_sft_workers(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[SFTSession]:
+def open_sft_session(config: Config, folder: Path, say: Callable[[str], None]) -> Iterator[SFTSession]:
     """Start a learner only, for supervised fine-tuning of the model in `folder`."""
     with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
         learner.wait(learner.start())
-        yield SFTSession(workers=SFTWorkers(_demonstrations(config, str(folder)), learner), learner=learner)
+        yield SFTSession(learner=learner, demonstrations=open_demonstrations(config, str(folder)))
 
 
-def _demonstrations(config: Config, path: str) -> DemonstrationSource:
+def open_demonstrations(config: Config, path: str) -> DemonstrationSource:
     from othink_ray.engines.demonstrations import Demonstrations
     from othink_ray.families import open_family
 
@@ -346,9 +317,9 @@ def learner_engine(config: Config, path: str, rendezvous: RendezvousInfo, *, wit
         temperature=temperature(config),
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
-        correction_bounds=(config.algo.correction_low, config.algo.correction_cap),
+        tis_bounds=(config.algo.correction_low, config.algo.correction_cap),
         with_reference=with_reference,
         seed=config.train.seed,
-        place=rendezvous,
+        rendezvous=rendezvous,
         shares_gpu=config.rollout.sleep,
     )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import Config, FaultsConfig
@@ -16,14 +20,28 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import EvalSet, Evaluation, graded, summarize
 from othink_ray.driver.loop import Step
 from othink_ray.driver.metrics import RunRecords, jsonable, sample_record, sft_metrics, step_metrics
+from othink_ray.driver.sft import SFTStep
 from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.tracing import span
-from othink_ray.types import Prompt, ScoredGroup, TrainState
+from othink_ray.types import Audit, Group, Prompt, ScoredGroup, TrainState, UpdateStats
 
 
 class RunawayError(RuntimeError):
     """Training diverged; the message names the violated limits and the file with the samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What every training loop reports of a finished step."""
+
+    step: int
+    data_position: int
+    schedule_state: Mapping[str, float]
+    beta: float
+    stats: UpdateStats
+    groups: Sequence[tuple[ScoredGroup, NDArray[np.float64]]]  # the trained groups with their advantages (G,)
+    sampled: bool  # whether engines sampled the answers, with logprobs to compare with the learner's
 
 
 class Guards:
@@ -33,7 +51,7 @@ class Guards:
         self.faults, self.folder, self.log = faults, run_dir / "faults", log
         self.in_a_row = 0
 
-    def check(self, record: Step) -> None:
+    def check(self, record: StepResult) -> None:
         """Log a bad step; raise RunawayError at `faults.patience` bad steps in a row."""
         violations = list(self._violations(record))
         self.in_a_row = self.in_a_row + 1 if violations else 0
@@ -50,24 +68,23 @@ class Guards:
             f"{text} (bad step {self.in_a_row} in a row; the run stops at faults.patience = {self.faults.patience})"
         )
 
-    def _violations(self, record: Step) -> Iterator[str]:
+    def _violations(self, record: StepResult) -> Iterator[str]:
         stats, faults = record.stats, self.faults
         if stats.skipped:
             of = f" of {', '.join(stats.bad_prompts[:3])}" if stats.bad_prompts else ""
             yield f"{stats.skipped} update(s) skipped, because loss or gradient{of} was not finite"
         if stats.kl_mean > faults.kl_limit:
             yield f"KL is {stats.kl_mean:.3g} nats per token, above faults.kl_limit = {faults.kl_limit:g}"
-        if record.audit.tokens and stats.logp_gap_mean > faults.gap_limit:  # demonstrations have no sampler
+        if record.sampled and stats.logp_gap_mean > faults.gap_limit:
             yield (
                 f"sampler and learner are {stats.logp_gap_mean:.3g} nats apart, above faults.gap_limit = "
                 f"{faults.gap_limit:g}"
             )
 
-    def _dump(self, record: Step) -> Path:
+    def _dump(self, record: StepResult) -> Path:
         """Write the groups of the bad prompts, or all groups of the step if none is known to be bad."""
-        groups = list(zip(record.scored, record.advantages, strict=True))
-        bad_groups = [pair for pair in groups if pair[0].group.prompt.id in record.stats.bad_prompts]
-        samples = [sample_record(record.step, *pair) for pair in bad_groups or groups]
+        bad_groups = [pair for pair in record.groups if pair[0].group.prompt.id in record.stats.bad_prompts]
+        samples = [sample_record(record.step, *pair) for pair in bad_groups or record.groups]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{record.step + 1}.json"
         content = {"step": record.step, "beta": record.beta, "stats": asdict(record.stats), "samples": samples}
@@ -81,8 +98,8 @@ class GreedyWorkers(Protocol):
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
 
 
-class RunCallbacks:
-    """The callbacks of a real run; remembers the evaluations before and after training for summary.json."""
+class RunCallbacks(ABC):
+    """Callbacks that all training loops share; they remember the evaluations before and after for summary.json."""
 
     def __init__(
         self,
@@ -102,7 +119,6 @@ class RunCallbacks:
         self.records, self.show, self.console = records, show, console
         self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
         self.guards = Guards(config.faults, Path(config.run.dir), incidents.tell)
-        self.step_metrics = sft_metrics if config.mode == "sft" else step_metrics
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
         self.audit_gap_max: float | None = None  # None until an audit has compared tokens
@@ -117,11 +133,15 @@ class RunCallbacks:
         elif step >= self.config.train.steps:  # resumed after its last step: only the final evaluation is missing
             self.after = self._evaluate(step)
 
-    def on_step(self, record: Step) -> None:
+    @property
+    @abstractmethod
+    def algo(self) -> str:
+        """Name of the algorithm in summary.json."""
+        ...
+
+    def finish_step(self, record: StepResult, metrics: dict[str, float]) -> None:
+        """Evaluate if due, log, check the limits, and save a checkpoint if due."""
         done = record.step + 1
-        metrics = self.step_metrics(record)
-        if record.audit.tokens:
-            self.audit_gap_max = max(self.audit_gap_max or 0.0, record.audit.gap_max)
         last = done == self.config.train.steps
         if self._evaluation_due(done):
             self.after = self._evaluate(done)
@@ -132,14 +152,15 @@ class RunCallbacks:
             record.step, metrics | self.incidents.take() | {"faults/skipped_updates": float(record.stats.skipped)}
         )
         self.show(line)
-        self.records.sample(record.step, record.scored[0], record.advantages[0])
+        scored, advantages = record.groups[0]
+        self.records.sample(record.step, scored, advantages)
         self.console.step(done, metrics)
-        self.console.sample(done, record.scored[0])
+        self.console.sample(done, scored)
         self._report_stream_drops()
         self.guards.check(record)
         self._save(record, last)
 
-    def _save(self, record: Step, last: bool) -> None:
+    def _save(self, record: StepResult, last: bool) -> None:
         """Begin a checkpoint if one is due; it is written during the next steps and finished when complete."""
         done, every = record.step + 1, self.config.train.checkpoint_every
         self.checkpoints.finish_if_written()
@@ -182,7 +203,7 @@ class RunCallbacks:
         for row, reason in rows:
             self.console.say(f"dropped row {row}: {reason}")
 
-    def _state(self, record: Step) -> TrainState:
+    def _state(self, record: StepResult) -> TrainState:
         return TrainState(
             step=record.step + 1,
             data_position=record.data_position,
@@ -200,7 +221,7 @@ class RunCallbacks:
             "mode": config.mode,
             "model": config.model.name,
             "data": config.data.name,
-            "algo": "sft" if config.mode == "sft" else config.algo.name,
+            "algo": self.algo,
             "seed": config.train.seed,
             "steps": config.train.steps,
             "before": asdict(self.before[main_set]),
@@ -212,3 +233,69 @@ class RunCallbacks:
             "audit_gap_max": self.audit_gap_max,
             "dropped": self.dropped,
         }
+
+
+class GRPOCallbacks(RunCallbacks):
+    """Callbacks of `loop.train` and `train_overlapped`."""
+
+    @property
+    def algo(self) -> str:
+        return self.config.algo.name
+
+    def on_step(self, record: Step) -> None:
+        if record.audit.tokens:
+            self.audit_gap_max = max(self.audit_gap_max or 0.0, record.audit.gap_max)
+        result = StepResult(
+            step=record.step,
+            data_position=record.data_position,
+            schedule_state=record.schedule_state,
+            beta=record.beta,
+            stats=record.stats,
+            groups=list(zip(record.scored, record.advantages, strict=True)),
+            sampled=True,
+        )
+        self.finish_step(result, step_metrics(record))
+
+
+class EvalEngines(GreedyWorkers, Protocol):
+    """Rollout engines that SFT uses for evaluation only."""
+
+    def push(self, version: int) -> Audit: ...
+
+    def sleep(self) -> None:
+        """On a GPU shared with the learner, free the engines' memory until the next push."""
+        ...
+
+
+class SFTCallbacks(RunCallbacks):
+    """Callbacks of `sft.fine_tune`: the engines get the weights only when they are evaluated."""
+
+    workers: EvalEngines
+
+    @property
+    def algo(self) -> str:
+        return "sft"
+
+    def _evaluate(self, step: int) -> dict[str, Evaluation]:
+        self.workers.push(step)
+        results = super()._evaluate(step)
+        self.workers.sleep()
+        return results
+
+    def on_step(self, record: SFTStep) -> None:
+        result = StepResult(
+            step=record.step,
+            data_position=record.data_position,
+            schedule_state={},
+            beta=0.0,
+            stats=record.stats,
+            groups=[_correct(group) for group in record.demonstrations],
+            sampled=False,
+        )
+        self.finish_step(result, sft_metrics(record))
+
+
+def _correct(group: Group) -> tuple[ScoredGroup, NDArray[np.float64]]:
+    """Return demonstrations as the records show them: not graded, each correct with advantage 1."""
+    ones = np.ones(len(group.completions))
+    return ScoredGroup(group=group, rewards=ones, parts={}, valid=ones.astype(bool)), ones

@@ -22,7 +22,7 @@ from othink_ray.config.schema import Config
 from othink_ray.core.intervals import wilson
 from othink_ray.data import BadRow, LengthFilter, Source, SourceError, open_source
 from othink_ray.data.prompts import with_grey_images
-from othink_ray.driver.build import length_filter, open_eval_workers, open_sft_workers
+from othink_ray.driver.build import length_filter, open_eval_workers, open_sft_session
 from othink_ray.driver.checkpoint import ResumeError
 from othink_ray.driver.console import Console
 from othink_ray.driver.metrics import question_text, thumbnail_uri
@@ -200,7 +200,7 @@ def evaluate_models(
     atomic_write(run_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
     results: list[dict[str, Any]] = []
     models = [model_folder(path) for path in config.eval.models]
-    for number, model in enumerate(models or [base_model(config, console, open_sft_workers)]):
+    for number, model in enumerate(models or [base_model(config, console, open_sft_session)]):
         label = config.eval.models[number] if models else config.model.path or f"{config.model.name} base"
         folder = Path("answers") / _folder_of(label)
         for eval_set, rows in _answered(config, model, run_dir / folder, console):

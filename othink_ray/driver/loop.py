@@ -1,6 +1,18 @@
-"""GRPO-D as the paper writes it. Everything that is distributed, slow or may fail is behind four verbs.
+"""GRPO-D as the paper writes it; everything that is distributed, slow or may fail is behind a verb of `Workers`.
 
-generate -> score -> update -> push      (one training step, on-policy; async_loop.py overlaps sampling and learning)
+One training step, from top to bottom; a verb waits for everything above it in its column and for the arrows into it:
+
+    driver                    rollout engines                reward actors      learner
+    take prompts        -->   generate (streams groups) -->  score
+    advantages, packs   <--------------------------------------+
+    begin_update        ------------------------------------------------------> optimizer steps
+    begin_push                                                                  gather weights (queued right behind)
+    prefetch            -->   prepare the next prompts
+    finish_update       <------------------------------------------------------ statistics
+    push                -->   load weights, probe       <---------------------- weights, digests, logprobs
+    callbacks                 (idle, or answer held-out questions)              (idle, or write a checkpoint)
+
+async_loop.py is the sibling that samples the next step during the update; sft.py trains on demonstrations.
 """
 
 from __future__ import annotations
@@ -15,7 +27,7 @@ from numpy.typing import NDArray
 from othink_ray.core.advantages import Advantages, rewards_differ
 from othink_ray.core.kl import BetaSchedule, Measured
 from othink_ray.tracing import Clock
-from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
+from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateRequest, UpdateSettings, UpdateStats
 
 
 class Stream(Protocol):
@@ -30,38 +42,73 @@ class Stream(Protocol):
         """Return the next `count` prompts; their ids are unique among themselves and differ from those in `beside`."""
         ...
 
+    def upcoming(self) -> Sequence[Prompt]:
+        """Return the prompts that `take` will return next, as far as they are read already."""
+        ...
+
 
 class Workers(Protocol):
-    """The four verbs, and `prepare`, an optional hint."""
+    """The verbs of a step, over pools of processes. Those that only start work return at once."""
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
         """Yield groups, or references to them, as they finish; each round of a step has its own random seeds."""
         ...
 
-    def score(self, groups: Iterable[Any]) -> list[ScoredGroup]: ...
+    def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
+        """Score groups as they arrive; return after the last one."""
+        ...
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        """Run `updates` optimizer steps; `stale`: the answers were sampled with older weights than those trained."""
+    def record_lengths(self, scored_groups: Sequence[ScoredGroup]) -> None:
+        """Record the answers' lengths, by which the next prompts are balanced over the engines."""
+        ...
+
+    def sleep(self) -> None:
+        """On GPUs shared with the learner, free the engines' memory until the next push; else do nothing."""
+        ...
+
+    def begin_update(self, request: UpdateRequest) -> Any:
+        """Start the learner's optimizer steps; return a handle for `finish_update`."""
+        ...
+
+    def begin_push(self) -> None:
+        """Queue the gather of the new weights right behind the update."""
+        ...
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Start to prepare prompts on the engines that will sample them."""
+        ...
+
+    def finish_update(self, update: Any) -> UpdateStats:
+        """Wait for the update and return its statistics."""
         ...
 
     def push(self, version: int) -> Audit:
         """Push the weights; return when every engine has `version` and its logprobs match the learner's."""
         ...
 
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """Announce the packs of the update after the running one; return at once."""
+    def prefetch_update(self, request: UpdateRequest) -> None:
+        """Start to prepare the update after the running one: inputs that do not depend on the weights."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The parts in which algorithms of this family differ, from scored answers to packed samples."""
+    """The parts in which algorithms of this family differ, from scored answers to the update."""
 
     prompts_per_step: int
     updates_per_step: int
     sampling_rounds: int
     advantages: Advantages
     pack: Callable[[Sequence[ScoredGroup], Sequence[NDArray[np.float64]]], list[Pack]]
+    loss: str  # a key of core.losses.LOSSES
+    tis: str  # for answers of the current weights (engines and learner round differently), a key of TIS_MODES
+    stale_tis: str  # for answers of older weights
+
+    def request(self, packs: Sequence[Pack], *, beta: float, lr: float, stale: bool) -> UpdateRequest:
+        """Return the update on `packs`; `stale`: their answers were sampled with older weights than those trained."""
+        tis = self.stale_tis if stale else self.tis
+        settings = UpdateSettings(beta=beta, lr=lr, loss=self.loss, tis=tis)
+        return UpdateRequest(packs=packs, updates=self.updates_per_step, settings=settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +168,11 @@ def train(
         sampled = sample(workers, stream, recipe, clock, step=step, version=step)
         advantages = compute_advantages(sampled.trained, recipe)
         packs = recipe.pack(sampled.trained, advantages)
-        stats = workers.update(packs, updates=recipe.updates_per_step, beta=beta, lr=lr(step), stale=False)
+        workers.sleep()
+        update = workers.begin_update(recipe.request(packs, beta=beta, lr=lr(step), stale=False))
+        workers.begin_push()
+        workers.prefetch(stream.upcoming())
+        stats = workers.finish_update(update)
         clock.lap("update")
         audit = workers.push(step + 1)
         clock.lap("push")
@@ -156,6 +207,7 @@ def sample(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, st
         prompts = stream.take(missing, beside=[scored.group.prompt for scored in requested])
         groups = clock.lap_at_end("generate", workers.generate(prompts, step, sampling_round))
         scored_groups = in_order(workers.score(groups), prompts)
+        workers.record_lengths(scored_groups)
         clock.lap("score")
         assert all(scored.group.version == version for scored in scored_groups), (
             f"sampled with other weights than version {version}"

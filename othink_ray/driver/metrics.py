@@ -25,6 +25,7 @@ from PIL import Image
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
 from othink_ray.driver.loop import Step, has_signal
+from othink_ray.driver.sft import SFTStep
 from othink_ray.driver.trackers import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 
@@ -102,9 +103,9 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-def sft_metrics(step: Step) -> dict[str, float]:
-    """Return the metrics of one SFT step, without those that have no meaning for demonstrations."""
-    lengths = [len(answer.token_ids) for scored in step.scored for answer in scored.group.completions]
+def sft_metrics(step: SFTStep) -> dict[str, float]:
+    """Return the metrics of one SFT step."""
+    lengths = [len(answer.token_ids) for group in step.demonstrations for answer in group.completions]
     seconds = sum(step.times.values())
     return {
         "loss": step.stats.loss,

@@ -1,106 +1,71 @@
-"""Supervised fine-tuning in the same loop: demonstrations replace sampled answers, and each counts as correct."""
+"""Supervised fine-tuning: maximum likelihood of worked answers, on the same learner as GRPO-D.
+
+One step: take prompts -> worked answers -> packed samples -> update. Nothing is sampled, scored or pushed: the
+callbacks push the weights when they evaluate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from othink_ray.core.kl import BetaSchedule
-from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
-from othink_ray.driver.loop import Recipe
-from othink_ray.types import Audit, Group, Pack, Prompt, ScoredGroup, UpdateStats
-
-NO_KL = BetaSchedule(name="constant", total=1, beta_min=0.0, beta_max=0.0, explore_frac=0.0, target=1.0, adapt_rate=1.0)
+from othink_ray.core.packing import pack_demonstrations
+from othink_ray.driver.loop import Stream
+from othink_ray.tracing import Clock
+from othink_ray.types import Group, Prompt, UpdateRequest, UpdateSettings, UpdateStats
 
 
 class DemonstrationSource(Protocol):
     """Yields one group with a worked answer for each prompt."""
 
-    def generate(self, prompts: Sequence[Prompt], version: int) -> Iterator[Group]: ...
+    def answer(self, prompts: Sequence[Prompt]) -> list[Group]: ...
 
 
 class SFTLearner(Protocol):
     """The learner's update, as SFT calls it."""
 
-    def update(
-        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
-    ) -> UpdateStats: ...
+    def update(self, request: UpdateRequest) -> UpdateStats: ...
 
 
-class EvalEngines(Protocol):
-    """Rollout engines that SFT uses for evaluation only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTStep:
+    """Record of one finished step, for the callbacks."""
 
-    def push(self, version: int) -> Audit: ...
-
-    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]: ...
-
-    def sleep(self) -> None:
-        """On a GPU shared with the learner, free the engines' memory until the next push."""
-        ...
-
-
-class SFTWorkers:
-    """`loop.Workers` of demonstrations and a learner, without engines: `push` sends nothing."""
-
-    def __init__(self, demonstrations: DemonstrationSource, learner: SFTLearner) -> None:
-        self.demonstrations, self.learner = demonstrations, learner
-
-    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
-        return self.demonstrations.generate(prompts, step)
-
-    def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
-        return [_all_correct(group) for group in groups]
-
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        return self.learner.update(packs, updates=updates, beta=beta, lr=lr, loss="sft", correction="none")
-
-    def push(self, version: int) -> Audit:
-        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=0)
-
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """Do nothing: no SFT update is overlapped."""
+    step: int
+    data_position: int  # of the next step's first prompt
+    demonstrations: Sequence[Group]
+    stats: UpdateStats
+    times: Mapping[str, float]  # seconds of each part
 
 
-class EvaluatedSFTWorkers(SFTWorkers):
-    """SFT workers with engines for evaluation, which get the weights before an evaluation, not after each step."""
+class SFTHooks(Protocol):
+    """Hooks of the loop, for logging, evaluation and checkpoints."""
 
-    def __init__(self, demonstrations: DemonstrationSource, learner: SFTLearner, engines: EvalEngines) -> None:
-        super().__init__(demonstrations, learner)
-        self.engines = engines
-        self._version = self._pushed = -1
+    def on_start(self, step: int) -> None: ...
 
-    def push(self, version: int) -> Audit:
-        self._version = version
-        return super().push(version)
-
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        if self._pushed >= 0:  # the engines are awake since an evaluation
-            self.engines.sleep()
-            self._pushed = -1
-        return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
-
-    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        if self._pushed != self._version:
-            self.engines.push(self._version)
-            self._pushed = self._version
-        return self.engines.answer_greedily(prompts)
+    def on_step(self, record: SFTStep) -> None: ...
 
 
-def sft_recipe(batch_size: int) -> Recipe:
-    """Return the recipe of maximum likelihood: all answers weigh the same, and so do all tokens of an answer."""
-    return Recipe(
-        prompts_per_step=batch_size,
-        updates_per_step=1,
-        sampling_rounds=1,
-        advantages=lambda rewards, valid: np.ones_like(rewards),
-        pack=partial(pack_step, updates=1, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=1, shared_prefix=True),
-    )
-
-
-def _all_correct(group: Group) -> ScoredGroup:
-    """Give every demonstration a reward of 1; worked answers are not graded."""
-    rewards = np.ones(len(group.completions))
-    return ScoredGroup(group=group, rewards=rewards, parts={}, valid=rewards.astype(bool))
+def fine_tune(
+    learner: SFTLearner,
+    demonstrations: DemonstrationSource,
+    stream: Stream,
+    *,
+    steps: range,
+    batch_size: int,
+    lr: Callable[[int], float],
+    callbacks: SFTHooks,
+) -> None:
+    """Run `steps`; all answers of a batch weigh the same, and so do all tokens of an answer."""
+    callbacks.on_start(steps.start)
+    for step in steps:
+        clock = Clock()
+        groups = demonstrations.answer(stream.take(batch_size, beside=()))
+        clock.lap("generate")
+        settings = UpdateSettings(beta=0.0, lr=lr(step), loss="sft", tis="none")
+        stats = learner.update(UpdateRequest(packs=pack_demonstrations(groups), updates=1, settings=settings))
+        clock.lap("update")
+        callbacks.on_step(
+            SFTStep(step=step, data_position=stream.position, demonstrations=groups, stats=stats, times=clock.times)
+        )

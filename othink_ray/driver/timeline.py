@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from othink_ray.driver.loop import Callbacks, Step, Workers
 from othink_ray.tracing import Span, Spans, keep, span, take
-from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
 
 _END = "\n]\n"
 
@@ -28,13 +26,28 @@ class Processes(Protocol):
         ...
 
 
+class FinishedStep(Protocol):
+    """Record of a finished step of any training loop."""
+
+    @property
+    def step(self) -> int: ...
+
+
+class LoopCallbacks(Protocol):
+    """Callbacks of any training loop."""
+
+    def on_start(self, step: int) -> None: ...
+
+    def on_step(self, record: Any) -> None: ...
+
+
 class Timeline:
     """Wraps a run's callbacks and traces its first `steps` steps; trace.json is valid JSON after every step.
 
     After `steps` steps tracing stops, so that neither its cost nor the file grows further.
     """
 
-    def __init__(self, path: Path, processes: Processes, callbacks: Callbacks, *, steps: int) -> None:
+    def __init__(self, path: Path, processes: Processes, callbacks: LoopCallbacks, *, steps: int) -> None:
         self.path, self.processes, self.callbacks, self.steps_left = path, processes, callbacks, steps
         self.trace: Trace | None = None
 
@@ -49,7 +62,7 @@ class Timeline:
         self.callbacks.on_start(step)
         self.step_start_s = time.time()
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: FinishedStep) -> None:
         keep("step", self.step_start_s, step=record.step)
         with span("callbacks", step=record.step):
             self.callbacks.on_step(record)
@@ -143,29 +156,3 @@ class Trace:
             file.seek(self._end)
             file.write((",\n" if self._end else "[\n") + text + _END)
             self._end = file.tell() - len(_END)
-
-
-class TracedWorkers:
-    """Records a span around each verb; `score` includes `generate`, because it consumes the groups as they arrive."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-
-    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
-        with span("generate", step=step, sampling_round=sampling_round, prompts=len(prompts)):
-            yield from self.workers.generate(prompts, step, sampling_round)
-
-    def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
-        with span("score"):
-            return self.workers.score(groups)
-
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        with span("update", packs=len(packs)):
-            return self.workers.update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
-
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        self.workers.prepare(packs, updates=updates, with_reference=with_reference)
-
-    def push(self, version: int) -> Audit:
-        with span("push", version=version):
-            return self.workers.push(version)

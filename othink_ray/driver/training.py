@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from othink_ray.config.load import to_yaml
 from othink_ray.config.schema import Config
 from othink_ray.data import PromptStream, open_training
+from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.build import (
     beta_schedule,
     length_filter,
-    loop_workers,
     lr_schedule,
-    open_loop,
-    open_sft_workers,
+    open_demonstrations,
+    open_sft_session,
     open_workers,
     recipe,
     require_targets,
 )
-from othink_ray.driver.callbacks import RunCallbacks
+from othink_ray.driver.callbacks import GRPOCallbacks, SFTCallbacks
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, compare_settings, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import eval_sets
+from othink_ray.driver.loop import Callbacks, Workers, train
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.run_dir import environment, incident_log, set_aside_older
+from othink_ray.driver.sft import SFTHooks, fine_tune
 from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
-from othink_ray.driver.timeline import Timeline, TracedWorkers
+from othink_ray.driver.timeline import Timeline
 from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.monitoring import Gauges, Incidents
+from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import TrainState
 
 
@@ -81,7 +86,7 @@ def _train(
     """Train from `state` to the last step and export; return the content of summary.json."""
     training = open_training(config.data)
     with ExitStack() as stack:
-        path = base_model(config, console, open_sft_workers)
+        path = base_model(config, console, open_sft_session)
         require_targets(config, path)
         fits = length_filter(config, path)
         stream = PromptStream(
@@ -110,7 +115,7 @@ def _train(
         loop = stack.enter_context(open_loop(config))
         probes = held_out[0].prompts[: config.weights.audit_prompts]
         with console.phase("loading the rollout engines and the learner"):
-            workers = stack.enter_context(open_workers(config, path, probes, incidents, console.say, stream.upcoming))
+            workers = stack.enter_context(open_workers(config, path, probes, incidents, console.say))
             if resumed:
                 workers.learner.load(resumed)
         records = stack.enter_context(
@@ -127,11 +132,10 @@ def _train(
         checkpoints = Checkpoints(
             run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.tell
         )
-        in_loop = loop_workers(config, path, workers)
         request = stack.enter_context(finishing_steps(incidents.tell))
-        callbacks = RunCallbacks(
+        callbacks = (SFTCallbacks if config.mode == "sft" else GRPOCallbacks)(
             config,
-            in_loop,
+            workers,
             stream,
             held_out,
             records,
@@ -146,15 +150,12 @@ def _train(
         timeline = stack.enter_context(
             Timeline(run_dir / "trace.json", workers, callbacks, steps=config.run.trace_steps)
         )
-        schedule = beta_schedule(config)
         loop(
-            TracedWorkers(in_loop),
+            workers,
             stream,
+            path=path,
             steps=range(state.step, config.train.steps),
-            recipe=recipe(config),
-            schedule=schedule,
-            schedule_state=schedule.resume(state.schedule_state),
-            lr=lr_schedule(config),
+            schedule_state=state.schedule_state,
             callbacks=timeline,
         )
         with console.phase("exporting the model"):
@@ -167,3 +168,80 @@ def _train(
         }
         records.summary(summary)
     return summary
+
+
+class OpenLoop(Protocol):
+    """A training loop; `path` is the model's folder, `schedule_state` that of the last checkpoint."""
+
+    def __call__(
+        self,
+        workers: Any,
+        stream: PromptStream,
+        *,
+        path: str,
+        steps: range,
+        schedule_state: Mapping[str, float],
+        callbacks: Any,
+    ) -> None: ...
+
+
+@contextmanager
+def open_loop(config: Config) -> Iterator[OpenLoop]:
+    """Yield the loop of the configured mode: `train`, `train_overlapped` with its thread pool, or `fine_tune`.
+
+    Open it before the workers: on exit the pool joins its threads, and after a failure a thread that waits for a worker
+    process ends only when that process does.
+    """
+    if config.mode == "sft":
+        yield partial(_run_sft, config)
+    elif config.train.overlap:
+        with ThreadPoolExecutor(max_workers=OVERLAP_THREADS, thread_name_prefix="overlap") as executor:
+            overlapped = partial(train_overlapped, executor, prefetch_update=config.train.prepare_ahead)
+            yield partial(_run_grpo, config, overlapped)
+    else:
+        yield partial(_run_grpo, config, train)
+
+
+def _run_grpo(
+    config: Config,
+    loop: Callable[..., None],
+    workers: Workers,
+    stream: PromptStream,
+    *,
+    path: str,
+    steps: range,
+    schedule_state: Mapping[str, float],
+    callbacks: Callbacks,
+) -> None:
+    schedule = beta_schedule(config)
+    loop(
+        workers,
+        stream,
+        steps=steps,
+        recipe=recipe(config),
+        schedule=schedule,
+        schedule_state=schedule.resume(schedule_state),
+        lr=lr_schedule(config),
+        callbacks=callbacks,
+    )
+
+
+def _run_sft(
+    config: Config,
+    workers: WorkerGroup,
+    stream: PromptStream,
+    *,
+    path: str,
+    steps: range,
+    schedule_state: Mapping[str, float],
+    callbacks: SFTHooks,
+) -> None:
+    fine_tune(
+        workers.learner,
+        open_demonstrations(config, path),
+        stream,
+        steps=steps,
+        batch_size=config.train.prompts_per_step,
+        lr=lr_schedule(config),
+        callbacks=callbacks,
+    )

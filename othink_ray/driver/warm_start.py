@@ -15,26 +15,25 @@ from othink_ray.config.schema import Config, DataConfig, LearnerConfig
 from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
-from othink_ray.driver.loop import Step, train
-from othink_ray.driver.sft import NO_KL, SFTWorkers, sft_recipe
+from othink_ray.driver.sft import DemonstrationSource, SFTLearner, SFTStep, fine_tune
 
 _TOKENIZER_PROMPTS = 256
 
 
-class OpenedSFT(Protocol):
-    """SFT workers and their learner, for the model in one folder."""
-
-    @property
-    def workers(self) -> SFTWorkers: ...
-
-    @property
-    def learner(self) -> Exports: ...
-
-
-class Exports(Protocol):
+class ExportingLearner(SFTLearner, Protocol):
     """A learner that can write its model as a Hugging Face folder."""
 
     def export(self, folder: Path) -> None: ...
+
+
+class OpenedSFT(Protocol):
+    """A learner with the model in one folder, and demonstrations tokenized for it."""
+
+    @property
+    def demonstrations(self) -> DemonstrationSource: ...
+
+    @property
+    def learner(self) -> ExportingLearner: ...
 
 
 OpenSFT = Callable[[Config, Path, Callable[[str], None]], AbstractContextManager[OpenedSFT]]
@@ -148,13 +147,12 @@ def _fine_tune(
     stream = _training_stream(replace(config.data, train=replace(config.data.train, size=plan.questions)), config)
     sft_config = replace(config, mode="sft", sft=replace(config.sft, reasoning=plan.reasoning))
     with open_sft(sft_config, initial, console.say) as opened:
-        train(
-            opened.workers,
+        fine_tune(
+            opened.learner,
+            opened.demonstrations,
             stream,
             steps=range(plan.steps),
-            recipe=sft_recipe(plan.batch),
-            schedule=NO_KL,
-            schedule_state={},
+            batch_size=plan.batch,
             # Decays to 0, so that the final accuracy does not depend on the noise of the last steps.
             lr=lambda step: learning_rate("linear", step, plan.steps, plan.lr),
             callbacks=_Progress(console, plan.steps),
@@ -171,5 +169,5 @@ class _Progress:
     def on_start(self, step: int) -> None:
         self.console.progress(step, self.steps)
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: SFTStep) -> None:
         self.console.progress(record.step + 1, self.steps, f"loss {record.stats.loss:.3f}")

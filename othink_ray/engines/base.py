@@ -22,7 +22,7 @@ from torch import Tensor, get_num_threads, set_num_threads  # by name: vLLM repl
 from torch.distributed import TCPStore, init_process_group, is_initialized  # type: ignore[attr-defined]  # documented
 from torch.distributed.constants import default_pg_timeout
 
-from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
 from othink_ray.weights.digest import Held, TensorDigest, mismatches
 
 
@@ -66,7 +66,7 @@ class RendezvousInfo:
     master_address: str
     master_port: int
 
-    def rendezvous(self, device: torch.device) -> None:
+    def join(self, device: torch.device) -> None:
         """Wait for the other ranks and create the default process group, unless this process has one already."""
         if is_initialized():
             return
@@ -112,7 +112,7 @@ class RolloutEngine(Protocol):
 
     version: int
 
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Prefetch the weight-independent inputs of the prompts to be generated next, and cache them until then."""
         ...
 
@@ -205,22 +205,14 @@ class Receiver(ABC):
 class LearnerEngine(Protocol):
     """One rank of the learner. Methods are collective: every rank is called at the same time, with its own shard."""
 
-    def update(
-        self,
-        updates: Sequence[Sequence[Sequence[Pack]]],
-        *,
-        beta: float,
-        lr: float,
-        loss: str,
-        correction: str,
-    ) -> UpdateStats:
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
         """Run one optimizer step per update over [update][micro-batch][packed sample]; return the reduced stats.
 
         An empty micro-batch keeps this rank's collectives in step with the other ranks.
         """
         ...
 
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+    def prefetch(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> None:
         """Prefetch weight-independent inputs of the next update, until `update` is called with these packed samples.
 
         Runs on its own thread. It never changes the update's result.

@@ -21,7 +21,7 @@ from torch import Tensor
 from othink_ray.config.model_rules import ADAPTER_FOLDER
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
-from othink_ray.core.losses import LOSSES, importance
+from othink_ray.core.losses import LOSSES, LossInputs, importance_weights
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache, share_of_cores
 from othink_ray.engines.collate import HostBatch, MicroBatch, collate_on_host, to_device
@@ -53,7 +53,7 @@ from othink_ray.engines.zero_settings import flattened_linear, zero_settings
 from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.tracing import span
-from othink_ray.types import Group, Pack, PixelDigest, Probe, ScoredGroup, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, ScoredGroup, UpdateSettings, UpdateStats
 
 
 class DeepSpeedLearner:
@@ -68,21 +68,21 @@ class DeepSpeedLearner:
         temperature: float,
         clip_eps: tuple[float, float],
         kl_estimator: str,
-        correction_bounds: tuple[float, float],
+        tis_bounds: tuple[float, float],
         with_reference: bool,
         seed: int,
-        place: RendezvousInfo,
+        rendezvous: RendezvousInfo,
         shares_gpu: bool,
     ) -> None:
         """`shares_gpu`: rollout engines on this GPU sleep during updates, and need its memory when they wake up."""
         self.shares_gpu = shares_gpu
-        self.learner, self.family, self.place = learner, family, place
-        self.clip_eps, self.kl_estimator, self.correction_bounds = clip_eps, kl_estimator, correction_bounds
+        self.learner, self.family, self.rendezvous = learner, family, rendezvous
+        self.clip_eps, self.kl_estimator, self.tis_bounds = clip_eps, kl_estimator, tis_bounds
         on_gpu = learner.gpus_per_rank > 0
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
-            RANK=str(place.rank),
-            WORLD_SIZE=str(place.world_size),
+            RANK=str(rendezvous.rank),
+            WORLD_SIZE=str(rendezvous.world_size),
             LOCAL_RANK="0",
             DS_ACCELERATOR="cuda" if on_gpu else "cpu",
         )
@@ -95,7 +95,7 @@ class DeepSpeedLearner:
         self.deepspeed = deepspeed
         # DeepSpeed would compile its own collectives for CPU ranks, a minute at the first start; gloo has them all.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        place.rendezvous(self.device)
+        rendezvous.join(self.device)
         deepspeed.init_distributed()
         torch.manual_seed(seed)
         self.attend = attention_for(learner.attention, self.device)
@@ -111,8 +111,8 @@ class DeepSpeedLearner:
             self.engine,
             self.engine.module.network,
             stage=learner.zero_stage,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
         )
         self.reference = self._open_reference(DTYPES[dtype], temperature) if with_reference else None
         self.prefetch_reference = self._open_prefetch_reference(temperature)
@@ -170,11 +170,9 @@ class DeepSpeedLearner:
             "weight_decay": self.learner.weight_decay,
         }
 
-    def update(
-        self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str, correction: str
-    ) -> UpdateStats:
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
         """Run one optimizer step per update; gradients are summed over its micro-batches and all ranks."""
-        stats = self._update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
+        stats = self._update(updates, settings)
         self.release_memory()
         return stats
 
@@ -182,10 +180,8 @@ class DeepSpeedLearner:
         if self.shares_gpu:
             release_cache(self.device)
 
-    def _update(
-        self, updates: Sequence[Sequence[Sequence[Pack]]], *, beta: float, lr: float, loss: str, correction: str
-    ) -> UpdateStats:
-        queue, wants_reference = self.prefetcher.take(), beta > 0 and self.reference is not None
+    def _update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
+        queue, wants_reference = self.prefetcher.take(), settings.beta > 0 and self.reference is not None
         precomputed: Iterator[Precomputed | None] = repeat(None)
         if len(updates) > 1:
             precomputed = iter([self._before_any_step(packs, queue) for packs in chain(*updates)])
@@ -193,7 +189,7 @@ class DeepSpeedLearner:
         grad_norms: list[float] = []
         skipped, encodes = 0, 0
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = settings.lr * group["lr_scale"]
         for update in updates:
             for index, packs in enumerate(update):
                 with span("prepare"):
@@ -205,28 +201,30 @@ class DeepSpeedLearner:
                 with span("forward", tokens=len(batch.token_ids)):
                     logprobs, entropy = self.engine(batch, features=prepared.features)
                 before = logprobs.detach() if prepared.old is None else prepared.old
-                used, ratios = importance(
-                    correction,
+                used, ratios = importance_weights(
+                    settings.tis,
                     before,
                     batch.sampler_logprobs,
                     batch.loss_weights,
                     batch.answers,
-                    bounds=self.correction_bounds,
+                    bounds=self.tis_bounds,
                 )
-                value, terms = LOSSES[loss](
-                    logprobs,
-                    before,
-                    reference,
-                    batch.advantages * used,
-                    batch.loss_weights,
-                    answers=batch.answers,
-                    beta=beta,
-                    clip_eps=self.clip_eps,
-                    estimator=self.kl_estimator,
+                value, terms = LOSSES[settings.loss](
+                    LossInputs(
+                        policy_logprobs=logprobs,
+                        old_logprobs=before,
+                        ref_logprobs=reference,
+                        advantages=batch.advantages * used,
+                        loss_weights=batch.loss_weights,
+                        answers=batch.answers,
+                        beta=settings.beta,
+                        clip_eps=self.clip_eps,
+                        estimator=self.kl_estimator,
+                    )
                 )
                 # DeepSpeed averages gradients over ranks, but the loss weights are shares of the whole step: a sum.
                 with span("backward"):
-                    self.engine.backward(value * self.place.world_size)
+                    self.engine.backward(value * self.rendezvous.world_size)
                 encodes += prepared.encodes
                 totals.note(prepared.packs, value)
                 totals.add(batch, value, terms, ratios, logprobs, entropy, wants_reference)
@@ -241,13 +239,13 @@ class DeepSpeedLearner:
             return totals.stats(
                 updates=len(updates),
                 grad_norm=fmean(grad_norms) if grad_norms else math.inf,
-                lr=lr,
+                lr=settings.lr,
                 vision_encodes=encodes,
                 skipped=skipped,
             )
 
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
-        self.prefetcher.prepare(updates, with_reference=with_reference)
+    def prefetch(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> None:
+        self.prefetcher.prefetch(updates, with_reference=settings.beta > 0)
 
     @span("prepare")
     def _before_any_step(self, packs: Sequence[Pack], queue: PrefetchQueue) -> Precomputed:
@@ -360,7 +358,7 @@ class DeepSpeedLearner:
         network: Any = self.engine.module.network
         weights = ((name, weight.to("cpu", copy=True)) for name, weight in self._plain_weights())
         partial = folder / ".partial"
-        if self.place.rank == 0:
+        if self.rendezvous.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.family.save(partial, network, weights)
@@ -370,7 +368,7 @@ class DeepSpeedLearner:
         for name, factor in adapter_weights(network):
             with self._whole([factor]):
                 adapter[name] = factor.detach().to("cpu", copy=True)
-        if self.place.rank == 0:
+        if self.rendezvous.rank == 0:
             if adapter:
                 write_adapter(partial / ADAPTER_FOLDER, network, adapter)
             replace_export(folder, partial)
@@ -378,7 +376,7 @@ class DeepSpeedLearner:
 
     def save(self, folder: Path) -> None:
         tensors, steps = self.state.shard()
-        self.writer = CheckpointWriter(folder, self.place.rank, tensors, steps)
+        self.writer = CheckpointWriter(folder, self.rendezvous.rank, tensors, steps)
 
     def written(self) -> bool:
         return self.writer.done

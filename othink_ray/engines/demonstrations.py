@@ -1,8 +1,8 @@
-"""A rollout that answers every prompt with its worked solution: the data source of supervised fine-tuning."""
+"""Worked answers of prompts, tokenized: the data of supervised fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,28 +12,26 @@ from othink_ray.types import Completion, Group, Prompt
 
 
 class Demonstrations:
-    """Generator of groups with one worked answer each, tokenized as a sampled answer would be."""
+    """Answers prompts with their worked solutions, tokenized as a sampled answer would be."""
 
     def __init__(self, family: Family, *, reasoning: bool = True) -> None:
         self.family, self.reasoning = family, reasoning
 
-    def generate(self, prompts: Sequence[Prompt], version: int = 0) -> Iterator[Group]:
-        for prompt in prompts:
-            solution = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
-            answer = [*self.family.encode_text(solution), self.family.eos_token_id]
-            counts = self.family.image_token_counts(prompt.images)
-            yield Group(
-                prompt=prompt,
-                prompt_token_ids=np.array(
-                    self.family.expand(self.family.prompt_token_ids(prompt), counts), dtype=np.int64
-                ),
-                completions=(
-                    Completion(
-                        token_ids=np.array(answer, dtype=np.int64),
-                        sampler_logprobs=np.zeros(len(answer), dtype=np.float32),
-                        text=self.family.opened + solution,
-                        finish="stop",
-                    ),
-                ),
-                version=version,
-            )
+    def answer(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Return one group of one worked answer for each prompt."""
+        return [self._group(prompt) for prompt in prompts]
+
+    def _group(self, prompt: Prompt) -> Group:
+        solution = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
+        answer = [*self.family.encode_text(solution), self.family.eos_token_id]
+        counts = self.family.image_token_counts(prompt.images)
+        completion = Completion(
+            token_ids=np.array(answer, dtype=np.int64),
+            sampler_logprobs=np.zeros(len(answer), dtype=np.float32),  # not sampled
+            text=self.family.opened + solution,
+            finish="stop",
+        )
+        prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)
+        return Group(
+            prompt=prompt, prompt_token_ids=np.array(prompt_ids, dtype=np.int64), completions=(completion,), version=0
+        )

@@ -43,8 +43,8 @@ class HFRollout(Receiver):
         self.bias = logit_bias(family, family.output_weight(self.network)).cpu()
         self.upcoming = Inputs(self._input)
 
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.upcoming.prepare(prompts)
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.upcoming.prefetch(prompts)
 
     def sleep(self) -> None:
         """Do nothing: the engine holds no memory but its weights, which stay."""

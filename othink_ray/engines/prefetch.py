@@ -44,8 +44,8 @@ class Inputs(Generic[T]):
         self._cached: dict[Prompt, T] = {}
 
     @on_one_thread()
-    def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """Cache the inputs of exactly these prompts."""
+    def prefetch(self, prompts: Iterable[Prompt]) -> None:
+        """Make and cache the inputs of exactly these prompts."""
         self._cached = {prompt: self.get(prompt) for prompt in prompts}
 
     def get(self, prompt: Prompt) -> T:
@@ -129,7 +129,7 @@ class Prefetcher:
             queue, self._queue = self._queue, PrefetchQueue()
         return queue
 
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+    def prefetch(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
         """Prepare micro-batches until the update begins, at most one more than the last time.
 
         Each micro-batch prepared now shortens the next update, and with it the time to prepare more: growing by one

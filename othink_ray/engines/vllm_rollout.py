@@ -146,8 +146,8 @@ class VLLMRollout(Receiver):
                 arguments |= kernel_arguments()
         return arguments
 
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.upcoming.prepare(prompts)
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.upcoming.prefetch(prompts)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()
@@ -160,7 +160,7 @@ class VLLMRollout(Receiver):
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
         """Sample one answer per prompt with its likeliest tokens; the inputs of repeated probes stay cached."""
         self._require_whole()
-        self.probed.prepare(prompts)
+        self.probed.prefetch(prompts)
         inputs = [self.probed.get(prompt) for prompt in prompts]
         with on_one_thread():  # more threads only add synchronization to so small a batch
             outputs = dict(self._outputs(prompts, inputs, sampling, logprobs=candidates))

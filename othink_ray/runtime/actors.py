@@ -20,7 +20,7 @@ from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.futures import TraceRecorder
 from othink_ray.tracing import keep, span
-from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
+from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
 from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
 from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 
@@ -44,9 +44,9 @@ class RolloutActor(TraceRecorder):
                 yield group
         yield None  # end marker, see Streams
 
-    @span("prepare")
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.engine.prepare(prompts)
+    @span("prefetch")
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.engine.prefetch(prompts)
 
     def sleep(self) -> None:
         self.engine.sleep()
@@ -78,7 +78,7 @@ class RolloutActor(TraceRecorder):
 
 
 class LearnerActor(TraceRecorder):
-    """Actor around one learner rank: calls run one at a time, except `prepare`, which runs beside them."""
+    """Actor around one learner rank: calls run one at a time, except `prefetch`, which runs beside them."""
 
     concurrency_groups: ClassVar = {BACKGROUND: 1}
     engine: LearnerEngine
@@ -104,14 +104,12 @@ class LearnerActor(TraceRecorder):
         return os.getpid()
 
     @span("update")
-    def update(
-        self, updates: Sequence[Sequence[Sequence[Pack]]], beta: float, lr: float, loss: str, correction: str
-    ) -> UpdateStats:
-        return self.engine.update(updates, beta=beta, lr=lr, loss=loss, correction=correction)
+    def update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
+        return self.engine.update(updates, settings)
 
     @ray.method(concurrency_group=BACKGROUND)  # type: ignore[untyped-decorator]
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
-        self.engine.prepare(updates, with_reference=with_reference)
+    def prefetch(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> None:
+        self.engine.prefetch(updates, settings)
 
     @span("audit")
     def candidate_logprobs(self, probes: Sequence[Probe]) -> list[NDArray[np.float32]]:

@@ -15,7 +15,7 @@ from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.actors import LearnerActor
 from othink_ray.runtime.futures import ProcessLost, Streams, WorkersLost, gather
 from othink_ray.runtime.placement import Placement
-from othink_ray.types import Pack, UpdateStats
+from othink_ray.types import Pack, UpdateRequest, UpdateStats
 
 
 class LearnerLost(ProcessLost):
@@ -48,45 +48,40 @@ class LearnerPool:
     def wait(self, started: Sequence[Any]) -> None:
         self.wait_for(started, "loading", self.learner.load_timeout_s)
 
-    def update(
-        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
-    ) -> UpdateStats:
-        return self.updated(
-            self.begin_update(packs, updates=updates, beta=beta, lr=lr, loss=loss, correction=correction)
-        )
+    def update(self, request: UpdateRequest) -> UpdateStats:
+        return self.finish_update(self.begin_update(request))
 
-    def begin_update(
-        self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, loss: str, correction: str
-    ) -> list[Any]:
-        """Start an update on packs balanced over the ranks; return the references to pass to `updated`.
+    def begin_update(self, request: UpdateRequest) -> list[Any]:
+        """Start an update on packs balanced over the ranks; return the references to pass to `finish_update`.
 
         Calls issued meanwhile are queued on the ranks and run right after it.
         """
         return [
-            actor.update.remote(shard, beta, lr, loss, correction)
-            for actor, shard in zip(self.ranks, self._shards(packs, updates), strict=True)
+            actor.update.remote(shard, request.settings)
+            for actor, shard in zip(self.ranks, self._shards(request), strict=True)
         ]
 
-    def _shards(self, packs: Sequence[Pack], updates: int) -> list[list[list[list[Pack]]]]:
+    def _shards(self, request: UpdateRequest) -> list[list[list[list[Pack]]]]:
         """Return the packs as [rank][update][micro-batch]."""
-        planned = plan(packs, ranks=len(self.ranks), updates=updates, micro_tokens=self.learner.micro_tokens)
+        packs, ranks = request.packs, len(self.ranks)
+        planned = plan(packs, ranks=ranks, updates=request.updates, micro_tokens=self.learner.micro_tokens)
         return [
             [[[packs[index] for index in micro] for micro in update[rank]] for update in planned]
-            for rank in range(len(self.ranks))
+            for rank in range(ranks)
         ]
 
-    def updated(self, begun: Sequence[Any]) -> UpdateStats:
+    def finish_update(self, begun: Sequence[Any]) -> UpdateStats:
         """Wait for an update and return its statistics: equal on every rank but for bad prompts, which are joined."""
         stats: list[UpdateStats] = self.wait_for(begun, "update")
         return replace(stats[0], bad_prompts=tuple(prompt for of_rank in stats for prompt in of_rank.bad_prompts))
 
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+    def prefetch(self, request: UpdateRequest) -> None:
         """Start to prefetch the weight-independent inputs of the next update, beside the update that runs.
 
         Errors of the prefetch are raised by the next update.
         """
-        for actor, shard in zip(self.ranks, self._shards(packs, updates), strict=True):
-            actor.prepare.remote(shard, with_reference)
+        for actor, shard in zip(self.ranks, self._shards(request), strict=True):
+            actor.prefetch.remote(shard, request.settings)
 
     def candidate_logprobs(self, probes: Any) -> list[Any]:
         """Return a reference per rank to the candidates' logprobs, equal on all ranks; `probes` may be a reference."""

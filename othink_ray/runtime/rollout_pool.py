@@ -26,6 +26,8 @@ _TOKENS_AN_IMAGE = 256
 # A prompt's tokens are processed in parallel, an answer's one after the other.
 _PROMPT_TOKENS_AN_ANSWER_TOKEN = 8
 
+SyncEngines = Callable[[Sequence[int]], None]  # sends the last pushed weights to the engines of these indices
+
 
 class AnswerLengths:
     """Mean answer length by prompt, as an estimate for the next answers to it."""
@@ -93,8 +95,6 @@ class RolloutPool:
         self.lengths = AnswerLengths() if rollout.balance else None
         self.actors = [self._start(index) for index in range(rollout.num_actors)]
         self.prefetched: tuple[Sequence[Prompt], list[Shard]] = ([], [])
-        self.sync_new_engines: Callable[[Sequence[int]], None] | None = None
-        """Brings new engines to the weights of the others; None where the model folder's weights are the right ones."""
 
     def _start(self, index: int) -> Any:
         return self.placement.start(RolloutActor, "rollout", index, self.make_engine)
@@ -102,8 +102,12 @@ class RolloutPool:
     def wait(self) -> None:
         gather([actor.ready.remote() for actor in self.actors], f"{_NAME} (loading)", self.load_timeout_s)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Any]:
-        """Yield references to groups as they finish on any actor; prompts of a lost actor are sampled again."""
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, sync: SyncEngines | None = None) -> Iterator[Any]:
+        """Yield references to groups as they finish on any actor.
+
+        A lost actor is replaced and its prompts are sampled again; `sync` sends the new engine the weights of the
+        others (None: the weights of the model folder are the right ones).
+        """
         left = list(prompts)
         while left:
             shards = self._shards_of(left, sampling.answers)
@@ -120,22 +124,20 @@ class RolloutPool:
                 for prompt in _unanswered(shards[index].prompts, streams.received[index])
             ]
             if streams.lost:
-                self.replace(WorkersLost(_NAME, streams.lost), sync=True)
+                self.replace(WorkersLost(_NAME, streams.lost), sync)
                 if left:
                     self.incidents.tell(f"{len(left)} of {len(prompts)} prompts are sampled again")
 
     def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None:
-        """Shard the next prompts and let the engines prepare them while the learner works."""
-        shards = self._split(prompts, answers)
-        self.prefetched = list(prompts), [Shard(prompts=shard, argument=ray.put(shard)) for shard in shards]
-        if not self.sleeps:
-            self._prepare()
+        """Shard the next prompts and let the engines prefetch their inputs; return at once.
 
-    def _prepare(self) -> None:
-        """Start the engines' preparation without waiting; its errors are raised when the prompts are sampled."""
-        for actor, shard in zip(self.actors, self.prefetched[1], strict=False):
+        Errors of the prefetch are raised when the prompts are sampled.
+        """
+        shards = [Shard(prompts=shard, argument=ray.put(shard)) for shard in self._split(prompts, answers)]
+        self.prefetched = list(prompts), shards
+        for actor, shard in zip(self.actors, shards, strict=True):
             if shard.prompts:
-                actor.prepare.remote(shard.argument)
+                actor.prefetch.remote(shard.argument)
 
     def _shards_of(self, prompts: Sequence[Prompt], answers: int) -> list[Shard]:
         prefetched, shards = self.prefetched
@@ -150,8 +152,8 @@ class RolloutPool:
         work = [self.lengths.work(prompt, answers) for prompt in prompts]
         return [[prompts[index] for index in indices] for indices in balance(work, len(self.actors))]
 
-    def replace(self, failure: WorkersLost, *, sync: bool) -> None:
-        """Restart the lost actors in their bundles; `sync`: and send them the weights of the others."""
+    def replace(self, failure: WorkersLost, sync: SyncEngines | None = None) -> None:
+        """Restart the lost actors in their bundles, then `sync` the new engines."""
         self.incidents.restart("rollout_restarts", failure)
         if self.placement.has_lost_a_node():
             raise ProcessLost(f"{failure}, and the run lost a node with it")
@@ -161,11 +163,11 @@ class RolloutPool:
             self.actors[index] = self._start(index)
         new = list(failure.lost)
         gather([self.actors[index].ready.remote() for index in new], f"{_NAME} (restarting)", self.load_timeout_s)
-        if sync and self.sync_new_engines is not None:
-            self.sync_new_engines(new)
+        if sync is not None:
+            sync(new)
         self.incidents.tell(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
 
-    def note(self, groups: Iterable[Group]) -> None:
+    def record_lengths(self, groups: Iterable[Group]) -> None:
         """Record answer lengths, to balance the next prompts."""
         if self.lengths is not None:
             for group in groups:
@@ -175,7 +177,6 @@ class RolloutPool:
         """Free the engines' device memory until the next push, where they share GPUs with the learner."""
         if self.sleeps:
             self.wait_for([actor.sleep.remote() for actor in self.actors], "going to sleep")
-            self._prepare()
 
     def begin_push(self, engines: Sequence[int] | None = None) -> list[Any]:
         return [actor.begin_push.remote() for actor in self._actors(engines)]

@@ -207,7 +207,6 @@ class AuditedPush:
         self.audited: list[Probe] = []  # of the first engine; the others agreed with it
         self.pushed: Sequence[Any] = []  # references to digests
         self.frozen: Sequence[Any] = []
-        rollout.sync_new_engines = self.sync_new_engines
 
     def begin(self) -> None:
         """Queue the gather behind the learner's update: its push follows."""
@@ -233,7 +232,7 @@ class AuditedPush:
             self.frozen = self.frozen or self.learner.frozen_digests()
 
     def _retry(self, failure: WorkersLost) -> Audit:
-        self.rollout.replace(failure, sync=False)
+        self.rollout.replace(failure)
         try:
             return self._audit(self.transport.send_again(self.version, None), complete=True)
         except WorkersLost as another:

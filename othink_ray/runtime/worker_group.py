@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from othink_ray.runtime.futures import collect_traces
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.reward_pool import RewardPool
-from othink_ray.runtime.rollout_pool import RolloutPool
+from othink_ray.runtime.rollout_pool import RolloutPool, SyncEngines
 from othink_ray.runtime.weight_sync import AuditedPush
-from othink_ray.tracing import Spans
-from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, UpdateStats
+from othink_ray.tracing import Spans, span
+from othink_ray.types import Audit, Prompt, ScoredGroup, UpdateRequest, UpdateStats
 
 _STEPS_PER_SEED = 2**24  # runs with neighboring seeds share no step's seed
 _SEEDS_PER_ROUND = 2**64  # torch's range of seeds: seeds of different sampling rounds never meet
@@ -32,6 +31,7 @@ class EvalWorkers:
     max_tokens: int
     temperature: float
     seed: int
+    sync_new_engines: SyncEngines | None = None  # None: the weights of the model folder are the right ones
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         """Return one greedy answer per prompt, scored."""
@@ -43,60 +43,57 @@ class EvalWorkers:
 
     def _answer(self, prompts: Sequence[Prompt], *, answers: int, temperature: float) -> list[ScoredGroup]:
         sampling = Sampling(answers=answers, max_tokens=self.max_tokens, temperature=temperature, seed=self.seed)
-        return self.rewards.score(self.rollout.generate(prompts, sampling))
+        return self.rewards.score(self.rollout.generate(prompts, sampling, self.sync_new_engines))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerGroup(EvalWorkers):
-    """All pools of a training run: EvalWorkers, plus the learner, the push and the sampling settings."""
+    """All pools of a training run: EvalWorkers, plus the learner, the push and the size of a group."""
 
     learner: LearnerPool
     pusher: AuditedPush
-    answers: int
-    loss: str
-    correction: str  # importance correction for answers of the current weights: the engines round differently
-    stale_correction: str  # importance correction for answers of older weights
-    upcoming: Callable[[], Sequence[Prompt]]  # the next prompts, as far as they are known
+    answers: int  # G
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int = 0) -> Iterator[Any]:
-        """Yield references to groups as they finish; prefetch the upcoming prompts after half of them.
-
-        By then the upcoming prompts are read; an engine begins with its share after its last answer.
-        """
+        """Yield references to groups as they finish."""
         sampling = Sampling(
             answers=self.answers,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=(sampling_round * _SEEDS_PER_ROUND + self.seed) * _STEPS_PER_SEED + step,
         )
-        groups = self.rollout.generate(prompts, sampling)
-        yield from islice(groups, (len(prompts) + 1) // 2)
-        self.rollout.prefetch(self.upcoming(), self.answers)
-        yield from groups
+        with span("generate", step=step, sampling_round=sampling_round, prompts=len(prompts)):
+            yield from self.rollout.generate(prompts, sampling, self.sync_new_engines)
 
+    @span("score")  # includes "generate": the groups are scored as they arrive
     def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
-        scored = self.rewards.score(groups)
-        self.rollout.note(result.group for result in scored)
-        return scored
+        return self.rewards.score(groups)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        """Run the optimizer steps and return their statistics; the gather for the next push is queued behind them."""
-        self.rollout.sleep()
-        correction = self.stale_correction if stale else self.correction
-        begun = self.learner.begin_update(
-            packs, updates=updates, beta=beta, lr=lr, loss=self.loss, correction=correction
-        )
-        self.pusher.begin()
-        return self.learner.updated(begun)
+    def record_lengths(self, scored_groups: Sequence[ScoredGroup]) -> None:
+        self.rollout.record_lengths(scored.group for scored in scored_groups)
 
     def sleep(self) -> None:
         self.rollout.sleep()
 
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        self.learner.prepare(packs, updates=updates, with_reference=with_reference)
+    def begin_update(self, request: UpdateRequest) -> list[Any]:
+        return self.learner.begin_update(request)
+
+    def begin_push(self) -> None:
+        self.pusher.begin()
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.rollout.prefetch(prompts, self.answers)
+
+    def prefetch_update(self, request: UpdateRequest) -> None:
+        self.learner.prefetch(request)
+
+    @span("update")
+    def finish_update(self, update: Sequence[Any]) -> UpdateStats:
+        return self.learner.finish_update(update)
 
     def push(self, version: int) -> Audit:
-        return self.pusher(version)
+        with span("push", version=version):
+            return self.pusher(version)
 
     def spans(self, *, go_on: bool) -> dict[str, Spans]:
         """Return the trace spans of each process since the last call, by its name; `go_on`: keep recording."""

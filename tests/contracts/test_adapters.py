@@ -84,7 +84,7 @@ def small_steps(case: Case, learner: LearnerConfig, steps: int, size: float) -> 
 def _answers(case: Case) -> list:  # type: ignore[type-arg]
     from othink_ray.engines.demonstrations import Demonstrations
 
-    return list(Demonstrations(case.policy.family).generate(case.prompts[:8]))
+    return Demonstrations(case.policy.family).answer(case.prompts[:8])
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_prefetched_prompts_are_prepared_once_and_answer_alike(
     engine: RolloutEngine, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answers(engine, MIXED, WARM)
-    engine.prepare(MIXED)
+    engine.prefetch(MIXED)
     with monkeypatch.context() as broken:
         broken.setattr(type(family), "prompt_token_ids", lambda family, prompt: pytest.fail("prepared twice"))
         assert answers(engine, MIXED, WARM) == expected

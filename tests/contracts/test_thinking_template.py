@@ -48,7 +48,7 @@ def thinking(config: Config, model_folder: Path, opened: str, tmp_path_factory: 
 def trained(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Policy:
     """Return a model after a few SFT steps on demonstrations under this template."""
     trained = copy.deepcopy(taught)
-    samples = [row_of(group) for group in Demonstrations(thinking).generate(scenes)]
+    samples = [row_of(group) for group in Demonstrations(thinking).answer(scenes)]
     optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(12):
         start = step * 16 % len(samples)
@@ -69,7 +69,7 @@ def test_the_prompt_ends_with_the_opening_tag(thinking: Family, scenes: Sequence
 def test_a_demonstration_continues_the_prompt(
     thinking: Family, scenes: Sequence[Prompt], opened: str, reasoning: bool
 ) -> None:
-    for group in Demonstrations(thinking, reasoning=reasoning).generate(scenes[:4]):
+    for group in Demonstrations(thinking, reasoning=reasoning).answer(scenes[:4]):
         [completion] = group.completions
         own = completion.token_ids.tolist()
         [whole] = thinking.decode([[*group.prompt_token_ids.tolist(), *own]])

@@ -13,9 +13,10 @@ from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import BetaSchedule
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.driver.loop import Recipe, Step
-from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup, UpdateStats
+from othink_ray.types import Audit, Completion, Group, Message, Prompt, ScoredGroup, UpdateRequest, UpdateStats
 
 ANSWERS = 3
+STALE_TIS = "token"
 
 
 class NumberStream:
@@ -26,11 +27,15 @@ class NumberStream:
 
     def take(self, count: int, beside: Sequence[Prompt] = ()) -> list[Prompt]:
         first, self.position = self.position, self.position + count
+        return [self._prompt(number) for number in range(first, self.position)]
+
+    def upcoming(self) -> list[Prompt]:
+        return [self._prompt(number) for number in range(self.position, self.position + 2)]
+
+    @staticmethod
+    def _prompt(number: int) -> Prompt:
         message = Message(role="user", text="?")
-        return [
-            Prompt(id=f"p{number}", messages=(message,), images=(), answer="1", task="counting")
-            for number in range(first, self.position)
-        ]
+        return Prompt(id=f"p{number}", messages=(message,), images=(), answer="1", task="counting")
 
 
 def stats_of(**known: float) -> UpdateStats:
@@ -53,6 +58,8 @@ class ScriptedWorkers:
     stale: list[bool] = field(default_factory=list)
     prepared: list[tuple[list[str], int, bool]] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)  # the sampling round of each call of `generate`
+    prefetched: list[list[str]] = field(default_factory=list)  # prompt ids of each call of `prefetch`
+    beside: list[str] = field(default_factory=list)  # the verbs between scoring and pushing, in order
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Group]:
         self.calls.append(("generate", step))
@@ -93,15 +100,34 @@ class ScriptedWorkers:
         self.calls.append(("score", len(scored)))
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        self.calls.append(("update", [pack.prompt_id for pack in packs], updates, beta))
-        self.rates.append(lr)
-        self.stale.append(stale)
-        self.weight = sum(pack.loss_weights.sum() for pack in packs)
+    def record_lengths(self, scored_groups: Sequence[ScoredGroup]) -> None:
+        self.beside.append("record_lengths")
+
+    def sleep(self) -> None:
+        self.beside.append("sleep")
+
+    def begin_update(self, request: UpdateRequest) -> UpdateStats:
+        settings = request.settings
+        self.calls.append(("update", [pack.prompt_id for pack in request.packs], request.updates, settings.beta))
+        self.beside.append("begin_update")
+        self.rates.append(settings.lr)
+        self.stale.append(settings.tis == STALE_TIS)
+        self.weight = sum(pack.loss_weights.sum() for pack in request.packs)
         return stats_of(kl_mean=self.kl)
 
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        self.prepared.append(([pack.prompt_id for pack in packs], updates, with_reference))
+    def begin_push(self) -> None:
+        self.beside.append("begin_push")
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.beside.append("prefetch")
+        self.prefetched.append([prompt.id for prompt in prompts])
+
+    def finish_update(self, update: UpdateStats) -> UpdateStats:
+        self.beside.append("finish_update")
+        return update
+
+    def prefetch_update(self, request: UpdateRequest) -> None:
+        self.prepared.append(([pack.prompt_id for pack in request.packs], request.updates, request.settings.beta > 0))
 
     def push(self, version: int) -> Audit:
         self.calls.append(("push", version))
@@ -136,4 +162,7 @@ def recipe_of(*, updates: int = 1, rounds: int = 1) -> Recipe:
         pack=partial(
             pack_step, updates=updates, loss_weights=LOSS_WEIGHTS["answer_mean"], max_tokens=8, shared_prefix=True
         ),
+        loss="grpo",
+        tis="none",
+        stale_tis=STALE_TIS,
     )

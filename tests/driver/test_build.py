@@ -6,20 +6,20 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.core.losses import TIS_MODES
-from othink_ray.driver.build import correction, temperature
+from othink_ray.driver.build import temperature, tis_mode
 
 
 @pytest.mark.parametrize(("dtype", "on_policy"), [("float32", "none"), ("bfloat16", "token")])
 def test_auto_corrects_on_policy_answers_only_in_bfloat16(dtype: str, on_policy: str) -> None:
     config = load([f"model.dtype={dtype}"])
-    assert correction(config, stale=False) == on_policy
-    assert correction(config, stale=True) == "token"
+    assert tis_mode(config, stale=False) == on_policy
+    assert tis_mode(config, stale=True) == "token"
 
 
 @pytest.mark.parametrize("name", TIS_MODES)
 def test_an_explicit_correction_holds_on_and_off_policy(name: str) -> None:
     config = load([f"algo.correction={name}"])
-    assert {correction(config, stale=stale) for stale in (False, True)} == {name}
+    assert {tis_mode(config, stale=stale) for stale in (False, True)} == {name}
 
 
 def test_sft_trains_at_temperature_1_and_rl_at_that_of_sampling() -> None:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from othink_ray.config.load import load
-from othink_ray.driver.callbacks import Guards, RunawayError
-from othink_ray.driver.loop import Step
-from othink_ray.types import Audit, Completion, Group, Prompt, ScoredGroup, UpdateStats
+from othink_ray.driver.callbacks import Guards, RunawayError, StepResult
+from othink_ray.types import Completion, Group, Prompt, ScoredGroup, UpdateStats
 from tests.driver.fakes import NumberStream, stats_of
 
 FAULTS = replace(load([]).faults, patience=3, kl_limit=2.0, gap_limit=0.5)
@@ -26,20 +25,15 @@ def scored(prompt: Prompt) -> ScoredGroup:
     return ScoredGroup(group=group, rewards=np.ones(2), parts={}, valid=np.ones(2, dtype=bool))
 
 
-def step_of(stats: UpdateStats, *, number: int = 0, audited: int = 1) -> Step:
-    groups = [scored(prompt) for prompt in NumberStream().take(3)]
-    return Step(
+def step_of(stats: UpdateStats, *, number: int = 0, sampled: bool = True) -> StepResult:
+    return StepResult(
         step=number,
-        beta=0.04,
-        schedule_state={},
         data_position=0,
-        requested=groups,
-        scored=groups,
-        advantages=[np.zeros(2)] * 3,
+        schedule_state={},
+        beta=0.04,
         stats=stats,
-        audit=Audit(version=1, gap_mean=0.0, gap_max=0.0, tokens=audited),
-        times={},
-        hidden_s=0.0,
+        groups=[(scored(prompt), np.zeros(2)) for prompt in NumberStream().take(3)],
+        sampled=sampled,
     )
 
 
@@ -84,4 +78,4 @@ def test_the_samples_of_a_bad_step_are_written(tmp_path: Path) -> None:
 
 
 def test_the_sampler_gap_of_demonstrations_is_ignored(tmp_path: Path) -> None:
-    Guards(FAULTS, tmp_path, log=pytest.fail).check(step_of(stats_of(logp_gap_mean=6.0), audited=0))
+    Guards(FAULTS, tmp_path, log=pytest.fail).check(step_of(stats_of(logp_gap_mean=6.0), sampled=False))

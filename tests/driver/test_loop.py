@@ -45,6 +45,14 @@ def test_a_step_is_generate_score_update_push() -> None:
     assert [call[1] for call in workers.calls if call[0] == "push"] == [0, 1, 2]
 
 
+def test_the_learner_works_while_engines_prefetch() -> None:
+    workers = ScriptedWorkers()
+    run(workers, range(2))
+    verbs = ["record_lengths", "sleep", "begin_update", "begin_push", "prefetch", "finish_update"]
+    assert workers.beside == verbs * 2
+    assert workers.prefetched == [["p4", "p5"], ["p8", "p9"]]
+
+
 def test_each_step_trains_with_the_beta_of_equation_3() -> None:
     workers = ScriptedWorkers()
     run(workers, range(10))

@@ -8,16 +8,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from othink_ray.config.load import load
+from othink_ray.data import PromptStream
 from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
-from othink_ray.driver.build import cores_shared, open_loop
+from othink_ray.driver.build import cores_shared
 from othink_ray.driver.loop import Step, train
 from othink_ray.driver.metrics import step_metrics
-from othink_ray.types import Audit, Group, Pack, Prompt, ScoredGroup, UpdateStats
+from othink_ray.driver.training import open_loop
+from othink_ray.types import Audit, Group, Prompt, ScoredGroup, UpdateStats
 from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, ScriptedWorkers, recipe_of
 
 TIMEOUT_S = 30
@@ -32,7 +34,7 @@ def run(
     stream: NumberStream | None = None,
     **changes: Any,
 ) -> list[Step]:
-    callbacks, how = callbacks or RecordingCallbacks(), {"prepare_ahead": True} | settings(steps, rounds) | changes
+    callbacks, how = callbacks or RecordingCallbacks(), {"prefetch_update": True} | settings(steps, rounds) | changes
     with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
         train_overlapped(executor, workers, stream or NumberStream(), callbacks=callbacks, **how)
     return callbacks.steps
@@ -146,10 +148,10 @@ def test_a_reference_is_prepared_only_if_the_next_beta_needs_it() -> None:
     assert [with_reference for *_, with_reference in workers.prepared] == [True, False]
 
 
-def test_prepare_ahead_false_prepares_nothing() -> None:
+def test_prefetch_update_false_prepares_nothing() -> None:
     workers, off = ScriptedWorkers(), ScriptedWorkers()
     run(workers, range(3))
-    run(off, range(3), prepare_ahead=False)
+    run(off, range(3), prefetch_update=False)
     assert off.prepared == []
     assert [call for call in off.calls if call[0] == "update"] == [
         call for call in workers.calls if call[0] == "update"
@@ -176,11 +178,11 @@ class BarrierWorkers(ScriptedWorkers):
         self.busy.remove("sampling")
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+    def finish_update(self, update: UpdateStats) -> UpdateStats:
         self.busy.append("learning")
         if self.version != self.last:  # the last update has no sampling beside it
             self.both.wait(TIMEOUT_S)
-        stats = super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
+        stats = super().finish_update(update)
         self.busy.remove("learning")
         return stats
 
@@ -211,9 +213,9 @@ def test_hidden_time_is_not_part_of_the_step_time() -> None:
             time.sleep(0.05)
             return super().score(groups)
 
-        def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        def finish_update(self, update: UpdateStats) -> UpdateStats:
             time.sleep(0.1)
-            return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
+            return super().finish_update(update)
 
     began = time.perf_counter()
     found = [step_metrics(record) for record in run(Slow(), range(3))]
@@ -254,9 +256,9 @@ class Stuck(ScriptedWorkers):
             self._fail_or_hang("generate")
         return super().generate(prompts, step, sampling_round)
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+    def finish_update(self, update: UpdateStats) -> UpdateStats:
         self._fail_or_hang("update")
-        return super().update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
+        return super().finish_update(update)
 
     def _fail_or_hang(self, verb: str) -> None:
         if self.failing == verb:
@@ -273,7 +275,7 @@ def test_a_failed_thread_raises_while_the_other_one_hangs(failing: str) -> None:
             began = time.monotonic()
             with pytest.raises(RuntimeError, match=f"{failing} broke"):
                 train_overlapped(
-                    executor, workers, NumberStream(), callbacks=callbacks, prepare_ahead=True, **settings(range(3))
+                    executor, workers, NumberStream(), callbacks=callbacks, prefetch_update=True, **settings(range(3))
                 )
             assert time.monotonic() - began < TIMEOUT_S / 2
         finally:
@@ -303,7 +305,7 @@ def test_ctrl_c_works_while_both_threads_hang() -> None:
                     workers,
                     NumberStream(),
                     callbacks=RecordingCallbacks(),
-                    prepare_ahead=True,
+                    prefetch_update=True,
                     **settings(range(3)),
                 )
             assert time.monotonic() - began < TIMEOUT_S / 2
@@ -321,17 +323,24 @@ def test_the_data_position_is_that_of_the_next_step() -> None:
     assert [record.data_position for record in run(ScriptedWorkers(constant=constant), range(2), rounds=5)] == [7, 12]
 
 
-@pytest.mark.parametrize("overrides", [[], ["train.overlap=false"], ["mode=sft", "train.overlap=true"]])
+def opened_loop(overrides: list[str]) -> ScriptedWorkers:
+    """Run three steps of the loop that a configuration opens."""
+    workers, stream = ScriptedWorkers(), cast(PromptStream, NumberStream())
+    config = load(["train.prompts_per_step=4", *overrides])
+    with open_loop(config) as loop:
+        loop(workers, stream, path="", steps=range(3), schedule_state={}, callbacks=RecordingCallbacks())
+    return workers
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.overlap=false"]])
 def test_without_overlap_the_plain_loop_is_opened(overrides: list[str]) -> None:
-    with open_loop(load(overrides)) as loop:
-        assert loop is train
+    workers = opened_loop(overrides)
+    assert [call[0] for call in workers.calls] == ["push", *["generate", "score", "update", "push"] * 3]
+    assert workers.prepared == []
 
 
 def test_train_overlap_opens_the_overlapped_loop() -> None:
-    workers, callbacks = ScriptedWorkers(), RecordingCallbacks()
-    with open_loop(load(["train.overlap=true"])) as loop:
-        loop(workers, NumberStream(), callbacks=callbacks, **settings(range(3)))
-    assert workers.stale == [False, True, True]
+    assert len(opened_loop(["train.overlap=true"]).prepared) == 2
 
 
 def test_engines_and_learner_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

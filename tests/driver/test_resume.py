@@ -16,15 +16,15 @@ from othink_ray.config.schema import Config
 from othink_ray.data import open_source
 from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver import checkpoint
-from othink_ray.driver.build import beta_schedule, lr_schedule, open_loop, recipe
-from othink_ray.driver.callbacks import RunCallbacks
+from othink_ray.driver.callbacks import GRPOCallbacks
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import EvalSet, Evaluation
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.stopping import StopRequest
+from othink_ray.driver.training import open_loop
 from othink_ray.runtime.monitoring import Incidents
-from othink_ray.types import Audit, Completion, Group, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
+from othink_ray.types import Audit, Completion, Group, Prompt, ScoredGroup, TrainState, UpdateRequest, UpdateStats
 from tests.driver.fakes import stats_of
 
 STEPS = 6
@@ -69,12 +69,22 @@ class FakeWorkers:
             )
         return scored
 
-    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
-        self.drift += 0.02 - 0.2 * beta
+    def record_lengths(self, scored_groups: Sequence[ScoredGroup]) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def begin_update(self, request: UpdateRequest) -> float:
+        return request.settings.beta
+
+    def begin_push(self) -> None: ...
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None: ...
+
+    def finish_update(self, update: float) -> UpdateStats:
+        self.drift += 0.02 - 0.2 * update
         return stats_of(kl_mean=self.drift)
 
-    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
-        """Ignore the hint."""
+    def prefetch_update(self, request: UpdateRequest) -> None: ...
 
     def push(self, version: int) -> Audit:
         self.version = version
@@ -96,7 +106,6 @@ class FakeWorkers:
 def run(config: Config, run_dir: Path, workers: FakeWorkers, state: TrainState, until: int) -> list[dict[str, float]]:
     """Run the steps from `state` to `until` with real callbacks; return the lines of metrics.jsonl."""
     stream = PromptStream(open_source(config.data, "train"), seed=0, on_bad_row="stop", position=state.data_position)
-    schedule = beta_schedule(config)
     eval_set = EvalSet(name="counting", prompts=[open_source(config.data, "test").prompt(0)], bad_rows=[])
     with (
         RunRecords(
@@ -113,11 +122,9 @@ def run(config: Config, run_dir: Path, workers: FakeWorkers, state: TrainState, 
         loop(
             workers,
             stream,
+            path="",
             steps=range(state.step, until),
-            recipe=recipe(config),
-            schedule=schedule,
-            schedule_state=schedule.resume(state.schedule_state),
-            lr=lr_schedule(config),
+            schedule_state=state.schedule_state,
             callbacks=callbacks_of(config, run_dir, workers, stream, eval_set, records, console, state),
         )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -132,9 +139,9 @@ def callbacks_of(
     records: RunRecords,
     console: Console,
     state: TrainState,
-) -> RunCallbacks:
+) -> GRPOCallbacks:
     checkpoints = Checkpoints(run_dir, workers, keep_last=9, keep_best=False, log=console.say)
-    return RunCallbacks(
+    return GRPOCallbacks(
         config,
         workers,
         stream,

@@ -13,6 +13,7 @@ import pytest
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RendezvousInfo, rendezvous_info
+from othink_ray.types import UpdateSettings
 from tests.conftest import OVERRIDES
 from tests.engines.samples import ask, batch_of, distributions, group_of, picture, scored
 
@@ -46,8 +47,9 @@ def learn(folder: Path, port: int, overrides_of_runs: Sequence[Sequence[str]]) -
         )
         sample = pack(scored(replace(group, completions=completions), [1.0] * len(answers)), np.ones(len(answers)), 1)
 
+        settings = UpdateSettings(beta=0.0, lr=2e-3, loss="sft", tis="none")
         learner = learner_engine(config, str(folder), rendezvous, with_reference=False)
-        steps = [learner.update([[[sample]]], beta=0.0, lr=2e-3, loss="sft", correction="none") for _ in range(STEPS)]
+        steps = [learner.update([[[sample]]], settings) for _ in range(STEPS)]
         at_1 = Policy(learner.engine.module.network, family, temperature=1.0, logit_rows=64)
         first = distributions(at_1, batch_of([sample], family))[0].detach().exp()
         found.append(

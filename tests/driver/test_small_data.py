@@ -5,9 +5,9 @@ Uses the real WorkerGroup with its seeds, over fake pools whose answers depend o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from othink_ray.core.advantages import ADVANTAGES
-from othink_ray.core.packing import LOSS_WEIGHTS, pack_step, plan
+from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.loop import Recipe, Step, train
-from othink_ray.engines.base import Sampling
-from othink_ray.runtime.worker_group import WorkerGroup
-from othink_ray.types import Audit, Completion, Group, Message, Pack, Prompt, ScoredGroup
-from tests.driver.fakes import PAPER, RecordingCallbacks, stats_of
+from othink_ray.types import Message, Prompt, ScoredGroup
+from tests.driver.fakes import PAPER, RecordingCallbacks
+from tests.driver.scripted_pools import ScriptedPools, worker_group
 
 STEPS = 6
 
@@ -39,61 +38,6 @@ class Rows:
     def prompt(self, index: int) -> Prompt:
         message = Message(role="user", text=f"question {index}")
         return Prompt(id=f"row{index}", messages=(message,), images=(), answer="1", task="counting")
-
-
-@dataclass
-class Pools:
-    """Rollout pool, reward pool, learner pool and pusher in one; `signal` is the chance that rewards differ."""
-
-    signal: float
-    version: int = -1
-    seeds: list[int] = field(default_factory=list)  # of all groups, in request order
-    update_weights: list[list[float]] = field(default_factory=list)  # by step: weight of each optimizer step
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        for prompt in prompts:
-            self.seeds.append(sampling.seed_of(prompt))
-            rng = np.random.default_rng(self.seeds[-1])
-            answers = tuple(
-                Completion(
-                    token_ids=rng.integers(0, 10**6, length),
-                    sampler_logprobs=np.zeros(length, np.float32),
-                    text="",
-                    finish="stop",
-                )
-                for length in rng.integers(1, 6, 3)
-            )
-            ids = np.arange(2)
-            yield Group(prompt=prompt, prompt_token_ids=ids, completions=answers, version=self.version)
-
-    def score(self, groups: Iterable[Group]) -> list[ScoredGroup]:
-        scored = []
-        for group in reversed(list(groups)):
-            rng = np.random.default_rng(group.completions[0].token_ids)
-            rewards = np.arange(3.0) * (rng.random() < self.signal)
-            scored.append(ScoredGroup(group=group, rewards=rewards, parts={}, valid=np.ones(3, dtype=np.bool_)))
-        return scored
-
-    def begin_update(self, packs: Sequence[Pack], *, updates: int, **how: Any) -> None:
-        planned = plan(packs, ranks=2, updates=updates, micro_tokens=24)
-        indices = [[index for rank in update for micro_batch in rank for index in micro_batch] for update in planned]
-        weights = [sum(float(packs[index].loss_weights.sum()) for index in update) for update in indices]
-        self.update_weights.append(weights)
-
-    def updated(self, begun: None) -> Any:
-        return stats_of()
-
-    def __call__(self, version: int) -> Audit:
-        self.version = version
-        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=1)
-
-    def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None: ...
-
-    def note(self, groups: Iterable[Group]) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def begin(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +69,9 @@ class Setting:
         )
 
 
-def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], Pools]:
+def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], ScriptedPools]:
     """Run some steps with this setting from a position in the data."""
-    pools: Any = Pools(setting.signal)
+    pools = ScriptedPools(setting.signal)
     stream = PromptStream(
         Rows(setting.rows),
         seed=3,
@@ -135,21 +79,7 @@ def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], 
         position=position,
         read_ahead=setting.prompts if setting.read_ahead else 0,
     )
-    workers = WorkerGroup(
-        rollout=pools,
-        rewards=pools,
-        incidents=pools,
-        learner=pools,
-        pusher=pools,
-        max_tokens=8,
-        temperature=1.0,
-        seed=5,
-        answers=3,
-        loss="grpo",
-        correction="none",
-        stale_correction="none",
-        upcoming=stream.upcoming,
-    )
+    workers = worker_group(pools)
     recipe = Recipe(
         prompts_per_step=setting.prompts,
         updates_per_step=setting.updates,
@@ -162,6 +92,9 @@ def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], 
             max_tokens=8,
             shared_prefix=setting.shared_prefix,
         ),
+        loss="grpo",
+        tis="none",
+        stale_tis="none",
     )
     callbacks = RecordingCallbacks()
     how: dict[str, Any] = {
@@ -175,7 +108,7 @@ def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], 
     try:
         if setting.overlap:
             with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
-                train_overlapped(executor, workers, stream, prepare_ahead=False, **how)
+                train_overlapped(executor, workers, stream, prefetch_update=False, **how)
         else:
             train(workers, stream, **how)
     finally:

@@ -1,46 +1,87 @@
-"""SFT with engines for evaluation."""
+"""Supervised fine-tuning: the loop, its packed samples, and the engines that evaluate it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from othink_ray.driver.sft import EvaluatedSFTWorkers
-from othink_ray.types import Audit, Group, Prompt, ScoredGroup
+import numpy as np
+import pytest
+
+from othink_ray.core.packing import pack_demonstrations
+from othink_ray.driver.callbacks import RunCallbacks, SFTCallbacks
+from othink_ray.driver.sft import SFTStep, fine_tune
+from othink_ray.types import Completion, Group, Prompt, UpdateRequest, UpdateStats
+from tests.driver.fakes import NumberStream, stats_of
+
+
+def demonstration(prompt: Prompt, length: int) -> Group:
+    completion = Completion(
+        token_ids=np.arange(length), sampler_logprobs=np.zeros(length, np.float32), text="", finish="stop"
+    )
+    return Group(prompt=prompt, prompt_token_ids=np.arange(2), completions=(completion,), version=0)
 
 
 class Recorded:
-    """Demonstrations, learner and engines in one; records the calls."""
+    """Demonstrations, learner and callbacks in one; records the calls."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
+        self.requests: list[UpdateRequest] = []
+        self.started: list[int] = []
+        self.steps: list[SFTStep] = []
 
-    def generate(self, prompts: Sequence[Prompt], version: int) -> Iterator[Group]:
-        return iter(())
+    def answer(self, prompts: Sequence[Prompt]) -> list[Group]:
+        return [demonstration(prompt, length) for length, prompt in enumerate(prompts, start=1)]
 
-    def update(self, packs: Sequence[Any], **settings: Any) -> Any:
-        self.calls.append("update")
+    def update(self, request: UpdateRequest) -> UpdateStats:
+        self.requests.append(request)
+        return stats_of()
 
-    def push(self, version: int) -> Audit:
-        self.calls.append(f"push {version}")
-        return Audit(version=version, gap_mean=0.0, gap_max=0.0, tokens=0)
+    def on_start(self, step: int) -> None:
+        self.started.append(step)
 
-    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        self.calls.append("answer")
-        return []
-
-    def sleep(self) -> None:
-        self.calls.append("sleep")
+    def on_step(self, record: SFTStep) -> None:
+        self.steps.append(record)
 
 
-def test_sft_engines_sleep_between_evaluations() -> None:
+def test_each_step_trains_on_the_next_demonstrations() -> None:
     fake = Recorded()
-    workers = EvaluatedSFTWorkers(fake, fake, fake)
-    for version in range(4):
-        workers.push(version)
-        if version in (0, 3):
-            workers.answer_greedily([])
-            workers.answer_greedily([])
-        workers.update([], updates=1, beta=0.0, lr=1e-3, stale=False)
-    evaluation = ["answer", "answer", "sleep", "update"]
-    assert fake.calls == ["push 0", *evaluation, "update", "update", "push 3", *evaluation]
+    fine_tune(fake, fake, NumberStream(), steps=range(2, 4), batch_size=3, lr=lambda step: float(step), callbacks=fake)
+    assert fake.started == [2]
+    assert [(record.step, record.data_position) for record in fake.steps] == [(2, 3), (3, 6)]
+    trained = [[sample.prompt_id for sample in request.packs] for request in fake.requests]
+    assert trained == [["p0", "p1", "p2"], ["p3", "p4", "p5"]]
+    assert [request.settings.lr for request in fake.requests] == [2.0, 3.0]
+    assert {(request.updates, request.settings.loss, request.settings.beta) for request in fake.requests} == {
+        (1, "sft", 0.0)
+    }
+
+
+def test_answers_weigh_the_same_and_so_do_their_tokens() -> None:
+    prompts = NumberStream().take(3)
+    lengths = (1, 4, 7)
+    packs = pack_demonstrations([demonstration(*pair) for pair in zip(prompts, lengths, strict=True)])
+    assert [sample.loss_weights.sum() for sample in packs] == pytest.approx([1 / 3] * 3)
+    for sample, length in zip(packs, lengths, strict=True):
+        assert sample.loss_weights.tolist() == [0.0, 0.0, *[1 / (3 * length)] * length]
+
+
+def test_engines_get_the_weights_for_evaluation_then_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Engines:
+        def push(self, version: int) -> None:
+            calls.append(f"push {version}")
+
+        def sleep(self) -> None:
+            calls.append("sleep")
+
+    def evaluate(self: Any, step: int) -> dict[str, Any]:
+        calls.append("evaluate")
+        return {}
+
+    monkeypatch.setattr(RunCallbacks, "_evaluate", evaluate)
+    callbacks = SFTCallbacks.__new__(SFTCallbacks)
+    callbacks.workers = Engines()  # type: ignore[assignment]
+    callbacks._evaluate(3)
+    assert calls == ["push 3", "evaluate", "sleep"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.timeline import Timeline, TracedWorkers
+from othink_ray.driver.timeline import Timeline
 from othink_ray.tracing import Spans, keep, span, take
-from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, ScriptedWorkers, recipe_of
+from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, recipe_of
+from tests.driver.scripted_pools import ScriptedPools, worker_group
 from tests.driver.trace_events import spans_in
 
 
@@ -46,7 +47,7 @@ def run(path: Path, *, steps: int, traced: int) -> TraceReader:
     reader = TraceReader(path)
     with Timeline(path, NoProcesses(), reader, steps=traced) as timeline:
         train(
-            TracedWorkers(ScriptedWorkers()),
+            worker_group(ScriptedPools(signal=1.0)),
             NumberStream(),
             steps=range(steps),
             recipe=recipe_of(),

@@ -28,7 +28,7 @@ from othink_ray import tracing
 from othink_ray.config.schema import LearnerConfig, ModelConfig
 from othink_ray.engines.base import rendezvous_info
 from othink_ray.engines.collate import MicroBatch
-from othink_ray.types import Pack, Probe, UpdateStats
+from othink_ray.types import Pack, Probe, UpdateSettings, UpdateStats
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 270  # below pytest's limit, so that the ranks' logs are shown
@@ -45,7 +45,7 @@ class Scenario:
     steps: Sequence[Shares] = ()
     beta: float = 0.1
     loss: str = "grpo"
-    correction: str = "none"
+    tis: str = "none"
     temperature: float = 1.0
     with_reference: bool = True
     load: Path | None = None
@@ -183,8 +183,9 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
     from othink_ray.engines.base import RendezvousInfo
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
-    from tests.engines.slow_training import CLIP_EPS, CORRECTION_BOUNDS
+    from tests.engines.slow_training import CLIP_EPS, TIS_BOUNDS
 
+    rendezvous = RendezvousInfo(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port)
     learner = DeepSpeedLearner(
         scenario.learner,
         open_family(job.model, str(job.folder)),
@@ -192,10 +193,10 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
         temperature=scenario.temperature,
         clip_eps=(CLIP_EPS, CLIP_EPS),
         kl_estimator="k3",
-        correction_bounds=CORRECTION_BOUNDS,
+        tis_bounds=TIS_BOUNDS,
         with_reference=scenario.with_reference,
         seed=0,
-        place=RendezvousInfo(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port),
+        rendezvous=rendezvous,
         shares_gpu=scenario.shares_gpu,
     )
     count_work(learner, cost)
@@ -212,14 +213,11 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
         prefetched.append(len(before.started))
         following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.prefetch else []
         with ThreadPoolExecutor() as threads:
-            preparing = [threads.submit(_prepare, learner, before, own, scenario.beta > 0) for own in following]
+            preparing = [threads.submit(_prepare, learner, before, own, scenario) for own in following]
             stats.append(
                 learner.update(
                     shares[rank],
-                    beta=scenario.beta,
-                    lr=rate,
-                    loss=scenario.loss,
-                    correction=scenario.correction,
+                    UpdateSettings(beta=scenario.beta, lr=rate, loss=scenario.loss, tis=scenario.tis),
                 )
             )
             [future.result() for future in preparing]
@@ -245,12 +243,12 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
     )
 
 
-def _prepare(learner: Any, before: Any, updates: Sequence[Sequence[Sequence[Pack]]], with_reference: bool) -> None:
+def _prepare(learner: Any, before: Any, updates: Sequence[Sequence[Sequence[Pack]]], scenario: Scenario) -> None:
     """Prefetch as soon as the update has started and taken the earlier queue."""
     until = time.monotonic() + TIMEOUT_S
     while learner.prefetcher._queue is before and time.monotonic() < until:
         time.sleep(0.001)
-    learner.prepare(updates, with_reference=with_reference)
+    learner.prefetch(updates, UpdateSettings(beta=scenario.beta, lr=0.0, loss=scenario.loss, tis=scenario.tis))
 
 
 def _whole(learner: Any) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from tests.reference import grpo_d
 from tests.reference.variants import Variant
 
 TEMPERATURE, CLIP_EPS = 0.9, 0.2
-CORRECTION_BOUNDS = 0.5, 1.0
+TIS_BOUNDS = 0.5, 1.0
 GRPO = Variant("group_std", "grpo", "answer_mean", "k3", CLIP_EPS, CLIP_EPS)
 
 # [group][answer]
@@ -85,7 +85,7 @@ def slow_training(
             else:
                 own_groups = groups[update * share : (update + 1) * share]
                 samplers = [[list(map(float, c.sampler_logprobs)) for c in group.completions] for group in own_groups]
-                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, CORRECTION_BOUNDS)
+                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, TIS_BOUNDS)
             optimizer.zero_grad()
             value.backward()
             if not first_gradient:

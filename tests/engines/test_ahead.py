@@ -48,14 +48,14 @@ def test_each_time_one_more_micro_batch_is_prepared_in_order() -> None:
     found = []
     for _ in range(5):
         found.append(names(prefetcher.take()))
-        prefetcher.prepare(UPDATES, with_reference=True)
+        prefetcher.prefetch(UPDATES, with_reference=True)
     assert found == [[], [["a"]], [["a"], ["b", "c"]], [["a"], ["b", "c"], ["d"]], [["a"], ["b", "c"], ["d"]]]
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_the_reference_runs_only_if_requested(with_reference: bool) -> None:
     prefetcher = Prefetcher(prepared)
-    prefetcher.prepare(UPDATES, with_reference=with_reference)
+    prefetcher.prefetch(UPDATES, with_reference=with_reference)
     found = prefetcher.take().pop(UPDATES[0][0])
     assert found is not None
     assert found.precomputed.encodes == with_reference
@@ -73,7 +73,7 @@ def test_an_update_stops_prefetch_and_waits_only_for_its_own() -> None:
     prefetcher = Prefetcher(slow)
     prefetcher._limit = 2
     with ThreadPoolExecutor() as threads:
-        preparing = threads.submit(prefetcher.prepare, UPDATES, with_reference=True)
+        preparing = threads.submit(prefetcher.prefetch, UPDATES, with_reference=True)
         assert started.wait(TIMEOUT_S)
         queue = prefetcher.take()
         assert queue.pop([sample("a")])
@@ -95,7 +95,7 @@ def test_an_error_is_raised_again_where_its_samples_are_used() -> None:
 
     prefetcher = Prefetcher(fails)
     with pytest.raises(ValueError, match="no such image"):
-        prefetcher.prepare(UPDATES, with_reference=True)
+        prefetcher.prefetch(UPDATES, with_reference=True)
     queue = prefetcher.take()
     assert queue.pop([sample("d")]) is None
     with pytest.raises(ValueError, match="no such image"):
@@ -106,7 +106,7 @@ def test_only_a_batch_of_exactly_these_samples_is_used() -> None:
     prefetcher = Prefetcher(prepared)
     prefetcher._limit = 1
     a, b = sample("a"), sample("b")
-    prefetcher.prepare([[[a, b], []]], with_reference=True)
+    prefetcher.prefetch([[[a, b], []]], with_reference=True)
     queue = prefetcher.take()
     assert queue.pop([sample("a"), sample("b")])
     assert queue.pop([])

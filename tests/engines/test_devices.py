@@ -28,7 +28,7 @@ class Stop:
 
     rank, world_size = 0, 2
 
-    def rendezvous(self, device: torch.device) -> None:
+    def join(self, device: torch.device) -> None:
         raise _DeviceChosenError
 
     def load_network(self, dtype: torch.dtype) -> None:
@@ -67,11 +67,11 @@ def test_the_learner_runs_where_its_gpu_share_is(
     monkeypatch.setattr(deepspeed_learner, "onednn_available", lambda: True)
     learner = DeepSpeedLearner.__new__(DeepSpeedLearner)
     place: Any = Stop()
-    how: dict[str, Any] = dict.fromkeys(("family", "temperature", "clip_eps", "kl_estimator", "correction_bounds"))
+    how: dict[str, Any] = dict.fromkeys(("family", "temperature", "clip_eps", "kl_estimator", "tis_bounds"))
     settings = replace(config.learner, gpus_per_rank=gpus, onednn=onednn, threads=None, world_size=2)
     with pytest.raises(_DeviceChosenError):
         learner.__init__(  # type: ignore[misc]
-            settings, **how, dtype="float32", with_reference=False, seed=0, place=place, shares_gpu=False
+            settings, **how, dtype="float32", with_reference=False, seed=0, rendezvous=place, shares_gpu=False
         )
     assert (learner.device.type, os.environ["DS_ACCELERATOR"], set_threads) == (device, device, threads)
     assert getattr(learner, "matmul_override", "none") == products

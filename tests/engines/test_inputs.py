@@ -28,15 +28,15 @@ def cache() -> Cache:
 @pytest.mark.parametrize("read", [Inputs.get, Inputs.take])
 def test_a_prepared_input_is_made_once(cache: Cache, read: Callable[[Inputs[str], Prompt], str]) -> None:
     inputs, ids = cache
-    inputs.prepare(MIXED[:3])
+    inputs.prefetch(MIXED[:3])
     assert [read(inputs, prompt) for prompt in MIXED] == [f"of {prompt.id}" for prompt in MIXED]
     assert ids == [prompt.id for prompt in MIXED]
 
 
 def test_preparing_again_reuses_inputs_and_drops_the_rest(cache: Cache) -> None:
     inputs, ids = cache
-    inputs.prepare(MIXED[:3])
-    inputs.prepare(MIXED[1:4])
+    inputs.prefetch(MIXED[:3])
+    inputs.prefetch(MIXED[1:4])
     assert len(ids) == 4
     inputs.get(MIXED[0])
     assert ids[4:] == [MIXED[0].id]
@@ -44,13 +44,13 @@ def test_preparing_again_reuses_inputs_and_drops_the_rest(cache: Cache) -> None:
 
 def test_a_taken_input_is_dropped_from_the_cache(cache: Cache) -> None:
     inputs, ids = cache
-    inputs.prepare(MIXED[:1])
+    inputs.prefetch(MIXED[:1])
     assert inputs.take(MIXED[0]) == inputs.take(MIXED[0])
     assert ids == [MIXED[0].id] * 2
 
 
 def test_prompts_of_one_id_with_other_messages_are_distinct() -> None:
     inputs = Inputs(lambda prompt: prompt.messages)
-    inputs.prepare(MIXED[:1])
+    inputs.prefetch(MIXED[:1])
     other = type(MIXED[0])(id=MIXED[0].id, messages=(), images=(), answer="", task="")
     assert inputs.get(other) == ()

@@ -64,9 +64,9 @@ def alone(
         "frozen tower, projector learns": replace(training(small, batches, 1, freeze="vision"), observe=True),
         "frozen tower, encoded each time": training(small, batches, 1, freeze="projector", share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
-        **{name: replace(plain, correction=name) for name in CORRECTED},
+        **{name: replace(plain, tis=name) for name in CORRECTED},
         "mis_sequence, a sample at a time": replace(
-            training(small, batches, 1, zero_stage=2, micro_tokens=1), correction="mis_sequence"
+            training(small, batches, 1, zero_stage=2, micro_tokens=1), tis="mis_sequence"
         ),
         "prefetch": replace(plain, prefetch=True),
         "prefetch, frozen tower": replace(training(small, batches, 1, freeze="projector"), prefetch=True),
@@ -98,7 +98,7 @@ def pair(
         "stage 2": training(small, batches, 2, zero_stage=2, micro_tokens=1),
         "stage 3, frozen tower": replace(training(small, batches, 2, zero_stage=3, freeze="projector"), observe=True),
         "gspo": replace(stage_3, loss="gspo"),
-        "mis_sequence": replace(stage_3, correction="mis_sequence"),
+        "mis_sequence": replace(stage_3, tis="mis_sequence"),
         "stage 3, poisoned": replace(stage_3, steps=[poisoned(stage_3.steps[0])]),
         "untouched": replace(stage_3, steps=(), with_reference=False),
         "stage 3, first half, uneven": replace(stage_3, steps=lopsided[:1], save=scratch / "half_3"),

@@ -65,7 +65,7 @@ def test_ranks_rendezvous_once_with_their_devices_backend(
     store = rendezvous_info()
     info = RendezvousInfo(rank=ranks - 1, world_size=ranks, master_address="127.0.0.1", master_port=store.port)
     for _ in range(2):
-        info.rendezvous(torch.device(device))
+        info.join(torch.device(device))
     [group] = groups
     assert (group["backend"], group["rank"], group["world_size"]) == (backend, ranks - 1, ranks)
     assert group["device_id"] == (device_id and torch.device(device_id))

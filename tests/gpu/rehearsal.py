@@ -19,7 +19,7 @@ from benchmarks.work import BETA
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RendezvousInfo, rendezvous_info
-from othink_ray.types import Pack, Probe, ScoredGroup
+from othink_ray.types import Pack, Probe, ScoredGroup, UpdateSettings
 from tests.gpu import pretend
 
 
@@ -41,10 +41,10 @@ class RunsLearner:
             temperature=1.0,
             clip_eps=(0.2, 0.2),
             kl_estimator="k3",
-            correction_bounds=(0.5, 2.0),
+            tis_bounds=(0.5, 2.0),
             with_reference=True,
             seed=0,
-            place=RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.store.port),
+            rendezvous=RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=self.store.port),
             shares_gpu=shares_gpu,
         )
 
@@ -56,7 +56,7 @@ class RunsLearner:
 
     def update(self, rows: Sequence[Pack]) -> None:
         micro_batches = [[row] for row in rows]
-        stats = self.engine.update([micro_batches], beta=BETA, lr=self.lr, loss="grpo", correction="none")
+        stats = self.engine.update([micro_batches], UpdateSettings(beta=BETA, lr=self.lr, loss="grpo", tis="none"))
         assert stats.tokens > 0 and stats.skipped == 0
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

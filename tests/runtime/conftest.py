@@ -19,7 +19,7 @@ from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.worker_group import WorkerGroup
-from othink_ray.types import Prompt
+from othink_ray.types import Prompt, UpdateRequest, UpdateSettings
 
 
 def incidents(max_restarts: int = 3) -> Incidents:
@@ -31,7 +31,11 @@ def train_one_step(workers: WorkerGroup, prompts: list[Prompt], step: int, lr: f
     scored = workers.score(workers.generate(prompts, step))
     rigged = [replace(group, rewards=np.arange(len(group.rewards), dtype=float)) for group in scored]
     packs = [pack(group, group_advantages(group.rewards, group.valid), len(rigged)) for group in rigged]
-    workers.update(packs, updates=1, beta=0.04, lr=lr, stale=False)
+    settings = UpdateSettings(beta=0.04, lr=lr, loss="grpo", tis="none")
+    workers.sleep()
+    update = workers.begin_update(UpdateRequest(packs=packs, updates=1, settings=settings))
+    workers.begin_push()
+    workers.finish_update(update)
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +60,5 @@ def taught_folder(family: Family, taught: Policy, tmp_path_factory: pytest.TempP
 def workers(
     ray_here: None, workers_config: Config, taught_folder: Path, prompts: list[Prompt]
 ) -> Iterator[WorkerGroup]:
-    with open_workers(workers_config, str(taught_folder), prompts, incidents(), print, tuple) as opened:
+    with open_workers(workers_config, str(taught_folder), prompts, incidents(), print) as opened:
         yield opened

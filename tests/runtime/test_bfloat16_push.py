@@ -52,7 +52,7 @@ def bf16_config(workers_config: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def first(ray_here: None, bf16_config: Config, taught_folder: Path, prompts: list[Prompt]) -> Iterator[WorkerGroup]:
-    with open_workers(bf16_config, str(taught_folder), prompts, incidents(), print, tuple) as opened:
+    with open_workers(bf16_config, str(taught_folder), prompts, incidents(), print) as opened:
         yield opened
 
 

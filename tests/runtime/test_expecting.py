@@ -34,8 +34,8 @@ class RecordingEngine:
     def record(self, call: str, prompts: Sequence[Prompt] = ()) -> None:
         self.calls.append((call, [prompt.id for prompt in prompts]))
 
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
-        self.record("prepare", prompts)
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        self.record("prefetch", prompts)
         if any(prompt.task == "refuse" for prompt in prompts):
             raise ValueError("cannot prepare this prompt")
 
@@ -98,9 +98,9 @@ def test_each_engine_prefetches_the_prompts_that_it_samples(pools: Pools, balanc
     for start in (0, 10):
         upcoming = numbered(range(start, start + 7))
         pool.prefetch(upcoming, SAMPLING.answers)
-        pool.note(sample(pool, upcoming))  # new lengths would change the balance after the prefetch
+        pool.record_lengths(sample(pool, upcoming))  # new lengths would change the balance after the prefetch
         for [(first, prepared), (second, sampled)] in recorded(pool):
-            assert (first, second, prepared) == ("prepare", "generate", sampled)
+            assert (first, second, prepared) == ("prefetch", "generate", sampled)
             assert len(sampled) >= 2
 
 
@@ -117,10 +117,10 @@ def test_engines_that_sleep_prefetch_after_leaving_the_device(pools: Pools) -> N
     """The learner waits for the device, but not for the preparation, which needs none."""
     pool = pools(sleep=True)
     upcoming = numbered(range(6))
-    pool.prefetch(upcoming, SAMPLING.answers)
     pool.sleep()
+    pool.prefetch(upcoming, SAMPLING.answers)
     sample(pool, upcoming)
-    assert [[call for call, _ in calls] for calls in recorded(pool)] == [["sleep", "prepare", "generate"]] * 2
+    assert [[call for call, _ in calls] for calls in recorded(pool)] == [["sleep", "prefetch", "generate"]] * 2
 
 
 def test_a_failed_prefetch_does_not_fail_the_pool(pools: Pools) -> None:

@@ -90,10 +90,9 @@ def test_a_lost_engine_is_replaced_and_its_prompts_resampled(
     """At index 2 the engine is lost after its first group, which is not sampled again."""
     before = echoes.actors.copy()
     synced: list[Sequence[int]] = []
-    echoes.sync_new_engines = synced.append
     faulty = with_task(prompts, task, index)
     started = time.monotonic()
-    groups: list[Group] = ray.get(list(echoes.generate(faulty, SAMPLING)))
+    groups: list[Group] = ray.get(list(echoes.generate(faulty, SAMPLING, synced.append)))
     assert time.monotonic() - started < 30
     assert sorted(group.prompt.id for group in groups) == sorted(prompt.id for prompt in faulty)
     assert "a rollout actor is back after " in capsys.readouterr().out

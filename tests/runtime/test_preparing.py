@@ -1,4 +1,4 @@
-"""Prefetch of the learner: `prepare` runs on its own thread beside an update."""
+"""Prefetch of the learner: it runs on its own thread beside an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from othink_ray.config.schema import Config
 from othink_ray.runtime.bundles import learner_bundles
 from othink_ray.runtime.learner_pool import LearnerLost, LearnerPool
 from othink_ray.runtime.placement import Placement
-from othink_ray.types import Pack
+from othink_ray.types import Pack, UpdateRequest, UpdateSettings
 
 TIMEOUT_S = 60
 
@@ -35,16 +35,16 @@ class WaitingEngine:
     def __init__(self, rendezvous: Any) -> None:
         self.prepared = threading.Event()
 
-    def update(self, updates: Any, *, beta: float, lr: float, loss: str, correction: str) -> Updated:
-        prepared = self.prepared.wait(TIMEOUT_S) if loss == "waits" else True
+    def update(self, updates: Any, settings: UpdateSettings) -> Updated:
+        prepared = self.prepared.wait(TIMEOUT_S) if settings.loss == "waits" else True
         self.prepared.clear()
         return Updated(prepared, threading.current_thread().name)
 
-    def prepare(self, updates: Sequence[Sequence[Sequence[Pack]]], *, with_reference: bool) -> None:
+    def prefetch(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> None:
         [[[pack]]] = updates
         if pack.prompt_id == "deadly":
             os._exit(1)
-        assert with_reference
+        assert settings.loss == "next"
         self.prepared.set()
 
 
@@ -61,7 +61,9 @@ def pack_of(name: str) -> Pack:
     )
 
 
-SETTINGS: dict[str, Any] = {"updates": 1, "beta": 0.1, "lr": 0.1, "correction": "none"}
+def request(name: str, loss: str) -> UpdateRequest:
+    settings = UpdateSettings(beta=0.1, lr=0.1, loss=loss, tis="none")
+    return UpdateRequest(packs=[pack_of(name)], updates=1, settings=settings)
 
 
 @pytest.fixture
@@ -74,16 +76,16 @@ def pool(ray_here: None, workers_config: Config) -> Iterator[LearnerPool]:
 
 
 def test_the_next_packs_arrive_while_an_update_runs(pool: LearnerPool) -> None:
-    begun = pool.begin_update([pack_of("a")], loss="waits", **SETTINGS)
-    pool.prepare([pack_of("b")], updates=1, with_reference=True)
-    found: Any = pool.updated(begun)
+    begun = pool.begin_update(request("a", "waits"))
+    pool.prefetch(request("b", "next"))
+    found: Any = pool.finish_update(begun)
     assert found.prepared and found.bad_prompts == ("a",)
-    after: Any = pool.update([pack_of("b")], loss="ends", **SETTINGS)
+    after: Any = pool.update(request("b", "ends"))
     assert after.thread == found.thread  # one thread runs all updates
 
 
 def test_a_rank_that_dies_in_prefetch_is_lost(pool: LearnerPool) -> None:
-    begun = pool.begin_update([pack_of("a")], loss="waits", **SETTINGS)
-    pool.prepare([pack_of("deadly")], updates=1, with_reference=True)
+    begun = pool.begin_update(request("a", "waits"))
+    pool.prefetch(request("deadly", "next"))
     with pytest.raises(LearnerLost):
-        pool.updated(begun)
+        pool.finish_update(begun)

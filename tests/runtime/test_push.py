@@ -147,7 +147,6 @@ def test_images_are_small_after_the_first_push(workers: WorkerGroup, version: Ca
     assert max(first.gap_mean, second.gap_mean) < 1e-4
     [small] = ray.get(push.quick_prompts)
     assert Image.open(io.BytesIO(small.images[0])).size == (112, 80)
-    workers.rollout.sync_new_engines = workers.pusher.sync_new_engines
     workers.push(version())
 
 
@@ -177,7 +176,6 @@ def test_changed_answers_make_the_learner_compute_again(
     audit = push(version())
     assert (push.computed, audit.tokens) == (5, every)
     assert max(audit.gap_mean, unchanged.gap_mean) < 1e-4
-    workers.rollout.sync_new_engines = workers.pusher.sync_new_engines
     workers.push(version())
 
 

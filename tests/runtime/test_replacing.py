@@ -20,7 +20,6 @@ LATER = 100_000  # versions that no other test pushes
 @pytest.fixture
 def trained_workers(workers: WorkerGroup) -> Iterator[WorkerGroup]:
     """Yield workers with reset restarts; push afterwards, for the tests that follow."""
-    workers.rollout.sync_new_engines = workers.pusher.sync_new_engines
     workers.incidents.restarts = 0
     yield workers
     workers.push(LATER)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import create_autospec
+from typing import Any, cast
 
 import pytest
 
 from othink_ray.engines.base import Sampling
 from othink_ray.runtime import worker_group
-from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.worker_group import WorkerGroup
+from othink_ray.types import UpdateRequest
 from tests.engines.samples import ask
 
 
@@ -26,23 +25,23 @@ class Recorder:
         self.calls: list[Any] = []
 
     def sleep(self) -> None:
-        pass
+        self.calls.append("sleep")
 
-    def begin_update(self, packs: Any, **settings: Any) -> None:
-        self.calls.append(settings)
+    def begin_update(self, request: Any) -> None:
+        self.calls.append(("begin_update", request))
 
     def begin(self) -> None:
-        self.calls.append("push")
+        self.calls.append("begin push")
 
-    def updated(self, begun: Any) -> list[Any]:
-        return self.calls
+    def finish_update(self, begun: Any) -> None:
+        self.calls.append("finish_update")
 
-    def generate(self, prompts: Any, sampling: Any) -> Iterator[Any]:
-        self.sampling = sampling
+    def generate(self, prompts: Any, sampling: Any, sync: Any) -> Iterator[Any]:
+        self.sampling, self.sync = sampling, sync
         yield from prompts
 
-    def prefetch(self, prompts: Any, answers: int) -> None:
-        self.calls.append("prefetch")
+    def prefetch(self, *arguments: Any) -> None:
+        self.calls.append(("prefetch", *arguments))
 
 
 def workers_of(recorder: Any) -> WorkerGroup:
@@ -57,17 +56,42 @@ def workers_of(recorder: Any) -> WorkerGroup:
         temperature=1.0,
         seed=0,
         answers=2,
-        loss="gspo",
-        correction="icepop",
-        stale_correction="sequence",
-        upcoming=tuple,
     )
 
 
-@pytest.mark.parametrize(("stale", "correction"), [(False, "icepop"), (True, "sequence")])
-def test_stale_updates_use_their_correction_and_begin_a_push(stale: bool, correction: str) -> None:
-    calls: Any = workers_of(Recorder()).update([], updates=1, beta=0.1, lr=0.2, stale=stale)
-    assert calls == [{"updates": 1, "beta": 0.1, "lr": 0.2, "loss": "gspo", "correction": correction}, "push"]
+def test_each_verb_does_only_what_its_name_says() -> None:
+    recorder, request = Recorder(), cast(UpdateRequest, "request")
+    workers = workers_of(recorder)
+    list(workers.generate([], 0))
+    assert recorder.calls == []
+    workers.sleep()
+    workers.begin_update(request)
+    workers.begin_push()
+    workers.prefetch([])
+    workers.finish_update([])
+    workers.prefetch_update(request)
+    assert recorder.calls == [
+        "sleep",
+        ("begin_update", request),
+        "begin push",
+        ("prefetch", [], 2),
+        "finish_update",
+        ("prefetch", request),
+    ]
+
+
+def test_replaced_engines_are_synced_in_training_and_evaluation() -> None:
+    recorder: Any = Recorder()
+    rewards: Any = SimpleNamespace(score=list)
+
+    def sync(engines: Sequence[int]) -> None: ...
+
+    workers = replace(workers_of(recorder), rewards=rewards, sync_new_engines=sync)
+    list(workers.generate([], 0))
+    assert recorder.sync is sync
+    recorder.sync = None
+    workers.answer_greedily([])
+    assert recorder.sync is sync
 
 
 def test_seeds_differ_by_run_step_and_sampling_round() -> None:
@@ -100,13 +124,6 @@ def test_eval_answers_are_greedy_or_sampled_like_the_run() -> None:
     assert recorder.sampling == Sampling(answers=8, max_tokens=9, temperature=0.7, seed=3)
 
 
-def test_prepare_goes_to_the_learner() -> None:
-    learner = create_autospec(LearnerPool, instance=True)
-    packs: Any = ["pack"]
-    replace(workers_of(Recorder()), learner=learner).prepare(packs, updates=2, with_reference=True)
-    learner.prepare.assert_called_once_with(packs, updates=2, with_reference=True)
-
-
 @pytest.mark.parametrize("go_on", [True, False])
 def test_spans_are_collected_from_each_process_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_group, "collect_traces", lambda actors, *, go_on: (actors, go_on))
@@ -117,14 +134,3 @@ def test_spans_are_collected_from_each_process_by_name(go_on: bool, monkeypatch:
     }
     found: Any = replace(workers_of(Recorder()), **pools).spans(go_on=go_on)
     assert found == ({"rollout 0": "r0", "rollout 1": "r1", "reward 0": "w0", "learner 0": "l0"}, go_on)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_upcoming_prompts_are_prefetched_once_between_groups(count: int) -> None:
-    recorder: Any = Recorder()
-    prompts: Any = range(count)
-    for group in workers_of(recorder).generate(prompts, step=0):
-        recorder.calls.append(group)
-    assert [call for call in recorder.calls if call != "prefetch"] == list(range(count))
-    assert recorder.calls.count("prefetch") == 1
-    assert recorder.calls.index("prefetch") == (count + 1) // 2

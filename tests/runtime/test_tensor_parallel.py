@@ -18,7 +18,7 @@ def test_a_tensor_parallel_engine_receives_every_weight(
     ray_here: None, workers_config: Config, taught_folder: Path, prompts: list[Prompt]
 ) -> None:
     split = replace(workers_config, rollout=replace(workers_config.rollout, tensor_parallel=2))
-    with open_workers(split, str(taught_folder), prompts, incidents(), print, tuple) as workers:
+    with open_workers(split, str(taught_folder), prompts, incidents(), print) as workers:
         assert workers.push(0).gap_mean < ROUNDING
         train_one_step(workers, prompts, 0)
         assert workers.push(1).gap_mean < ROUNDING

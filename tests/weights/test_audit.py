@@ -169,7 +169,7 @@ def audit(config: Config, family: Family) -> Auditor:
 def stepped(taught: Policy, family: Family, scenes: Sequence[Prompt], config: Config) -> Policy:
     """Return `taught` after Adam's first step, which moves every weight by the full learning rate."""
     moved = copy.deepcopy(taught)
-    logprobs, _ = moved(batch_of([row_of(group) for group in Demonstrations(family).generate(scenes[:8])], family))
+    logprobs, _ = moved(batch_of([row_of(group) for group in Demonstrations(family).answer(scenes[:8])], family))
     moved.zero_grad()
     (-logprobs.mean()).backward()
     with torch.no_grad():

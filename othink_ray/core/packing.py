@@ -82,9 +82,8 @@ def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: i
     """Return one packed sample weighted by `answer_mean`, which depends on no other group of the step."""
     lengths = _lengths(scored.group)
     totals = Denominators(groups=groups_in_step, tokens=int(lengths.sum()), max_tokens=int(lengths.max(initial=1)))
-    return _packed_sample(
-        scored.group, advantages, _token_weights(scored, answer_mean, totals), np.arange(len(lengths))
-    )
+    weights = _token_weights(scored, answer_mean, totals)
+    return _packed_sample(scored.group, advantages, weights, np.arange(len(lengths)))
 
 
 def _token_weights(scored: ScoredGroup, loss_weights: LossWeights, totals: Denominators) -> NDArray[np.float64]:

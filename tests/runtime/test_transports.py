@@ -59,7 +59,7 @@ def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
 
 def test_bad_prompts_are_joined_over_all_ranks(config: Config) -> None:
     pool, stats = pool_of(Actor([]), Actor([]), config=config), stats_of()
-    found = pool.updated([replace(stats, bad_prompts=("a",)), stats, replace(stats, bad_prompts=("b", "c"))])
+    found = pool.finish_update([replace(stats, bad_prompts=("a",)), stats, replace(stats, bad_prompts=("b", "c"))])
     assert found.bad_prompts == ("a", "b", "c")
 
 
@@ -136,8 +136,8 @@ def test_a_new_engine_before_the_first_push_keeps_folder_weights(
     monkeypatch.setattr(weight_sync, "ray", SimpleNamespace(put=lambda given: given))
     unused: Any = None
     rollout: Any = SimpleNamespace()
-    AuditedPush(unused, unused, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
-    rollout.sync_new_engines([0])
+    audited = AuditedPush(unused, unused, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
+    audited.sync_new_engines([0])
 
 
 def test_a_new_engine_after_the_first_push_receives_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_new_engine_after_the_first_push_receives_it(config: Config, monkeypat
     audited = AuditedPush(unused, unused, rollout, config.weights, [], 1.0, Tolerance("float32", layers=1))
     audited.transport, audited.version = transport, 0
     with pytest.raises(ProcessLost, match="sent"):
-        rollout.sync_new_engines([1])
+        audited.sync_new_engines([1])
     transport.send_again.assert_called_once_with(0, [1])
 
 

@@ -33,7 +33,7 @@ class RunawayError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What every training loop reports of a finished step."""
+    """Report of a finished step, of whichever training loop."""
 
     step: int
     data_position: int

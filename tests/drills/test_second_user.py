@@ -54,7 +54,7 @@ def files_of(run: psutil.Process, *folders: Path) -> set[str]:
 def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Return a line for each attack that succeeds for another user."""
     tried = subprocess.run(
-        [sys.executable, "-m", "tests.drills.stranger", str(_NOBODY), str(owned), *files],
+        [sys.executable, "-m", "tests.drills.other_user", str(_NOBODY), str(owned), *files],
         cwd=_ROOT,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment,
         capture_output=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.ground import Harness
+from tests.drills.harness import Harness
 from tests.drills.slurm import missing_slurm, one_job, slurm
 
 FIRST_PORT = 20010  # the first port that the first job of a Slurm tries

@@ -10,7 +10,7 @@ import ray
 
 from othink_ray.runtime.monitoring import gauge_name
 from tests.e2e.conftest import StartRun
-from tests.runtime.scraping import gauges_of, scraped_until
+from tests.runtime.metrics_scrape import gauges_of, scraped_until
 
 BOARD = Path(__file__).parents[2] / "launch" / "grafana.json"
 

@@ -12,7 +12,7 @@ import pytest
 
 from othink_ray.runtime import monitoring
 from othink_ray.runtime.monitoring import Gauges
-from tests.runtime.scraping import gauges_of, scraped_until
+from tests.runtime.metrics_scrape import gauges_of, scraped_until
 
 DROPPED_S = 25.0  # Ray's agent keeps a value for 20 s
 

@@ -1,0 +1,146 @@
+"""Pytest plugin: which tests `--slow` selects, and in what order their files start.
+
+The mark `slow` is for tests that `make test` leaves to `make test-all`. CI runs them in parts of about equal length,
+another one at each commit: `--slow=commit/3` is `--slow=1/3`, `2/3` or `3/3`, which together are all slow tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = Path(__file__).with_name("durations.json")
+UNKNOWN_S = 5.0  # assumed for a file that is not in the record
+FAST, SLOW = "fast", "slow"
+
+Durations = Mapping[str, Mapping[str, float]]  # file -> kind (fast, slow) -> seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Parsed value of `--slow`: whether fast tests run, and which part of the slow ones."""
+
+    fast: bool
+    part: int = 1
+    parts: int = 1  # 0: no slow test
+
+    def __str__(self) -> str:
+        if not self.fast:
+            return f"{self.part}/{self.parts}"
+        return "all" if self.parts else "none"
+
+    def slow_files(self, files: Iterable[str], durations: Durations) -> set[str]:
+        """Return the files whose slow tests run: each file, the longest first, joins the part with the least so far."""
+        totals = [0.0] * self.parts
+        chosen = set()
+        for file in sorted(files, key=lambda name: (-seconds(durations, name, [SLOW]), name)) if self.parts else ():
+            shortest = totals.index(min(totals))
+            totals[shortest] += seconds(durations, file, [SLOW])
+            if shortest == self.part - 1:
+                chosen.add(file)
+        return chosen
+
+
+def seconds(durations: Durations, file: str, kinds: Sequence[str]) -> float:
+    known = durations.get(file, dict.fromkeys(kinds, UNKNOWN_S))
+    return sum(known.get(kind, 0.0) for kind in kinds)
+
+
+def selection_of(text: str) -> Selection:
+    """Parse a value of `--slow`: all, none, K/N or commit/N."""
+    if text in ("all", "none"):
+        return Selection(fast=True, parts=int(text == "all"))
+    found = re.fullmatch(r"(\d+|commit)/([1-9]\d*)", text)
+    if not found:
+        raise pytest.UsageError(f"--slow={text} must be all, none, K/N or commit/N, such as 2/3")
+    parts = int(found[2])
+    part = commit_number(ROOT) % parts + 1 if found[1] == "commit" else int(found[1])
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--slow={text} must name a part from 1 to {parts}")
+    return Selection(fast=False, part=part, parts=parts)
+
+
+def commit_number(checkout: Path) -> int:
+    """Return how many commits lead to this one, or its hash as a number in a clone without history."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise pytest.UsageError(f"--slow=commit/N needs a git checkout; name a part, such as 1/3: {done.stderr}")
+        return done.stdout.strip()
+
+    if git("rev-parse", "--is-shallow-repository") == "true":
+        return int(git("rev-parse", "HEAD"), 16)
+    return int(git("rev-list", "--count", "HEAD"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow",
+        default="all",
+        metavar="all|none|K/N|commit/N",
+        help="all tests, no slow ones, or only part K of N of the slow ones (commit: K follows from the commit)",
+    )
+    parser.addoption("--record-durations", action="store_true", help=f"write {RECORD.name} from this run of all tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.slow = str(selection_of(config.option.slow))  # xdist passes the resolved value to its processes
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    part = str(config.option.slow)
+    return f'slow tests, part {part}; to run it again: make test-all ARGS="--slow={part}"' if "/" in part else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect by `--slow`, and start the longest files first, so that two pytest processes end at about one time."""
+    selection, durations = selection_of(config.option.slow), recorded()
+    kinds = {item.nodeid: SLOW if item.get_closest_marker(SLOW) else FAST for item in items}
+    parts = selection.slow_files({file_of(name) for name, kind in kinds.items() if kind == SLOW}, durations)
+    removed = [
+        item
+        for item in items
+        if (file_of(item.nodeid) not in parts if kinds[item.nodeid] == SLOW else not selection.fast)
+    ]
+    if removed:
+        config.hook.pytest_deselected(items=removed)
+    gone = {item.nodeid for item in removed}
+    run = [FAST] * selection.fast + [SLOW] * bool(selection.parts)
+    items[:] = sorted(
+        (item for item in items if item.nodeid not in gone),
+        key=lambda item: -seconds(durations, file_of(item.nodeid), run),
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write the seconds of each file's fast and slow tests, with their fixtures."""
+    if not config.option.record_durations:
+        return
+    spent: dict[str, Counter[str]] = defaultdict(Counter)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                spent[file_of(report.nodeid)][SLOW if SLOW in report.keywords else FAST] += report.duration
+    rounded = {
+        file: {kind: round(total, 1) for kind, total in sorted(kinds.items())} for file, kinds in sorted(spent.items())
+    }
+    lines = ",\n".join(f"  {json.dumps(file)}: {json.dumps(kinds)}" for file, kinds in rounded.items())
+    RECORD.write_text(f"{{\n{lines}\n}}\n")
+
+
+def recorded() -> Durations:
+    found: Durations = json.loads(RECORD.read_text())
+    return found
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]

@@ -122,7 +122,7 @@ def test_verdicts_of_a_run_over_forks_and_processes(
     assert [path.name for path in project.root.parent.iterdir()] == ["project"]
 
 
-def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
+def test_waiting_for_a_busy_machine_is_not_a_hang(tmp_path: Path) -> None:
     table = small(tmp_path / "project")
     (table.root / "tests/core/test_waits.py").write_text(
         "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\n"

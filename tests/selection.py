@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("durations.json")
 UNKNOWN_S = 5.0  # assumed for a file that is not in the record
 FAST, SLOW = "fast", "slow"
+TOGETHER = ("tests/e2e/",)  # folders whose files run in one process, since they share minutes of fixtures
 
 Durations = Mapping[str, Mapping[str, float]]  # file -> kind (fast, slow) -> seconds
 
@@ -102,7 +104,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect by `--slow`, and start the longest files first, so that two pytest processes end at about one time."""
+    """Deselect by `--slow`, and put the rest in order."""
     selection, durations = selection_of(config.option.slow), recorded()
     kinds = {item.nodeid: SLOW if item.get_closest_marker(SLOW) else FAST for item in items}
     parts = selection.slow_files({file_of(name) for name, kind in kinds.items() if kind == SLOW}, durations)
@@ -115,10 +117,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=removed)
     gone = {item.nodeid for item in removed}
     run = [FAST] * selection.fast + [SLOW] * bool(selection.parts)
-    items[:] = sorted(
-        (item for item in items if item.nodeid not in gone),
-        key=lambda item: -seconds(durations, file_of(item.nodeid), run),
-    )
+    items[:] = in_order([item for item in items if item.nodeid not in gone], run, durations)
+
+
+def in_order(items: Sequence[pytest.Item], kinds: Sequence[str], durations: Durations) -> list[pytest.Item]:
+    """Return the items with the longest units of work first, so that two processes end at about the same time."""
+    totals: Counter[str] = Counter()
+    for file in {file_of(item.nodeid) for item in items}:
+        totals[unit_of(file)] += seconds(durations, file, kinds)
+
+    def key(item: pytest.Item) -> tuple[float, str, float, str]:
+        file = file_of(item.nodeid)
+        return -totals[unit_of(file)], unit_of(file), -seconds(durations, file, kinds), file
+
+    return sorted(items, key=key)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute units of work where `--dist loadfile` distributes files."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class UnitScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(file_of(nodeid))
+
+    return UnitScheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -144,3 +168,7 @@ def recorded() -> Durations:
 
 def file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
+
+
+def unit_of(file: str) -> str:
+    return next((folder for folder in TOGETHER if file.startswith(folder)), file)

@@ -23,6 +23,7 @@ from tests.e2e.test_interrupt import wait_until
 _NOBODY = 65534
 _ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
     pytest.mark.timeout(600),
 ]

@@ -26,6 +26,8 @@ from tests.engines.samples import batch_of, distributions, fresh_policy, row_of
 from tests.engines.scenarios import BETA, planned, training
 from tests.engines.tolerances import assert_same_stats, distance, moved
 
+pytestmark = pytest.mark.slow
+
 TEXT = LoraConfig(rank=4, alpha=12, targets=("text",))
 EVERYWHERE = replace(TEXT, targets=("text", "vision", "projector"))
 Arrays = dict[str, NDArray[np.float32]]

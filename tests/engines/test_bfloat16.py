@@ -25,6 +25,8 @@ from tests.engines.reference_training import CLIP_EPS, TEMPERATURE
 from tests.engines.samples import ask, batch_of, group_of, picture, scored
 from tests.engines.tolerances import assert_same_stats, distance
 
+pytestmark = pytest.mark.slow
+
 STAGES = (1, 2, 3)
 MICRO_BATCHES = 64
 RATE = 4e-3  # differs from the rate with which the optimizer was created

@@ -16,6 +16,8 @@ from tests.engines.learner_process import Outcome, run_ranks
 from tests.engines.scenarios import training
 from tests.engines.tolerances import distance, moved
 
+pytestmark = pytest.mark.slow
+
 Outcomes = dict[str, list[Outcome]]
 
 

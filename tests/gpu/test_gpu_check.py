@@ -17,6 +17,8 @@ from tests.bench.test_gpu_check import TOY
 from tests.gpu import fake_device
 from tests.gpu.colocated_check import rehearse
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:

@@ -18,6 +18,8 @@ from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
 from tests.gpu.reload_comparison import Reloaded, run
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("qwen2_vl", "float32"),
     ("qwen2_5_vl", "bfloat16"),

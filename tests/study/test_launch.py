@@ -64,12 +64,14 @@ def test_identity_ignores_override_order_but_not_the_base(tmp_path: Path) -> Non
     assert launcher.outcome(replace(job, base_overrides=("train.steps=6",))).status == "waiting"
 
 
+@pytest.mark.slow
 def test_a_run_without_its_output_file_is_not_done(tmp_path: Path) -> None:
     launcher = RunLauncher(tmp_path)
     run_jobs(launcher, [SOUND])
     assert launcher.outcome(replace(SOUND, output_file="summary.json")).status == "waiting"
 
 
+@pytest.mark.slow
 def test_a_truncated_record_loses_no_checkpoint(tmp_path: Path) -> None:
     launcher = RunLauncher(tmp_path)
     run_jobs(launcher, [SOUND])
@@ -84,6 +86,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     assert run_jobs(launcher, [SOUND])[-1] == ("sound", "done")
 
 
+@pytest.mark.slow
 def test_a_run_still_active_from_an_earlier_study_is_refused(tmp_path: Path) -> None:
     launcher = RunLauncher(tmp_path)
     run_jobs(launcher, [SOUND])

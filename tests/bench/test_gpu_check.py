@@ -162,12 +162,14 @@ def test_networks_have_the_sizes_of_public_models(name: str, weights: float, tmp
     assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(weights, rel=0.003)
 
 
+@pytest.mark.slow
 def test_vllm_generates_all_tokens_at_toy_size(setup: Setup) -> None:
     rows = in_a_process(setup, "generating", "generate")
     assert [row["state"] for row in rows] == ["ok", "ok"], rows
     assert rows[1]["figures"]["tokens/s"] > 0
 
 
+@pytest.mark.slow
 def test_engine_and_learner_agree_only_after_a_push(setup: Setup) -> None:
     rows = {row.setting: row for row in passed([*colocated.by_memory(setup)])}
     before, after = rows["audit before the push"], rows["shared_memory: worst of 2 audits"]

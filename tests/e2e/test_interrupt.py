@@ -21,6 +21,8 @@ from othink_ray.driver import checkpoint
 from tests.drills.faults import steps_done
 from tests.e2e.conftest import SMALL, Run
 
+pytestmark = pytest.mark.slow
+
 MARK = "OTHINK_RAY_TEST_RUN"
 
 
@@ -78,7 +80,6 @@ def ended_by(
     return Ended(run.returncode, screen)
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_a_report_and_no_orphans(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGINT, cache, tmp_path, "train.overlap=true")
     assert ended.status == 130, ended.screen
@@ -95,7 +96,6 @@ def test_sigterm_finishes_and_saves_the_step(plain_run: Run, cache: Path, tmp_pa
     assert checkpoint.find(tmp_path, "auto", 0, print)[1].step == last
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "overrides"),
     [
@@ -133,7 +133,6 @@ def test_sigterm_before_any_step_says_so_and_leaves_no_process(
     assert wait_until(lambda: not processes_with(mark), 60), processes_with(mark)
 
 
-@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGKILL, cache, tmp_path)
     assert ended.status == -9, ended.screen
@@ -141,7 +140,6 @@ def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cach
     assert "partial report" in ended.screen
 
 
-@pytest.mark.slow
 def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     """Its raylet shuts down with it, and Ray then exits the driver within a tenth of a second."""
 
@@ -155,7 +153,6 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
     assert "partial report: " in ended.screen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "message"), [("raylet", "raylet on this node has ended"), ("gcs_server", "GCS at ")])
 def test_a_run_that_loses_ray_says_so_in_one_line(
     plain_run: Run, cache: Path, tmp_path: Path, name: str, message: str

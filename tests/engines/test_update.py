@@ -21,6 +21,8 @@ from tests.engines.reference_training import TEMPERATURE
 from tests.engines.scenarios import planned
 from tests.engines.tolerances import distance, moved
 
+pytestmark = pytest.mark.slow
+
 STAGES = (1, 2, 3)
 RATES = (1e-3, 4e-3)  # both differ from the rate with which the optimizer was created
 

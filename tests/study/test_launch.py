@@ -154,6 +154,7 @@ def process_ending_after(signals: int) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_sends_sigterm_again_then_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "STOP_SECONDS", 5.0)
     processes = [process_ending_after(1), process_ending_after(2), process_ending_after(3)]

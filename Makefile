@@ -26,7 +26,7 @@ test:  ## set up, then run the fast tests in two processes: 10 minutes; ARGS="te
 	@launch/setup_env.sh auto dev
 	@$(python) -m pytest $(processes) --slow=none $(ARGS)
 
-test-all:  ## set up, then run all tests: 40 minutes; ARGS="--slow=1/3" runs a third of the slow ones alone
+test-all:  ## set up, then run all tests: 40 minutes; ARGS="--slow=1/2" runs half of the slow ones, and no others
 	@launch/setup_env.sh auto dev
 	@$(python) -m pytest $(processes) $(ARGS)
 

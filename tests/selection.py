@@ -1,7 +1,7 @@
 """Pytest plugin: which tests `--slow` selects, and in what order their files start.
 
 The mark `slow` is for tests that `make test` leaves to `make test-all`. CI runs them in parts of about equal length,
-another one at each commit: `--slow=commit/3` is `--slow=1/3`, `2/3` or `3/3`, which together are all slow tests.
+another one at each commit: `--slow=commit/2` is `--slow=1/2` or `--slow=2/2`, which together are all slow tests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def selection_of(text: str) -> Selection:
         return Selection(fast=True, parts=int(text == "all"))
     found = re.fullmatch(r"(\d+|commit)/([1-9]\d*)", text)
     if not found:
-        raise pytest.UsageError(f"--slow={text} must be all, none, K/N or commit/N, such as 2/3")
+        raise pytest.UsageError(f"--slow={text} must be all, none, K/N or commit/N, such as 1/2")
     parts = int(found[2])
     part = commit_number(ROOT) % parts + 1 if found[1] == "commit" else int(found[1])
     if not 1 <= part <= parts:
@@ -76,7 +76,7 @@ def commit_number(checkout: Path) -> int:
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise pytest.UsageError(f"--slow=commit/N needs a git checkout; name a part, such as 1/3: {done.stderr}")
+            raise pytest.UsageError(f"--slow=commit/N needs a git checkout; name a part, such as 1/2: {done.stderr}")
         return done.stdout.strip()
 
     if git("rev-parse", "--is-shallow-repository") == "true":

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("durations.json")
 UNKNOWN_S = 5.0  # assumed for a file that is not in the record
 FAST, SLOW = "fast", "slow"
-TOGETHER = ("tests/e2e/",)  # folders whose files run in one process, since they share minutes of fixtures
+# Folders whose files run in one process, because they share costly fixtures: whole runs, a WorkerGroup, a vLLM engine.
+TOGETHER = ("tests/e2e/", "tests/runtime/", "tests/contracts/")
 
 Durations = Mapping[str, Mapping[str, float]]  # file -> kind (fast, slow) -> seconds
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.selection import RECORD, ROOT, Selection, commit_number, recorded, selection_of
+from tests.selection import RECORD, ROOT, Selection, commit_number, in_order, recorded, selection_of
 
 FILES = [f"tests/test_{name}.py" for name in "abcdefghijk"]
 DURATIONS = {file: {"fast": 50.0, "slow": 10.0 * (number + 1)} for number, file in enumerate(FILES)}
@@ -33,6 +34,17 @@ def test_all_and_none_select_all_slow_files_and_none() -> None:
     assert selection_of("all").slow_files(FILES, {}) == set(FILES)
     assert selection_of("none").slow_files(FILES, {}) == set()
     assert selection_of("all").fast and selection_of("none").fast and not selection_of("1/2").fast
+
+
+def test_the_longest_units_of_work_come_first() -> None:
+    """Files of a folder that runs in one process count together."""
+    files = ["tests/core/test_a.py", "tests/e2e/test_b.py", "tests/driver/test_c.py", "tests/e2e/test_d.py"]
+    durations = dict(zip(files, ({"fast": 1, "slow": 99}, {"fast": 3}, {"fast": 5}, {"fast": 4}), strict=True))
+    items = [SimpleNamespace(nodeid=f"{file}::test_{number}") for number in (1, 2) for file in files]
+    ordered = in_order(items, ["fast"], durations)  # type: ignore[arg-type]
+    assert [item.nodeid for item in ordered] == [
+        f"{files[place]}::test_{number}" for place in (3, 1, 2, 0) for number in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("text", ["all", "none", "1/1", "2/3"])

@@ -84,6 +84,7 @@ def test_the_learner_part_reports_unsupported_attention(setup: Setup) -> None:
     assert float(dense.figures["MFU %"]) > 0
 
 
+@pytest.mark.slow
 def test_padded_and_shared_prefix_samples_have_equal_logprobs(setup: Setup) -> None:
     [row] = passed([*learning.padded(setup)])
     assert row.setting == "toy dense 56x56 T=8"  # the attention that works on CPUs
@@ -91,6 +92,7 @@ def test_padded_and_shared_prefix_samples_have_equal_logprobs(setup: Setup) -> N
     assert float(row.figures["times as fast"]) > 0
 
 
+@pytest.mark.slow
 def test_memory_and_kernels_are_measured_at_toy_size(setup: Setup) -> None:
     assert len(passed([*learning.memory(setup)])) == 3
     [row] = passed([*learning.kernels(setup)])

@@ -21,8 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("durations.json")
 UNKNOWN_S = 5.0  # assumed for a file that is not in the record
 FAST, SLOW = "fast", "slow"
-# Folders whose files run in one process, because they share costly fixtures: whole runs, a WorkerGroup, a vLLM engine.
-TOGETHER = ("tests/e2e/", "tests/runtime/", "tests/contracts/")
+# Files that run in one process, because they share costly fixtures: whole runs, a WorkerGroup, a vLLM engine.
+TOGETHER = {
+    "tests/e2e/": "runs",
+    "tests/runtime/": "workers",
+    "tests/contracts/": "engine",
+    "tests/weights/test_audit.py": "engine",
+    "tests/engines/test_vllm_kernels.py": "engine",
+}
 
 Durations = Mapping[str, Mapping[str, float]]  # file -> kind (fast, slow) -> seconds
 
@@ -172,4 +178,4 @@ def file_of(nodeid: str) -> str:
 
 
 def unit_of(file: str) -> str:
-    return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+    return next((unit for start, unit in TOGETHER.items() if file.startswith(start)), file)

@@ -84,6 +84,7 @@ def test_recorded_matmuls_keep_shapes_and_memory_layouts() -> None:
     assert recorder.operands[0][1] is recorder.operands[2][1]
 
 
+@pytest.mark.slow
 def test_a_failed_engine_process_is_reported(tmp_path: Path) -> None:
     work = Workload(prompts=2, answers=2, tokens=4, cells=2)
     with pytest.raises(ours.BenchError, match="nonsense"):

@@ -21,13 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("durations.json")
 UNKNOWN_S = 5.0  # assumed for a file that is not in the record
 FAST, SLOW = "fast", "slow"
-# Files that run in one process, because they share costly fixtures: whole runs, a WorkerGroup, a vLLM engine.
+# Files that run in one process, because they share costly fixtures: whole runs, Ray with a WorkerGroup, a vLLM engine.
 TOGETHER = {
     "tests/e2e/": "runs",
     "tests/runtime/": "workers",
+    "tests/docs/": "workers",
+    "tests/driver/test_environment.py": "workers",
     "tests/contracts/": "engine",
     "tests/weights/test_audit.py": "engine",
     "tests/engines/test_vllm_kernels.py": "engine",
+    "tests/data/test_bad_inputs.py": "engine",
 }
 
 Durations = Mapping[str, Mapping[str, float]]  # file -> kind (fast, slow) -> seconds

@@ -156,7 +156,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write the seconds of each file's fast and slow tests, with their fixtures."""
+    """Repeat which part ran; write the seconds of each file's fast and slow tests, with their fixtures, if requested."""
+    if part := pytest_report_header(config):
+        terminalreporter.write_line(part)
     if not config.option.record_durations:
         return
     spent: dict[str, Counter[str]] = defaultdict(Counter)

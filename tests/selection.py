@@ -101,7 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="all|none|K/N|commit/N",
         help="all tests, no slow ones, or only part K of N of the slow ones (commit: K follows from the commit)",
     )
-    parser.addoption("--record-durations", action="store_true", help=f"write {RECORD.name} from this run of all tests")
+    parser.addoption("--record-durations", action="store_true", help=f"write the seconds of this run to {RECORD.name}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -156,7 +156,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Repeat which part ran; write the seconds of each file's fast and slow tests, with their fixtures, if requested."""
+    """Repeat which part ran; on request, record the seconds of each file's fast and slow tests, fixtures included."""
     if part := pytest_report_header(config):
         terminalreporter.write_line(part)
     if not config.option.record_durations:
@@ -166,10 +166,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 spent[file_of(report.nodeid)][SLOW if SLOW in report.keywords else FAST] += report.duration
-    rounded = {
-        file: {kind: round(total, 1) for kind, total in sorted(kinds.items())} for file, kinds in sorted(spent.items())
-    }
-    lines = ",\n".join(f"  {json.dumps(file)}: {json.dumps(kinds)}" for file, kinds in rounded.items())
+    known = {file: kinds for file, kinds in recorded().items() if (ROOT / file).is_file()}
+    for file, kinds in spent.items():
+        known[file] = {**known.get(file, {}), **{kind: round(total, 1) for kind, total in kinds.items()}}
+    lines = ",\n".join(
+        f"  {json.dumps(file)}: {json.dumps(kinds, sort_keys=True)}" for file, kinds in sorted(known.items())
+    )
     RECORD.write_text(f"{{\n{lines}\n}}\n")
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.selection import RECORD, ROOT, Selection, commit_number, in_order, recorded, selection_of
+from tests.selection import Selection, commit_number, in_order, selection_of
 
 FILES = [f"tests/test_{name}.py" for name in "abcdefghijk"]
 DURATIONS = {file: {"fast": 50.0, "slow": 10.0 * (number + 1)} for number, file in enumerate(FILES)}
@@ -75,7 +75,3 @@ def test_successive_commits_have_successive_numbers(tmp_path: Path) -> None:
 def test_a_folder_without_commits_needs_a_named_part(tmp_path: Path) -> None:
     with pytest.raises(pytest.UsageError, match="name a part"):
         commit_number(tmp_path)
-
-
-def test_recorded_files_exist() -> None:
-    assert [file for file in recorded() if not (ROOT / file).is_file()] == [], f"delete them from {RECORD.name}"

@@ -1,12 +1,13 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo study bench test drills mutants lint clean
+.PHONY: help demo study bench test test-all drills mutants lint clean
 python := .venv/bin/python
+processes := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Every Ray worker imports vLLM and torch; without cached bytecode each would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" overrides settings
 	@launch/setup_env.sh auto
@@ -21,9 +22,13 @@ bench:  ## set up, then benchmark against TRL; ARGS="--cells 4 --no-peer" select
 	@$(if $(findstring --no-peer,$(ARGS)),,launch/setup_peer.sh)
 	@$(python) -m benchmarks $(ARGS)
 
-test:  ## set up, then run all tests in two processes; ARGS="tests/core -k kl" selects, ARGS="-n 0" runs in one process
+test:  ## set up, then run the fast tests in two processes: 10 minutes; ARGS="tests/core -k kl" selects, ARGS="-n 0" runs in one process
 	@launch/setup_env.sh auto dev
-	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(python) -m pytest $(processes) --slow=none $(ARGS)
+
+test-all:  ## set up, then run all tests: 40 minutes; ARGS="--slow=1/2" runs half of the slow ones, and no others
+	@launch/setup_env.sh auto dev
+	@$(python) -m pytest $(processes) $(ARGS)
 
 drills:  ## set up, then inject faults into real runs, 20 per kind: 3 hours; ARGS="--times 2 --only learner_dies" selects
 	@launch/setup_env.sh auto dev

@@ -25,6 +25,8 @@ from othink_ray.runtime.cluster import ray_session
 from othink_ray.types import Prompt
 from tests.engines.samples import batch_of, fresh_policy, row_of
 
+pytest_plugins = ["tests.selection"]
+
 # Images of 4 to 16 tokens and few concurrent sequences, so that small tests cover resizing and queueing.
 OVERRIDES = (
     "model.min_pixels=3136",
@@ -36,16 +38,6 @@ OVERRIDES = (
     "rollout.threads=1",  # tensors are too small for a second thread
     "learner.threads=1",
 )
-
-
-LONGEST = ("drills", "gpu", "e2e", "docs", "launch", "runtime", "contracts", "engines", "bench")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the folders with the longest files first, so that two pytest processes end at about the same time."""
-    items.sort(
-        key=lambda item: LONGEST.index(item.path.parent.name) if item.path.parent.name in LONGEST else len(LONGEST)
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

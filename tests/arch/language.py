@@ -1,6 +1,7 @@
 """Refuses retired vocabulary in the code:  python -m tests.arch.language
 
-Checks docstrings (their first word), identifiers (retired names of CONTRIBUTING.md) and class names (each exists once).
+Checks docstrings (their first word), identifiers (retired names of CONTRIBUTING.md), class names (each exists once) and
+the length of test names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("othink_ray", "benchmarks", "tests")
 UNIQUE = ("othink_ray", "benchmarks")  # each class name exists once in these together
 MOST_DEFINITIONS = 14  # of one function name in a room's public code
+LONGEST_TEST_NAME = 60  # characters
 FIRST_WORDS = ("Of", "Who", "Whoever", "What", "Those", "Whose")
 # Retired name -> what the field calls it. A name is a whole word of an identifier: `open_exam`, `ExamPage`.
 RETIRED = {
@@ -83,8 +85,10 @@ def _names(node: ast.AST) -> Iterator[str]:
         identifier = node.id
     else:
         return
-    if isinstance(node, ast.FunctionDef) and identifier.startswith("test_"):
-        return  # a sentence
+    if isinstance(node, ast.FunctionDef) and identifier.startswith("test_"):  # a sentence
+        if len(identifier) > LONGEST_TEST_NAME:
+            yield f"{node.lineno}: `{identifier}`: a test's name has at most {LONGEST_TEST_NAME} characters"
+        return
     for word in words(identifier):
         if word in RETIRED:
             yield f"{node.lineno}: `{identifier}`: `{word}` is retired: {RETIRED[word]}"

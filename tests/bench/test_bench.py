@@ -39,7 +39,7 @@ def test_a_workload_is_a_valid_run_with_unscaled_images(cells: int, model: str) 
     assert (config.algo.kl.schedule, config.algo.kl.beta_min, config.algo.kl.beta_max) == ("constant", 0.04, 0.04)
 
 
-def test_the_peer_gets_the_run_s_questions(tmp_path: Path) -> None:
+def test_the_peer_gets_the_questions_of_the_run(tmp_path: Path) -> None:
     rows = json.loads(_questions(work(2), tmp_path).read_text())
     assert len(rows) == 128
     assert len({row["image"] for row in rows}) == 128

@@ -84,6 +84,7 @@ def test_the_learner_part_reports_unsupported_attention(setup: Setup) -> None:
     assert float(dense.figures["MFU %"]) > 0
 
 
+@pytest.mark.slow
 def test_padded_and_shared_prefix_samples_have_equal_logprobs(setup: Setup) -> None:
     [row] = passed([*learning.padded(setup)])
     assert row.setting == "toy dense 56x56 T=8"  # the attention that works on CPUs
@@ -91,6 +92,7 @@ def test_padded_and_shared_prefix_samples_have_equal_logprobs(setup: Setup) -> N
     assert float(row.figures["times as fast"]) > 0
 
 
+@pytest.mark.slow
 def test_memory_and_kernels_are_measured_at_toy_size(setup: Setup) -> None:
     assert len(passed([*learning.memory(setup)])) == 3
     [row] = passed([*learning.kernels(setup)])
@@ -162,12 +164,14 @@ def test_networks_have_the_sizes_of_public_models(name: str, weights: float, tmp
     assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(weights, rel=0.003)
 
 
+@pytest.mark.slow
 def test_vllm_generates_all_tokens_at_toy_size(setup: Setup) -> None:
     rows = in_a_process(setup, "generating", "generate")
     assert [row["state"] for row in rows] == ["ok", "ok"], rows
     assert rows[1]["figures"]["tokens/s"] > 0
 
 
+@pytest.mark.slow
 def test_engine_and_learner_agree_only_after_a_push(setup: Setup) -> None:
     rows = {row.setting: row for row in passed([*colocated.by_memory(setup)])}
     before, after = rows["audit before the push"], rows["shared_memory: worst of 2 audits"]

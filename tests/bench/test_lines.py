@@ -54,12 +54,14 @@ def test_the_page_shows_every_side_and_every_check(tmp_path: Path) -> None:
     assert html.count('class="holds"') == html.count('class="misses"') == 1
 
 
+@pytest.mark.slow
 def test_bare_learners_run_at_the_same_time(tmp_path: Path) -> None:
     work = Workload(prompts=2, answers=2, tokens=4, cells=2)
     seconds_by_part = ours.bare(["learn", "learn_padded"], work, 2, tmp_path / "both", ["learner.compile=false"])
     assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in seconds_by_part.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["generate", "learn"])
 def test_an_engine_takes_longer_than_its_matmuls_alone(tmp_path: Path, part: str) -> None:
     work = Workload(prompts=2, answers=2, tokens=8, cells=2)
@@ -82,6 +84,7 @@ def test_recorded_matmuls_keep_shapes_and_memory_layouts() -> None:
     assert recorder.operands[0][1] is recorder.operands[2][1]
 
 
+@pytest.mark.slow
 def test_a_failed_engine_process_is_reported(tmp_path: Path) -> None:
     work = Workload(prompts=2, answers=2, tokens=4, cells=2)
     with pytest.raises(ours.BenchError, match="nonsense"):

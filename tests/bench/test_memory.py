@@ -30,6 +30,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_memory_plan_matches_the_counted_allocations(shallow: Path) -> None:
     overrides = settings(shallow, [])
     uses = planned(load(overrides))["a learner rank"]

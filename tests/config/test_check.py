@@ -93,6 +93,7 @@ def test_a_broken_rule_on_files_is_reported(overrides: list[str], words: str) ->
     assert len(found) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "cluster"),
     list(itertools.product(groups(conf_dir())["model"], groups(conf_dir())["cluster"])),

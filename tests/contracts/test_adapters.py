@@ -24,6 +24,8 @@ from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, run
 from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(rank=5, alpha=15, targets=("text", "vision", "projector"))  # a rank that vLLM pads, a scale of 3
 TEXT = replace(LORA, targets=("text",))
 COARSE = "bfloat16"

@@ -26,6 +26,8 @@ from tests.contracts.family_engine import probe_before_and_after
 from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Mean gaps in nats of these checkpoints without the rounding patches.
 UNALIKE = {"qwen2_vl": 0.0353, "qwen2_5_vl": 0.0083, "qwen3_vl": 0.0397, "internvl": 0.0420}
 

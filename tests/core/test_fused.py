@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from othink_ray.core import fused
 from othink_ray.core.attention import DenseAttention, FusedAttention
 from othink_ray.core.packed_sequence import PackedSequence
-from tests.core.test_line import CPU, REPEATABLE, SAMPLES, needed, sequence_of
+from tests.core.test_packed_sequence import CPU, REPEATABLE, SAMPLES, needed, sequence_of
 
 SCALE = 0.4
 LONG = [(100, [63] * 8), (37, [20, 1]), (300, [4])]

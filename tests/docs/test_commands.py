@@ -131,7 +131,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reader")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in EXECUTED else [], id=page.name) for page in PAGES],
+)
 def test_commands_and_code_of_a_page_work(
     page: Path, folder: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 from tests.drills.endings import end_in_every_way, missing_for_endings
+from tests.drills.environment import fill_the_disk, pull_the_cable
 from tests.drills.faults import ROLES, Fault, Saboteur, lines, processes_of, steps_done
-from tests.drills.ground import APART, RECOVERY_STEPS, Harness, Outcome, incident_times
+from tests.drills.harness import APART, RECOVERY_STEPS, Harness, Outcome, incident_times
 from tests.drills.hosts import missing_namespaces
-from tests.drills.places import fill_the_disk, pull_the_cable
 from tests.drills.slurm import let_time_run_out, missing_slurm
 
 

@@ -15,12 +15,23 @@ from pathlib import Path
 
 import psutil
 
+from tests.drills.endings_table import (
+    IN_A_STEP,
+    IN_A_STUDY,
+    OWN,
+    STEPS,
+    STUDY,
+    Ended,
+    Table,
+    goes_on,
+    last_line,
+    on_disk,
+)
+from tests.drills.environment import keep_full, small_disk
 from tests.drills.faults import processes_of
-from tests.drills.ground import Harness, Outcome
+from tests.drills.harness import Harness, Outcome
 from tests.drills.job_endings import end_ray_jobs, end_slurm_jobs
-from tests.drills.places import keep_full, small_disk
 from tests.drills.slurm import missing_slurm
-from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STEPS, STUDY, Ended, Table, goes_on, last_line, on_disk
 
 Strike = Callable[[psutil.Process, Path], None]  # (driver, run.dir)
 _AT_THE_END = f"held-out accuracy after step {STEPS}"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.drills.endings_table import IN_A_STEP, IN_A_STUDY, OWN, STUDY, Ended, goes_on, last_line, on_disk
 from tests.drills.faults import steps_done
-from tests.drills.ground import SMALL, Harness
+from tests.drills.harness import SMALL, Harness
 from tests.drills.hosts import Hosts, two_hosts
 from tests.drills.slurm import MINUTES, OVER, ROOT, Slurm, slurm
-from tests.drills.witnessed import IN_A_STEP, IN_A_STUDY, OWN, STUDY, Ended, goes_on, last_line, on_disk
 
 Strike = Callable[[Slurm, str], object]  # (Slurm, job)
 _AT = 9  # steps done

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import APART, SMALL, Harness, Outcome
+from tests.drills.harness import APART, SMALL, Harness, Outcome
 from tests.drills.hosts import cabled, missing_namespaces
 
 ROOT = Path(__file__).resolve().parents[2]

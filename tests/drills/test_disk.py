@@ -17,7 +17,7 @@ from othink_ray.driver.metrics import StepLines
 from othink_ray.driver.run import _message
 from othink_ray.engines.learner_checkpoint import CheckpointWriter, StoredState
 from othink_ray.runtime.futures import WorkerFailed
-from tests.drills.places import full, small_disk
+from tests.drills.environment import full, small_disk
 
 STATE = replace(checkpoint.fresh(0), step=1)
 

@@ -23,6 +23,7 @@ from tests.e2e.test_interrupt import wait_until
 _NOBODY = 65534
 _ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
     pytest.mark.timeout(600),
 ]
@@ -54,7 +55,7 @@ def files_of(run: psutil.Process, *folders: Path) -> set[str]:
 def what_works(owned: Path, files: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Return a line for each attack that succeeds for another user."""
     tried = subprocess.run(
-        [sys.executable, "-m", "tests.drills.stranger", str(_NOBODY), str(owned), *files],
+        [sys.executable, "-m", "tests.drills.other_user", str(_NOBODY), str(owned), *files],
         cwd=_ROOT,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment,
         capture_output=True,

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.ground import Harness
+from tests.drills.harness import Harness
 from tests.drills.slurm import missing_slurm, one_job, slurm
 
 FIRST_PORT = 20010  # the first port that the first job of a Slurm tries
-pytestmark = [pytest.mark.skipif(missing_slurm() is not None, reason=str(missing_slurm())), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_slurm() is not None, reason=str(missing_slurm())),
+    pytest.mark.timeout(900),
+]
 
 
 def test_a_job_requeued_at_its_limit_ends_like_a_plain_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.e2e.conftest import SMALL
 from tests.e2e.test_interrupt import MARK, processes_with, wait_until
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(missing_namespaces() is not None, reason=str(missing_namespaces())),
     pytest.mark.timeout(600),
 ]

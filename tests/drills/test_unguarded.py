@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.drills.unguarded import GUARDS, ROOT, without
 
 
@@ -12,6 +14,7 @@ def test_each_guard_is_in_the_code_once_and_has_a_test() -> None:
         assert f"def {name.partition('[')[0]}" in (ROOT / "tests" / file).read_text(), guard.name
 
 
+@pytest.mark.slow
 def test_a_test_without_its_guard_fails() -> None:
     [lock] = [guard for guard in GUARDS if guard.name == "a folder belongs to one run"]
     assert without(lock)

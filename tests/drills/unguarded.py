@@ -90,7 +90,7 @@ GUARDS = (
         "driver/run_dir.py",
         "            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "            pass",
-        "driver/test_folder.py::test_a_second_run_is_refused_until_the_first_is_dead",
+        "driver/test_run_dir.py::test_a_second_run_is_refused_until_the_first_is_dead",
     ),
     Guard(
         "an engine that dies or hangs is replaced",

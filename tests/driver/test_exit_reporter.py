@@ -102,7 +102,7 @@ DEATHS = ("os.kill(os.getpid(), signal.SIGKILL)", "reporter.report('Ray is\\ngon
 
 
 @pytest.mark.parametrize("how", DEATHS)
-def test_what_should_end_with_the_driver_is_killed_and_nothing_else(how: str, tmp_path: Path) -> None:
+def test_only_listed_processes_are_killed_with_the_driver(how: str, tmp_path: Path) -> None:
     said, _ = driver(tmp_path).communicate(STARTS + how, timeout=60)
     listed, _, other = map(int, said.splitlines()[0].split())
     assert said.splitlines()[1].startswith("stopped: ")
@@ -112,7 +112,7 @@ def test_what_should_end_with_the_driver_is_killed_and_nothing_else(how: str, tm
     left.kill()
 
 
-def test_what_should_end_with_the_driver_is_its_own_at_a_clean_exit(tmp_path: Path) -> None:
+def test_no_process_is_killed_at_a_clean_exit(tmp_path: Path) -> None:
     said, _ = driver(tmp_path).communicate(STARTS, timeout=60)
     for pid in map(int, said.split()):
         psutil.Process(pid).kill()

@@ -8,6 +8,8 @@ import pytest
 
 from tests.e2e.conftest import StartRun
 
+pytestmark = pytest.mark.slow
+
 # On the tiny model engine and learner agree to 1e-8 nats: the ratios come from weights that are one step older.
 LOW, CAP = 0.99, 1.01
 RATIOS = (

@@ -56,6 +56,7 @@ def test_a_run_that_loses_processes_ends_like_an_intact_one(
     assert hurt.summary["restarts"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_resumes_exactly(
     plain_run: Run, start_run: StartRun, cache: Path, tmp_path: Path
 ) -> None:

@@ -6,11 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import ray
 
 from othink_ray.runtime.monitoring import gauge_name
 from tests.e2e.conftest import StartRun
-from tests.runtime.scraping import gauges_of, scraped_until
+from tests.runtime.metrics_scrape import gauges_of, scraped_until
+
+pytestmark = pytest.mark.slow
 
 BOARD = Path(__file__).parents[2] / "launch" / "grafana.json"
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import StartRun
 from tests.families.checkpoints import build_checkpoint
+
+pytestmark = pytest.mark.slow
 
 
 def test_internvl_is_trained_pushed_and_exported(start_run: StartRun, texts: list[str], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from othink_ray.driver import checkpoint
 from tests.drills.faults import steps_done
 from tests.e2e.conftest import SMALL, Run
 
+pytestmark = pytest.mark.slow
+
 MARK = "OTHINK_RAY_TEST_RUN"
 
 

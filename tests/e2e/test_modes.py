@@ -81,6 +81,7 @@ def test_every_question_is_a_line_with_its_answers(evaluated: Run) -> None:
     assert all(cell["model"] in page for cell in cells(evaluated))
 
 
+@pytest.mark.slow
 def test_an_evaluation_resumes_where_it_stopped(evaluated: Run, start_run: StartRun) -> None:
     file = evaluated.folder / cells(evaluated)[0]["answers"]
     whole = file.read_text()
@@ -105,6 +106,7 @@ def study(plain_run: Run, start_run: StartRun) -> Run:
     return start_run(*STUDY, f"model.path={plain_run.folder}")
 
 
+@pytest.mark.slow
 def test_a_study_does_each_run_once_and_shows_it(study: Run, plain_run: Run, start_run: StartRun) -> None:
     found = json.loads((study.folder / "study.json").read_text())
     assert found["finished"] and [run["status"] for run in found["runs"]] == ["done"]
@@ -115,6 +117,7 @@ def test_a_study_does_each_run_once_and_shows_it(study: Run, plain_run: Run, sta
     assert json.loads((study.folder / "study.json").read_text())["fig6"] == found["fig6"]
 
 
+@pytest.mark.slow
 def test_the_plain_engine_samples_from_the_same_policy(study: Run) -> None:
     [run] = (Run(folder=folder, screen="") for folder in (study.folder / "runs").iterdir())
     assert len(run.steps) == 2

@@ -48,6 +48,7 @@ def test_a_checkpoint_holds_the_data_position_of_its_next_step(overlapped: Run) 
     assert json.loads((half / "state.json").read_text())["data_position"] == 8
 
 
+@pytest.mark.slow
 def test_prefetching_beside_an_update_changes_no_step(overlapped: Run, overlapped_alone: Run) -> None:
     for line, other in zip(overlapped.steps, overlapped_alone.steps, strict=True):
         for name in ("reward/mean", "loss", "kl/mean", "grad_norm", "ratio/raw_mean", "vision/encodes"):

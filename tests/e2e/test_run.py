@@ -92,6 +92,7 @@ def test_all_weights_have_moved(plain_run: Run) -> None:
     assert [name for name in after if torch.equal(before[name], after[name])] == []
 
 
+@pytest.mark.slow
 def test_the_export_reproduces_the_accuracy_in_other_engines(plain_run: Run) -> None:
     config = load(["eval.questions=16"])
     export = str(plain_run.folder / "export")
@@ -115,6 +116,7 @@ def test_the_export_reproduces_the_accuracy_in_other_engines(plain_run: Run) -> 
     assert float(output.split("accuracy ")[-1]) == pytest.approx(plain_run.summary["after"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_ranks_actors_sharding_and_prefetch_do_not_change_a_run(plain_run: Run, start_run: StartRun) -> None:
     spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.read_ahead=false")
     assert prefetched(plain_run) and not prefetched(spread)

@@ -10,6 +10,8 @@ import pytest
 from tests.driver.trace_events import spans_in
 from tests.e2e.conftest import Run, StartRun
 
+pytestmark = pytest.mark.slow
+
 FEW = (
     *(
         "algo=dapo",

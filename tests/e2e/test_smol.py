@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.e2e.conftest import StartRun
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_pretrained_language_model_trains_on_easy_vqa(start_run: StartRun) -> None:

@@ -20,6 +20,8 @@ from othink_ray.main import main
 from tests.e2e.conftest import SMALL, Run, StartRun
 from tests.e2e.test_run import furthest_apart, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = ("learner.lora.rank=8", "learner.lr=2e-3")
 
 

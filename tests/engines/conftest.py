@@ -12,8 +12,8 @@ from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.tiny import build_tiny
 from othink_ray.types import Group
-from tests.engines.lives import SMALL
 from tests.engines.samples import ask, group_of, picture
+from tests.engines.scenarios import SMALL
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
     from othink_ray.engines.base import RendezvousInfo
     from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
     from othink_ray.families import open_family
-    from tests.engines.slow_training import CLIP_EPS, TIS_BOUNDS
+    from tests.engines.reference_training import CLIP_EPS, TIS_BOUNDS
 
     rendezvous = RendezvousInfo(rank=rank, world_size=job.world_size, master_address="127.0.0.1", master_port=job.port)
     learner = DeepSpeedLearner(

@@ -21,10 +21,12 @@ from othink_ray.engines.lora import AdapterError, choose_trained
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, run_ranks
-from tests.engines.lives import BETA, planned, training
-from tests.engines.nearness import assert_same_stats, distance, moved
+from tests.engines.reference_training import TEMPERATURE
 from tests.engines.samples import batch_of, distributions, fresh_policy, row_of
-from tests.engines.slow_training import TEMPERATURE
+from tests.engines.scenarios import BETA, planned, training
+from tests.engines.tolerances import assert_same_stats, distance, moved
+
+pytestmark = pytest.mark.slow
 
 TEXT = LoraConfig(rank=4, alpha=12, targets=("text",))
 EVERYWHERE = replace(TEXT, targets=("text", "vision", "projector"))

@@ -21,9 +21,11 @@ from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.types import Pack
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
-from tests.engines.nearness import assert_same_stats, distance
+from tests.engines.reference_training import CLIP_EPS, TEMPERATURE
 from tests.engines.samples import ask, batch_of, group_of, picture, scored
-from tests.engines.slow_training import CLIP_EPS, TEMPERATURE
+from tests.engines.tolerances import assert_same_stats, distance
+
+pytestmark = pytest.mark.slow
 
 STAGES = (1, 2, 3)
 MICRO_BATCHES = 64

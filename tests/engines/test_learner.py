@@ -19,10 +19,10 @@ from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, Shares, run_ranks
-from tests.engines.lives import BETA, REWARDS, packs_of, planned, training
-from tests.engines.nearness import assert_same_stats, distance, moved
+from tests.engines.reference_training import TEMPERATURE, slow_training
 from tests.engines.samples import ask, batch_of, distributions, fresh_policy, picture, scored
-from tests.engines.slow_training import TEMPERATURE, slow_training
+from tests.engines.scenarios import BETA, REWARDS, packs_of, planned, training
+from tests.engines.tolerances import assert_same_stats, distance, moved
 
 CORRECTED = ("token", "sequence", "icepop", "mis_sequence")
 

@@ -13,8 +13,10 @@ from othink_ray.config.schema import Config
 from othink_ray.engines.learner_checkpoint import CheckpointWriter, StateError, StoredState
 from othink_ray.types import Group
 from tests.engines.learner_process import Outcome, run_ranks
-from tests.engines.lives import training
-from tests.engines.nearness import distance, moved
+from tests.engines.scenarios import training
+from tests.engines.tolerances import distance, moved
+
+pytestmark = pytest.mark.slow
 
 Outcomes = dict[str, list[Outcome]]
 

@@ -124,6 +124,7 @@ def test_sizes_match_the_config_and_no_hook_is_left(mid_folder: Path) -> None:
     assert not any(parameter._post_accumulate_grad_hooks for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2b", "7b"])
 def test_at_real_shapes_planned_bytes_are_what_autograd_saves(name: str, tmp_path: Path) -> None:
     config = load([f"model=qwen2_vl_{name}"])

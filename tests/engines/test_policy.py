@@ -16,9 +16,9 @@ from othink_ray.core.losses import LossInputs, grpo_loss
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Group, Pack, Prompt
-from tests.engines.nearness import assert_same_gradients, gradients
-from tests.engines.plain_rows import plain_logprobs
+from tests.engines.padded_reference import plain_logprobs
 from tests.engines.samples import ask, batch_of, distributions, group_of, picture, row_of
+from tests.engines.tolerances import assert_same_gradients, gradients
 
 TEMPERATURE = 0.8
 

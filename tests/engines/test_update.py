@@ -17,9 +17,11 @@ from othink_ray.engines.collate import collate_on_host
 from othink_ray.families import open_family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Cost, Outcome, Scenario, run_ranks
-from tests.engines.lives import planned
-from tests.engines.nearness import distance, moved
-from tests.engines.slow_training import TEMPERATURE
+from tests.engines.reference_training import TEMPERATURE
+from tests.engines.scenarios import planned
+from tests.engines.tolerances import distance, moved
+
+pytestmark = pytest.mark.slow
 
 STAGES = (1, 2, 3)
 RATES = (1e-3, 4e-3)  # both differ from the rate with which the optimizer was created

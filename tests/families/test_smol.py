@@ -16,6 +16,8 @@ from othink_ray.families import open_family
 from othink_ray.families.smol import build_smol, pretrained
 from othink_ray.families.tiny import build_tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> ModelConfig:

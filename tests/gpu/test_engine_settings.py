@@ -12,6 +12,8 @@ import pytest
 
 from othink_ray.config.load import conf_dir, load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CLUSTERS = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml") if file.stem != "local")
 SPLIT = ("cluster=one_node", "rollout.num_actors=2", "rollout.tensor_parallel=2", "rollout.gpus_per_actor=2")

@@ -13,6 +13,8 @@ import pytest
 from tests.gpu.flex_kernels import SHARED_BYTES
 from tests.gpu.public_models import PUBLIC
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

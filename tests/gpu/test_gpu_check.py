@@ -14,14 +14,16 @@ from benchmarks.gpu import colocated, engine_process
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.setup import Setup
 from tests.bench.test_gpu_check import TOY
-from tests.gpu import pretend
-from tests.gpu.rehearsal import rehearse
+from tests.gpu import fake_device
+from tests.gpu.colocated_check import rehearse
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    monkeypatch.setenv(pretend.FOLDER, str(tmp_path))
-    monkeypatch.setattr(engine_process, "serve_engine", pretend.serve)
+    monkeypatch.setenv(fake_device.FOLDER, str(tmp_path))
+    monkeypatch.setattr(engine_process, "serve_engine", fake_device.serve)
     return Setup(
         folder=tmp_path,
         device=torch.device("cpu"),
@@ -58,7 +60,7 @@ def by_setting(rows: list[Row]) -> dict[str, Row]:
 
 
 def test_the_colocated_part_pushes_by_ipc_and_sleeps(setup: Setup) -> None:
-    with pretend.device():
+    with fake_device.device():
         rows = by_setting(list(colocated.colocated(setup)))
     assert float(rows["first push by ipc"].figures["gap max"]) < 1e-5
     assert float(rows["ipc: worst of 2 audits"].figures["gap max"]) < 1e-5
@@ -67,7 +69,7 @@ def test_the_colocated_part_pushes_by_ipc_and_sleeps(setup: Setup) -> None:
 
 def test_the_part_of_two_gpus_pushes_by_nccl(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pretend.device():
+    with fake_device.device():
         rows = by_setting(list(colocated.apart(dataclasses.replace(setup, colocated_steps=1))))
     before, after = rows["audit before the push"], rows["nccl: worst of 1 audits"]
     assert float(after.figures["gap max"]) < 1e-5

@@ -16,7 +16,9 @@ from othink_ray.config.schema import Config
 from othink_ray.engines.lora import trains_all
 from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
-from tests.gpu.reloading import Reloaded, run
+from tests.gpu.reload_comparison import Reloaded, run
+
+pytestmark = pytest.mark.slow
 
 CASES = [
     ("qwen2_vl", "float32"),

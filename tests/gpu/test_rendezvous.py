@@ -15,7 +15,7 @@ from torch import Tensor
 from othink_ray.engines.base import RendezvousInfo
 from othink_ray.engines.vllm_transfer import open_sender
 from othink_ray.runtime import weight_sync
-from tests.gpu import pretend
+from tests.gpu import fake_device
 
 WEIGHTS = [(str(number), torch.full((100,), float(number))) for number in range(7)]
 
@@ -72,7 +72,7 @@ def test_every_engine_process_gets_a_rank_and_all_weights(
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     receivers = engines * processes
-    with pretend.device(), ThreadPoolExecutor(receivers) as threads:
+    with fake_device.device(), ThreadPoolExecutor(receivers) as threads:
         opened = [Engine(processes, threads) for _ in range(engines)]
         sender = open_sender(
             "nccl",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from othink_ray.config.load import load
 from othink_ray.engines.base import RendezvousInfo
 from othink_ray.engines.vllm_transfer import open_sender
-from tests.gpu import pretend
+from tests.gpu import fake_device
 from tests.gpu.public_models import PUBLIC, WEIGHTS, public_network
 
 CONF = Path(__file__).parents[2] / "conf/model"
@@ -35,7 +35,7 @@ EMBEDDINGS = {  # bytes in bfloat16, vocabulary times width times 2
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    with pretend.device(meta=True):
+    with fake_device.device(meta=True):
         yield
 
 

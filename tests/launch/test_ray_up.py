@@ -25,6 +25,7 @@ _VENV = Path(sys.prefix)
 _PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")
 _MISSING = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(missing_namespaces() is not None, reason=str(missing_namespaces())),
     pytest.mark.skipif(bool(_MISSING), reason=f"{', '.join(_MISSING)}: apt-get install openssh-server rsync"),
     pytest.mark.timeout(600),

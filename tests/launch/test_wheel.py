@@ -86,12 +86,14 @@ def test_the_wheel_holds_the_whole_package_and_all_settings(wheel: Path) -> None
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
 
 
+@pytest.mark.slow
 def test_it_shows_its_settings_from_any_folder(installed: Installed) -> None:
     assert "grpo_d" in installed.run("--help")
     assert "beta_max: 0.1" in installed.run("--cfg", "job", "algo=grpo_d")
     assert "configuration is sound" in installed.run("mode=check")
 
 
+@pytest.mark.slow
 def test_it_trains_from_any_folder(installed: Installed) -> None:
     installed.run(
         *("train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),

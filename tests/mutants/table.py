@@ -33,10 +33,10 @@ class Table:
 _PURE = {
     "core/advantages.py": (
         "core/test_advantages.py",
-        "core/test_variants.py",
+        "core/test_algorithms.py",
     ),
     "core/attention.py": (
-        "core/test_line.py",
+        "core/test_packed_sequence.py",
         "core/test_flex.py",
         "core/test_packed_images.py",
         "core/test_fused.py",
@@ -45,7 +45,7 @@ _PURE = {
     ),
     "core/blocks.py": (
         "core/test_blocks.py",
-        "core/test_line.py",
+        "core/test_packed_sequence.py",
         "core/test_fused.py",
     ),
     "core/flex.py": (
@@ -56,28 +56,28 @@ _PURE = {
     "core/intervals.py": ("core/test_intervals.py",),
     "core/kl.py": (
         "core/test_kl.py",
-        "core/test_schedules.py",
-        "core/test_variants.py",
+        "core/test_adaptive_kl.py",
+        "core/test_algorithms.py",
         "driver/test_loop.py",
     ),
     "core/logprobs.py": ("core/test_logprobs.py",),
     "core/losses.py": (
-        "core/test_correction.py",
+        "core/test_importance.py",
         "core/test_losses.py",
-        "core/test_variants.py",
+        "core/test_algorithms.py",
     ),
-    "core/lr_schedule.py": ("core/test_rates.py",),
+    "core/lr_schedule.py": ("core/test_lr_schedule.py",),
     "core/packed_sequence.py": (
-        "core/test_line.py",
+        "core/test_packed_sequence.py",
         "core/test_flex.py",
-        "core/test_variants.py",
+        "core/test_algorithms.py",
         "core/test_blocks.py",
         "core/test_losses.py",
-        "core/test_correction.py",
+        "core/test_importance.py",
     ),
     "core/packing.py": (
         "core/test_packing.py",
-        "core/test_variants.py",
+        "core/test_algorithms.py",
     ),
     "driver/async_loop.py": (
         "driver/test_overlap.py",
@@ -90,25 +90,25 @@ _PURE = {
         "driver/test_overlap.py",
     ),
     "weights/audit.py": (
-        "weights/test_compare.py",
+        "weights/test_probe_comparison.py",
         "weights/test_audit.py",
     ),
-    "weights/buckets.py": ("weights/test_chunks.py",),
+    "weights/buckets.py": ("weights/test_buckets.py",),
     "weights/digest.py": (
-        "weights/test_arrival.py",
+        "weights/test_mismatches.py",
         "weights/test_digest.py",
     ),
 }
 
 _LEARNER = ("engines/test_update.py", "engines/test_learner.py", "engines/test_learner_state.py")
 _ENGINE = ("engines/test_receiver.py", "contracts/test_rollout.py", "contracts/test_rollout_push.py")
-_PUSH = ("runtime/test_push.py", "runtime/test_bfloat16_push.py", "runtime/test_replacing.py")
-_POOLS = ("runtime/test_pools.py", "runtime/test_expecting.py")
+_PUSH = ("runtime/test_push.py", "runtime/test_bfloat16_push.py", "runtime/test_engine_replacement.py")
+_POOLS = ("runtime/test_pools.py", "runtime/test_prefetch.py")
 
 # Ray and vLLM do not survive a fork.
 _HEAVY = {
     "engines/base.py": (
-        "engines/test_place.py",
+        "engines/test_rendezvous.py",
         *_ENGINE,
         "engines/test_update.py",
     ),
@@ -140,7 +140,7 @@ _HEAVY = {
         "engines/test_merging.py",
         "engines/test_adapters.py",
         "contracts/test_adapters.py",
-        "engines/test_trained.py",
+        "engines/test_trained_parameters.py",
         "engines/test_learner.py",
     ),
     "engines/network_memory.py": ("engines/test_network_memory.py",),
@@ -151,14 +151,14 @@ _HEAVY = {
         "engines/test_update.py",
     ),
     "engines/prefetch.py": (
-        "engines/test_ahead.py",
+        "engines/test_prefetch.py",
         "engines/test_learner.py",
-        "engines/test_inputs.py",
+        "engines/test_prefetch_inputs.py",
         "engines/test_policy.py",
     ),
     "engines/products.py": ("engines/test_products.py",),
     "engines/update_stats.py": (
-        "engines/test_totals.py",
+        "engines/test_update_stats.py",
         "engines/test_learner.py",
     ),
     "engines/vllm_patches.py": (
@@ -183,7 +183,7 @@ _HEAVY = {
     ),
     "engines/zero_settings.py": (*_LEARNER,),
     "runtime/actors.py": (
-        "runtime/test_transports.py",
+        "runtime/test_actor_calls.py",
         *_POOLS,
         "runtime/test_push.py",
     ),
@@ -194,15 +194,15 @@ _HEAVY = {
         "driver/test_stopping.py",
     ),
     "runtime/futures.py": (
-        "runtime/test_calls.py",
-        "runtime/test_streams.py",
+        "runtime/test_futures.py",
+        "runtime/test_result_streams.py",
         "runtime/test_pools.py",
         "e2e/test_timeline.py",
     ),
     "runtime/learner_pool.py": (
-        "runtime/test_transports.py",
-        "runtime/test_preparing.py",
-        "runtime/test_loading.py",
+        "runtime/test_actor_calls.py",
+        "runtime/test_learner_prefetch.py",
+        "runtime/test_load_order.py",
         "runtime/test_push.py",
     ),
     "runtime/monitoring.py": (
@@ -210,7 +210,7 @@ _HEAVY = {
         "runtime/test_incidents.py",
     ),
     "runtime/bundles.py": ("runtime/test_bundles.py",),
-    "runtime/placement.py": ("runtime/test_malloc.py", "runtime/test_loading.py", "runtime/test_pools.py"),
+    "runtime/placement.py": ("runtime/test_malloc.py", "runtime/test_load_order.py", "runtime/test_pools.py"),
     "runtime/reward_actor.py": (
         "runtime/test_reward_memory.py",
         "runtime/test_pools.py",
@@ -219,17 +219,17 @@ _HEAVY = {
     "runtime/rollout_pool.py": (
         "runtime/test_balance.py",
         *_POOLS,
-        "runtime/test_loading.py",
+        "runtime/test_load_order.py",
     ),
     "runtime/weight_sync.py": (
-        "runtime/test_transports.py",
+        "runtime/test_actor_calls.py",
         *_PUSH,
         "gpu/test_rendezvous.py",
     ),
     "runtime/worker_group.py": (
-        "runtime/test_team.py",
+        "runtime/test_worker_group.py",
         "driver/test_small_data.py",
-        "runtime/test_replacing.py",
+        "runtime/test_engine_replacement.py",
     ),
 }
 

@@ -41,12 +41,12 @@ def of_module(source: str) -> list[str]:
     "statement",
     ["a.push(b)", "a.b = c", "a[b] = c", "a.b: int = c", "b = x", "b, c = x", "break", "continue", "del a"],
 )
-def test_a_statement_that_can_be_missed_is_deleted(statement: str) -> None:
+def test_a_statement_that_binds_no_new_name_is_deleted(statement: str) -> None:
     assert changes(statement) == [f"{statement} -> pass"]
 
 
 @pytest.mark.parametrize("statement", ["only = b", "only, b = c", "only: int = b", "return b"])
-def test_a_statement_that_alone_gives_a_name_its_value_stays(statement: str) -> None:
+def test_the_only_assignment_of_a_name_is_not_deleted(statement: str) -> None:
     assert changes(statement) == []
 
 
@@ -54,7 +54,7 @@ def test_a_constant_of_the_module_is_changed_and_not_deleted() -> None:
     assert of_module("LIMIT = 3\nLIMIT = 4\n") == ["3 -> 4", "4 -> 5"]
 
 
-def test_what_stands_inside_of_a_change_is_changed_too() -> None:
+def test_expressions_inside_a_change_are_changed_too() -> None:
     assert changes("only: int = -b") == ["-b -> b"]
     assert set(changes("return -a and b")) == {"-a and b -> -a or b", "-a -> a"}
     assert set(changes("a += -b")) == {"a += -b -> a -= -b", "a += -b -> pass", "-b -> b"}
@@ -64,12 +64,12 @@ def test_what_stands_inside_of_a_change_is_changed_too() -> None:
     }
 
 
-def test_two_ways_to_the_same_text_are_one_mutant() -> None:
+def test_two_changes_with_equal_text_are_one_mutant() -> None:
     assert changes("return a + a") == ["a + a -> a - a", "a + a -> a"]
     assert changes("return {x for x in a if True}") == ["True -> False"]
 
 
-def test_a_name_counts_as_given_in_its_own_function_alone() -> None:
+def test_a_name_is_bound_only_within_its_function() -> None:
     own = "def f():\n    a = b\n    def g():\n        a = b\n        a = c\n    return a\n"
     assert of_module(own) == ["a = b -> pass"] * 2 + ["a = c -> pass"]
     apart = "def f():\n    a = b\n    return a\n\n\ndef g():\n    a = b\n    return a\n"
@@ -78,7 +78,7 @@ def test_a_name_counts_as_given_in_its_own_function_alone() -> None:
     assert changes("only = a.b = c") == ["only = a.b = c -> pass"]
 
 
-def test_what_is_raised_is_deleted_as_a_whole() -> None:
+def test_a_raise_statement_is_deleted_as_a_whole() -> None:
     assert changes("raise Error(a + 1)") == ["raise Error(a + 1) -> pass"]
 
 
@@ -203,7 +203,7 @@ def test_a_default_is_changed() -> None:
         "def f(a): return 'text', None, a.b, g(a)\n",
     ],
 )
-def test_what_no_test_should_have_to_notice_is_left_alone(source: str) -> None:
+def test_changes_without_any_effect_are_not_made(source: str) -> None:
     assert of_module(source) == []
 
 

@@ -100,6 +100,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_verdicts_of_a_run_over_forks_and_processes(
     project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +123,8 @@ def test_verdicts_of_a_run_over_forks_and_processes(
     assert [path.name for path in project.root.parent.iterdir()] == ["project"]
 
 
-def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_waiting_for_a_busy_machine_is_not_a_hang(tmp_path: Path) -> None:
     table = small(tmp_path / "project")
     (table.root / "tests/core/test_waits.py").write_text(
         "import time\n\n\ndef test_waiting():\n    time.sleep(3)\n\n\n"
@@ -136,6 +138,7 @@ def test_what_waits_for_a_busy_machine_is_not_hung(tmp_path: Path) -> None:
     assert (waiting, spinning) == (0, None)
 
 
+@pytest.mark.slow
 def test_verdicts_hold_until_the_source_or_its_tests_change(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +162,7 @@ def test_verdicts_hold_until_the_source_or_its_tests_change(
     assert changed.statuses("core/sums.py") == {}
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_is_continued_by_the_next_one(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     tests = project.root / "tests/core/test_sums.py"
     tests.write_text(tests.read_text() + "    assert half(5) == 2\n")
@@ -169,6 +173,7 @@ def test_a_run_out_of_time_is_continued_by_the_next_one(project: Project, capsys
     assert (on.code, len(on.lines)) == (0, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_only_its_verdicts(
     way: signal.Signals, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -32,6 +32,8 @@ from tests.engines.samples import worker_of
 from tests.runtime.conftest import incidents, train_one_step
 from tests.runtime.test_push import keep_packed_head, on_engine, pack_again
 
+pytestmark = pytest.mark.slow
+
 LR = 1e-6
 LAYERS = 5
 HEAD = "model.language_model.embed_tokens.weight"

@@ -42,6 +42,7 @@ input()
 STRANGER = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)"
 
 
+@pytest.mark.slow
 def test_no_other_user_gets_in_by_network_or_files() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
@@ -155,6 +156,7 @@ def test_ray_init_does_not_replace_the_sigterm_handler(monkeypatch: pytest.Monke
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_sigterm_during_or_after_ray_shutdown_reaches_the_run() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", ENDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -12,7 +12,7 @@ import pytest
 
 from othink_ray.runtime import monitoring
 from othink_ray.runtime.monitoring import Gauges
-from tests.runtime.scraping import gauges_of, scraped_until
+from tests.runtime.metrics_scrape import gauges_of, scraped_until
 
 DROPPED_S = 25.0  # Ray's agent keeps a value for 20 s
 
@@ -30,6 +30,7 @@ def test_the_target_file_is_removed_with_the_run(
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_the_latest_finite_values_are_exported_during_the_run(ray_here: None, tmp_path: Path) -> None:
     with Gauges(tmp_path) as gauges:
         [entry] = json.loads((tmp_path / "prometheus.json").read_text())

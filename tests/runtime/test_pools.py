@@ -83,7 +83,7 @@ def test_a_failing_engine_is_named_and_not_restarted(echoes: RolloutPool, prompt
     assert echoes.incidents.restarts == 0
 
 
-@pytest.mark.parametrize(("task", "index"), [("die", 2), ("hang", 0)])
+@pytest.mark.parametrize(("task", "index"), [("die", 2), pytest.param("hang", 0, marks=pytest.mark.slow)])
 def test_a_lost_engine_is_replaced_and_its_prompts_resampled(
     echoes: RolloutPool, prompts: list[Prompt], task: str, index: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +101,7 @@ def test_a_lost_engine_is_replaced_and_its_prompts_resampled(
     assert echoes.incidents.take()["faults/rollout_restarts"] == 1
 
 
+@pytest.mark.slow
 def test_after_its_restarts_a_run_stops_with_the_first_cause(echoes: RolloutPool, prompts: list[Prompt]) -> None:
     with pytest.raises(
         WorkerFailed, match=r"(?s)not restarted: 2 restarts used, faults\.max_restarts = 2\. First cause: .*died"
@@ -108,6 +109,7 @@ def test_after_its_restarts_a_run_stops_with_the_first_cause(echoes: RolloutPool
         list(echoes.generate(with_task(prompts, "die always"), SAMPLING))
 
 
+@pytest.mark.slow
 def test_only_answers_that_break_the_grader_are_masked(
     ray_here: None, workers_config: Config, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:

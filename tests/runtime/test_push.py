@@ -294,6 +294,7 @@ def test_a_bucket_is_loaded_while_the_next_ones_are_gathered(recording: Callable
         assert all(ends[number] < gathered[number + 4] for number in range(WEIGHTS - 4))
 
 
+@pytest.mark.slow
 def test_a_begun_push_is_gathered_before_engines_are_called(recording: Callable[..., RecordingPools]) -> None:
     learner, rollout = recording(RecordingEngine, RecordingLearner)
     push = SharedMemoryPush(learner, rollout, bucket_mb=1)
@@ -311,6 +312,7 @@ def test_a_begun_push_is_gathered_before_engines_are_called(recording: Callable[
         assert [[name for name, _ in loaded] for loaded in by_engine] == [[*map(str, range(WEIGHTS))] * version] * 2
 
 
+@pytest.mark.slow
 def test_a_learner_does_not_run_ahead_of_slow_engines(recording: Callable[..., RecordingPools]) -> None:
     """The memory of a push does not grow with the model."""
     learner, rollout = recording(partial(RecordingEngine, seconds=0.1), RecordingLearner)
@@ -322,6 +324,7 @@ def test_a_learner_does_not_run_ahead_of_slow_engines(recording: Callable[..., R
         assert max(ahead) <= 6 < WEIGHTS
 
 
+@pytest.mark.slow
 def test_engines_refuse_after_a_learner_failed_in_gathering(
     recording: Callable[..., RecordingPools], prompts: list[Prompt], workers_config: Config
 ) -> None:

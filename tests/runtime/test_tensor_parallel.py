@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from othink_ray.config.schema import Config
 from othink_ray.driver.build import open_workers
 from othink_ray.types import Prompt
 from tests.engines.samples import ask, picture
 from tests.runtime.conftest import incidents, train_one_step
+
+pytestmark = pytest.mark.slow
 
 ROUNDING = 1e-5  # nats
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,20 @@ def run_jobs(launcher: RunLauncher, jobs: list[Job], parallel: int = 2) -> list[
     return outcomes
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that did `SOUND`; read-only."""
+    folder = tmp_path_factory.mktemp("study")
+    assert run_jobs(RunLauncher(folder), [SOUND])[-1] == ("sound", "done")
+    return folder
+
+
+@pytest.fixture
+def did_sound(study: Path, tmp_path: Path) -> RunLauncher:
+    """Return the launcher of a copy of that study."""
+    return RunLauncher(shutil.copytree(study, tmp_path / "study"))
+
+
 def test_a_failed_run_has_a_reason_and_stops_no_other(tmp_path: Path) -> None:
     launcher = RunLauncher(tmp_path)
     outcomes = run_jobs(launcher, [BROKEN, SOUND])
@@ -37,21 +52,19 @@ def test_a_failed_run_has_a_reason_and_stops_no_other(tmp_path: Path) -> None:
     assert launcher.outcome(SOUND).reason is None
 
 
-def test_done_runs_are_kept_and_failed_runs_are_retried(tmp_path: Path) -> None:
-    launcher = RunLauncher(tmp_path)
-    run_jobs(launcher, [BROKEN, SOUND])
-    assert {name for name, _ in run_jobs(launcher, [BROKEN, SOUND])} == {"broken"}
+def test_done_runs_are_kept_and_failed_runs_are_retried(did_sound: RunLauncher) -> None:
+    run_jobs(did_sound, [BROKEN, SOUND])
+    assert did_sound.outcome(BROKEN).status == "failed"
+    assert {name for name, _ in run_jobs(did_sound, [BROKEN, SOUND])} == {"broken"}
 
 
-def test_a_run_with_other_overrides_starts_afresh(tmp_path: Path) -> None:
-    launcher = RunLauncher(tmp_path)
-    run_jobs(launcher, [SOUND])
-    (launcher.path(SOUND) / "checkpoints").mkdir()
+def test_a_run_with_other_overrides_starts_afresh(did_sound: RunLauncher) -> None:
+    (did_sound.path(SOUND) / "checkpoints").mkdir()
     changed = replace(SOUND, overrides=("mode=check", "run.cache_dir=none", "train.steps=9"))
-    assert launcher.outcome(changed).status == "waiting"
-    assert run_jobs(launcher, [changed])[-1] == ("sound", "done")
-    assert not (launcher.path(changed) / "checkpoints").exists()
-    assert (tmp_path / "runs" / "sound.old-1" / "checkpoints").is_dir()
+    assert did_sound.outcome(changed).status == "waiting"
+    assert run_jobs(did_sound, [changed])[-1] == ("sound", "done")
+    assert not (did_sound.path(changed) / "checkpoints").exists()
+    assert (did_sound.path(SOUND).with_name("sound.old-1") / "checkpoints").is_dir()
 
 
 def test_identity_ignores_override_order_but_not_the_base(tmp_path: Path) -> None:
@@ -64,19 +77,16 @@ def test_identity_ignores_override_order_but_not_the_base(tmp_path: Path) -> Non
     assert launcher.outcome(replace(job, base_overrides=("train.steps=6",))).status == "waiting"
 
 
-def test_a_run_without_its_output_file_is_not_done(tmp_path: Path) -> None:
-    launcher = RunLauncher(tmp_path)
-    run_jobs(launcher, [SOUND])
-    assert launcher.outcome(replace(SOUND, output_file="summary.json")).status == "waiting"
+def test_a_run_without_its_output_file_is_not_done(did_sound: RunLauncher) -> None:
+    assert did_sound.outcome(SOUND).status == "done"
+    assert did_sound.outcome(replace(SOUND, output_file="summary.json")).status == "waiting"
 
 
-def test_a_truncated_record_loses_no_checkpoint(tmp_path: Path) -> None:
-    launcher = RunLauncher(tmp_path)
-    run_jobs(launcher, [SOUND])
-    (launcher.path(SOUND) / "outcome.json").write_text('{"status": "do')
-    (launcher.path(SOUND) / "kept").touch()
-    run_jobs(launcher, [SOUND])
-    assert (launcher.path(SOUND) / "kept").exists()
+def test_a_truncated_record_loses_no_checkpoint(did_sound: RunLauncher) -> None:
+    (did_sound.path(SOUND) / "outcome.json").write_text('{"status": "do')
+    (did_sound.path(SOUND) / "kept").touch()
+    assert run_jobs(did_sound, [SOUND])[-1] == ("sound", "done")
+    assert (did_sound.path(SOUND) / "kept").exists()
 
 
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
@@ -84,18 +94,18 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     assert run_jobs(launcher, [SOUND])[-1] == ("sound", "done")
 
 
-def test_a_run_still_active_from_an_earlier_study_is_refused(tmp_path: Path) -> None:
-    launcher = RunLauncher(tmp_path)
-    run_jobs(launcher, [SOUND])
-    alive = subprocess.Popen([sys.executable, "-c", "input()", str(launcher.path(SOUND))], stdin=subprocess.PIPE)
+def test_a_run_still_active_from_an_earlier_study_is_refused(did_sound: RunLauncher) -> None:
+    alive = subprocess.Popen([sys.executable, "-c", "input()", str(did_sound.path(SOUND))], stdin=subprocess.PIPE)
     try:
-        record = json.loads((launcher.path(SOUND) / "outcome.json").read_text())
-        (launcher.path(SOUND) / "outcome.json").write_text(json.dumps(record | {"status": "running", "pid": alive.pid}))
+        record = json.loads((did_sound.path(SOUND) / "outcome.json").read_text())
+        (did_sound.path(SOUND) / "outcome.json").write_text(
+            json.dumps(record | {"status": "running", "pid": alive.pid})
+        )
         with pytest.raises(StudyError, match=f"run sound of an earlier study is still active as process {alive.pid}"):
-            run_jobs(launcher, [SOUND])
+            run_jobs(did_sound, [SOUND])
     finally:
         alive.communicate(b"\n")
-    assert run_jobs(launcher, [SOUND])[-1] == ("sound", "done")
+    assert run_jobs(did_sound, [SOUND])[-1] == ("sound", "done")
 
 
 def test_an_interrupted_study_leaves_no_process_and_resumes(tmp_path: Path) -> None:
@@ -151,6 +161,7 @@ def process_ending_after(signals: int) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_sends_sigterm_again_then_sigkill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "STOP_SECONDS", 5.0)
     processes = [process_ending_after(1), process_ending_after(2), process_ending_after(3)]

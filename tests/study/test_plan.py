@@ -38,7 +38,7 @@ def test_a_run_shared_by_experiments_is_planned_once() -> None:
     assert set(shared.experiments) == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("study", ["paper", "alpha", "beta"])
+@pytest.mark.parametrize("study", [pytest.param("paper", marks=pytest.mark.slow), "alpha", "beta"])
 @pytest.mark.parametrize("size", ["full", "small"])
 def test_every_run_is_a_valid_configuration(study: str, size: str) -> None:
     config = load([f"study={study}", f"study.size={size}"]).study
@@ -66,6 +66,7 @@ def test_the_configuration_of_a_run_matches_its_name(run: StudyRun) -> None:
         assert bounds == {VC: (0.04, 0.1), GR: (0.0, 0.02)}[run.task]
 
 
+@pytest.mark.slow
 def test_extra_overrides_reach_all_runs_and_keep_them_distinct() -> None:
     typed = ["mode=study", "study.size=small", "run.dir=x", "train.steps=7", "train.seed=9", "rollout=hf"]
     extra = for_runs(typed)
@@ -113,6 +114,7 @@ def test_full_size_runs_lack_only_the_users_test_files(size: str) -> None:
             ] == []
 
 
+@pytest.mark.slow
 def test_the_tiny_models_study_is_refused_on_a_real_model() -> None:
     for run in planned(STUDY, FULL_SIZE):
         subjects = [problem.subject for problem in problems(config_of(run.overrides), Machine(cpus=256, gpus=8))]

@@ -52,7 +52,10 @@ def trained(policies: dict[str, Policy]) -> dict[str, Policy]:
     return trained
 
 
-@pytest.fixture(params=FAMILIES)
+FIRST, *OTHERS = FAMILIES
+
+
+@pytest.fixture(params=[FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found

@@ -28,6 +28,8 @@ from tests.engines.samples import (
     sent_weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def lives(

@@ -29,8 +29,7 @@ from othink_ray.families import FAMILIES, ModelError, hugging_face, open_family
 from othink_ray.families.base import Family, ImageTensors, modules_by_part
 from othink_ray.families.hugging_face import prune_last_layer
 from othink_ray.types import Prompt
-from tests.engines.nearness import assert_same_gradients, gradients
-from tests.engines.plain_rows import plain_logprobs
+from tests.engines.padded_reference import plain_logprobs
 from tests.engines.samples import (
     MIXED,
     ask,
@@ -41,6 +40,7 @@ from tests.engines.samples import (
     row_of,
     sent_weights,
 )
+from tests.engines.tolerances import assert_same_gradients, gradients
 from tests.families.checkpoints import CHECKPOINTS
 
 SIZES = [(84, 84), (28, 28), (1, 1), (27, 29), (33, 65), (5, 190), (500, 500), (333, 77), (96, 64)]

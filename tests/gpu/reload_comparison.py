@@ -18,7 +18,7 @@ from torch import Tensor
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import RendezvousInfo, Sampling
 from othink_ray.types import Prompt
-from tests.gpu import pretend
+from tests.gpu import fake_device
 
 BUCKET = 20_000  # bytes: query, key and value of one layer come in different buckets
 SAMPLING = Sampling(answers=1, max_tokens=4, temperature=1.0, seed=0)
@@ -73,9 +73,9 @@ class Comparison:
         class Engine(VLLMRollout):
             @staticmethod
             def arguments(*inputs: Any, **named: Any) -> dict[str, Any]:
-                return pretend.with_transfer(VLLMRollout.arguments(*inputs, **named), "ipc")
+                return fake_device.with_transfer(VLLMRollout.arguments(*inputs, **named), "ipc")
 
-        os.environ[pretend.FOLDER] = handles
+        os.environ[fake_device.FOLDER] = handles
         family = open_family(model, path)
         self.engine = Engine(rollout, model, family, path, transport="ipc", max_logprobs=20)
         self.worker = worker_of(self.engine)
@@ -109,7 +109,7 @@ class Comparison:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
         named = dict(self.network.named_parameters())
-        buffers = dict(self.network.named_buffers()) | pretend.plain_tensors(self.network)
+        buffers = dict(self.network.named_buffers()) | fake_device.plain_tensors(self.network)
         return (
             {name: weight.detach().clone() for name, weight in named.items()},
             {name: buffer.clone() for name, buffer in buffers.items()},
@@ -187,7 +187,7 @@ def run(
     """Push all weights, or only the text network's, to an engine that is awake or sleeping at some level."""
     torch.set_num_threads(1)
     Path(handles).mkdir(exist_ok=True)
-    with pretend.device():
+    with fake_device.device():
         comparison = Comparison(model, rollout, path, handles)
         every = list(comparison.new)
         text = [name for name in every if "language_model" in name or name.startswith("lm_head")]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import APART, RECOVERY_STEPS, Harness, Outcome, incident_times
+from tests.drills.harness import APART, RECOVERY_STEPS, Harness, Outcome, incident_times
 from tests.drills.hosts import Hosts, two_hosts
 
 

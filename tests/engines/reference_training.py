@@ -15,7 +15,7 @@ from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.advantages import EPS
 from othink_ray.families.base import Family
 from othink_ray.types import Group
-from tests.engines.plain_rows import plain_logprobs
+from tests.engines.padded_reference import plain_logprobs
 from tests.engines.samples import fresh_policy
 from tests.reference import correction as importance
 from tests.reference import grpo_d

@@ -1,6 +1,6 @@
 """Attack a run as another user of the machine: its ports, sockets, files and processes.
 
-Prints a line for every attack that succeeds:  python -m tests.drills.stranger UID OWNED [FILE] ...
+Prints a line for every attack that succeeds:  python -m tests.drills.other_user UID OWNED [FILE] ...
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from othink_ray.config.load import load
 from othink_ray.core.packing import pack
 from othink_ray.engines.base import RendezvousInfo, rendezvous_info
 from othink_ray.types import Pack, Probe, ScoredGroup, UpdateSettings
-from tests.gpu import pretend
+from tests.gpu import fake_device
 
 
 class RunsLearner:
@@ -74,13 +74,13 @@ class RunsLearner:
 
 def rehearse(setup: Setup, part: str) -> list[dict[str, Any]]:
     """Run one part of the check and return its records; DeepSpeed's process group stays in the calling process."""
-    os.environ[pretend.FOLDER] = str(setup.folder)
+    os.environ[fake_device.FOLDER] = str(setup.folder)
     part_of_check = getattr(colocated, part)
     with (
-        mock.patch.object(engine_process, "serve_engine", pretend.serve),
+        mock.patch.object(engine_process, "serve_engine", fake_device.serve),
         mock.patch.object(colocated, "open_learner", RunsLearner),
         mock.patch.object(torch.cuda, "device_count", lambda: 2),
-        pretend.device(),
+        fake_device.device(),
     ):
         rows: list[Row] = list(part_of_check(setup))
     return [row.record() for row in rows]

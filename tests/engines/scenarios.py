@@ -12,8 +12,8 @@ from othink_ray.core.advantages import group_advantages
 from othink_ray.core.packing import pack, plan
 from othink_ray.types import Group, Pack
 from tests.engines.learner_process import Scenario, Shares
+from tests.engines.reference_training import TEMPERATURE
 from tests.engines.samples import scored
-from tests.engines.slow_training import TEMPERATURE
 
 BETA = 0.1
 REWARDS = ([2.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 0.0])

@@ -52,6 +52,7 @@ def test_a_replaced_engine_answers_like_the_lost_one(trained_workers: WorkerGrou
     assert trained_workers.incidents.take()["faults/rollout_restarts"] == 1
 
 
+@pytest.mark.slow
 def test_an_engine_lost_before_a_push_gets_it_with_the_audit(
     trained_workers: WorkerGroup, prompts: list[Prompt]
 ) -> None:
@@ -62,6 +63,7 @@ def test_an_engine_lost_before_a_push_gets_it_with_the_audit(
     assert audit.gap_mean < 1e-4
 
 
+@pytest.mark.slow
 def test_a_new_engine_without_the_weights_is_caught(trained_workers: WorkerGroup, prompts: list[Prompt]) -> None:
     train(trained_workers, prompts)
     trained_workers.push(LATER + 3)

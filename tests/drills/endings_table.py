@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.drills.faults import steps_done
-from tests.drills.ground import Outcome
+from tests.drills.harness import Outcome
 
 STEPS = 20  # few enough that each is printed
 OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")

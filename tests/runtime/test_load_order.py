@@ -67,6 +67,7 @@ def test_on_a_shared_gpu_the_learner_loads_after_engines_sleep(workers_config: C
     assert events(shared, tmp_path / "events") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_on_separate_devices_both_load_concurrently(workers_config: Config, tmp_path: Path) -> None:
     seen = events(workers_config, tmp_path / "events")

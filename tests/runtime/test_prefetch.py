@@ -92,7 +92,7 @@ def sample(pool: RolloutPool, prompts: list[Prompt]) -> list[Group]:
     return groups
 
 
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("balance", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_engine_prefetches_the_prompts_that_it_samples(pools: Pools, balance: bool) -> None:
     pool = pools(balance=balance)
     for start in (0, 10):
@@ -104,6 +104,7 @@ def test_each_engine_prefetches_the_prompts_that_it_samples(pools: Pools, balanc
             assert len(sampled) >= 2
 
 
+@pytest.mark.slow
 def test_prompts_that_were_not_prefetched_are_answered_too(pools: Pools) -> None:
     pool = pools()
     pool.prefetch(numbered(range(4)), SAMPLING.answers)
@@ -113,6 +114,7 @@ def test_prompts_that_were_not_prefetched_are_answered_too(pools: Pools) -> None
     ) == [str(number) for number in range(2, 9)]
 
 
+@pytest.mark.slow
 def test_engines_that_sleep_prefetch_after_leaving_the_device(pools: Pools) -> None:
     """The learner waits for the device, but not for the preparation, which needs none."""
     pool = pools(sleep=True)
@@ -123,6 +125,7 @@ def test_engines_that_sleep_prefetch_after_leaving_the_device(pools: Pools) -> N
     assert [[call for call, _ in calls] for calls in recorded(pool)] == [["sleep", "prefetch", "generate"]] * 2
 
 
+@pytest.mark.slow
 def test_a_failed_prefetch_does_not_fail_the_pool(pools: Pools) -> None:
     pool = pools()
     upcoming = numbered(range(4), task="refuse")

@@ -1,4 +1,4 @@
-"""Load a Config from overrides: Hydra composes conf/, and all problems are collected instead of only the first."""
+"""Load a Config from overrides: Hydra composes the defaults and conf/, and every problem is collected."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from othink_ray.config.errors import ConfigError as ConfigError
 from othink_ray.config.errors import Problem as Problem
+from othink_ray.config.keys import default_tree
+from othink_ray.config.retired import RENAMED_OPTIONS
 from othink_ray.config.schema import Config, DataConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
 if TYPE_CHECKING:  # imported where it is used, so that `--help` and `import othink_ray.main` stay fast
     from omegaconf import DictConfig
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, DEFAULT = "command line", "default"
 
 
 def conf_dir() -> Path:
@@ -31,10 +33,19 @@ def conf_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml in {' or '.join(str(each.parent) for each in candidates)}: reinstall")
 
 
-def groups(folder: Path) -> dict[str, list[str]]:
-    """Return the conf groups with their options, sorted by name."""
-    found = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in found}
+def register_defaults() -> None:
+    """Give Hydra the defaults of the schema, which the defaults list of conf/config.yaml starts with."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=default_tree(Config))
+
+
+def groups(*folders: Path) -> dict[str, list[str]]:
+    """Return the conf groups of these folders with their options, sorted by name."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for folder in folders for file in folder.glob("*/*.yaml")):
+        found.setdefault(file.parent.name, []).append(file.stem)
+    return {group: sorted(set(options)) for group, options in sorted(found.items())}
 
 
 def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
@@ -50,12 +61,17 @@ def data_named(name: str) -> DataConfig:
     return load([f"data={name}"]).data
 
 
-def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config | None, list[Problem]]:
-    """Return the configuration (or None) and its problems; bad overrides are reported and left out."""
+def read(
+    overrides: Sequence[str], folder: Path | None = None, more: Path | None = None
+) -> tuple[Config | None, list[Problem]]:
+    """Return the configuration (or None) and its problems; bad overrides are reported and left out.
+
+    `folder`: the conf files, by default the shipped ones; `more`: a further folder, as with Hydra's --config-dir.
+    """
     from omegaconf import open_dict, read_write
 
-    folder = folder or conf_dir()
-    options = groups(folder)
+    folders = [folder or conf_dir(), *([more] if more else [])]
+    options = groups(*folders)
     problems: list[Problem] = []
     kept: list[str] = []
     for text in overrides:
@@ -63,14 +79,14 @@ def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config |
         problems += found
         if not found:
             kept.append(text)
-    composed, found = _compose(folder, kept)
+    composed, found = _compose(folders, kept)
     problems += found
     if composed is None:
         return None, problems
     choices = composed.hydra.runtime.choices
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    config, found = convert(composed, origins(folder, choices, kept))
+    config, found = convert(composed, origins(folders, choices, kept))
     return config, problems + found
 
 
@@ -82,14 +98,14 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
-    """Return a function that says where a dotted key was set: the command line, or the last conf file that has it."""
-    from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides}
+def origins(folders: Sequence[Path], choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
+    """Return a function that says where a dotted key was set: on the command line, in the last conf file, or nowhere."""
+    from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides} - set(choices)
 
     @functools.cache  # the files are read only when a message needs them
     def files() -> list[tuple[str, dict[str, Any]]]:
-        found = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
-        for group, option in choices.items():
+        found = [(f"{folders[0].name}/config.yaml", _yaml(folders[0] / "config.yaml"))]
+        for folder, (group, option) in itertools.product(folders, choices.items()):
             file = folder / group / f"{option}.yaml"
             if file.is_file():
                 found += _group_files(folder, group, file)
@@ -97,17 +113,22 @@ def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence
 
     def origin(key: str) -> str:
         parts = key.split(".")
-        for size in range(len(parts), 0, -1):
-            if ".".join(parts[:size]) in from_command_line - set(choices):
-                return COMMAND_LINE
-            found = [name for name, content in files()[::-1] if _has(content, parts[:size])]
-            # A key that no file has is traced to the file of its section, not to another file that sets part of it.
-            of_section = [name for name in found if size < len(parts) and f"/{parts[0]}/" in name]
-            if found:
-                return (of_section or found)[0]
-        return files()[0][0]
+        if not from_command_line.isdisjoint(".".join(parts[:size]) for size in range(1, len(parts) + 1)):
+            return COMMAND_LINE
+        return next((name for name, content in reversed(files()) if _has(content, parts)), DEFAULT)
 
     return origin
+
+
+def unknown_option(subject: str, group: str, option: str, options: Sequence[str]) -> Problem:
+    """Return the problem that a group has no such option, with the option that replaced it or that was meant."""
+    new = RENAMED_OPTIONS.get((group, option))
+    if new is not None:
+        return Problem(subject=subject, rule=f"was renamed to {group}={new}", remedy=f"Write {new} for {option}.")
+    near = get_close_matches(option, options, n=1)
+    hint = f"Did you mean {group}={near[0]}? " if near else ""
+    rule = f"there is no {option} in the group {group}"
+    return Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
@@ -171,28 +192,27 @@ def _check_override(text: str, options: Mapping[str, list[str]]) -> list[Problem
 
 
 def _check_option(subject: str, group: str, option: str, options: list[str]) -> list[Problem]:
-    if option in options:
-        return []
-    near = get_close_matches(option, options, n=1)
-    hint = f"Did you mean {group}={near[0]}? " if near else ""
-    rule = f"there is no {option} in the group {group}"
-    return [Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")]
+    return [] if option in options else [unknown_option(subject, group, option, options)]
 
 
 # ---- composing
 
 
-def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
+def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
     """Return the tree that Hydra composes, without the overrides it rejects, and a problem for each of these."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    folder, *others = folders  # at most one other
+    search = [f"hydra.searchpath=['file://{each.resolve()}']" for each in others]
+    register_defaults()
+
     def attempt(chosen: Sequence[str]) -> DictConfig | str:
         try:
             with initialize_config_dir(version_base="1.3", config_dir=str(folder.resolve())):
-                return compose("config", overrides=list(chosen), return_hydra_config=True)
+                return compose("config", overrides=[*search, *chosen], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             return str(error).strip() or type(error).__name__
 

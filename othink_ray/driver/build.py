@@ -107,7 +107,7 @@ def open_loop(config: Config) -> Iterator[Callable[..., None]]:
     """
     if config.mode == "train" and config.train.overlap:
         with ThreadPoolExecutor(max_workers=OVERLAP_THREADS, thread_name_prefix="overlap") as executor:
-            yield partial(train_overlapped, executor, prepare_ahead=config.train.prepare_ahead)
+            yield partial(train_overlapped, executor, prepare_ahead=config.train.prefetch_update)
     else:
         yield train
 
@@ -128,9 +128,9 @@ def temperature(config: Config) -> float:
 
 
 def correction(config: Config, *, stale: bool) -> str:
-    """Return the importance correction for off-policy (`stale`) or on-policy answers; resolves algo.correction=auto."""
-    if config.algo.correction != "auto":
-        return config.algo.correction
+    """Return the importance correction for off-policy (`stale`) or on-policy answers; resolves algo.tis=auto."""
+    if config.algo.tis != "auto":
+        return config.algo.tis
     return "token" if stale or config.model.dtype != "float32" else "none"
 
 
@@ -346,7 +346,7 @@ def learner_engine(config: Config, path: str, rendezvous: RendezvousInfo, *, wit
         temperature=temperature(config),
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
-        correction_bounds=(config.algo.correction_low, config.algo.correction_cap),
+        correction_bounds=(config.algo.tis_floor, config.algo.tis_cap),
         with_reference=with_reference,
         seed=config.train.seed,
         place=rendezvous,

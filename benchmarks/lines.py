@@ -256,10 +256,8 @@ def switches(runs: Runs) -> list[LimitCheck]:
         return [metrics[key] for metrics in runs.metrics(USUAL, *overrides) for key in ("loss", "kl/mean")]
 
     checks = []
-    for switch, others in {
-        **dict.fromkeys(SWITCHES, ()),
-        "train.prefetch_update=false": ("train.overlap=true",),
-    }.items():
+    needs_overlap = {"train.prefetch_update=false": ("train.overlap=true",)}
+    for switch, others in {**dict.fromkeys(SWITCHES, ()), **needs_overlap}.items():
         on, off = curve(*others), curve(*others, switch)
         distance = max(abs(with_it - without) for with_it, without in zip(on, off, strict=True))
         checks.append(

@@ -71,7 +71,12 @@ def _help(names: Sequence[str]) -> int:
         rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
         print(HELP.format(groups="\n".join(rows), keys=common_keys()), end="")
         return 0
-    found = [problem for name in names if described(name) is None for problem in problems_of_value(name, "", str)]
+    found = [
+        problem
+        for name in names
+        if described(name) is None
+        for problem in problems_of_value(name, {}, lambda _: "--help")
+    ]
     if found:
         return _reject(found)
     print("\n".join(filter(None, map(described, names))))

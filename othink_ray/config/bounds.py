@@ -52,9 +52,7 @@ def one_of(*names: str) -> Bound:
 def at_least(low: float, why: str = "", *, unit: str = "", use: str = "") -> Bound:
     """Require a number of `low` or more; `use` is the value that the remedy suggests."""
     text = f"at least {low:g}{f' ({unit})' if unit else ''}"
-    return Bound(
-        text, lambda value: value >= low, f"Set {{key}}={use}." if use else f"Set {{key}}={low:g} or more.", why
-    )
+    return Bound(text, lambda value: value >= low, f"Set {{key}}={use or f'{low:g} or more'}.", why)
 
 
 def positive() -> Bound:
@@ -78,9 +76,7 @@ def between(low: float, high: float, why: str = "", *, unit: str = "", open_at: 
 
 def not_empty() -> Bound:
     """Require a string of at least one character."""
-    return Bound(
-        "a non-empty string", lambda value: value != "", "Set {key} to a value, or remove it from the command."
-    )
+    return Bound("a non-empty string", bool, "Set {key} to a value, or remove it from the command.")
 
 
 ZERO_STAGE = Bound(

@@ -43,7 +43,7 @@ class KLConfig:
 
     schedule: str = key(
         "paper",
-        "beta over the steps; target (holds the KL) and accuracy follow training, the others depend on the step only",
+        "course of beta. The schedules target (holds the KL) and accuracy follow training; the others depend on the step",
         one_of(*bounds.SCHEDULES, *bounds.ADAPTIVE_SCHEDULES),
         common=True,
     )
@@ -66,8 +66,8 @@ class KLConfig:
     )
     estimator: str = key(
         "k3",
-        "KL in the loss: k3 (Eq. 5; gradient of KL(ref | pi)), k2 (log(pi/ref)^2 / 2; gradient of KL(pi | ref)) or k1 "
-        "(log(pi/ref); its gradient is 0 on average, only noise). The metric kl/mean is always k3",
+        "KL estimator of the loss. With k3 (Eq. 5) its gradient is that of KL(ref | pi), with k2 (log(pi/ref)^2 / 2) "
+        "that of KL(pi | ref), with k1 (log(pi/ref)) only noise. The metric kl/mean is always k3",
         one_of(*bounds.ESTIMATORS),
         common=True,
     )
@@ -151,9 +151,9 @@ class AlgoConfig:
     tis: str = key(
         "auto",
         "truncated importance sampling for the mismatch of sampler and learner, by stale weights (train.overlap) or by "
-        "rounding: advantages are multiplied by the ratio policy / sampler, truncated at tis_cap (token, sequence), "
-        "masked outside tis_floor .. tis_cap (icepop), or masked above tis_cap (mis_token, mis_sequence). auto: token "
-        "with stale weights and in bfloat16, else none",
+        "rounding. Advantages are multiplied by the ratio policy / sampler: truncated at tis_cap (token, sequence), "
+        "masked outside tis_floor .. tis_cap (icepop), or masked above tis_cap (mis_token, mis_sequence). With auto it "
+        "is token for stale weights and in bfloat16, else none",
         one_of("auto", *bounds.CORRECTIONS),
         common=True,
     )

@@ -5,6 +5,7 @@ python -m othink_ray.config.reference > docs/config.md
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +22,21 @@ _PREFACE = """\
 
 Generated from the declarations in `othink_ray/config/` by `python -m othink_ray.config.reference > docs/config.md`.
 
-A key is set as `a.b=value` on the command line, or in a file of a group, which `group=option` selects. The defaults
-below hold unless a selected option sets the key: `--cfg job` prints the values of a command, `--help KEY` a part of this page.
+Set a key as `a.b=value` on the command line, or in a file of a group, which `group=option` selects. The defaults below
+hold unless a selected option sets the key. `--cfg job` prints all values of a command; `--help algo.kl` prints one
+section of this page.
 """
 
 
 def common_keys() -> str:
-    """Return the common keys with default and comment, one a line."""
+    """Return the common keys, each with its default and the first sentence of its comment."""
     common = [key for key in keys(Config) if key.common]
     shown = [f"{key.name}={_default(key)}" for key in common]
     width = max(map(len, shown)) + 2
     return "\n".join(
-        textwrap.fill(key.comment, 120, initial_indent=f"  {text:<{width}}", subsequent_indent=" " * (width + 2))
+        textwrap.fill(
+            _first_sentence(key.comment), 120, initial_indent=f"  {text:<{width}}", subsequent_indent=" " * (width + 2)
+        )
         for text, key in zip(shown, common, strict=True)
     )
 
@@ -84,7 +88,7 @@ def _kind(key: Key) -> str:
 
 def _default(key: Key) -> str:
     def shown(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else as_yaml(value)
+        return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else as_yaml(value)
 
     return f"[{','.join(map(shown, key.default))}]" if isinstance(key.default, tuple) else shown(key.default)
 
@@ -93,8 +97,13 @@ def _bound(key: Key, before: str = "") -> str:
     return f"{before}{key.bound.text}" if key.bound else ""
 
 
+def _first_sentence(text: str) -> str:
+    return re.split(r"\. (?=[A-Z])", text)[0]
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if not text.startswith("`") else text.replace("|", "\\|")
+    text = text.replace("|", "\\|")
+    return text if text.startswith("`") else text.replace("<", "&lt;")
 
 
 def _headline(file: Path) -> str:

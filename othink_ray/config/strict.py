@@ -154,7 +154,7 @@ def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Probl
 
 def _unknown(key: str, value: Any, origin: Origin, level: str, names: list[str]) -> Problem:
     subject = f"{key} ({origin(key)})" if isinstance(value, dict) else _subject(key, value, origin)
-    retired = retirement(key, as_yaml(value))
+    retired = retirement(key, "…" if isinstance(value, dict) else as_yaml(value))
     if retired is not None:
         rule, remedy = retired
         return Problem(subject=subject, rule=rule, remedy=remedy)

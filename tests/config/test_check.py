@@ -84,7 +84,7 @@ OWN = ["data=custom", "data.train.files.path=.", "data.test.files.path=."]
         (["data.train.source=scenes", "data.train.size=8", "data.train.files=null"], "data.scenes, which is null"),
         (["data.train.source=geometry_scenes", "data.train.size=8"], "reads no files, but data.train.files is set"),
         (["data.train.size=0"], "data.train.size = 0 must be at least 1"),
-        (["data.test.files.columns.image=''"], "data.test.files.columns.image = '' must not be empty"),
+        (["data.test.files.columns.image=''"], "data.test.files.columns.image = '' must be a non-empty string"),
     ],
 )
 def test_a_broken_rule_on_files_is_reported(overrides: list[str], words: str) -> None:

@@ -31,7 +31,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What the value of a key must be; `{key}` in the remedy is filled in."""
+    """Rule on the value of a key: what it must be, why, and the remedy, in which `{key}` is filled in."""
 
     text: str  # completes "must be"
     holds: Callable[[Any], bool]

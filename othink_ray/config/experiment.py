@@ -43,7 +43,7 @@ class KLConfig:
 
     schedule: str = key(
         "paper",
-        "course of beta. The schedules target (holds the KL) and accuracy follow training; the others depend on the step",
+        "course of beta over the steps; target (which holds the KL) and accuracy adapt it to training",
         one_of(*bounds.SCHEDULES, *bounds.ADAPTIVE_SCHEDULES),
         common=True,
     )

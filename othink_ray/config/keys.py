@@ -23,7 +23,7 @@ class _Declared:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ConfigKey:
     """A key of the schema: dotted name, type, default, bound and comment."""
 
     name: str
@@ -53,7 +53,7 @@ def section_of(kind: Any) -> Any:
     return inner if dataclasses.is_dataclass(inner) else None
 
 
-def keys(section: Any, path: str = "") -> Iterator[Key]:
+def keys(section: Any, path: str = "") -> Iterator[ConfigKey]:
     """Yield every key of a section and the sections below it, in the order of the schema."""
     for field in dataclasses.fields(section):
         kind, name = types_of(section)[field.name], f"{path}{field.name}"
@@ -62,7 +62,7 @@ def keys(section: Any, path: str = "") -> Iterator[Key]:
             yield from keys(below, f"{name}.")
             continue
         declared: _Declared = field.metadata["key"]
-        yield Key(name, kind, field.default, declared.comment, declared.bound, declared.common)
+        yield ConfigKey(name, kind, field.default, declared.comment, declared.bound, declared.common)
 
 
 def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -99,7 +99,7 @@ def to_yaml(config: Config) -> str:
 
 
 def origins(folders: Sequence[Path], choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
-    """Return a function that says where a dotted key was set: command line, the last conf file that has it, or default."""
+    """Return a function that says where a key was set: the command line, the last conf file that has it, or default."""
     from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides} - set(choices)
 
     @functools.cache  # the files are read only when a message needs them

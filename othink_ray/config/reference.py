@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from othink_ray.config.errors import as_yaml
-from othink_ray.config.keys import Key, keys, sections, unwrap
+from othink_ray.config.keys import ConfigKey, keys, sections, unwrap
 from othink_ray.config.load import conf_dir, groups
 from othink_ray.config.schema import Config
 
@@ -62,7 +62,7 @@ def markdown() -> str:
     lines = [_PREFACE, "## Group options", "", "| option | |", "|---|---|"]
     for group, options in groups(conf_dir()).items():
         lines += [f"| `{group}={name}` | {_cell(_headline(conf_dir() / group / f'{name}.yaml'))} |" for name in options]
-    by_section: dict[str, list[Key]] = {}
+    by_section: dict[str, list[ConfigKey]] = {}
     for key in keys(Config):
         by_section.setdefault(key.name.rpartition(".")[0], []).append(key)
     docstrings = {"": Config.__doc__, **{name: section.__doc__ for name, section in sections(Config)}}
@@ -72,7 +72,7 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(listed: list[Key]) -> Iterator[str]:
+def _table(listed: list[ConfigKey]) -> Iterator[str]:
     yield "| key | type | default | bound | |"
     yield "|---|---|---|---|---|"
     for key in listed:
@@ -80,20 +80,20 @@ def _table(listed: list[Key]) -> Iterator[str]:
         yield f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _kind(key: Key) -> str:
+def _kind(key: ConfigKey) -> str:
     inner, optional = unwrap(key.kind)
     name = f"list of {_NAMES[get_args(inner)[0]]}s" if get_origin(inner) is tuple else _NAMES[inner]
     return f"{name} or null" if optional else name
 
 
-def _default(key: Key) -> str:
+def _default(key: ConfigKey) -> str:
     def shown(value: Any) -> str:
         return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else as_yaml(value)
 
     return f"[{','.join(map(shown, key.default))}]" if isinstance(key.default, tuple) else shown(key.default)
 
 
-def _bound(key: Key, before: str = "") -> str:
+def _bound(key: ConfigKey, before: str = "") -> str:
     return f"{before}{key.bound.text}" if key.bound else ""
 
 

@@ -186,13 +186,12 @@ def _through_hydra(arguments: Sequence[str]) -> int:
             return _reject(found)
     register_defaults()
 
-    folders = [conf_dir(), *([more] if more else [])]
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(node: DictConfig) -> None:
         settings = HydraConfig.get()
-        config, found = convert(node, origins(folders, settings.runtime.choices, settings.overrides.task))
+        config, found = convert(node, origins(settings.runtime, settings.overrides.task))
         if config is not None and settings.mode is RunMode.MULTIRUN:
             folder = Path(config.run.dir) / str(settings.job.num)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from othink_ray.config.schema import Config, DataConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
 if TYPE_CHECKING:  # imported where it is used, so that `--help` and `import othink_ray.main` stay fast
+    from hydra.conf import RuntimeConf
     from omegaconf import DictConfig
 
 COMMAND_LINE, DEFAULT = "command line", "default"
@@ -83,10 +84,10 @@ def read(
     problems += found
     if composed is None:
         return None, problems
-    choices = composed.hydra.runtime.choices
+    origin = origins(composed.hydra.runtime, kept)
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    config, found = convert(composed, origins(folders, choices, kept))
+    config, found = convert(composed, origin)
     return config, problems + found
 
 
@@ -98,17 +99,20 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-def origins(folders: Sequence[Path], choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
-    """Return a function that says where a key was set: the command line, the last conf file that has it, or default."""
+def origins(runtime: RuntimeConf, overrides: Sequence[str]) -> Origin:
+    """Return a function that says where a key was set: the command line, the last conf file that has it, or default.
+
+    `runtime`: Hydra's record of the folders it read, in the order it searches them, and of the chosen options.
+    """
+    folders, choices = [Path(each.path) for each in runtime.config_sources if each.schema == "file"], runtime.choices
     from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides} - set(choices)
 
     @functools.cache  # the files are read only when a message needs them
     def files() -> list[tuple[str, dict[str, Any]]]:
-        found = [(f"{folders[0].name}/config.yaml", _yaml(folders[0] / "config.yaml"))]
-        for folder, (group, option) in itertools.product(folders, choices.items()):
-            file = folder / group / f"{option}.yaml"
-            if file.is_file():
-                found += _group_files(folder, group, file)
+        main = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+        found = [(f"{file.parent.name}/{file.name}", _yaml(file)) for file in main[:1]]
+        for group, option in choices.items():
+            found += _group_files(folders, group, option)
         return sorted(found, key=lambda named: len(named[1]) > 1)  # files with several sections are composed last
 
     def origin(key: str) -> str:
@@ -245,13 +249,18 @@ def _yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _group_files(folder: Path, group: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the files of a group option as (name, content): the files in its defaults list first, then its own."""
+def _group_files(folders: Sequence[Path], group: str, option: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the files of a group option as (name, content): the files in its defaults list first, then its own."""
+    found = [folder for folder in folders if (folder / group / f"{option}.yaml").is_file()]
+    if not found:
+        return  # hydra's own groups
+    file = found[0] / group / f"{option}.yaml"
     content = _yaml(file)
-    bases = [entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    before = [named for base in bases for named in _group_files(folder, group, file.with_name(f"{base}.yaml"))]
+    for base in content.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            yield from _group_files(folders, group, base)
     is_global = "@package _global_" in file.read_text(encoding="utf-8")
-    return [*before, (f"{folder.name}/{group}/{file.name}", content if is_global else {group: content})]
+    yield f"{found[0].name}/{group}/{file.name}", content if is_global else {group: content}
 
 
 def _has(content: Any, parts: Sequence[str]) -> bool:

@@ -7,10 +7,13 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
+from hydra.conf import RuntimeConf
 
 from othink_ray.config.load import (
     ConfigError,
@@ -160,7 +163,9 @@ def test_a_section_in_a_conf_file_gets_the_other_defaults(custom_conf: Path) -> 
 
 
 def test_a_default_that_breaks_a_rule_is_named_as_default() -> None:
-    origin = origins([conf_dir()], {"rollout": "vllm_gpu", "cluster": "one_gpu"}, ["train={steps: 3}"])
+    source = SimpleNamespace(path=str(conf_dir()), schema="file")
+    runtime = SimpleNamespace(config_sources=[source], choices={"rollout": "vllm_gpu", "cluster": "one_gpu"})
+    origin = origins(cast("RuntimeConf", runtime), ["train={steps: 3}"])
     assert origin("rollout.balance") == "default"
     assert origin("rollout.sleep") == "conf/cluster/one_gpu.yaml"
     assert origin("train.steps") == "command line"

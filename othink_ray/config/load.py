@@ -14,7 +14,7 @@ from othink_ray.config.errors import ConfigError as ConfigError
 from othink_ray.config.errors import Problem as Problem
 from othink_ray.config.keys import default_tree
 from othink_ray.config.retired import RENAMED_OPTIONS
-from othink_ray.config.schema import Config, DataConfig
+from othink_ray.config.schema import Config, DataConfig, SmolConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
 if TYPE_CHECKING:  # imported where it is used, so that `--help` and `import othink_ray.main` stay fast
@@ -38,7 +38,9 @@ def register_defaults() -> None:
     """Give Hydra the defaults of the schema, which the defaults list of conf/config.yaml starts with."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=default_tree(Config))
+    store = ConfigStore.instance()
+    store.store(name="schema", node=default_tree(Config))
+    store.store(group="section", name="smol", node=default_tree(SmolConfig))  # null by default: conf/model/smol.yaml
 
 
 def groups(*folders: Path) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from othink_ray.config.load import (
     sweep_jobs,
     to_yaml,
 )
-from othink_ray.config.schema import FilesConfig
+from othink_ray.config.schema import FilesConfig, SmolConfig
 
 
 def report(overrides: list[str], folder: Path | None = None) -> str:
@@ -160,6 +160,12 @@ def test_a_section_in_a_conf_file_gets_the_other_defaults(custom_conf: Path) -> 
     files = load(["data=mine"], custom_conf).data.test.files
     assert files == FilesConfig(path="some.jsonl")
     assert files.columns.question == "problem"
+
+
+def test_only_the_smol_option_sets_its_section() -> None:
+    assert load([]).model.smol is None
+    smol = load(["model=smol", "model.smol.warm_steps=3"]).model.smol
+    assert smol == SmolConfig(warm_steps=3)
 
 
 def test_a_default_that_breaks_a_rule_is_named_as_default() -> None:

@@ -22,8 +22,8 @@ _PREFACE = """\
 
 Generated from the declarations in `othink_ray/config/` by `python -m othink_ray.config.reference > docs/config.md`.
 
-Set a key as `a.b=value` on the command line, or in a file of a group, which `group=option` selects; `--config-dir FOLDER`
-adds a folder with more files, such as `FOLDER/algo/mine.yaml`. The defaults below hold unless a selected option sets the
+Set a key as `a.b=value` on the command line, or in a file of a group, which `group=option` selects. More files, such as
+`FOLDER/algo/mine.yaml`, are added by `--config-dir FOLDER`. The defaults below hold unless a selected option sets the
 key. `--cfg job` prints all values of a command; `--help algo.kl` prints one section of this page.
 """
 

@@ -132,7 +132,7 @@ def unknown_option(subject: str, group: str, option: str, options: Sequence[str]
     if new is not None:
         return Problem(subject=subject, rule=f"was renamed to {group}={new}", remedy=f"Write {new} for {option}.")
     near = get_close_matches(option, options, n=1)
-    hint = f"Did you mean {group}={near[0]}? " if near else ""
+    hint = f"Did you mean {near[0]}? " if near else ""
     rule = f"there is no {option} in the group {group}"
     return Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")
 

@@ -27,13 +27,13 @@ SWITCHES = (
     "learner.onednn=false",
     "learner.attention=dense",
     "learner.shared_prefix=false",
-    "learner.narrow_last_layer=false",
+    "learner.prune_last_layer=false",
     "learner.micro_tokens=1024",
     "learner.logit_rows=128",
     "learner.gradient_checkpointing=true",
     "rollout.prefix_caching=false",
     "rollout.balance=false",
-    "train.read_ahead=false",
+    "train.prefetch_prompts=false",
     "weights.bucket_mb=1",
 )
 
@@ -256,7 +256,8 @@ def switches(runs: Runs) -> list[LimitCheck]:
         return [metrics[key] for metrics in runs.metrics(USUAL, *overrides) for key in ("loss", "kl/mean")]
 
     checks = []
-    for switch, others in {**dict.fromkeys(SWITCHES, ()), "train.prepare_ahead=false": ("train.overlap=true",)}.items():
+    needs_overlap = {"train.prefetch_update=false": ("train.overlap=true",)}
+    for switch, others in {**dict.fromkeys(SWITCHES, ()), **needs_overlap}.items():
         on, off = curve(*others), curve(*others, switch)
         distance = max(abs(with_it - without) for with_it, without in zip(on, off, strict=True))
         checks.append(

@@ -95,7 +95,7 @@ def settings(folder: Path, more: Sequence[str]) -> list[str]:
     reward = folder / "reward.py"
     reward.write_text(REWARD)
     paths = (f"model={SHAPE}", f"model.path={folder / 'model'}", f"run.dir={folder / 'run'}")
-    return [*paths, *STEP, f"algo.reward.own={reward}:random_reward", *more]
+    return [*paths, *STEP, f"algo.reward.custom={reward}:random_reward", *more]
 
 
 def measured(folder: Path, shape: Shape, more: Sequence[str]) -> dict[str, Any]:

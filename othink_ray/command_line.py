@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from othink_ray.config.errors import ConfigError, Problem
-from othink_ray.config.load import conf_dir, groups, origins, read, sweep_jobs
+from othink_ray.config.load import conf_dir, groups, origins, read, register_defaults, sweep_jobs
 from othink_ray.config.paths import in_ray_job, output_path
+from othink_ray.config.reference import common_keys, described
 from othink_ray.config.schema import Config
-from othink_ray.config.strict import convert
+from othink_ray.config.strict import convert, problems_of_value
 from othink_ray.config.validate import machine_for, plan, problems
 from othink_ray.driver.exit_reporter import ExitReporter
 from othink_ray.driver.stopping import interrupted_status, interruptible, stop_requested
@@ -38,15 +39,10 @@ Modes
 Groups
 {groups}
 
-Common keys
-  train.steps  train.prompts_per_step  train.seed  train.checkpoint_every  train.overlap
-  algo.group_size (G)  algo.kl.schedule  algo.kl.beta_min  algo.kl.beta_max  algo.kl.explore_frac (w/t)
-  algo.reward.format_weight (alpha)  algo.advantage  algo.loss  algo.loss_weights  algo.kl.estimator  algo.correction
-  rollout.num_actors  rollout.max_tokens  learner.world_size  learner.zero_stage  learner.lr
-  learner.freeze (none, vision, projector)  learner.lora.rank (0: off)  learner.lora.targets
-  model.path (a Hugging Face folder, a hub name or a run)  eval.every  eval.also  wandb.mode
-  run.dir  run.resume (never, auto, a checkpoint folder)
-  All keys with their values: --cfg job
+Common keys with their defaults (a group option may set another value)
+{keys}
+
+  All keys: docs/config.md; of a section: --help algo.kl; with the values of a run: --cfg job
 
 Examples
   python -m othink_ray.main                                               train the tiny model to count, on a CPU
@@ -63,12 +59,28 @@ Hydra flags: --cfg job, --info, -m (sweep), --hydra-help.
 def run_command(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit status; 2 for an invalid configuration."""
     if "--help" in arguments or "-h" in arguments:
-        rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
-        print(HELP.format(groups="\n".join(rows)), end="")
-        return 0
+        return _help([argument for argument in arguments if not argument.startswith("-") and "=" not in argument])
     if any(argument.startswith("-") for argument in arguments):
         return _through_hydra(arguments)
     return _launch(*read(arguments), arguments)
+
+
+def _help(names: Sequence[str]) -> int:
+    """Print the general help, or what is known of these keys and sections; return the exit status."""
+    if not names:
+        rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
+        print(HELP.format(groups="\n".join(rows), keys=common_keys()), end="")
+        return 0
+    found = [
+        problem
+        for name in names
+        if described(name) is None
+        for problem in problems_of_value(name, {}, lambda _: "--help")
+    ]
+    if found:
+        return _reject(found)
+    print("\n".join(filter(None, map(described, names))))
+    return 0
 
 
 def _launch(config: Config | None, found: list[Problem], overrides: Sequence[str]) -> int:
@@ -166,18 +178,20 @@ def _through_hydra(arguments: Sequence[str]) -> int:
     flags, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     overrides = [*flags.overrides, *unknown]
     hydra_flags = [argument for argument in arguments if argument not in overrides]
-    shipped_conf = not (flags.config_path or flags.config_name or flags.config_dir or flags.experimental_rerun)
-    if unknown or (shipped_conf and (flags.multirun or flags.run or flags.cfg)):
-        found = _problems_of_runs(sweep_jobs(overrides), starts_runs=flags.cfg is None)
+    shipped_conf = not (flags.config_path or flags.config_name or flags.experimental_rerun)
+    more = Path(flags.config_dir).absolute() if flags.config_dir and Path(flags.config_dir).is_dir() else None
+    if unknown or (shipped_conf and (flags.multirun or flags.run or flags.cfg or more)):
+        found = _problems_of_runs(sweep_jobs(overrides), more, starts_runs=flags.cfg is None)
         if found:
             return _reject(found)
+    register_defaults()
 
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def job(node: DictConfig) -> None:
         settings = HydraConfig.get()
-        config, found = convert(node, origins(conf_dir(), settings.runtime.choices, settings.overrides.task))
+        config, found = convert(node, origins(settings.runtime, settings.overrides.task))
         if config is not None and settings.mode is RunMode.MULTIRUN:
             folder = Path(config.run.dir) / str(settings.job.num)
             config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
@@ -191,11 +205,11 @@ def _through_hydra(arguments: Sequence[str]) -> int:
     return max(codes, default=0)
 
 
-def _problems_of_runs(runs: Iterable[Sequence[str]], *, starts_runs: bool) -> list[Problem]:
-    """Return the problems of all runs, given by their overrides, before the first one starts."""
+def _problems_of_runs(runs: Iterable[Sequence[str]], more: Path | None = None, *, starts_runs: bool) -> list[Problem]:
+    """Return the problems of all runs, given by their overrides, before the first one starts; `more`: --config-dir."""
     found: list[Problem] = []
     for overrides in runs:
-        config, problems_of_run = read(overrides)
+        config, problems_of_run = read(overrides, more=more)
         found += problems_of_run
         if config is not None and starts_runs:
             found += problems(config, machine_for(config))

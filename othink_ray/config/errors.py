@@ -47,6 +47,8 @@ def as_yaml(value: Any) -> str:
     """Return a value as YAML spells it, with '' for an empty string."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
     return str(value) or "''"
 
 

@@ -1,24 +1,27 @@
-"""Load a Config from overrides: Hydra composes conf/, and all problems are collected instead of only the first."""
+"""Load a Config from overrides: Hydra composes the defaults and conf/, and every problem is collected."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from othink_ray.config.errors import ConfigError as ConfigError
 from othink_ray.config.errors import Problem as Problem
-from othink_ray.config.schema import Config, DataConfig
+from othink_ray.config.keys import default_tree
+from othink_ray.config.retired import RENAMED_OPTIONS
+from othink_ray.config.schema import Config, DataConfig, SmolConfig
 from othink_ray.config.strict import Origin, convert, problems_of_value
 
 if TYPE_CHECKING:  # imported where it is used, so that `--help` and `import othink_ray.main` stay fast
+    from hydra.conf import RuntimeConf
     from omegaconf import DictConfig
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, DEFAULT = "command line", "default"
 
 
 def conf_dir() -> Path:
@@ -31,10 +34,21 @@ def conf_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml in {' or '.join(str(each.parent) for each in candidates)}: reinstall")
 
 
-def groups(folder: Path) -> dict[str, list[str]]:
-    """Return the conf groups with their options, sorted by name."""
-    found = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in found}
+def register_defaults() -> None:
+    """Give Hydra the defaults of the schema, which the defaults list of conf/config.yaml starts with."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=default_tree(Config))
+    store.store(group="section", name="smol", node=default_tree(SmolConfig))  # null by default: conf/model/smol.yaml
+
+
+def groups(*folders: Path) -> dict[str, list[str]]:
+    """Return the conf groups of these folders with their options, sorted by name."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for folder in folders for file in folder.glob("*/*.yaml")):
+        found.setdefault(file.parent.name, []).append(file.stem)
+    return {group: sorted(set(options)) for group, options in sorted(found.items())}
 
 
 def load(overrides: Sequence[str], folder: Path | None = None) -> Config:
@@ -50,12 +64,17 @@ def data_named(name: str) -> DataConfig:
     return load([f"data={name}"]).data
 
 
-def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config | None, list[Problem]]:
-    """Return the configuration (or None) and its problems; bad overrides are reported and left out."""
+def read(
+    overrides: Sequence[str], folder: Path | None = None, more: Path | None = None
+) -> tuple[Config | None, list[Problem]]:
+    """Return the configuration (or None) and its problems; bad overrides are reported and left out.
+
+    `folder`: the conf files, by default the shipped ones; `more`: a further folder, as with Hydra's --config-dir.
+    """
     from omegaconf import open_dict, read_write
 
-    folder = folder or conf_dir()
-    options = groups(folder)
+    folders = [folder or conf_dir(), *([more] if more else [])]
+    options = groups(*folders)
     problems: list[Problem] = []
     kept: list[str] = []
     for text in overrides:
@@ -63,14 +82,14 @@ def read(overrides: Sequence[str], folder: Path | None = None) -> tuple[Config |
         problems += found
         if not found:
             kept.append(text)
-    composed, found = _compose(folder, kept)
+    composed, found = _compose(folders, kept)
     problems += found
     if composed is None:
         return None, problems
-    choices = composed.hydra.runtime.choices
+    origin = origins(composed.hydra.runtime, kept)
     with read_write(composed), open_dict(composed):
         del composed["hydra"]
-    config, found = convert(composed, origins(folder, choices, kept))
+    config, found = convert(composed, origin)
     return config, problems + found
 
 
@@ -82,32 +101,40 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-def origins(folder: Path, choices: Mapping[str, str | None], overrides: Sequence[str]) -> Origin:
-    """Return a function that says where a dotted key was set: the command line, or the last conf file that has it."""
-    from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides}
+def origins(runtime: RuntimeConf, overrides: Sequence[str]) -> Origin:
+    """Return a function that says where a key was set: the command line, the last conf file that has it, or default.
+
+    `runtime`: Hydra's record of the folders it read, in the order it searches them, and of the chosen options.
+    """
+    folders, choices = [Path(each.path) for each in runtime.config_sources if each.schema == "file"], runtime.choices
+    from_command_line = {text.lstrip("+").partition("=")[0] for text in overrides} - set(choices)
 
     @functools.cache  # the files are read only when a message needs them
     def files() -> list[tuple[str, dict[str, Any]]]:
-        found = [(f"{folder.name}/config.yaml", _yaml(folder / "config.yaml"))]
+        main = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+        found = [(f"{file.parent.name}/{file.name}", _yaml(file)) for file in main[:1]]
         for group, option in choices.items():
-            file = folder / group / f"{option}.yaml"
-            if file.is_file():
-                found += _group_files(folder, group, file)
+            found += _group_files(folders, group, option)
         return sorted(found, key=lambda named: len(named[1]) > 1)  # files with several sections are composed last
 
     def origin(key: str) -> str:
         parts = key.split(".")
-        for size in range(len(parts), 0, -1):
-            if ".".join(parts[:size]) in from_command_line - set(choices):
-                return COMMAND_LINE
-            found = [name for name, content in files()[::-1] if _has(content, parts[:size])]
-            # A key that no file has is traced to the file of its section, not to another file that sets part of it.
-            of_section = [name for name in found if size < len(parts) and f"/{parts[0]}/" in name]
-            if found:
-                return (of_section or found)[0]
-        return files()[0][0]
+        if not from_command_line.isdisjoint(".".join(parts[:size]) for size in range(1, len(parts) + 1)):
+            return COMMAND_LINE
+        return next((name for name, content in reversed(files()) if _has(content, parts)), DEFAULT)
 
     return origin
+
+
+def unknown_option(subject: str, group: str, option: str, options: Sequence[str]) -> Problem:
+    """Return the problem that a group has no such option, with the option that replaced it or that was meant."""
+    new = RENAMED_OPTIONS.get((group, option))
+    if new is not None:
+        return Problem(subject=subject, rule=f"was renamed to {group}={new}", remedy=f"Write {new} for {option}.")
+    near = get_close_matches(option, options, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    rule = f"there is no {option} in the group {group}"
+    return Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")
 
 
 def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
@@ -171,28 +198,27 @@ def _check_override(text: str, options: Mapping[str, list[str]]) -> list[Problem
 
 
 def _check_option(subject: str, group: str, option: str, options: list[str]) -> list[Problem]:
-    if option in options:
-        return []
-    near = get_close_matches(option, options, n=1)
-    hint = f"Did you mean {group}={near[0]}? " if near else ""
-    rule = f"there is no {option} in the group {group}"
-    return [Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(options)}.")]
+    return [] if option in options else [unknown_option(subject, group, option, options)]
 
 
 # ---- composing
 
 
-def _compose(folder: Path, overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
+def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
     """Return the tree that Hydra composes, without the overrides it rejects, and a problem for each of these."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    folder, *others = folders  # at most one other
+    search = [f"hydra.searchpath=['file://{each.resolve()}']" for each in others]
+    register_defaults()
+
     def attempt(chosen: Sequence[str]) -> DictConfig | str:
         try:
             with initialize_config_dir(version_base="1.3", config_dir=str(folder.resolve())):
-                return compose("config", overrides=list(chosen), return_hydra_config=True)
+                return compose("config", overrides=[*search, *chosen], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             return str(error).strip() or type(error).__name__
 
@@ -225,13 +251,18 @@ def _yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _group_files(folder: Path, group: str, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the files of a group option as (name, content): the files in its defaults list first, then its own."""
+def _group_files(folders: Sequence[Path], group: str, option: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the files of a group option as (name, content): the files in its defaults list first, then its own."""
+    found = [folder for folder in folders if (folder / group / f"{option}.yaml").is_file()]
+    if not found:
+        return  # hydra's own groups
+    file = found[0] / group / f"{option}.yaml"
     content = _yaml(file)
-    bases = [entry for entry in content.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    before = [named for base in bases for named in _group_files(folder, group, file.with_name(f"{base}.yaml"))]
+    for base in content.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            yield from _group_files(folders, group, base)
     is_global = "@package _global_" in file.read_text(encoding="utf-8")
-    return [*before, (f"{folder.name}/{group}/{file.name}", content if is_global else {group: content})]
+    yield f"{found[0].name}/{group}/{file.name}", content if is_global else {group: content}
 
 
 def _has(content: Any, parts: Sequence[str]) -> bool:

@@ -88,7 +88,7 @@ def _generated(config: Config, part: str) -> Iterator[Problem]:
 def _files(config: Config, part: str, source: str, files: FilesConfig | None) -> Iterator[Problem]:
     if files is None:
         rule = f"is null, but {part}.source = {source} reads files"
-        yield broken(config, f"{part}.files", rule, "Start from data=own, which has all keys to fill in.")
+        yield broken(config, f"{part}.files", rule, "Start from data=custom, which has all keys to fill in.")
         return
     for key in SOURCE_KEYS:
         if getattr(files, key) is not None and key not in READS[source]:
@@ -132,14 +132,14 @@ def _grading_time(config: Config) -> Iterator[Problem]:
 
 def _custom_reward(config: Config) -> Iterator[Problem]:
     """Check the user's reward function by parsing its file: user code only runs in actors, which can be killed."""
-    spec, key = config.algo.reward.own, "algo.reward.own"
+    spec, key = config.algo.reward.custom, "algo.reward.custom"
     if spec is None:
         return
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
         rule = "must be FILE.py:FUNCTION, but there is no such file here"
-        yield broken(config, key, rule, "Set algo.reward.own=my_rewards.py:brevity, for example.")
+        yield broken(config, key, rule, "Set algo.reward.custom=my_rewards.py:brevity, for example.")
         return
     try:
         functions = {

@@ -1,24 +1,27 @@
-"""Strict conversion of a composed tree to the dataclasses of schema.py: no value is guessed, dropped or defaulted."""
+"""Strict conversion of a composed tree to the dataclasses of the schema: no value is guessed, coerced or dropped.
+
+Written by hand: pydantic's strict mode refuses `1e-6` (a string in YAML) and lists, accepts NaN, and knows neither the
+file that set a key nor the key that was meant, so that each of its messages would be written again here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable
-from difflib import SequenceMatcher, get_close_matches
-from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from othink_ray.config import paths
 from othink_ray.config.errors import Problem, as_yaml
+from othink_ray.config.keys import default_tree, keys, section_of, sections, types_of, unwrap
+from othink_ray.config.retired import retirement
 from othink_ray.config.schema import Config, PartConfig
 
 if TYPE_CHECKING:  # imported where it is used, so that importing this module stays fast
     from omegaconf import DictConfig
 
 Origin = Callable[[str], str]  # dotted key -> where it was set
-_types = functools.cache(get_type_hints)
 
 
 def convert(node: DictConfig, origin: Origin) -> tuple[Config | None, list[Problem]]:
@@ -46,13 +49,13 @@ def problems_of_value(key: str, value: Any, origin: Origin) -> Iterable[Problem]
     kind: Any = Config
     parents: list[str] = []
     for part in key.split("."):
-        section, _ = _unwrap(kind)
-        if not dataclasses.is_dataclass(section):
+        section = section_of(kind)
+        if section is None:
             parent = ".".join(parents)
             rule = f"{parent} is a single value and has no keys below it"
             yield Problem(subject=_subject(key, value, origin), rule=rule, remedy=f"Set {parent} itself.")
             return
-        types = get_type_hints(section)
+        types = types_of(section)
         if part not in types:
             yield _unknown(key, value, origin, ".".join(parents), list(types))
             return
@@ -60,7 +63,7 @@ def problems_of_value(key: str, value: Any, origin: Origin) -> Iterable[Problem]
         kind = types[part]
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: `convert` checks its value after composing
-    if dataclasses.is_dataclass(_unwrap(kind)[0]) and isinstance(value, dict):
+    if section_of(kind) is not None and isinstance(value, dict):
         for name, below in value.items():
             yield from problems_of_value(f"{key}.{name}", below, origin)
     else:
@@ -71,20 +74,9 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
     from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    types = _types(section)
-    unknown = [str(name) for name in node if name not in types]
-    for name in unknown:
+    types = types_of(section)
+    for name in map(str, node):
         key = f"{path}{name}"
-        yield _unknown(key, None, origin, path.rstrip("."), list(types))
-    # A misspelled key is one problem, not two: do not report the key it resembles as missing.
-    meant = {match for name in unknown for match in get_close_matches(name, types, n=1)}
-    for name, kind in types.items():
-        key = f"{path}{name}"
-        if name not in node:
-            if name not in meant:
-                subject = f"{key} ({origin(key)})"
-                yield Problem(subject=subject, rule="is missing", remedy="Add it to that file or to the command line.")
-            continue
         try:
             value: Any = node[name]
         except OmegaConfBaseException as error:
@@ -92,19 +84,22 @@ def _problems_of_section(node: DictConfig, section: Any, path: str, origin: Orig
             remedy = "Fix the interpolation, or write the value itself."
             yield Problem(subject=f"{key} ({origin(key)})", rule=rule, remedy=remedy)
             continue
-        inner, _ = _unwrap(kind)
-        if dataclasses.is_dataclass(inner) and isinstance(value, DictConfig):
-            yield from _problems_of_section(value, inner, f"{key}.", origin)
+        plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+        if name not in types:
+            yield _unknown(key, plain, origin, path.rstrip("."), list(types))
+        elif section_of(types[name]) is not None and isinstance(value, DictConfig):
+            yield from _problems_of_section(value, section_of(types[name]), f"{key}.", origin)
         else:
-            plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
-            yield from _mismatch(key, plain, kind, origin)
+            yield from _mismatch(key, plain, types[name], origin)
 
 
-def _build(node: DictConfig, section: Any) -> Any:
+def _build(node: Mapping[str, Any], section: Any) -> Any:
+    """Return the dataclass of a section; a key that the tree does not have gets its default."""
     values: dict[str, Any] = {}
-    for name, kind in _types(section).items():
-        inner, _ = _unwrap(kind)
-        value = node[name]
+    defaults = default_tree(section)
+    for name, kind in types_of(section).items():
+        inner, _ = unwrap(kind)
+        value = node[name] if name in node else defaults[name]
         if value is not None and dataclasses.is_dataclass(inner):
             value = _build(value, inner)
         elif value is not None and inner is float:
@@ -114,14 +109,6 @@ def _build(node: DictConfig, section: Any) -> Any:
             value = tuple(float(element) if item is float else element for element in value)
         values[name] = value
     return section(**values)
-
-
-def _unwrap(kind: Any) -> tuple[Any, bool]:
-    """Split an annotation into its type and whether it is optional: `T | None` -> (T, True), `T` -> (T, False)."""
-    if isinstance(kind, UnionType):
-        (inner,) = (part for part in get_args(kind) if part is not type(None))
-        return inner, True
-    return kind, False
 
 
 _EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
@@ -142,7 +129,7 @@ def _fits(value: Any, inner: Any) -> bool:
 
 
 def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Problem]:
-    inner, optional = _unwrap(kind)
+    inner, optional = unwrap(kind)
     if value is None and optional:
         return
     if dataclasses.is_dataclass(inner):
@@ -166,9 +153,13 @@ def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Probl
 
 
 def _unknown(key: str, value: Any, origin: Origin, level: str, names: list[str]) -> Problem:
+    subject = f"{key} ({origin(key)})" if isinstance(value, dict) else _subject(key, value, origin)
+    retired = retirement(key, "…" if isinstance(value, dict) else as_yaml(value))
+    if retired is not None:
+        rule, remedy = retired
+        return Problem(subject=subject, rule=rule, remedy=remedy)
     near = _closest(key)
     hint = f"Did you mean {near}? " if near else ""
-    subject = f"{key} ({origin(key)})" if value is None else _subject(key, value, origin)
     where = f"Keys of {level}" if level else "Top-level keys"
     return Problem(subject=subject, rule="unknown key", remedy=f"{hint}{where}: {', '.join(names)}.")
 
@@ -180,15 +171,8 @@ def _closest(key: str) -> str | None:
         last = SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
         return max(SequenceMatcher(None, key, known).ratio(), 0.9 * last)
 
-    best = max(_all_keys(Config, ""), key=similarity)
+    best = max([*(known.name for known in keys(Config)), *(name for name, _ in sections(Config))], key=similarity)
     return best if similarity(best) >= 0.7 else None
-
-
-def _all_keys(section: Any, path: str) -> Iterable[str]:
-    for name, kind in _types(section).items():
-        yield f"{path}{name}"
-        if dataclasses.is_dataclass(_unwrap(kind)[0]):
-            yield from _all_keys(_unwrap(kind)[0], f"{path}{name}.")
 
 
 def _subject(key: str, value: Any, origin: Origin) -> str:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from othink_ray.config.bounds import BOUNDS, CHOICES, FROZEN
+from othink_ray.config.bounds import FROZEN
 from othink_ray.config.errors import Problem, broken, value_of
-from othink_ray.config.load import conf_dir, data_named, groups
+from othink_ray.config.keys import keys
+from othink_ray.config.load import conf_dir, data_named, groups, unknown_option
 from othink_ray.config.model_rules import model_rules
 from othink_ray.config.rules import (
     PLACEMENT_RULES,
@@ -56,7 +57,7 @@ def machine_for(config: Config) -> Machine | None:
 
 def problems(config: Config, machine: Machine | None) -> list[Problem]:
     """Return every rule that the configuration breaks, on this machine (None: an existing cluster)."""
-    found = [*_choices(config), *_bounds(config)]
+    found = list(_bounds(config))
     for rule in CROSS_RULES:
         found += rule(config)
     if machine is not None and config.cluster.address is None:
@@ -67,24 +68,15 @@ def problems(config: Config, machine: Machine | None) -> list[Problem]:
 # ---- single keys
 
 
-def _choices(config: Config) -> Iterator[Problem]:
-    for key, known in CHOICES.items():
-        value = value_of(config, key)
-        if value not in known:
-            near = get_close_matches(value, known, n=1)
-            hint = f"Did you mean {key}={near[0]}?" if near else f"Set {key}={known[0]}, for example."
-            yield broken(config, key, f"must be one of {', '.join(known)}", hint)
-
-
 def _bounds(config: Config) -> Iterator[Problem]:
-    unused = "data.train." if "train" not in splits_needed(config) else None
-    for bound in BOUNDS:
-        for key in bound.keys:
-            if unused and key.startswith(unused):
-                continue
-            value = value_of(config, key)
-            if value is not None and not bound.holds(value):
-                yield broken(config, key, bound.rule, bound.remedy.format(key=key))
+    unused = () if "train" in splits_needed(config) else ("data.train.files.", "data.train.size")
+    for key in keys(Config):
+        value = value_of(config, key.name)
+        if value is None or key.bound is None or key.name.startswith(unused) or key.bound.holds(value):
+            continue
+        near = get_close_matches(value, key.bound.choices, n=1) if key.bound.choices else []
+        remedy = f"Did you mean {key.name}={near[0]}?" if near else key.bound.remedy.format(key=key.name)
+        yield broken(config, key.name, key.bound.rule, remedy)
 
 
 # ---- several keys
@@ -139,10 +131,7 @@ def _eval_sets(config: Config) -> Iterator[Problem]:
     subject = f"eval.also = [{', '.join(config.eval.also)}]"
     for index, name in enumerate(config.eval.also):
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            rule = f"there is no {name} in the group data"
-            yield Problem(subject=subject, rule=rule, remedy=f"{hint}Options: {', '.join(known)}.")
+            yield unknown_option(subject, "data", name, known)
         elif name in (config.data.name, *config.eval.also[:index]):
             rule = f"names {name}, which is evaluated already"
             yield Problem(subject=subject, rule=rule, remedy="Remove it.")

@@ -111,9 +111,9 @@ def temperature(config: Config) -> float:
 
 
 def tis_mode(config: Config, *, stale: bool) -> str:
-    """Return the importance sampling of off-policy (`stale`) or on-policy answers; resolves algo.correction=auto."""
-    if config.algo.correction != "auto":
-        return config.algo.correction
+    """Return the importance sampling of off-policy (`stale`) or on-policy answers; resolves algo.tis=auto."""
+    if config.algo.tis != "auto":
+        return config.algo.tis
     return "token" if stale or config.model.dtype != "float32" else "none"
 
 
@@ -317,7 +317,7 @@ def learner_engine(config: Config, path: str, rendezvous: RendezvousInfo, *, wit
         temperature=temperature(config),
         clip_eps=clip_range(config),
         kl_estimator=config.algo.kl.estimator,
-        tis_bounds=(config.algo.correction_low, config.algo.correction_cap),
+        tis_bounds=(config.algo.tis_floor, config.algo.tis_cap),
         with_reference=with_reference,
         seed=config.train.seed,
         rendezvous=rendezvous,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.load import to_yaml
+from othink_ray.config.retired import modernized
 from othink_ray.config.schema import Config
 from othink_ray.tracing import span
 from othink_ray.types import TrainState
@@ -192,10 +193,13 @@ def compare_settings(checkpoint: Path, config: Config, log: Callable[[str], None
 
 
 def differences(before: str, now: str) -> Iterator[tuple[str, str]]:
-    """Yield each changed key with "old -> new"; keys that exist in only one of the two configurations are ignored."""
+    """Yield each changed key with "old -> new"; keys that exist in only one of the two configurations are ignored.
+
+    `before` may be of an older version: renamed keys are compared under their new names.
+    """
     from omegaconf import OmegaConf
 
-    old, new = (dict(_flat(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now))
+    old, new = (modernized(dict(_flat(OmegaConf.to_container(OmegaConf.create(text))))) for text in (before, now))
     for key in new:
         if key in old and old[key] != new[key] and not key.startswith(_LOCATION_KEYS):
             yield key, f"{old[key]} -> {new[key]}"

@@ -95,7 +95,7 @@ def _train(
             on_bad_row=config.data.on_bad_row,
             position=state.data_position,
             length_filter=fits,
-            read_ahead=config.train.prompts_per_step if config.train.read_ahead else 0,
+            read_ahead=config.train.prompts_per_step if config.train.prefetch_prompts else 0,
         )
         stack.callback(stream.close)
         held_out = eval_sets(config, fits)
@@ -196,7 +196,7 @@ def open_loop(config: Config) -> Iterator[OpenLoop]:
         yield partial(_run_sft, config)
     elif config.train.overlap:
         with ThreadPoolExecutor(max_workers=OVERLAP_THREADS, thread_name_prefix="overlap") as executor:
-            overlapped = partial(train_overlapped, executor, prefetch_update=config.train.prepare_ahead)
+            overlapped = partial(train_overlapped, executor, prefetch_update=config.train.prefetch_update)
             yield partial(_run_grpo, config, overlapped)
     else:
         yield partial(_run_grpo, config, train)

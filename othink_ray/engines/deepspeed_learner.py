@@ -139,7 +139,7 @@ class DeepSpeedLearner:
 
     def _open_policy(self, dtype: torch.dtype, temperature: float) -> Policy:
         network = self.family.load_network(dtype)
-        if self.learner.narrow_last_layer:
+        if self.learner.prune_last_layer:
             prune_last_layer(self.family.layers(network)[-1])
         if self.learner.compile:
             compile_layers(self.family, network, by_onednn=self.by_onednn)

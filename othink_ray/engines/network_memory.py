@@ -48,7 +48,7 @@ class Activations:
 def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
     """Return the network as a learner rank trains it, on the meta device."""
     network: Any = family.skeleton().to(dtype)
-    if learner.narrow_last_layer:
+    if learner.prune_last_layer:
         prune_last_layer(family.layers(network)[-1])
     choose_trained(family, network, learner)
     network.to(dtype)

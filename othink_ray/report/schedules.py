@@ -15,7 +15,7 @@ STEPS = 100
 
 
 def beta_chart() -> Chart:
-    """Return every fixed schedule over 100 steps, with the paper's values for counting from conf/algo/grpo_d.yaml."""
+    """Return every fixed schedule over 100 steps, with the default values, the paper's for counting."""
     kl = load(["algo=grpo_d"]).algo.kl
     curves = [
         Series(

@@ -1,4 +1,4 @@
-"""Load a custom reward: a function in a Python file, named by `algo.reward.own=FILE.py:FUNCTION`."""
+"""Load a custom reward: a function in a Python file, named by `algo.reward.custom=FILE.py:FUNCTION`."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def score_group(
         valid[index] = scores is not None
         for name, value in (scores or {}).items():
             parts[name][index] = value
-    rewards = sum((weights.get(name, reward.own_weight) * part for name, part in parts.items()), np.zeros(size))
+    rewards = sum((weights.get(name, reward.custom_weight) * part for name, part in parts.items()), np.zeros(size))
     return ScoredGroup(group=group, rewards=rewards, parts=parts, valid=valid, graded=dict(grader.counts - before))
 
 

@@ -38,7 +38,7 @@ class RewardPool:
 
     def __init__(self, reward: RewardConfig, incidents: Incidents) -> None:
         self.reward, self.incidents = reward, incidents
-        self.custom = load_custom_reward(reward.own)
+        self.custom = load_custom_reward(reward.custom)
         self.actors = [self._start() for _ in range(reward.actors)]
 
     def _start(self) -> Any:

@@ -39,13 +39,13 @@ def planned(study: StudyConfig, extra: Sequence[str]) -> list[StudyRun]:
 
 
 def compared_seeds(study: StudyConfig) -> range:
-    """Return the seeds of each method in comparisons of methods."""
-    return range(study.seeds if study.size == "full" else study.small_seeds)
+    """Return the seeds of each method in comparisons of methods; one with size=small, a rehearsal."""
+    return range(study.seeds if study.size == "full" else 1)
 
 
 def swept_seeds(study: StudyConfig) -> range:
-    """Return the seeds of each value in a sweep."""
-    return range(study.sweep_seeds if study.size == "full" else study.small_seeds)
+    """Return the seeds of each value in a sweep; one with size=small."""
+    return range(study.sweep_seeds if study.size == "full" else 1)
 
 
 def base_overrides(study: StudyConfig, extra: Sequence[str]) -> tuple[str, ...]:

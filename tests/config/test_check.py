@@ -13,7 +13,7 @@ from othink_ray.config.load import conf_dir, groups, load
 from othink_ray.config.validate import Machine, detect_machine, machine_for, plan, problems
 from othink_ray.core import advantages, kl, losses, lr_schedule, packing
 
-NEEDS_FILES = ("data=clevr", "data=geoqa", "data=own")  # options whose files the user provides
+NEEDS_FILES = ("data=clevr", "data=geoqa", "data=custom")  # options whose files the user provides
 LARGE = Machine(cpus=1024, gpus=64)
 SMALL = Machine(cpus=2, gpus=0)
 SEPARATE_SHARES = ("rollout.gpus_per_actor=0.6", "learner.gpus_per_rank=0.6")  # too large to share one GPU
@@ -47,7 +47,7 @@ def test_a_data_set_of_files_is_valid_once_they_exist(option: str, tmp_path: Pat
     for part in ("train", "test"):
         (tmp_path / part).touch()
     paths = [f"data.test.files.path={tmp_path}/test"]
-    if option == "data=own":
+    if option == "data=custom":
         paths.append(f"data.train.files.path={tmp_path}/train")
     else:
         paths.append(f"data.test.files.image_root={tmp_path}")
@@ -57,13 +57,13 @@ def test_a_data_set_of_files_is_valid_once_they_exist(option: str, tmp_path: Pat
 def test_evaluating_an_existing_model_needs_no_training_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "test.jsonl").write_text("{}")
-    overrides = ["mode=eval", "data=own", f"data.test.files.path={tmp_path}/test.jsonl"]
+    overrides = ["mode=eval", "data=custom", f"data.test.files.path={tmp_path}/test.jsonl"]
     assert messages([*overrides, f"model.path={tmp_path}"]) == messages([*overrides, f"eval.models=[{tmp_path}]"]) == []
     [message] = messages(overrides)
     assert message.startswith("data.train.files.path")
 
 
-OWN = ["data=own", "data.train.files.path=.", "data.test.files.path=."]
+OWN = ["data=custom", "data.train.files.path=.", "data.test.files.path=."]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ OWN = ["data=own", "data.train.files.path=.", "data.test.files.path=."]
         (["data.train.source=scenes", "data.train.size=8", "data.train.files=null"], "data.scenes, which is null"),
         (["data.train.source=geometry_scenes", "data.train.size=8"], "reads no files, but data.train.files is set"),
         (["data.train.size=0"], "data.train.size = 0 must be at least 1"),
-        (["data.test.files.columns.image=''"], "data.test.files.columns.image = '' must not be empty"),
+        (["data.test.files.columns.image=''"], "data.test.files.columns.image = '' must be a non-empty string"),
     ],
 )
 def test_a_broken_rule_on_files_is_reported(overrides: list[str], words: str) -> None:
@@ -125,11 +125,11 @@ def test_one_node_needs_exactly_eight_gpus() -> None:
         (["algo.loss=sft"], "algo.loss = sft must be one of grpo, gspo"),
         (["algo.loss_weights=tokens_mean"], "Did you mean algo.loss_weights=token_mean?"),
         (["algo.sampling_rounds=0"], "algo.sampling_rounds = 0 must be at least 1"),
-        (["algo.correction=tokens"], "must be one of auto, none, token, sequence, icepop, mis_token"),
-        (["algo.correction_low=1.5"], "algo.correction_low = 1.5 must be between 0 and 1"),
+        (["algo.tis=tokens"], "must be one of auto, none, token, sequence, icepop, mis_token"),
+        (["algo.tis_floor=1.5"], "algo.tis_floor = 1.5 must be between 0 and 1"),
         (
-            ["algo.correction_cap=0.5"],
-            "algo.correction_cap = 0.5 must be at least 1: a ratio of 1 (policy equals sampler)",
+            ["algo.tis_cap=0.5"],
+            "algo.tis_cap = 0.5 must be at least 1: a ratio of 1 (policy equals sampler)",
         ),
         (["algo.kl.estimator=k4"], "algo.kl.estimator = k4 must be one of k1, k2, k3"),
         (["algo.kl.schedule=acuracy"], "Did you mean algo.kl.schedule=accuracy?"),
@@ -206,7 +206,7 @@ def test_one_node_needs_exactly_eight_gpus() -> None:
         (["eval.also=[geometri]"], "there is no geometri in the group data Did you mean geometry?"),
         (["eval.also=[counting]"], "names counting, which is evaluated already"),
         (["eval.also=[geometry,geometry]"], "names geometry, which is evaluated already"),
-        (["eval.also=[own]"], "eval.also, own: data.test.files.path"),
+        (["eval.also=[custom]"], "eval.also, custom: data.test.files.path"),
         (["mode=study", "study.experiments=[alfa]"], "study.experiments = alfa unknown experiment Did you mean alpha?"),
         (["mode=study", "study.betas=[]"], "study.betas = [] must be a list of at least one number of 0 or more"),
         (
@@ -279,7 +279,7 @@ def test_several_broken_rules_are_all_reported() -> None:
 
 @pytest.mark.parametrize("name", bounds.CORRECTIONS)
 def test_overlap_is_valid_with_any_correction_and_is_in_the_plan(name: str) -> None:
-    overrides = ["train.overlap=true", f"algo.correction={name}"]
+    overrides = ["train.overlap=true", f"algo.tis={name}"]
     assert messages(overrides) == []
     assert "generated while the learner updates on the previous one" in plan(load(overrides), LARGE)
     assert "generated while" not in plan(load([]), LARGE)

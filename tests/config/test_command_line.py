@@ -111,18 +111,43 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
     "misspelling beside --cfg": (["--cfg", "job", "train.stepz=3"], 1, ["Did you mean train.steps?"]),
 }
 
+# A user's folder of conf files, given by --config-dir.
+CONF = {
+    "algo/late.yaml": "defaults: [grpo, _self_]\nname: late\ncorrection: token\n",
+    "algo/short.yaml": "defaults: [grpo, _self_]\nname: short\ngroup_size: 4\n",
+}
+BROKEN |= {
+    "old key": (["algo.correction=token"], 1, ["algo.correction = token (command line) was renamed to algo.tis"]),
+    "old option": (["data=own"], 1, ["data=own (command line) was renamed to data=custom"]),
+    "old key in a folder of the user": (
+        ["--config-dir", "mine", "algo=late"],
+        1,
+        ["algo.correction = token (mine/algo/late.yaml)", "Write algo.tis=token."],
+    ),
+    "old key beside a folder of the user": (
+        ["--config-dir", "mine", "algo=short", "train.read_ahead=false"],
+        1,
+        ["train.read_ahead = false (command line)", "Write train.prefetch_prompts=false."],
+    ),
+}
+
 VALID: dict[str, list[str]] = {
     "help": ["--help"],
     "check": ["mode=check", "train.steps=3"],
     "cfg": ["--cfg", "job", "algo=grpo"],
     "sweep": ["mode=check", "-m", "algo.kl.beta_min=0.01,0.02", "run.dir=swept"],
     "hydra help": ["--hydra-help"],
+    "folder of the user": ["--config-dir", "mine", "algo=short", "mode=check"],
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cwd")
+    folder = tmp_path_factory.mktemp("cwd")
+    for name, text in CONF.items():
+        (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "mine" / name).write_text(text)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +196,12 @@ def test_check_mode_prints_the_resource_plan(outcomes: dict[str, Outcome]) -> No
         assert word in outcome.out
 
 
+def test_options_of_a_folder_of_the_user_are_selected(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["folder of the user"]
+    assert outcome.code == 0, outcome.err
+    assert "16 prompts x 4 answers = 64" in outcome.out
+
+
 def test_cfg_flag_prints_the_whole_job(outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes["cfg"]
     assert outcome.code == 0, outcome.err
@@ -194,4 +225,5 @@ def test_hydra_help_is_printed_by_hydra(outcomes: dict[str, Outcome]) -> None:
 
 def test_checks_write_no_file_but_the_record_of_the_sweep(outcomes: dict[str, Outcome], folder: Path) -> None:
     assert outcomes
-    assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == ["swept/multirun.yaml"]
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written == {"swept/multirun.yaml", *(f"mine/{name}" for name in CONF)}

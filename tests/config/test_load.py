@@ -7,12 +7,26 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
+from hydra.conf import RuntimeConf
 
-from othink_ray.config.load import ConfigError, conf_dir, groups, load, read, sweep_jobs, to_yaml
+from othink_ray.config.load import (
+    ConfigError,
+    conf_dir,
+    groups,
+    load,
+    origins,
+    read,
+    register_defaults,
+    sweep_jobs,
+    to_yaml,
+)
+from othink_ray.config.schema import FilesConfig, SmolConfig
 
 
 def report(overrides: list[str], folder: Path | None = None) -> str:
@@ -40,6 +54,7 @@ def test_overrides_win_over_groups_and_groups_over_defaults() -> None:
 def test_each_model_gets_the_adam_settings_of_its_size() -> None:
     """The eps of the tiny model would damp a real model's steps: its gradients are not much larger than 1e-6."""
     models, clusters = (groups(conf_dir())[group] for group in ("model", "cluster"))
+    register_defaults()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir().resolve())):
         for model, cluster in itertools.product(models, clusters):
             composed = compose("config", overrides=[f"model={model}", f"cluster={cluster}"])
@@ -130,25 +145,42 @@ def test_null_is_accepted_only_where_the_schema_allows_it() -> None:
 def test_an_unknown_key_in_a_conf_file_is_traced_to_it(custom_conf: Path) -> None:
     (custom_conf / "algo" / "mine.yaml").write_text("defaults: [grpo, _self_]\nclip_epz: 0.3\n")
     text = report(["algo=mine"], custom_conf)
-    assert "algo.clip_epz (conf/algo/mine.yaml) unknown key Did you mean algo.clip_eps?" in text
+    assert "algo.clip_epz = 0.3 (conf/algo/mine.yaml) unknown key Did you mean algo.clip_eps?" in text
 
 
 def test_a_misspelled_key_in_a_conf_file_is_one_problem(custom_conf: Path) -> None:
-    file = custom_conf / "algo" / "grpo_d.yaml"
+    file = custom_conf / "algo" / "gspo.yaml"
     file.write_text(file.read_text().replace("clip_eps:", "clip_epz:"))
-    assert report([], custom_conf).startswith("1 problem in")
+    assert report(["algo=gspo"], custom_conf).startswith("1 problem in")
 
 
-def test_a_missing_key_is_traced_to_the_file_of_its_section(custom_conf: Path) -> None:
-    file = custom_conf / "learner" / "deepspeed.yaml"
-    file.write_text(file.read_text().replace("zero_stage", "# zero_stage"))
-    assert "learner.zero_stage (conf/learner/deepspeed.yaml) is missing" in report([], custom_conf)
+def test_a_section_in_a_conf_file_gets_the_other_defaults(custom_conf: Path) -> None:
+    text = "defaults: [counting, _self_]\nname: mine\ntest:\n  source: jsonl\n  files:\n    path: some.jsonl\n"
+    (custom_conf / "data" / "mine.yaml").write_text(text)
+    files = load(["data=mine"], custom_conf).data.test.files
+    assert files == FilesConfig(path="some.jsonl")
+    assert files.columns.question == "problem"
+
+
+def test_only_the_smol_option_sets_its_section() -> None:
+    assert load([]).model.smol is None
+    smol = load(["model=smol", "model.smol.warm_steps=3"]).model.smol
+    assert smol == SmolConfig(warm_steps=3)
+
+
+def test_a_default_that_breaks_a_rule_is_named_as_default() -> None:
+    source = SimpleNamespace(path=str(conf_dir()), schema="file")
+    runtime = SimpleNamespace(config_sources=[source], choices={"rollout": "vllm_gpu", "cluster": "one_gpu"})
+    origin = origins(cast("RuntimeConf", runtime), ["train={steps: 3}"])
+    assert origin("rollout.balance") == "default"
+    assert origin("rollout.sleep") == "conf/cluster/one_gpu.yaml"
+    assert origin("train.steps") == "command line"
 
 
 def test_a_wrong_type_is_traced_to_the_conf_file_that_sets_it(custom_conf: Path) -> None:
-    for file, text in (("rollout/vllm.yaml", "threads: null"), ("cluster/one_gpu.yaml", "num_actors: 1")):
-        path = custom_conf / file
-        path.write_text(path.read_text().replace(text, text.split(":")[0] + ": few"))
+    vllm, one_gpu = custom_conf / "rollout" / "vllm.yaml", custom_conf / "cluster" / "one_gpu.yaml"
+    vllm.write_text(vllm.read_text() + "threads: few\n")
+    one_gpu.write_text(one_gpu.read_text().replace("num_actors: 1", "num_actors: few"))
     text = report(["cluster=one_gpu"], custom_conf)
     assert "rollout.num_actors = few (conf/cluster/one_gpu.yaml)" in text
     assert "rollout.threads" not in text  # vllm_gpu overrides it
@@ -164,7 +196,7 @@ def test_a_conf_file_that_is_not_yaml_is_reported_by_name(custom_conf: Path) -> 
 
 def test_an_unquoted_off_in_a_conf_file_is_not_a_string(custom_conf: Path) -> None:
     file = custom_conf / "config.yaml"
-    file.write_text(file.read_text().replace('mode: "off"', "mode: off"))
+    file.write_text(file.read_text() + "wandb:\n  mode: off\n")
     assert "wandb.mode = false (conf/config.yaml) must be a string" in report([], custom_conf)
 
 

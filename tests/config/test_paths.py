@@ -56,7 +56,7 @@ def test_output_of_an_earlier_job_is_found(path: str, job: Path, home: Path) -> 
 def test_all_paths_of_a_configuration_are_resolved(job: Path, home: Path) -> None:
     config = load(
         [
-            *("data=own", "data.train.files.path=data/own.jsonl", "data.train.files.image_root=runs/a"),
+            *("data=custom", "data.train.files.path=data/own.jsonl", "data.train.files.image_root=runs/a"),
             *("model.path=runs/a", "eval.models=[runs/a]", "run.dir=runs/b", "run.resume=runs/a", "run.cache_dir=kept"),
         ]
     )

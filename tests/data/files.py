@@ -73,11 +73,11 @@ def write_r1v_test(folder: Path, rows: int = ROWS) -> Path:
 
 @cache
 def _template() -> DataConfig:
-    return load(["data=own"]).data
+    return load(["data=custom"]).data
 
 
 def own_data(train: str | Path = ".", test: str | Path = ".", **train_files: Any) -> DataConfig:
-    """Return the config of data=own with these paths; further keywords change the training files."""
+    """Return the config of data=custom with these paths; further keywords change the training files."""
     data = _template()
     assert data.train.files is not None and data.test.files is not None
     test_part = replace(data.test, files=replace(data.test.files, path=str(test)))

@@ -26,7 +26,7 @@ EXECUTED = {
     "README.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
     "first_run.md": ("run.dir=runs/first", "run.resume=auto"),
     "own_data.md": ("run.dir=runs/own",),
-    "own_reward.md": ("algo.reward.own=my_rewards.py:brevity",),
+    "own_reward.md": ("algo.reward.custom=my_rewards.py:brevity",),
 }
 SHORTENED = (
     *("rollout=hf", "train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),

@@ -107,7 +107,7 @@ def test_a_job_trains_on_both_hosts_with_data_of_one_host(site: Site) -> None:
         (site.head_only / f"{row}.png").write_bytes(picture(row))
     records = [{"image_path": f"{row}.png", "question": question(row), "ground_truth": solution(row)} for row in rows]
     test = write_jsonl(site.head_only / "test.jsonl", records)
-    data = ("data=own", f"data.train.files.path={train}", f"data.test.files.path={test}")
+    data = ("data=custom", f"data.train.files.path={train}", f"data.test.files.path={test}")
     settings = ("algo=mine", *data, *RANK_EACH, "train.steps=2", "run.dir=runs/first")
     status, output = ended(site.submit(settings=settings))
     assert status == 0, output

@@ -18,7 +18,7 @@ def test_auto_corrects_on_policy_answers_only_in_bfloat16(dtype: str, on_policy:
 
 @pytest.mark.parametrize("name", TIS_MODES)
 def test_an_explicit_correction_holds_on_and_off_policy(name: str) -> None:
-    config = load([f"algo.correction={name}"])
+    config = load([f"algo.tis={name}"])
     assert {tis_mode(config, stale=stale) for stale in (False, True)} == {name}
 
 

@@ -82,4 +82,4 @@ def overlapped(start_run: StartRun) -> Run:
 @pytest.fixture(scope="session")
 def overlapped_alone(start_run: StartRun) -> Run:
     """Run with overlap, but without prefetch beside an update."""
-    return start_run("train.overlap=true", "train.steps=3", "train.prepare_ahead=false")
+    return start_run("train.overlap=true", "train.steps=3", "train.prefetch_update=false")

@@ -22,7 +22,7 @@ RATIOS = (
 def test_an_overlapped_bfloat16_run_masks_and_trains_on(correction: str, start_run: StartRun) -> None:
     run = start_run(
         *("model.dtype=bfloat16", "weights.audit_tolerance=0.05", "learner.lr=5e-4", "train.overlap=true"),
-        *(f"algo.correction={correction}", f"algo.correction_low={LOW}", f"algo.correction_cap={CAP}"),
+        *(f"algo.tis={correction}", f"algo.tis_floor={LOW}", f"algo.tis_cap={CAP}"),
         *("train.steps=3", "train.checkpoint_every=0", "eval.questions=4"),
     )
     assert [line["sampler/staleness"] for line in run.steps] == [0, 1, 1]

@@ -118,7 +118,8 @@ def test_the_export_reproduces_the_accuracy_in_other_engines(plain_run: Run) -> 
 
 @pytest.mark.slow
 def test_ranks_actors_sharding_and_prefetch_do_not_change_a_run(plain_run: Run, start_run: StartRun) -> None:
-    spread = start_run("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.read_ahead=false")
+    others = ("learner.zero_stage=3", "learner.world_size=2", "rollout.num_actors=2", "train.prefetch_prompts=false")
+    spread = start_run(*others)
     assert prefetched(plain_run) and not prefetched(spread)
     assert furthest_apart(weights(plain_run.folder), weights(spread.folder)) < 1e-4
     for one, other in zip(plain_run.steps, spread.steps, strict=True):

@@ -83,7 +83,7 @@ def test_layers_are_compiled_and_the_last_pruned_on_request(
 ) -> None:
     compiled: list[bool] = []
     monkeypatch.setattr(deepspeed_learner, "compile_layers", lambda *_, by_onednn: compiled.append(by_onednn))
-    settings = SimpleNamespace(narrow_last_layer=requested, compile=requested, logit_rows=64)
+    settings = SimpleNamespace(prune_last_layer=requested, compile=requested, logit_rows=64)
     learner: Any = SimpleNamespace(learner=settings, family=policy.family, by_onednn=True)
     opened = DeepSpeedLearner._open_policy(learner, torch.float32, 1.0)
     *others, last = policy.family.layers(opened.network)

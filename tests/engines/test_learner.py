@@ -80,7 +80,7 @@ def alone(
         "poisoned": replace(plain, steps=[poisoned(plain.steps[0])]),
         "first half": replace(plain, steps=plain.steps[:1], save=scratch / "half"),
         "second half": replace(plain, steps=plain.steps[1:], load=scratch / "half"),
-        "grouped, wide": training(small, batches, 1, attention="grouped", narrow_last_layer=False),
+        "grouped, wide": training(small, batches, 1, attention="grouped", prune_last_layer=False),
     }
     [outcomes] = run_ranks(small.model, small_folder, 1, scenarios, scratch / "alone")
     return outcomes

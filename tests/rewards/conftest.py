@@ -13,8 +13,8 @@ from othink_ray.rewards import Grader
 REWARD = RewardConfig(
     accuracy_weight=1.0,
     format_weight=1.0,
-    own=None,
-    own_weight=1.0,
+    custom=None,
+    custom_weight=1.0,
     actors=1,
     without_tag="strict",
     answer_cpu_s=2.0,

@@ -1,4 +1,4 @@
-"""Custom rewards (algo.reward.own): weighting, masking and configuration errors."""
+"""Custom rewards (algo.reward.custom): weighting, masking and configuration errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def group() -> Group:
 
 
 def score(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, list[float]], list[bool]]:
-    custom = load_custom_reward(reward.own)
+    custom = load_custom_reward(reward.custom)
     assert custom is not None
     with Grader(reward) as grader:
         result = score_group(group, reward, grader, opened(custom))
@@ -56,7 +56,7 @@ def score(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, li
 
 
 def test_a_custom_reward_is_weighted_and_added(file: Path, group: Group) -> None:
-    reward = load([f"algo.reward.own={file}:brevity", "algo.reward.own_weight=10"]).algo.reward
+    reward = load([f"algo.reward.custom={file}:brevity", "algo.reward.custom_weight=10"]).algo.reward
     brevity = [1 / len(text) for text in TEXTS]
     rewards, parts, valid = score(group, reward)
     assert parts == {"accuracy": [1, 0], "format": [1, 0], "brevity": brevity}
@@ -67,7 +67,7 @@ def test_a_custom_reward_is_weighted_and_added(file: Path, group: Group) -> None
 
 
 def test_an_answer_on_which_a_custom_reward_fails_is_masked(file: Path, group: Group) -> None:
-    rewards, parts, valid = score(group, load([f"algo.reward.own={file}:fussy"]).algo.reward)
+    rewards, parts, valid = score(group, load([f"algo.reward.custom={file}:fussy"]).algo.reward)
     assert valid == [False, True]
     assert (rewards, parts["fussy"]) == ([0, 3], [0, 3])
 
@@ -81,13 +81,13 @@ def test_an_answer_on_which_a_custom_reward_fails_is_masked(file: Path, group: G
     ],
 )
 def test_an_unusable_function_is_a_configuration_error(file: Path, function: str, words: str) -> None:
-    [problem] = problems(load([f"algo.reward.own={file}:{function}"]), None)
+    [problem] = problems(load([f"algo.reward.custom={file}:{function}"]), None)
     assert words in " ".join(str(problem).split())
 
 
 def test_a_missing_or_invalid_file_is_a_configuration_error(tmp_path: Path) -> None:
-    [absent] = problems(load([f"algo.reward.own={tmp_path}/none.py:brevity"]), None)
+    [absent] = problems(load([f"algo.reward.custom={tmp_path}/none.py:brevity"]), None)
     assert "there is no such file here" in str(absent)
     (tmp_path / "broken.py").write_text("def brevity(text, answer:\n")
-    [broken] = problems(load([f"algo.reward.own={tmp_path}/broken.py:brevity"]), None)
+    [broken] = problems(load([f"algo.reward.custom={tmp_path}/broken.py:brevity"]), None)
     assert "must be Python" in str(broken)

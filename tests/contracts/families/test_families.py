@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from othink_ray.config.bounds import CHOICES
+from othink_ray.config.bounds import FAMILIES as NAMES
 from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import ModelConfig
 from othink_ray.core import fused
@@ -48,7 +48,7 @@ SIZES = [(84, 84), (28, 28), (1, 1), (27, 29), (33, 65), (5, 190), (500, 500), (
 
 def test_each_family_has_a_config_choice_checkpoint_and_model() -> None:
     models = [load([f"model={file.stem}"]).model for file in (conf_dir() / "model").glob("*.yaml")]
-    assert set(FAMILIES) == set(CHOICES["model.family"]) == set(CHECKPOINTS)
+    assert set(FAMILIES) == set(NAMES) == set(CHECKPOINTS)
     assert set(FAMILIES) == {model.family for model in models if model.path}
 
 

@@ -1,6 +1,6 @@
 """Read numbers exactly: closed forms such as 2√3 + 5π/3 and numerals in words, with a unit or the counted things.
 
-REASON
+Kept beside math-verify: 880 of 880 verdicts with it, 711 without it, 498 by math-verify alone (`benchmarks.grading`).
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def score_group(group: Group, rewards: Sequence[WeightedReward], counts: Counter
     """Return the rewards (G,) of a group: the sum of weight * reward, and each reward unweighted in `parts`.
 
     An answer on which a reward raises or returns a non-finite value gets 0 and is marked invalid; the other answers of
-    the group keep their rewards. `counts` is where the rewards count how they graded (`Grader.counts`); what this
-    group adds to it becomes `graded`.
+    the group keep their rewards. `counts` is the grader's counter (`Grader.counts`): what this group adds to it becomes
+    `graded`.
     """
     size = len(group.completions)
     parts = {term.name: np.zeros(size) for term in rewards}

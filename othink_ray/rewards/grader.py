@@ -1,25 +1,17 @@
-"""Score completions: the accuracy reward R_acc of Eq. 1 (rules, then math-verify) and the weighted sum of rewards."""
+"""The accuracy reward R_acc of Eq. 1: rules decide most answers, math-verify in a process of its own the rest."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
 from functools import lru_cache
-from math import isfinite
-from types import MappingProxyType
-from typing import Self, TypeAlias
-
-import numpy as np
+from typing import Self
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.closed_form import closed_form
-from othink_ray.rewards.custom import CustomReward
-from othink_ray.rewards.numbers import is_expression, may_be_number, plain
-from othink_ray.rewards.parse import answer_text, format_reward, stated_in, stated_text
-from othink_ray.rewards.quantity import parse_quantity, same
-from othink_ray.rewards.sandbox import GradingFailed, SymbolicProcess, SymbolicVerdict
-from othink_ray.rewards.text import parse_choice, same_words, split_items
-from othink_ray.types import Group, ScoredGroup
+from othink_ray.rewards.numbers import closed_form, parse_quantity, same_quantity
+from othink_ray.rewards.parse import answer_text, is_expression, may_be_number, plain, stated_text
+from othink_ray.rewards.sandbox import SymbolicProcess, SymbolicVerdict
+from othink_ray.rewards.text import parse_choice, same_words, split_items, stated_in
+from othink_ray.types import Completion, Prompt
 
 MAX_CHARS = 256  # longer answers are compared as plain strings
 _CACHE_SIZE = 1024  # symbolic verdicts kept: the answers of a group often repeat, and so do prompts
@@ -85,7 +77,7 @@ def _compare_plain(stated: str, truth: str) -> bool | None:
         stated = choice.rest
     value, true_value = parse_quantity(stated), parse_quantity(truth)
     if value is not None and true_value is not None:
-        return same(value, true_value)
+        return same_quantity(value, true_value)
     if true_value is not None:
         return None if is_expression(stated) and may_be_number(stated) else False
     if is_expression(truth):
@@ -119,6 +111,9 @@ class Grader:
         self.symbolic = SymbolicProcess(answer_cpu_s=reward.answer_cpu_s, memory_mb=reward.memory_mb)
         self._cache: OrderedDict[tuple[str, str], SymbolicVerdict] = OrderedDict()
 
+    def __call__(self, prompt: Prompt, completion: Completion) -> float:
+        return self.accuracy(completion.text, prompt.answer)
+
     def accuracy(self, text: str, answer: str) -> float:
         """Return 1.0 or 0.0; never raise on the text."""
         stated = stated_text(text, self.without_tag)
@@ -150,60 +145,3 @@ class Grader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-Reward: TypeAlias = Callable[[str, str, Grader], float]  # (completion text, true answer, grader) -> reward
-
-
-def _accuracy(text: str, answer: str, grader: Grader) -> float:
-    return grader.accuracy(text, answer)
-
-
-def _format(text: str, answer: str, grader: Grader) -> float:
-    return format_reward(text)
-
-
-REWARDS: dict[str, Reward] = {
-    "accuracy": _accuracy,
-    "format": _format,
-}
-
-
-def score_group(
-    group: Group, reward: RewardConfig, grader: Grader, custom: Mapping[str, Reward] = MappingProxyType({})
-) -> ScoredGroup:
-    """Return the rewards (G,) of a group: accuracy_weight * accuracy + format_weight * format, plus custom rewards.
-
-    An answer on which a reward function raises or returns a non-finite value gets 0 and is marked invalid; the other
-    answers of the group keep their rewards.
-    """
-    functions = {**REWARDS, **custom}
-    weights = {"accuracy": reward.accuracy_weight, "format": reward.format_weight}
-    size = len(group.completions)
-    parts = {name: np.zeros(size) for name in functions}
-    valid = np.ones(size, dtype=np.bool_)
-    before = grader.counts.copy()
-    for index, completion in enumerate(group.completions):
-        scores = _score(functions, completion.text, group.prompt.answer, grader)
-        valid[index] = scores is not None
-        for name, value in (scores or {}).items():
-            parts[name][index] = value
-    rewards = sum((weights.get(name, reward.custom_weight) * part for name, part in parts.items()), np.zeros(size))
-    return ScoredGroup(group=group, rewards=rewards, parts=parts, valid=valid, graded=dict(grader.counts - before))
-
-
-def opened(custom: CustomReward) -> dict[str, Reward]:
-    """Return {name: function} of a custom reward, with the signature of the built-in rewards."""
-    function = custom.function()
-    return {custom.name: lambda text, answer, grader: function(text, answer)}
-
-
-def _score(functions: Mapping[str, Reward], text: str, answer: str, grader: Grader) -> dict[str, float] | None:
-    try:
-        scores = {name: float(function(text, answer, grader)) for name, function in functions.items()}
-    except GradingFailed:  # the installation is broken, not this answer: the run must stop with an error
-        raise
-    # Reward functions can be user code, and their input is untrusted model output: any failure masks only this answer.
-    except Exception:
-        return None
-    return scores if all(isfinite(value) for value in scores.values()) else None

@@ -1,11 +1,13 @@
-"""Extract the answer of a completion: the <answer> tag, policies for text without it, the format reward, sentences."""
+"""Extract the bare answer of a completion: the <answer> tag or a policy without it, LaTeX and markup cleaned up.
+
+`plain` strips an answer to plain LaTeX; `is_expression` and `may_be_number` classify what remains.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
-
-from othink_ray.rewards.text import is_harmless
 
 OPEN, CLOSE = "<answer>", "</answer>"
 TAGS = ("<think>", "</think>", OPEN, CLOSE)
@@ -13,27 +15,82 @@ TAGS = ("<think>", "</think>", OPEN, CLOSE)
 _TAIL_CHARS = 4096  # only the end of the text is searched for its last number
 _NUMBER = re.compile(r"[+\-\u2212]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?")
 
-_VERBS = (
-    "is|are|was|were|equals|has|have|had|contains?|shows?|counts?|counted|sees?|gets?|got|gives?|remains?|measures?"
+# Cleanup to plain LaTeX.
+_MAX_LAYERS = 6  # wrappers (lead-in, quotes, bold) stripped from one answer
+_FUNCTIONS = "sqrt pi sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(0x5E)}  # ！ to ～
+_MARKS = (("__", "__"), *((mark, mark) for mark in "*_`\"'"), ("“", "”"), ("‘", "’"), ("«", "»"))
+
+_LEAD_IN = re.compile(
+    r"""
+    (?:(?:so|thus|hence|therefore|then)\b,?\s*)?
+    (?:
+        (?:(?:the|my)\s+)? (?:(?:final|correct|right)\s+)? (?:answer|result|value|option|choice)
+        \s* (?:is\b|[:=]) \s* :?
+      | there\s+(?:is|are)\b
+      | it\s+is\b
+      | = (?!\s*=)
+    )
+    \s*
+    """,
+    re.VERBOSE | re.IGNORECASE,
 )
-# A sentence that states an answer: `The degree of angle OAB is 25.0`, `There are 5 objects left`. Its subject has only
-# letters, except in the name of an angle: another number would be a second answer. The subject matches greedily, so the
-# last verb separates it from the answer.
-_SENTENCE = re.compile(
-    rf"""
-    (?: (?:so|thus|hence|therefore|then|finally|in\s+(?:total|all)) \b,?\s* )?
-    (?! (?:option|choice|answer)\s+[(\[]?[A-J]\b )
-    (?P<subject> (?: [A-Za-z'’∠△\- ] | \\(?:angle|triangle)(?![A-Za-z]) | (?:(?<=∠)|(?<=angle\s))[1-9] )* )
-    (?: \b(?:{_VERBS})\s+ | ['’]s\s+ | \s*(?P<sign>[:=])\s* )
-    (?P<stated>\S.*)""",
-    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+
+_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?=[\s.,;:!?]|$)")
+_MATH = re.compile(r"(?<!\\)(\$\$?)(?P<dollars>[^$]+)(?<!\\)\1|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
+
+
+def _latex_fraction(character: str) -> str:
+    numerator, denominator = unicodedata.normalize("NFKC", character).split("\u2044")
+    return f"\\frac{{{numerator}}}{{{denominator}}}"
+
+
+# The order matters: each step reads the output of the previous ones.
+_REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:left|right|displaystyle|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])", ""),
+        (r"\^\s*\{\s*(?:\\circ|\\degree|°)\s*\}|\^\s*(?:\\circ|\\degree|°)|\\(?:circ|degree)(?![A-Za-z])|[º˚]", "°"),
+        (r"(?<=[0-9])\^(?:o(?![A-Za-z])|\{o\})", "°"),
+        (r"\{,\}", ","),
+        (r"(?<=[0-9])\\[,!](?=[0-9]{3}(?![0-9]))", ""),
+        (r"\\[,;:! ]|(?<=[0-9}°])~(?=[A-Za-z\\])|\\q?quad(?![A-Za-z])", " "),
+        (r"\\([%$])", r"\1"),
+        (r"[\u2212\u2013]", "-"),
+        (r"\*\*", "^"),
+        (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙]", "*"),
+        (r"\\div(?![A-Za-z])|÷", "/"),
+        (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
+        (r"[₀-₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}"),
+        (r"!=", "≠"),
+        (r"(?<=[A-Za-z]{3})!+$", ""),
+        (r"[¼-¾⅓-⅞]", lambda match: _latex_fraction(match[0])),
+        (r"π", r"\\pi "),
+        (r"√", r"\\sqrt "),
+        (rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)})(?![A-Za-z])", r"\\\1 "),
+        (r"\\sqrt\s*([0-9]*\.?[0-9]+)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\\sqrt\{[^{}]*\})", r"\\sqrt{\1}"),
+        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+        (r"≤|<=|\\le(?![A-Za-z])", r"\\leq "),
+        (r"≥|>=|\\ge(?![A-Za-z])", r"\\geq "),
+        (r"∞", r"\\infty "),
+        (r"∪", r"\\cup "),
+        (r"∩", r"\\cap "),
+    )
 )
-# `B is correct`
-_CONFIRMED = re.compile(
-    r"(?!(?:the|it|this|that|my)\b)(?P<stated>.+?)\s+is\s+"
-    r"(?:correct|right|the\s+(?:(?:final|correct|right)\s+)?(?:answer|option|choice|one|result|value))",
-    re.IGNORECASE | re.DOTALL,
-)
+
+# Expressions in plain LaTeX.
+_PIECE = re.compile(r"\\[A-Za-z]+|\\[{}|\\]|[A-Za-z]+|[0-9.,;+\-*/^_=<>(){}\[\]|!'°\s]")
+_OPERATOR = re.compile(r"[\\+\-*/^_=<>(){}\[\]|!,]|[0-9][A-Za-z]")
+_SHORT_WORDS = frozenset("am an as at be by do go he if in is it me my no of on or so to up us we".split())
+_ARITHMETIC = re.compile(r"(?:[0-9.+\-*/(){}\s]|\\frac(?![A-Za-z]))*")
+_NO_NUMBER = re.compile(r"[,;=<>]|\\[{}]|[0-9][eE]|(?<!\\log)(?<!\\log )_")
+_CONSTANTS = frozenset("ei")
+_NUMERIC_COMMANDS = frozenset(_FUNCTIONS) | {"frac"}
 
 
 def answer_text(text: str) -> str | None:
@@ -68,19 +125,44 @@ def format_reward(text: str) -> float:
     return float(thought.startswith("<think>") and rest.lstrip().startswith(OPEN) and rest.endswith(CLOSE))
 
 
-def stated_in(sentence: str) -> str | None:
-    """Return the answer that a sentence states about its subject.
+def plain(text: str) -> str:
+    """Return the bare answer in plain LaTeX.
 
-    None if the text is not such a sentence, or if it negates, hedges or asks.
+    Strips lead-in, $…$, \\boxed{…}, **…**, quotes and the final period; keeps units and words. Callers must bound the
+    text to a few hundred characters.
     """
-    if confirmed := _CONFIRMED.fullmatch(sentence):
-        return confirmed["stated"]
-    match = _SENTENCE.fullmatch(sentence)
-    if match is None or not is_harmless(match["subject"]):
-        return None
-    if match["sign"] and not re.search("[A-Za-z]{3}", match["subject"]):  # x = 3, or the 3 : 4 of a ratio
-        return None
-    return match["stated"]
+    text = _BOLD.sub(r" \1 ", text.translate(_FULL_WIDTH))
+    text = _MATH.sub(lambda math: f" {math['dollars'] or math['inline'] or math['display']} ", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _brace_roots(_unbox(text)).strip()
+    for _ in range(_MAX_LAYERS):
+        inner = _unwrap(text)
+        if inner == text:
+            break
+        text = inner
+    return " ".join(text.split())
+
+
+def is_expression(plain_text: str) -> bool:
+    """Return whether the text is pure mathematics: symbols, commands and variables of one or two letters, no words."""
+    if not _OPERATOR.search(plain_text) or _PIECE.sub("", plain_text):
+        return False
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
+    return all(len(word) <= 2 and word.lower() not in _SHORT_WORDS for word in words)
+
+
+def may_be_number(plain_text: str) -> bool:
+    """Return whether an expression could evaluate to a number although `closed_form` returns None for it.
+
+    False with a variable, a list or a relation. Also False for plain arithmetic: `closed_form` covers it, so its None
+    means that the text is not a number.
+    """
+    if _NO_NUMBER.search(plain_text) or _ARITHMETIC.fullmatch(plain_text):
+        return False
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain_text)
+    commands = re.findall(r"\\([A-Za-z]+)", plain_text)
+    return _CONSTANTS.issuperset(words) and _NUMERIC_COMMANDS.issuperset(commands)
 
 
 def _whole_text(text: str) -> str | None:
@@ -95,6 +177,48 @@ def _last_number(text: str) -> str | None:
 
 def _nothing(text: str) -> str | None:
     return None
+
+
+def _unwrap(text: str) -> str:
+    """Strip one layer: a lead-in, a final period, or one pair of quotes or markup."""
+    if lead_in := _LEAD_IN.match(text):
+        text = text[lead_in.end() :]
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    for opening, closing in _MARKS:
+        inner = text[len(opening) : -len(closing)]
+        wrapped = len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing)
+        if wrapped and opening not in inner and closing not in inner:
+            return inner.strip()
+    return text
+
+
+def _unbox(text: str) -> str:
+    """Replace each \\boxed{…} or \\fbox{…} by its contents."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", text))):
+        end = _closing(text, match.end(), "{}")
+        if end > 0:
+            text = f"{text[: match.start()]} {text[match.end() + 1 : end]} {text[end + 1 :]}"
+    return text
+
+
+def _closing(text: str, start: int, pair: str) -> int:
+    """Return the index of the bracket that closes the one at `start`, or -1."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == pair[0]) - (text[index] == pair[1])
+        if depth == 0:
+            return index
+    return -1
+
+
+def _brace_roots(text: str) -> str:
+    """Rewrite \\sqrt (…) as \\sqrt{…}."""
+    for match in reversed(list(re.finditer(r"\\sqrt\s*\(", text))):
+        end = _closing(text, match.end() - 1, "()")
+        if end > 0:
+            text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end]}}}{text[end + 1 :]}"
+    return text
 
 
 WITHOUT_TAG: dict[str, Callable[[str], str | None]] = {

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
-_WORKER = Path(__file__).with_name("sandbox_worker.py")
+from othink_ray.rewards.base import GradingFailed
+
 _START_TIMEOUT_S = 120  # importing sympy takes about a second, and much longer on an overloaded machine
 _WALL_PER_CPU = 10  # wall-clock limit as a multiple of an answer's CPU limit; past it the whole process is killed
 
@@ -23,12 +24,10 @@ SymbolicVerdict: TypeAlias = Literal["right", "wrong", "timeout", "crash"]
 _VERDICTS: dict[bytes, SymbolicVerdict] = {b"1": "right", b"0": "wrong", b"t": "timeout", b"c": "crash"}
 
 
-class GradingFailed(RuntimeError):
-    """Raised when the grading process cannot run at all: the installation is broken, not one answer."""
-
-
 class SymbolicProcess:
     """math-verify behind a pipe, started on the first call; not thread-safe."""
+
+    worker = Path(__file__).with_name("sandbox_worker.py")  # the script that the process runs
 
     def __init__(self, *, answer_cpu_s: float, memory_mb: int) -> None:
         self.answer_cpu_s, self.memory_mb = answer_cpu_s, memory_mb
@@ -92,7 +91,7 @@ class SymbolicProcess:
         with tempfile.TemporaryFile() as stderr:
             # -P keeps this folder off sys.path: its modules (numbers.py) would shadow the standard library.
             process = self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_WORKER), str(self.answer_cpu_s), str(self.memory_mb)],
+                [sys.executable, "-P", str(self.worker), str(self.answer_cpu_s), str(self.memory_mb)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

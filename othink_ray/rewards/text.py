@@ -1,11 +1,63 @@
-"""Interpret English around an answer: words that change its meaning, names of counted things, choices and lists."""
+"""Interpret the English of an answer: numerals, words that change a number, choices, lists and sentences.
+
+`spelled` reads numerals exactly (twenty-one, 2.5 million, two thirds, three and a half).
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
 
-from othink_ray.rewards.numbers import CARDINALS, ORDINALS
+# Numerals in words.
+_SMALL = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen".split()
+    )
+}
+_TENS = {
+    word: 10 * tens
+    for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
+}
+_LARGE = {"thousand": 10**3} | {
+    f"{prefix}illion": 10 ** (3 * power)
+    for power, prefix in enumerate("m b tr quadr quint sext sept oct non dec".split(), start=2)
+}
+_IRREGULAR = {
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+}
+
+
+def _ordinal(cardinal: str) -> str:
+    return _IRREGULAR.get(cardinal, cardinal.removesuffix("y") + ("ieth" if cardinal.endswith("y") else "th"))
+
+
+# Denominators in the singular. Second is not one: it is a unit of time, or the ordinal after first, never a half.
+_SINGULAR_DENOMINATORS = {"half": 2, "quarter": 4} | {
+    _ordinal(word): value
+    for word, value in (_SMALL | _TENS | {"hundred": 100} | _LARGE).items()
+    if word not in ("zero", "one", "two")
+}
+_PLURAL_DENOMINATORS = {f"{word}s": value for word, value in _SINGULAR_DENOMINATORS.items()} | {"halves": 2}
+
+_SINGULAR = (*_SMALL, *_TENS, "hundred", *_LARGE)
+_PLURAL = (word.removesuffix("y") + {"x": "es", "y": "ies"}.get(word[-1], "s") for word in _SINGULAR)  # sixes, twenties
+CARDINALS = frozenset((*_SINGULAR, *_PLURAL))
+ORDINALS = frozenset((*_SINGULAR_DENOMINATORS, *_PLURAL_DENOMINATORS, "first"))
+
+_DIGITS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,20}(?:\.[0-9]{1,20})?")
+_HYPHENS = re.compile(r"[a-z]+(?:-[a-z]+)+")
+_NUMERAL_WORDS = CARDINALS | ORDINALS | {"and", "a"}
+
+_Parsed: TypeAlias = "tuple[Fraction, int] | None"  # a value, and the index of the first word after it
 
 # Closed word classes: English has few of these words and gains no new ones, so they can be listed. Nouns and adjectives
 # cannot.
@@ -74,6 +126,28 @@ _CHOICE = re.compile(
 )
 _SECOND_CHOICE = re.compile(r"(?<![A-Za-z\\])[(\[]?[A-J](?:[)\].:,]|$)")  # A) 60° B) 70°
 
+_VERBS = (
+    "is|are|was|were|equals|has|have|had|contains?|shows?|counts?|counted|sees?|gets?|got|gives?|remains?|measures?"
+)
+# A sentence that states an answer: `The degree of angle OAB is 25.0`, `There are 5 objects left`. Its subject has only
+# letters, except in the name of an angle: another number would be a second answer. The subject matches greedily, so the
+# last verb separates it from the answer.
+_SENTENCE = re.compile(
+    rf"""
+    (?: (?:so|thus|hence|therefore|then|finally|in\s+(?:total|all)) \b,?\s* )?
+    (?! (?:option|choice|answer)\s+[(\[]?[A-J]\b )
+    (?P<subject> (?: [A-Za-z'’∠△\- ] | \\(?:angle|triangle)(?![A-Za-z]) | (?:(?<=∠)|(?<=angle\s))[1-9] )* )
+    (?: \b(?:{_VERBS})\s+ | ['’]s\s+ | \s*(?P<sign>[:=])\s* )
+    (?P<stated>\S.*)""",
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+# `B is correct`
+_CONFIRMED = re.compile(
+    r"(?!(?:the|it|this|that|my)\b)(?P<stated>.+?)\s+is\s+"
+    r"(?:correct|right|the\s+(?:(?:final|correct|right)\s+)?(?:answer|option|choice|one|result|value))",
+    re.IGNORECASE | re.DOTALL,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -81,6 +155,29 @@ class Choice:
 
     letter: str
     rest: str
+
+
+def spelled(text: str) -> tuple[Fraction, str] | None:
+    """Return the number at the start of a text, at least one part of it in words, and the remaining text.
+
+    Reads the longest numeral, so that part of a number is never taken for the whole.
+    """
+    words = text.split()
+    lower: list[str] = []
+    origin: list[int] = []  # index into `words` of each word in `lower`: hyphenated words are split
+    for index, word in enumerate(map(str.lower, words)):
+        parts = word.split("-") if _HYPHENS.fullmatch(word) else [word]
+        pieces = parts if _NUMERAL_WORDS.issuperset(parts) else [word]
+        lower += pieces
+        origin += [index] * len(pieces)
+    negative = lower[:1] in (["minus"], ["negative"])
+    parsed = _parse_number(lower, int(negative))
+    if parsed is None:
+        return None
+    value, end = parsed
+    if _DIGITS.fullmatch(" ".join(lower[:end])) or (end < len(lower) and origin[end] == origin[end - 1]):
+        return None
+    return -value if negative else value, " ".join(words[origin[end - 1] + 1 :])
 
 
 def is_harmless(text: str) -> bool:
@@ -156,6 +253,21 @@ def parse_choice(text: str) -> Choice | None:
     return Choice(match["letter"], match["rest"])
 
 
+def stated_in(sentence: str) -> str | None:
+    """Return the answer that a sentence states about its subject.
+
+    None if the text is not such a sentence, or if it negates, hedges or asks.
+    """
+    if confirmed := _CONFIRMED.fullmatch(sentence):
+        return confirmed["stated"]
+    match = _SENTENCE.fullmatch(sentence)
+    if match is None or not is_harmless(match["subject"]):
+        return None
+    if match["sign"] and not re.search("[A-Za-z]{3}", match["subject"]):  # x = 3, or the 3 : 4 of a ratio
+        return None
+    return match["stated"]
+
+
 def _bare(text: str) -> str:
     text = _END.sub("", _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text).strip()
     if len(text) == 1 and text not in "abcdefghijABCDEFGHIJ":
@@ -164,3 +276,91 @@ def _bare(text: str) -> str:
     named = _KIND.fullmatch(text)
     word = named and (named["after"] or named["before"])
     return word if word and word not in _REPLIES else text  # `no shape` must not become `no`
+
+
+def _parse_number(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a cardinal, a decimal, a fraction or a mixed number."""
+    parsed = _parse_fraction(words, i)
+    if parsed is not None:
+        return parsed
+    parsed = _parse_cardinal(words, i)
+    if parsed is None:
+        return None
+    value, i = parsed
+    if words[i : i + 1] == ["point"]:
+        return _parse_decimals(value, words, i + 1)
+    if words[i : i + 1] == ["and"] and (part := _parse_fraction(words, i + 1)) is not None and part[0] < 1:
+        return value + part[0], part[1]
+    return value, i
+
+
+def _parse_fraction(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a fraction: half, a third, one fifth, three quarters, 3 hundredths."""
+    if words[i : i + 1] == ["half"]:
+        return Fraction(1, 2), i + 1
+    parsed = (Fraction(1), i + 1) if words[i : i + 1] in (["a"], ["an"]) else _parse_cardinal(words, i)
+    if parsed is None or parsed[1] == len(words):
+        return None
+    numerator, i = parsed
+    names = _SINGULAR_DENOMINATORS if numerator == 1 else _PLURAL_DENOMINATORS
+    if words[i] in names:
+        return numerator / names[words[i]], i + 1
+    if words[i] in _TENS and i + 1 < len(words) and 2 < names.get(words[i + 1], 0) < 10:
+        return numerator / (_TENS[words[i]] + names[words[i + 1]]), i + 2  # three twenty-fifths
+    return None
+
+
+def _parse_decimals(whole: Fraction, words: Sequence[str], i: int) -> _Parsed:
+    """Parse the digits after a decimal point, one word each."""
+    digits = ""
+    while i < len(words) and len(digits) < 20:
+        digit = words[i] if words[i].isascii() and words[i].isdigit() else str(_SMALL.get(words[i], ""))
+        if not digit or len(digit) > 20 or (len(digit) > 1 and words[i] in _SMALL):
+            break
+        digits, i = digits + digit, i + 1
+    return (whole + Fraction(int(digits), 10 ** len(digits)), i) if digits else None
+
+
+def _parse_cardinal(words: Sequence[str], i: int, below: int = 10**40) -> _Parsed:
+    """Parse the longest whole number smaller than `below`; digits may precede thousand, million, ..."""
+    parsed = _parse_below_thousand(words, i)
+    if parsed is None:
+        return None
+    value, i = parsed
+    size = _LARGE.get(words[i]) if i < len(words) else None
+    if size is not None and value * size < below:
+        value, i = value * size, i + 1
+        more = _parse_cardinal(words, i + (words[i : i + 1] == ["and"]), size)
+        if more is not None and more[0] < size:
+            return value + more[0], more[1]
+    return value, i
+
+
+def _parse_below_thousand(words: Sequence[str], i: int) -> _Parsed:
+    parsed = _parse_below_hundred(words, i)
+    if parsed is None and words[i : i + 1] in (["a"], ["an"]) and i + 1 < len(words):
+        parsed = (Fraction(1), i + 1) if words[i + 1] in _LARGE or words[i + 1] == "hundred" else None
+    if parsed is None:
+        return None
+    value, i = parsed
+    if words[i : i + 1] == ["hundred"]:
+        value, i = value * 100, i + 1
+        more = _parse_below_hundred(words, i + (words[i : i + 1] == ["and"]))
+        if more is not None and more[0] < 100:
+            return value + more[0], more[1]
+    return value, i
+
+
+def _parse_below_hundred(words: Sequence[str], i: int) -> _Parsed:
+    """Parse a number below 100 in words, or any number in digits."""
+    if i >= len(words):
+        return None
+    word = words[i]
+    if word in _SMALL:
+        return Fraction(_SMALL[word]), i + 1
+    if word in _TENS:
+        unit = _SMALL.get(words[i + 1], 0) if i + 1 < len(words) else 0
+        return Fraction(_TENS[word] + unit * (unit < 10)), i + 1 + (0 < unit < 10)
+    if _DIGITS.fullmatch(word):
+        return Fraction(word.replace(",", "")), i + 1
+    return None

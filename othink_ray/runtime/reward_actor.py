@@ -7,8 +7,9 @@ import resource
 import psutil
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.custom import CustomReward
-from othink_ray.rewards.grader import Grader, opened, score_group
+from othink_ray.rewards.base import score_group
+from othink_ray.rewards.grader import Grader
+from othink_ray.rewards.registry import CustomReward, weighted_rewards
 from othink_ray.runtime.futures import TraceRecorder
 from othink_ray.tracing import span
 from othink_ray.types import Group, ScoredGroup
@@ -19,15 +20,15 @@ class RewardActor(TraceRecorder):
 
     def __init__(self, reward: RewardConfig, custom: CustomReward | None) -> None:
         _limit_memory(reward.actor_memory_mb)
-        self.reward, self.grader = reward, Grader(reward)
-        self.custom = {} if custom is None else opened(custom)
+        self.grader = Grader(reward)
+        self.rewards = weighted_rewards(reward, self.grader, custom)
 
     def ready(self) -> None:
         """Return when the process is up, so that the time limit of `score` covers grading alone."""
 
     def score(self, group: Group) -> ScoredGroup:
         with span("score", prompt=group.prompt.id, answers=len(group.completions)):
-            return score_group(group, self.reward, self.grader, self.custom)
+            return score_group(group, self.rewards, self.grader.counts)
 
 
 def _limit_memory(extra_mb: int) -> None:

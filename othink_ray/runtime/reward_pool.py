@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.custom import load_custom_reward
+from othink_ray.rewards.registry import read_custom_reward
 from othink_ray.runtime.futures import WorkerFailed, gather
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement
@@ -38,7 +38,7 @@ class RewardPool:
 
     def __init__(self, reward: RewardConfig, incidents: Incidents) -> None:
         self.reward, self.incidents = reward, incidents
-        self.custom = load_custom_reward(reward.custom)
+        self.custom = read_custom_reward(reward.custom)
         self.actors = [self._start() for _ in range(reward.actors)]
 
     def _start(self) -> Any:

@@ -18,7 +18,7 @@ from othink_ray.engines.demonstrations import Demonstrations
 from othink_ray.engines.policy import Policy
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
-from othink_ray.rewards import Grader, format_reward, score_group
+from othink_ray.rewards import Grader, format_reward, score_group, weighted_rewards
 from othink_ray.types import Prompt
 from tests.engines.samples import batch_of, give, row_of, sent_weights
 from tests.families.templates import with_template
@@ -103,7 +103,7 @@ def test_the_graded_text_includes_the_templates_opening_tag(
             assert "<think>" not in own  # the tag is part of the prompt, so the model does not write it
             assert format_reward(own) == 0.0
             assert completion.text == opened + own
-            assert score_group(group, REWARD, grader).parts["format"].tolist() == [1.0]
+            assert score_group(group, weighted_rewards(REWARD, grader), grader.counts).parts["format"].tolist() == [1.0]
 
 
 def test_an_answer_that_opens_the_thought_twice_has_no_format(thinking: Family) -> None:

@@ -11,8 +11,9 @@ import pytest
 from othink_ray.config.load import load
 from othink_ray.config.schema import RewardConfig
 from othink_ray.config.validate import problems
-from othink_ray.rewards.custom import load_custom_reward
-from othink_ray.rewards.grader import Grader, opened, score_group
+from othink_ray.rewards.base import score_group
+from othink_ray.rewards.grader import Grader
+from othink_ray.rewards.registry import read_custom_reward, weighted_rewards
 from othink_ray.types import Completion, Group, Prompt
 
 FILE = """
@@ -47,10 +48,10 @@ def group() -> Group:
 
 
 def score(group: Group, reward: RewardConfig) -> tuple[list[float], dict[str, list[float]], list[bool]]:
-    custom = load_custom_reward(reward.custom)
+    custom = read_custom_reward(reward.custom)
     assert custom is not None
     with Grader(reward) as grader:
-        result = score_group(group, reward, grader, opened(custom))
+        result = score_group(group, weighted_rewards(reward, grader, custom), grader.counts)
     parts = {name: part.tolist() for name, part in result.parts.items()}
     return result.rewards.tolist(), parts, result.valid.tolist()
 

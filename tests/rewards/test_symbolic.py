@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from othink_ray.rewards import Grader, accuracy, format_reward
-from othink_ray.rewards.sandbox import GradingFailed, SymbolicProcess
+from othink_ray.rewards.base import GradingFailed
+from othink_ray.rewards.sandbox import SymbolicProcess
 from tests.rewards.conftest import REWARD, live_processes
 
 CPU_S = 0.5

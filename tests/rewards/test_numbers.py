@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from othink_ray.rewards.closed_form import Form, closed_form
-from othink_ray.rewards.quantity import parse_quantity
+from othink_ray.rewards.numbers import Form, closed_form, parse_quantity
 
 
 def rational(text: str) -> Fraction | None:

@@ -191,7 +191,8 @@ def open_workers(
         rollout = RolloutPool(partial(rollout_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         tolerance = Tolerance(config.model.dtype, depth(config, path), config.weights.audit_tolerance)
-        load_models(config, rollout, learner)
+        for warning in load_models(config, rollout, learner):
+            say(warning)
         rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
         yield WorkerGroup(
@@ -213,8 +214,10 @@ def open_workers(
         )
 
 
-def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> None:
+def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> list[str]:
     """Load engines and learner in parallel; on shared GPUs load the engines first and put them to sleep in between.
+
+    Return the learner's warnings, one line each.
 
     A starting vLLM needs its share of the whole device free, and counts memory that others allocate meanwhile as its
     own. An engine that is replaced later starts beside an idle learner, in the memory that mode=check plans for.
@@ -222,11 +225,10 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> N
     if paired(config.learner, config.rollout):
         rollout.wait()
         rollout.sleep()
-        learner.wait(learner.start())
-    else:
-        loading = learner.start()
-        rollout.wait()
-        learner.wait(loading)
+        return learner.wait(learner.start())
+    loading = learner.start()
+    rollout.wait()
+    return learner.wait(loading)
 
 
 def loop_workers(config: Config, path: str, workers: WorkerGroup) -> WorkerGroup | EvaluatedSFTWorkers:
@@ -270,7 +272,8 @@ def open_sft_workers(config: Config, folder: Path, say: Callable[[str], None]) -
     with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
-        learner.wait(learner.start())
+        for warning in learner.wait(learner.start()):
+            say(warning)
         yield SFTSession(workers=SFTWorkers(_demonstrations(config, str(folder)), learner), learner=learner)
 
 

@@ -23,6 +23,7 @@ from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
 from othink_ray.core.losses import LOSSES, importance
 from othink_ray.core.packing import pack
+from othink_ray.cpu.kernels import onednn_available, onednn_matmul
 from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache, share_of_cores
 from othink_ray.engines.collate import HostBatch, MicroBatch, collate_on_host, to_device
 from othink_ray.engines.compiled import compile_layers
@@ -47,7 +48,6 @@ from othink_ray.engines.prefetch import (
     pixel_digest,
     pixels_as,
 )
-from othink_ray.engines.products import onednn_available, onednn_matmul
 from othink_ray.engines.update_stats import UpdateTotals
 from othink_ray.engines.zero_settings import flattened_linear, zero_settings
 from othink_ray.families.base import Family

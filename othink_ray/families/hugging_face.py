@@ -27,10 +27,10 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from othink_ray.core import fused
 from othink_ray.core.attention import Attention, kernel_shape
-from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
+from othink_ray.core.blocks import attend_in_blocks, blocks_are_faster, blocks_of_image
 from othink_ray.core.flex import PackedImages
+from othink_ray.cpu import kernels
 from othink_ray.families.base import ImageTensors, answer_prefix
 from othink_ray.types import Message, Prompt
 
@@ -74,15 +74,15 @@ def _attend_image(
         return kernel_shape(query, key, value), None
     if images is not None:
         return images(query, key, value, scaling), None
-    by_kernel = fused.is_chosen() and fused.suits(query)
+    by_kernel = kernels.enabled_for_images() and kernels.supports_head_dim(query)
     # In half precision use torch's kernel, as vLLM does: it rounds the softmax probabilities, other kernels do not.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32
-    if by_torch or not (by_kernel or worth_it(query.shape[2])):
+    if by_torch or not (by_kernel or blocks_are_faster(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
     queries, keys, values = (heads.flatten(0, 1) for heads in (query, key, value))
     if by_kernel:
-        attended = fused.attend_fused(queries, keys, values, fused.blocks_of_image(query.shape[2]), scaling)
+        attended = kernels.fused_attention(queries, keys, values, kernels.image_block(query.shape[2]), scaling)
         return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
     attended = attend_in_blocks(queries, keys, values, blocks_of_image(query.shape[2]), scaling)
     return attended.view_as(query).transpose(1, 2), None

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core import blocks, fused
+from othink_ray.core import blocks
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
@@ -23,7 +23,7 @@ from othink_ray.core.attention import (
     GroupedAttention,
     attention_for,
 )
-from othink_ray.core.blocks import ENOUGH
+from othink_ray.core.blocks import MIN_KEYS
 from othink_ray.core.packed_sequence import (
     PackedSequence,
     answer_index,
@@ -35,6 +35,7 @@ from othink_ray.core.packed_sequence import (
     visibility,
     visible_spans,
 )
+from othink_ray.cpu import kernels
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -227,7 +228,7 @@ def test_the_default_scale_is_one_over_sqrt_of_head_dim(name: str) -> None:
 
 
 def test_segments_of_several_blocks_equal_dense_attention() -> None:
-    sequence = sequence_of([(ENOUGH + 90, [3, 305]), (7, [2]), (ENOUGH - 30, [4])])
+    sequence = sequence_of([(MIN_KEYS + 90, [3, 305]), (7, [2]), (MIN_KEYS - 30, [4])])
     (found, gradients), (expected, exact) = (
         attended(ATTENTIONS[n](sequence, CPU), len(sequence)) for n in ("blocks", "dense")
     )
@@ -238,12 +239,12 @@ def test_segments_of_several_blocks_equal_dense_attention() -> None:
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
     """Return the query for whether the CPU kernel is chosen for images; the process-wide flag is reset per test."""
-    monkeypatch.setattr(fused, "_CHOSEN", Event())
-    return fused.is_chosen
+    monkeypatch.setattr(kernels, "_IMAGES", Event())
+    return kernels.enabled_for_images
 
 
 def test_auto_takes_the_cpu_kernel_where_it_is_fast(chosen: Callable[[], bool]) -> None:
-    assert fused.is_quick()
+    assert kernels.attention_is_faster()
     assert isinstance(attention_for("auto", CPU)(sequence_of([(7, [2])]), CPU), FusedAttention)
     assert chosen()
 
@@ -264,12 +265,12 @@ def test_auto_takes_flex_attention_on_gpus(chosen: Callable[[], bool]) -> None:
 def test_auto_takes_blocks_for_long_prompts_if_faster(
     monkeypatch: pytest.MonkeyPatch, chosen: Callable[[], bool], faster: bool
 ) -> None:
-    monkeypatch.setattr(fused, "is_quick", lambda: False)
+    monkeypatch.setattr(kernels, "attention_is_faster", lambda: False)
     monkeypatch.setattr(blocks, "matmul_gain", lambda: 9.0 if faster else 1.0)
     attend, for_long = attention_for("auto", CPU), BlockAttention if faster else GroupedAttention
-    assert isinstance(attend(sequence_of([(ENOUGH, [2]), (7, [4])]), CPU), for_long)
-    assert isinstance(attend(sequence_of([(7, [2]), (ENOUGH, [4])]), CPU), for_long)
-    assert isinstance(attend(sequence_of([(7, [ENOUGH]), (ENOUGH - 1, [4])]), CPU), GroupedAttention)
+    assert isinstance(attend(sequence_of([(MIN_KEYS, [2]), (7, [4])]), CPU), for_long)
+    assert isinstance(attend(sequence_of([(7, [2]), (MIN_KEYS, [4])]), CPU), for_long)
+    assert isinstance(attend(sequence_of([(7, [MIN_KEYS]), (MIN_KEYS - 1, [4])]), CPU), GroupedAttention)
     assert not chosen()
 
 

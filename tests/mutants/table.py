@@ -39,20 +39,19 @@ _PURE = {
         "core/test_line.py",
         "core/test_flex.py",
         "core/test_packed_images.py",
-        "core/test_fused.py",
+        "cpu/test_attention.py",
         "core/test_kernel_memory.py",
         "engines/test_network_memory.py",
     ),
     "core/blocks.py": (
         "core/test_blocks.py",
         "core/test_line.py",
-        "core/test_fused.py",
+        "cpu/test_attention.py",
     ),
     "core/flex.py": (
         "core/test_flex.py",
         "core/test_packed_images.py",
     ),
-    "core/fused.py": ("core/test_fused.py",),
     "core/intervals.py": ("core/test_intervals.py",),
     "core/kl.py": (
         "core/test_kl.py",
@@ -79,6 +78,11 @@ _PURE = {
         "core/test_packing.py",
         "core/test_variants.py",
     ),
+    "cpu/kernels.py": (
+        "cpu/test_attention.py",
+        "cpu/test_matmul.py",
+        "cpu/test_absent.py",
+    ),
     "driver/async_loop.py": (
         "driver/test_overlap.py",
         "driver/test_small_data.py",
@@ -93,8 +97,8 @@ _PURE = {
         "weights/test_compare.py",
         "weights/test_audit.py",
     ),
-    "weights/buckets.py": ("weights/test_chunks.py",),
-    "weights/digest.py": (
+    "weights/transfer.py": (
+        "weights/test_buckets.py",
         "weights/test_arrival.py",
         "weights/test_digest.py",
     ),
@@ -156,7 +160,6 @@ _HEAVY = {
         "engines/test_inputs.py",
         "engines/test_policy.py",
     ),
-    "engines/products.py": ("engines/test_products.py",),
     "engines/update_stats.py": (
         "engines/test_totals.py",
         "engines/test_learner.py",

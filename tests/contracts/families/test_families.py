@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from othink_ray.config.bounds import CHOICES
 from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import ModelConfig
-from othink_ray.core import fused
+from othink_ray.cpu import kernels
 from othink_ray.engines.policy import Policy, checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, hugging_face, open_family
 from othink_ray.families.base import Family, ImageTensors, modules_by_part
@@ -150,7 +150,7 @@ def test_features_of_large_images_equal_those_of_transformers(
     name: str, models: dict[str, ModelConfig], reference: Any, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Covers the attention kernel and block attention, and the patch projection as a matmul."""
-    monkeypatch.setattr(fused, "is_chosen", lambda: by_kernel)
+    monkeypatch.setattr(kernels, "enabled_for_images", lambda: by_kernel)
     wide = replace(models[name], max_pixels=401408)
     policy = fresh_policy(open_family(wide, str(wide.path)))
     prompts = [ask("large", picture(640, 600, 1)), ask("ragged", picture(300, 90, 2), picture(84, 56, 3))]

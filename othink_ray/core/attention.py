@@ -51,7 +51,7 @@ class GroupedAttention(Attention):
     """
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
-        (samples, segments), lengths = torch.stack([sequence.rows, sequence.segments]).unique_consecutive(
+        (samples, segments), lengths = torch.stack([sequence.sample_ids, sequence.segment_ids]).unique_consecutive(
             dim=1, return_counts=True
         )
         blocks = torch.arange(len(sequence)).split(lengths.tolist())
@@ -174,11 +174,12 @@ class FlexAttention(Attention):
     """
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
-        rows, segments = (ids.to(device, non_blocking=True) for ids in (sequence.rows, sequence.segments))
+        ids = (sequence.sample_ids, sequence.segment_ids)
+        sample_ids, segment_ids = (each.to(device, non_blocking=True) for each in ids)
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            shared = (segments[key] == 0) | (segments[key] == segments[query])
-            return (query >= key) & (rows[key] == rows[query]) & shared
+            shared = (segment_ids[key] == 0) | (segment_ids[key] == segment_ids[query])
+            return (query >= key) & (sample_ids[key] == sample_ids[query]) & shared
 
         self.mask = flex.block_mask(*_blocks(sequence, device), sees, len(sequence))
         self.attend = _flex_kernel(device.type)

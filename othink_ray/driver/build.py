@@ -54,7 +54,7 @@ def depth(config: Config, path: str) -> int:
     from othink_ray.families import open_family
 
     family = open_family(config.model, path)
-    return len(family.layers(family.skeleton()))
+    return len(family.layers(family.meta_network()))
 
 
 def recipe(config: Config) -> Recipe:
@@ -308,7 +308,7 @@ def eval_engine(config: Config, path: str) -> RolloutEngine:
 
 
 def _vllm_engine(config: Config, path: str, adapters: ServedAdapters | None) -> RolloutEngine:
-    from othink_ray.engines.lora import trains_all
+    from othink_ray.engines.policy import trains_all
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 

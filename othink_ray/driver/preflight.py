@@ -146,7 +146,8 @@ def _model(
     config: Config, folder: Path, weights: int, samples: Sequence[Prompt]
 ) -> tuple[dict[str, str], list[Problem]]:
     from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
-    from othink_ray.engines.lora import AdapterError, count_trained, require_servable
+    from othink_ray.engines.lora import AdapterError, require_servable
+    from othink_ray.engines.policy import count_trained
     from othink_ray.families import open_family
     from othink_ray.families.base import ModelError
 

@@ -28,17 +28,18 @@ from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache
 from othink_ray.engines.collate import HostBatch, MicroBatch, collate_on_host, to_device
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_checkpoint import CheckpointWriter, StoredState, ZeroState, replace_export
-from othink_ray.engines.lora import (
-    WithoutAdapters,
-    adapter_weights,
+from othink_ray.engines.lora import WithoutAdapters, adapter_weights, write_adapter
+from othink_ray.engines.policy import (
+    DTYPES,
+    Policy,
+    checkpoint_layers,
     choose_trained,
     features_frozen,
     parameter_groups,
     plain_weights,
+    train_without_dropout,
     trained_weights,
-    write_adapter,
 )
-from othink_ray.engines.policy import DTYPES, Policy, checkpoint_layers, train_without_dropout
 from othink_ray.engines.prefetch import (
     Precomputed,
     Prefetched,

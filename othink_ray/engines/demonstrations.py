@@ -19,7 +19,7 @@ class Demonstrations:
 
     def generate(self, prompts: Sequence[Prompt], version: int = 0) -> Iterator[Group]:
         for prompt in prompts:
-            solution = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
+            solution = worked_answer(prompt, reasoning=self.reasoning, answer_prefix=self.family.answer_prefix)
             answer = [*self.family.encode_text(solution), self.family.eos_token_id]
             counts = self.family.image_token_counts(prompt.images)
             yield Group(
@@ -31,7 +31,7 @@ class Demonstrations:
                     Completion(
                         token_ids=np.array(answer, dtype=np.int64),
                         sampler_logprobs=np.zeros(len(answer), dtype=np.float32),
-                        text=self.family.opened + solution,
+                        text=self.family.answer_prefix + solution,
                         finish="stop",
                     ),
                 ),

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Receiver, Sampling, ServedAdapters, require_room, share_of_cores
-from othink_ray.engines.lora import add_adapters, trained_weights
-from othink_ray.engines.policy import DTYPES, logit_bias
+from othink_ray.engines.lora import add_adapters
+from othink_ray.engines.policy import DTYPES, logit_bias, trained_weights
 from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt

@@ -44,8 +44,8 @@ class Family(Protocol):
     eos_token_id: int
     pad_token_id: int
 
-    opened: str
-    """Answer prefix written by the chat template at the end of the prompt, such as `<think>`; usually empty."""
+    answer_prefix: str
+    """Text that the chat template writes at the end of the prompt, such as `<think>`; usually empty."""
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         """Return the chat prompt's token ids with ONE placeholder per image, the engine's input."""
@@ -61,7 +61,7 @@ class Family(Protocol):
         """Return the number of tokens of each image, computed from its size alone."""
         ...
 
-    def tokens_of(self, images: ImageTensors) -> int:
+    def encoded_token_count(self, images: ImageTensors) -> int:
         """Return the total number of tokens of the encoded images."""
         ...
 
@@ -82,12 +82,12 @@ class Family(Protocol):
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]: ...
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return answer texts as graded and logged: `opened` followed by the decoded tokens."""
+        """Return answer texts as graded and logged: `answer_prefix` followed by the decoded tokens."""
         ...
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 
-    def skeleton(self) -> nn.Module:
+    def meta_network(self) -> nn.Module:
         """Return the network on the meta device: modules and shapes without weights."""
         ...
 
@@ -123,9 +123,9 @@ class Family(Protocol):
         position_ids: Tensor,
         features: Tensor,
         attention: Attention,
-        asked: Tensor,
+        logit_indices: Tensor,
     ) -> Tensor:
-        """Return the last hidden states (K, H) at indices `asked` (K,) of one packed sequence.
+        """Return the last hidden states (K, H) at `logit_indices` (K,) of one packed sequence.
 
         `token_ids` is (N,), `position_ids` (axes, N).
         """
@@ -148,7 +148,7 @@ _QUESTION = Message(role="user", text="?")
 _PAST_ANSWER = Message(role="assistant", text="§past answer§")
 
 
-def answer_prefix(render: Callable[[Sequence[Message], bool], str]) -> str:
+def find_answer_prefix(render: Callable[[Sequence[Message], bool], str]) -> str:
     """Return the text that the chat template's generation prompt adds after the answer header; usually empty.
 
     `render(messages, add_generation_prompt)` applies the template. The header is the text before a past answer,

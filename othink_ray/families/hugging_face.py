@@ -31,11 +31,11 @@ from othink_ray.core.attention import Attention, kernel_shape
 from othink_ray.core.blocks import attend_in_blocks, blocks_are_faster, blocks_of_image
 from othink_ray.core.flex import PackedImages
 from othink_ray.cpu import kernels
-from othink_ray.families.base import ImageTensors, answer_prefix
+from othink_ray.families.base import ImageTensors, find_answer_prefix
 from othink_ray.types import Message, Prompt
 
 PACKED_ATTENTION, IMAGE_ATTENTION = "packed_sequence", "image"
-PART_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
+SHARD_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
 _ATTENTION = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": IMAGE_ATTENTION}
 _WEIGHTS = "model.safetensors"
 
@@ -95,7 +95,7 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 class _Pruned:
-    """Mixin before a text layer class: computes its output only at requested indices.
+    """Mixin before a text layer class: computes its output only where logits are needed.
 
     Fits all text models here, whose layers differ only in their attention.
     """
@@ -105,19 +105,19 @@ class _Pruned:
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def forward(self, hidden_states: Tensor, requested: Tensor | None = None, **settings: Any) -> Tensor:
-        """Map (1, N, H) to (1, K, H) at the indices `requested` (K,), or to (1, N, H) without them, as in sampling."""
-        if requested is None:
+    def forward(self, hidden_states: Tensor, logit_indices: Tensor | None = None, **settings: Any) -> Tensor:
+        """Map (1, N, H) to (1, K, H) at `logit_indices` (K,), or to (1, N, H) without them, as in sampling."""
+        if logit_indices is None:
             full: Tensor = super().forward(hidden_states, **settings)  # type: ignore[misc]
             return full
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), in_last_layer=True, **settings)
-        residual = hidden_states.index_select(1, requested) + attended.index_select(1, requested)
+        residual = hidden_states.index_select(1, logit_indices) + attended.index_select(1, logit_indices)
         output: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
         return output
 
 
 def prune_last_layer(layer: nn.Module) -> None:
-    """Make a text layer compute its output only at the requested indices, in place."""
+    """Make a text layer compute its output only where logits are needed, in place."""
     original = type(layer)
     layer.__class__ = type(f"Pruned{original.__name__}", (_Pruned, original), {})
 
@@ -141,7 +141,7 @@ class HuggingFaceFamily:
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.opened = answer_prefix(self._render_chat)
+        self.answer_prefix = find_answer_prefix(self._render_chat)
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         return self.encode_text(self._render_chat(prompt.messages, True))
@@ -161,7 +161,7 @@ class HuggingFaceFamily:
         return text
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        return [self.opened + text for text in self.decode(token_ids)]
+        return [self.answer_prefix + text for text in self.decode(token_ids)]
 
     def raw_pixels(self, images: ImageTensors) -> Tensor:
         """Invert the normalization exactly: pixels are integers, and float32 keeps them distinct.
@@ -200,7 +200,7 @@ class HuggingFaceFamily:
         )
         return network
 
-    def skeleton(self) -> nn.Module:
+    def meta_network(self) -> nn.Module:
         with torch.device("meta"):
             network: nn.Module = AutoModelForImageTextToText.from_config(
                 AutoConfig.from_pretrained(self.path, trust_remote_code=False), attn_implementation=_ATTENTION
@@ -215,7 +215,7 @@ class HuggingFaceFamily:
         position_ids: Tensor,
         features: Tensor,
         attention: Attention,
-        asked: Tensor,
+        logit_indices: Tensor,
     ) -> Tensor:
         body: Any = network.model
         embedded = body.get_input_embeddings()(token_ids)
@@ -223,11 +223,11 @@ class HuggingFaceFamily:
             **self._text_inputs(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
             position_ids=position_ids[:, None].squeeze(0),  # text models with one axis expect no axis dimension
             packed_attention=attention,
-            requested=asked,
+            logit_indices=logit_indices,
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden if is_pruned(body.language_model.layers[-1]) else hidden[asked]
+        return hidden if is_pruned(body.language_model.layers[-1]) else hidden[logit_indices]
 
     def _text_inputs(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
         """Return the text model's inputs from token embeddings (N, H), the image mask (N,) and image features."""
@@ -256,14 +256,14 @@ class HuggingFaceFamily:
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Group weights into shards of at least PART_BYTES, without keeping a reference to a weight once yielded."""
+    """Group weights into shards of at least SHARD_BYTES, without keeping a reference to a weight once yielded."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, weight in weights:
         shard[name] = weight
         size += weight.nbytes
         del weight
-        if size >= PART_BYTES:
+        if size >= SHARD_BYTES:
             yield shard
             shard, size = {}, 0
     if shard:

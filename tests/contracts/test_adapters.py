@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.lora import AdapterError, choose_trained, require_servable, served_adapters, trained_weights
-from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.lora import AdapterError, require_servable, served_adapters
+from othink_ray.engines.policy import DTYPES, Policy, choose_trained, trained_weights
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
 from othink_ray.weights.transfer import from_buckets, to_buckets

@@ -77,7 +77,7 @@ def test_a_sample_without_a_leading_prompt_is_rejected(segments: list[list[int]]
 
 def test_a_packed_sequence_has_int64_indices() -> None:
     sequence = sequence_of([(2, [2])])
-    assert sequence.rows.dtype == sequence.segments.dtype == torch.int64
+    assert sequence.sample_ids.dtype == sequence.segment_ids.dtype == torch.int64
 
 
 def test_segment_spans_are_python_ints() -> None:
@@ -94,8 +94,8 @@ def test_the_last_token_of_an_answer_predicts_nothing() -> None:
     needed_tokens = predicting(sequence)
     assert needed_tokens.tolist() == [True, True, True, False, False, True, False, True, True, False, True, True]
     kept = sequence[needed_tokens]
-    assert kept.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert kept.segments.tolist() == [0, 0, 1, 0, 2, 2, 0, 0]
+    assert kept.sample_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert kept.segment_ids.tolist() == [0, 0, 1, 0, 2, 2, 0, 0]
 
 
 @REPEATABLE
@@ -187,10 +187,10 @@ def test_every_attention_has_the_same_gradients(samples: list[tuple[int, list[in
 
 def needed(sequence: PackedSequence) -> Tensor:
     """Return a mask (N,) of the tokens that last-layer pruning must keep: answers and each prompt's last token."""
-    segments = sequence.segments.tolist()
+    segments = sequence.segment_ids.tolist()
     return torch.tensor(
         [
-            bool(segment) or segments[i + 1 : i + 2] != [0] or sequence.rows[i] != sequence.rows[i + 1]
+            bool(segment) or segments[i + 1 : i + 2] != [0] or sequence.sample_ids[i] != sequence.sample_ids[i + 1]
             for i, segment in enumerate(segments)
         ]
     )

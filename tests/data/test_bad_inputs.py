@@ -177,7 +177,7 @@ def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
     except BadRow as bad:
         return f"dropped: {bad.reason}"
     counts, images = family.image_token_counts(prompt.images), family.encode_images(prompt.images)
-    assert sum(counts) == family.tokens_of(images)
+    assert sum(counts) == family.encoded_token_count(images)
     return f"accepted, with {sum(counts)} image tokens"
 
 

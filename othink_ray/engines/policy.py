@@ -19,6 +19,13 @@ from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from othink_ray.engines.collate import MicroBatch
 from othink_ray.families.base import Family, modules_by_part
 
+# vLLM's lowest logit_bias. A token at -100 nats is never sampled, and engine and learner compute the same softmax.
+BANNED_BIAS = -100.0
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Wanted = Literal["logprobs", "features"]
+
 
 def train_without_dropout(network: nn.Module) -> None:
     """Switch to training mode, which gradient checkpointing needs, with all dropout rates at 0; warn if any was not.
@@ -55,14 +62,6 @@ def checkpoint_layers(network: nn.Module) -> None:
     """
     model: Any = network
     model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-# vLLM's lowest logit_bias. A token at -100 nats is never sampled, and engine and learner compute the same softmax.
-BANNED_BIAS = -100.0
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Wanted = Literal["logprobs", "features"]
 
 
 class Policy(nn.Module):
@@ -264,8 +263,8 @@ def plain_weights(network: nn.Module) -> Iterator[PlainWeight]:
 
 
 def _adapters(network: nn.Module) -> Mapping[str, Any]:
-    """Return the network's adapters by layer path; without any, peft is not imported."""
-    if not hasattr(network, "peft_config"):
+    """Return the network's adapters by layer path; empty without LoRA."""
+    if not hasattr(network, "peft_config"):  # which peft sets
         return {}
     from othink_ray.engines.lora import adapters
 

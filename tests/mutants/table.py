@@ -149,6 +149,8 @@ _HEAVY = {
     ),
     "engines/network_memory.py": ("engines/test_network_memory.py",),
     "engines/policy.py": (
+        "engines/test_merging.py",
+        "engines/test_trained.py",
         "engines/test_policy.py",
         "engines/test_learner.py",
         "contracts/families/test_families.py",

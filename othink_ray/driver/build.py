@@ -35,9 +35,8 @@ from othink_ray.weights.audit import Tolerance
 def length_filter(config: Config, path: str) -> LengthFilter:
     """Return a check that raises BadRow for a prompt longer than rollout.max_model_len allows, before sampling."""
     from othink_ray.families import open_family
-    from othink_ray.families.base import check_fits
 
-    return partial(check_fits, open_family(config.model, path), config.rollout)
+    return partial(open_family(config.model, path).check_fits, config.rollout)
 
 
 def require_targets(config: Config, path: str) -> None:

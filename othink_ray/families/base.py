@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from othink_ray.config.schema import RolloutConfig
 from othink_ray.core.attention import Attention
-from othink_ray.data.prompts import BadRow
 from othink_ray.types import Message, Prompt
 
 
@@ -75,6 +74,14 @@ class Family(Protocol):
 
     def smallest_image(self) -> bytes:
         """Return an image with the fewest tokens, for micro-batches without images: all ranks run the vision tower."""
+        ...
+
+    def prompt_lengths(self, prompt: Prompt) -> tuple[int, int]:
+        """Return the numbers of text and image tokens; raise BadRow if the text contains placeholder tokens."""
+        ...
+
+    def check_fits(self, rollout: RolloutConfig, prompt: Prompt) -> None:
+        """Raise BadRow if the prompt with its images and a full-length answer exceeds the engines' limits."""
         ...
 
     def encode_text(self, text: str) -> list[int]: ...
@@ -174,29 +181,3 @@ def modules_by_part(family: Family, network: nn.Module) -> Iterator[tuple[str, s
     for path, module in network.named_modules():
         part = "projector" if id(module) in projector else "vision" if id(module) in tower else "text"
         yield part, path, module
-
-
-def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
-    """Raise BadRow if the prompt with its images and a full-length answer exceeds the engines' limits."""
-    if len(prompt.images) > rollout.max_images:
-        reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
-        raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
-    text_tokens, image_tokens = lengths(family, prompt)
-    needed = text_tokens + image_tokens + rollout.max_tokens
-    if needed > rollout.max_model_len:
-        reason = (
-            f"{text_tokens} text tokens, {image_tokens} image tokens and rollout.max_tokens = {rollout.max_tokens} "
-            f"add up to {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
-        )
-        raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
-
-
-def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
-    """Return the network's numbers of text and image tokens; raise BadRow if the text contains placeholder tokens."""
-    token_ids = family.prompt_token_ids(prompt)
-    placeholders = token_ids.count(family.image_token_id)
-    if placeholders != len(prompt.images):
-        reason = f"its text contains {placeholders - len(prompt.images)} image placeholder token(s) of the model"
-        raise BadRow(prompt.id, reason, "remove them from the question")
-    counts = family.image_token_counts(prompt.images)
-    return len(family.expand(token_ids, counts)) - sum(counts), sum(counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -27,10 +28,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from othink_ray.config.schema import RolloutConfig
 from othink_ray.core.attention import Attention, kernel_shape
 from othink_ray.core.blocks import attend_in_blocks, blocks_are_faster, blocks_of_image
 from othink_ray.core.flex import PackedImages
 from othink_ray.cpu import kernels
+from othink_ray.data.prompts import BadRow
 from othink_ray.families.base import ImageTensors, find_answer_prefix
 from othink_ray.types import Message, Prompt
 
@@ -126,7 +129,7 @@ def is_pruned(layer: nn.Module) -> bool:
     return isinstance(layer, _Pruned)
 
 
-class HuggingFaceFamily:
+class HuggingFaceFamily(ABC):
     """A family implemented in transformers, bound to a Hugging Face folder or hub name."""
 
     vision_tokens: tuple[str, ...]
@@ -159,6 +162,31 @@ class HuggingFaceFamily:
             chat, add_generation_prompt=add_generation_prompt, tokenize=False
         )
         return text
+
+    @abstractmethod
+    def image_token_counts(self, images: Sequence[bytes]) -> list[int]: ...
+
+    def prompt_lengths(self, prompt: Prompt) -> tuple[int, int]:
+        token_ids = self.prompt_token_ids(prompt)
+        placeholders = token_ids.count(self.image_token_id)
+        if placeholders != len(prompt.images):
+            reason = f"its text contains {placeholders - len(prompt.images)} image placeholder token(s) of the model"
+            raise BadRow(prompt.id, reason, "remove them from the question")
+        counts = self.image_token_counts(prompt.images)
+        return len(self.expand(token_ids, counts)) - sum(counts), sum(counts)
+
+    def check_fits(self, rollout: RolloutConfig, prompt: Prompt) -> None:
+        if len(prompt.images) > rollout.max_images:
+            reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
+            raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
+        text_tokens, image_tokens = self.prompt_lengths(prompt)
+        needed = text_tokens + image_tokens + rollout.max_tokens
+        if needed > rollout.max_model_len:
+            reason = (
+                f"{text_tokens} text tokens, {image_tokens} image tokens and rollout.max_tokens = {rollout.max_tokens} "
+                f"add up to {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
+            )
+            raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.answer_prefix + text for text in self.decode(token_ids)]

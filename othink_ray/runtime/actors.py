@@ -99,7 +99,7 @@ class LearnerActor(TraceRecorder):
             return int(probe.getsockname()[1])
 
     def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], rendezvous: RendezvousInfo) -> list[str]:
-        """Load the engine; return the warnings about slower kernels, for the driver to show: this log is not read."""
+        """Load the engine; return its warnings about slower kernels, for the driver to show."""
         # By default gloo resolves the hostname, often to 127.0.0.1, which ranks on other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_with(ray.util.get_node_ip_address()))
         with warnings.catch_warnings(record=True) as caught:

@@ -22,12 +22,12 @@ from benchmarks.padded import learning_padded
 from othink_ray.config.load import read
 from othink_ray.config.schema import Config
 from othink_ray.core.packing import plan
+from othink_ray.cpu.kernels import matmul
 from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import learner_engine, open_sft_session, recipe, rollout_engine
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
 from othink_ray.engines.base import RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
-from othink_ray.engines.products import multiply
 from othink_ray.families import open_family
 from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup, UpdateSettings
 
@@ -136,7 +136,7 @@ def learning_matmuls(config: Config, path: str) -> Callable[[Sequence[Prompt]], 
                 learn_once(prompts)
         start = time.perf_counter()
         for left, right, added in recorder.operands:
-            multiply(left, right, added)
+            matmul(left, right, added)
         return time.perf_counter() - start
 
     return step

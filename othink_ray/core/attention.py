@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from othink_ray.core import flex, fused
-from othink_ray.core.blocks import Block, attend_in_blocks, blocks_of_sequence, worth_it
+from othink_ray.core import flex
+from othink_ray.core.blocks import Block, attend_in_blocks, blocks_are_faster, blocks_of_sequence
 from othink_ray.core.packed_sequence import PackedSequence, segment_spans, visibility, visible_spans
+from othink_ray.cpu import kernels
 
 
 class Attention(ABC):
@@ -50,7 +51,7 @@ class GroupedAttention(Attention):
     """
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
-        (samples, segments), lengths = torch.stack([sequence.rows, sequence.segments]).unique_consecutive(
+        (samples, segments), lengths = torch.stack([sequence.sample_ids, sequence.segment_ids]).unique_consecutive(
             dim=1, return_counts=True
         )
         blocks = torch.arange(len(sequence)).split(lengths.tolist())
@@ -147,12 +148,11 @@ class BlockAttention(Attention):
 
 
 class FusedAttention(Attention):
-    """The fused CPU kernel of this package."""
+    """The C++ kernel of this package, for CPUs."""
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
-        self.blocks, self.last_blocks = (
-            fused.blocks_of_sequence(sequence, in_last_layer=last) for last in (False, True)
-        )
+        segments = segment_spans(sequence)
+        self.blocks, self.last_blocks = (kernels.causal_blocks(segments, in_last_layer=last) for last in (False, True))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return self._attended(query, key, value, scale, self.blocks)
@@ -163,7 +163,7 @@ class FusedAttention(Attention):
     @staticmethod
     def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None, blocks: Tensor) -> Tensor:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return fused.attend_fused(query[0], key[0], value[0], blocks, scale)[None]
+        return kernels.fused_attention(query[0], key[0], value[0], blocks, scale)[None]
 
 
 class FlexAttention(Attention):
@@ -174,11 +174,12 @@ class FlexAttention(Attention):
     """
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
-        rows, segments = (ids.to(device, non_blocking=True) for ids in (sequence.rows, sequence.segments))
+        ids = (sequence.sample_ids, sequence.segment_ids)
+        sample_ids, segment_ids = (each.to(device, non_blocking=True) for each in ids)
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            shared = (segments[key] == 0) | (segments[key] == segments[query])
-            return (query >= key) & (rows[key] == rows[query]) & shared
+            shared = (segment_ids[key] == 0) | (segment_ids[key] == segment_ids[query])
+            return (query >= key) & (sample_ids[key] == sample_ids[query]) & shared
 
         self.mask = flex.block_mask(*_blocks(sequence, device), sees, len(sequence))
         self.attend = _flex_kernel(device.type)
@@ -235,10 +236,10 @@ def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, 
     """
     if name == "auto" and device.type == "cuda":
         name = "flex"
-    elif name == "auto" and fused.is_quick():
+    elif name == "auto" and kernels.attention_is_faster():
         name = "fused"
     if name == "fused":
-        fused.choose()
+        kernels.enable_for_images()
     return _by_length if name == "auto" else ATTENTIONS[name]
 
 
@@ -249,7 +250,7 @@ def packs_images(attention: Attention, device: torch.device) -> bool:
 
 def _by_length(sequence: PackedSequence, device: torch.device) -> Attention:
     prompts = [stop - start for start, stop, of_answer in segment_spans(sequence) if not of_answer]
-    return (BlockAttention if worth_it(max(prompts)) else GroupedAttention)(sequence, device)
+    return (BlockAttention if blocks_are_faster(max(prompts)) else GroupedAttention)(sequence, device)
 
 
 class _Kernel(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from othink_ray.core.packed_sequence import PackedSequence, segment_spans
 
-ENOUGH = 512  # keys; with fewer, the overhead of many calls exceeds what faster matmuls save
+MIN_KEYS = 512  # keys; with fewer, the overhead of many calls exceeds what faster matmuls save
 _GAIN = 1.5  # matmul speed-up needed: torch's kernel saves the calls and a second pass over the scores
 _TRIES = 10
 _SCORES = 2**19  # per block without a mask
@@ -60,9 +60,9 @@ def _cut(start: int, stop: int, height: int) -> list[slice]:
     return [slice(at, min(at + height, stop)) for at in range(start, stop, height)]
 
 
-def worth_it(tokens: int) -> bool:
+def blocks_are_faster(tokens: int) -> bool:
     """Return whether blocks are faster than torch's kernel on this CPU, with `tokens` keys."""
-    return tokens >= ENOUGH and matmul_gain() >= _GAIN
+    return tokens >= MIN_KEYS and matmul_gain() >= _GAIN
 
 
 @cache

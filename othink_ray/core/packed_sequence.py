@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 class PackedSequence:
     """Packed samples of N tokens in total, described per token; the tokens themselves are kept elsewhere."""
 
-    rows: torch.Tensor  # (N,) index of the token's packed sample, from 0 in order
-    segments: torch.Tensor  # (N,) segment id: 0 in the prompt, k in answer k of the sample
+    sample_ids: torch.Tensor  # (N,) index of the token's packed sample, from 0 in order
+    segment_ids: torch.Tensor  # (N,) segment id: 0 in the prompt, k in answer k of the sample
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sample_ids)
 
     def __getitem__(self, kept: torch.Tensor) -> PackedSequence:
         """Return the packed sequence of the tokens where the mask `kept` (N,) is True."""
-        return PackedSequence(rows=self.rows[kept], segments=self.segments[kept])
+        return PackedSequence(sample_ids=self.sample_ids[kept], segment_ids=self.segment_ids[kept])
 
     @property
     def is_answer(self) -> torch.Tensor:
-        return self.segments > 0
+        return self.segment_ids > 0
 
 
 def build_packed_sequence(segments: Sequence[NDArray[np.int32]]) -> PackedSequence:
@@ -38,15 +38,15 @@ def build_packed_sequence(segments: Sequence[NDArray[np.int32]]) -> PackedSequen
     assert all(len(ids) and ids[0] == 0 for ids in segments)
     lengths = torch.tensor([len(ids) for ids in segments])
     return PackedSequence(
-        rows=torch.arange(len(segments)).repeat_interleave(lengths),
-        segments=torch.from_numpy(np.concatenate(segments)).long(),
+        sample_ids=torch.arange(len(segments)).repeat_interleave(lengths),
+        segment_ids=torch.from_numpy(np.concatenate(segments)).long(),
     )
 
 
 def visibility(sequence: PackedSequence) -> torch.Tensor:
     """Return a mask (N, N), True where token i attends to token j: its sample's prompt and its own answer, up to i."""
-    query, key = sequence.segments[:, None], sequence.segments[None, :]
-    same_sample = sequence.rows[:, None] == sequence.rows[None, :]
+    query, key = sequence.segment_ids[:, None], sequence.segment_ids[None, :]
+    same_sample = sequence.sample_ids[:, None] == sequence.sample_ids[None, :]
     return (same_sample & ((key == 0) | (key == query))).tril()
 
 
@@ -58,7 +58,7 @@ def visible_spans(sequence: PackedSequence) -> tuple[torch.Tensor, torch.Tensor,
     indices, starts = torch.arange(len(sequence)), _starts(sequence)
     prompt = torch.where(starts & ~sequence.is_answer, indices, 0).cummax(0).values
     segment = torch.where(starts, indices, 0).cummax(0).values
-    return prompt, prompt + sequence.rows[~sequence.is_answer].bincount()[sequence.rows], segment
+    return prompt, prompt + sequence.sample_ids[~sequence.is_answer].bincount()[sequence.sample_ids], segment
 
 
 def predictors(sequence: PackedSequence) -> torch.Tensor:
@@ -67,7 +67,7 @@ def predictors(sequence: PackedSequence) -> torch.Tensor:
     This is the previous token of the same answer, or the last prompt token for an answer's first token.
     """
     indices = torch.arange(len(sequence))
-    last_prompt = torch.where(sequence.segments == 0, indices, 0).cummax(0).values
+    last_prompt = torch.where(sequence.segment_ids == 0, indices, 0).cummax(0).values
     return torch.where(_starts(sequence), last_prompt, indices - 1)[sequence.is_answer]
 
 
@@ -99,7 +99,8 @@ def segment_spans(sequence: PackedSequence) -> list[tuple[int, int, bool]]:
 def _starts(sequence: PackedSequence) -> torch.Tensor:
     """Return a mask (N,), True on the first token of each segment."""
     starts = torch.ones(len(sequence), dtype=torch.bool)
-    starts[1:] = (sequence.segments[1:] != sequence.segments[:-1]) | (sequence.rows[1:] != sequence.rows[:-1])
+    sample_ids, segment_ids = sequence.sample_ids, sequence.segment_ids
+    starts[1:] = (segment_ids[1:] != segment_ids[:-1]) | (sample_ids[1:] != sample_ids[:-1])
     return starts
 
 

@@ -62,11 +62,11 @@ def validate(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def worked_answer(prompt: Prompt, *, reasoning: bool = True, opened: str = "") -> str:
+def worked_answer(prompt: Prompt, *, reasoning: bool = True, answer_prefix: str = "") -> str:
     """Return the SFT target text: `<think>` thought `</think>` if `reasoning`, then `<answer>` solution `</answer>`.
 
-    `opened` is the part of the answer that the chat template already writes. The target is what follows it: no tag is
-    repeated, and the thought is empty where the template opens one but `reasoning` is false.
+    `answer_prefix` is the part of the answer that the chat template already writes. The target is what follows it: no
+    tag is repeated, and the thought is empty where the template opens one but `reasoning` is false.
     """
     working = WORKINGS.get(prompt.task)
     if working is None:
@@ -75,12 +75,12 @@ def worked_answer(prompt: Prompt, *, reasoning: bool = True, opened: str = "") -
     answer = _plain_answer(prompt.answer)
     thought = prompt.thought or working.format(answer=answer)
     target = f"<answer> {answer} </answer>"
-    if reasoning or "<think>" in opened:
+    if reasoning or "<think>" in answer_prefix:
         target = (f"<think> {thought} </think>" if reasoning else "<think></think>") + target
     for tag in ("<think>", "</think>", "<answer>"):
-        if tag in opened:
+        if tag in answer_prefix:
             target = target.partition(tag)[2]
-    return target.lstrip() if opened[-1:].isspace() else target
+    return target.lstrip() if answer_prefix[-1:].isspace() else target
 
 
 def with_thumbnails(prompt: Prompt, side: int) -> Prompt:

@@ -33,9 +33,8 @@ from othink_ray.weights.audit import Tolerance
 def length_filter(config: Config, path: str) -> LengthFilter:
     """Return a check that raises BadRow for a prompt longer than rollout.max_model_len allows, before sampling."""
     from othink_ray.families import open_family
-    from othink_ray.families.base import check_fits
 
-    return partial(check_fits, open_family(config.model, path), config.rollout)
+    return partial(open_family(config.model, path).check_fits, config.rollout)
 
 
 def require_targets(config: Config, path: str) -> None:
@@ -52,7 +51,7 @@ def depth(config: Config, path: str) -> int:
     from othink_ray.families import open_family
 
     family = open_family(config.model, path)
-    return len(family.layers(family.skeleton()))
+    return len(family.layers(family.meta_network()))
 
 
 def recipe(config: Config) -> Recipe:
@@ -173,7 +172,8 @@ def open_workers(
         rollout = RolloutPool(partial(rollout_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
         tolerance = Tolerance(config.model.dtype, depth(config, path), config.weights.audit_tolerance)
-        load_models(config, rollout, learner)
+        for warning in load_models(config, rollout, learner):
+            say(warning)
         rewards.wait()
         transport = open_transport(transport_of(config), learner, rollout, config.weights.bucket_mb)
         pusher = AuditedPush(transport, learner, rollout, config.weights, probe_prompts, temperature(config), tolerance)
@@ -191,8 +191,10 @@ def open_workers(
         )
 
 
-def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> None:
+def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> list[str]:
     """Load engines and learner in parallel; on shared GPUs load the engines first and put them to sleep in between.
+
+    Return the learner's warnings, one line each.
 
     A starting vLLM needs its share of the whole device free, and counts memory that others allocate meanwhile as its
     own. An engine that is replaced later starts beside an idle learner, in the memory that mode=check plans for.
@@ -200,11 +202,10 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> N
     if paired(config.learner, config.rollout):
         rollout.wait()
         rollout.sleep()
-        learner.wait(learner.start())
-    else:
-        loading = learner.start()
-        rollout.wait()
-        learner.wait(loading)
+        return learner.wait(learner.start())
+    loading = learner.start()
+    rollout.wait()
+    return learner.wait(loading)
 
 
 @contextmanager
@@ -241,7 +242,8 @@ def open_sft_session(config: Config, folder: Path, say: Callable[[str], None]) -
     with Placement(learner_bundles(config.learner), config.cluster, say) as placement:
         make_engine = partial(learner_engine, config, str(folder), with_reference=False)
         learner = LearnerPool(make_engine, config.learner, placement)
-        learner.wait(learner.start())
+        for warning in learner.wait(learner.start()):
+            say(warning)
         yield SFTSession(learner=learner, demonstrations=open_demonstrations(config, str(folder)))
 
 
@@ -276,7 +278,7 @@ def eval_engine(config: Config, path: str) -> RolloutEngine:
 
 
 def _vllm_engine(config: Config, path: str, adapters: ServedAdapters | None) -> RolloutEngine:
-    from othink_ray.engines.lora import trains_all
+    from othink_ray.engines.policy import trains_all
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
 

@@ -16,7 +16,7 @@ from othink_ray.engines.network_memory import (
     NetworkShape,
     activations,
     forward_peak,
-    learner_skeleton,
+    meta_learner_network,
     network_shape,
 )
 
@@ -75,7 +75,7 @@ def measure(config: Config, family: Family) -> MeasuredNetwork:
     """Measure the model with answers of full length."""
     from othink_ray.engines.policy import DTYPES
 
-    network = learner_skeleton(family, config.learner, DTYPES[config.model.dtype])
+    network = meta_learner_network(family, config.learner, DTYPES[config.model.dtype])
     tokens, images, answer_tokens = micro_batch(config, family)
     image_tokens = sum(family.image_token_counts(images))
     batch = max(ENGINE_TOKENS, config.rollout.max_model_len)

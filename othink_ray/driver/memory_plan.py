@@ -114,7 +114,7 @@ def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> Le
         gathered = 0
         reduction = each * shape.largest if mixed else each * REDUCE_BUCKET
         step = 0 if mixed else 4 * shard
-    head = _head(config, shape, work.asked)
+    head = _head(config, shape, work.logit_tokens)
     parts = {"activations": work.peak + reduction, "logits": work.kept + head, "optimizer step": step}
     held = {} if "gradients" in resident else {"gradients": gradients}
     largest = max(parts, key=parts.__getitem__)

@@ -146,7 +146,8 @@ def _model(
     config: Config, folder: Path, weights: int, samples: Sequence[Prompt]
 ) -> tuple[dict[str, str], list[Problem]]:
     from othink_ray.driver.memory_check import measure, memory_problems, plan_memory, table
-    from othink_ray.engines.lora import AdapterError, count_trained, require_servable
+    from othink_ray.engines.lora import AdapterError, require_servable
+    from othink_ray.engines.policy import count_trained
     from othink_ray.families import open_family
     from othink_ray.families.base import ModelError
 
@@ -194,13 +195,11 @@ def _disk_problems(config: Config, weights: int, trained: int) -> Iterator[Probl
 
 
 def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple[str, list[Problem]]:
-    from othink_ray.families.base import check_fits, lengths
-
     longest, too_long = 0, []
     for prompt in samples:
         try:
-            longest = max(longest, sum(lengths(family, prompt)))
-            check_fits(family, config.rollout, prompt)
+            longest = max(longest, sum(family.prompt_lengths(prompt)))
+            family.check_fits(config.rollout, prompt)
         except BadRow as bad:
             too_long.append(bad)
     text = (

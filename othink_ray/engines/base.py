@@ -23,7 +23,7 @@ from torch.distributed import TCPStore, init_process_group, is_initialized  # ty
 from torch.distributed.constants import default_pg_timeout
 
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
-from othink_ray.weights.digest import Held, TensorDigest, mismatches
+from othink_ray.weights.transfer import TensorDigest, WorkerDigests, mismatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ class Receiver(ABC):
         ...
 
     @abstractmethod
-    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         """Return one record per worker, read from the weights it computes with, never from the received buckets."""
         ...
 

@@ -31,8 +31,8 @@ class HostBatch:
     token_ids: Tensor  # (N,)
     position_ids: Tensor  # (axes, N)
     images: ImageTensors
-    asked: Tensor  # (K,) indices of the tokens whose hidden states predict answer tokens
-    predictors: Tensor  # (M,) index into `asked` of each answer token's predictor
+    logit_indices: Tensor  # (K,) of the tokens whose hidden states become logits, which predict answer tokens
+    predictors: Tensor  # (M,) index into `logit_indices` of each answer token's predictor
     targets: Tensor  # (M,) ids of the answer tokens
     answers: Tensor  # (M,) index of the answer that a token belongs to
     loss_weights: Tensor  # (M,)
@@ -69,11 +69,11 @@ def collate_on_host(packs: Sequence[Pack], family: Family) -> HostBatch:
     all_ids = torch.from_numpy(np.concatenate([pack.token_ids for pack in packs]))
     read = predicting(whole)
     sequence, token_ids = whole[read], all_ids[read]
-    asked, which = (read.cumsum(0) - 1)[predictors(whole)].unique(return_inverse=True)
+    logit_indices, which = (read.cumsum(0) - 1)[predictors(whole)].unique(return_inverse=True)
     positions = [_prompt_positions(pack, image, family) for pack, image in zip(packs, images, strict=True)]
     answer_start = torch.stack([prompt.max() + 1 for prompt in positions])
     prompt_positions = torch.cat(positions, dim=1)
-    position_ids = (answer_start[sequence.rows] + offsets(sequence)).expand(len(prompt_positions), -1).clone()
+    position_ids = (answer_start[sequence.sample_ids] + offsets(sequence)).expand(len(prompt_positions), -1).clone()
     position_ids[:, ~sequence.is_answer] = prompt_positions
     with_images = [image for image in images if len(image.grids)]
     return HostBatch(
@@ -84,7 +84,7 @@ def collate_on_host(packs: Sequence[Pack], family: Family) -> HostBatch:
             pixels=torch.cat([image.pixels for image in with_images]),
             grids=torch.cat([image.grids for image in with_images]),
         ),
-        asked=asked,
+        logit_indices=logit_indices,
         predictors=which,
         targets=all_ids[whole.is_answer],
         answers=answer_index(whole),
@@ -124,7 +124,7 @@ def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tenso
     """Return positions (axes, prompt length); ValueError unless this rank's processor makes as many image tokens."""
     prompt = torch.from_numpy(pack.token_ids[: pack.prompt_len])
     found = int((prompt == family.image_token_id).sum())
-    expected = family.tokens_of(images)
+    expected = family.encoded_token_count(images)
     if found != expected:
         raise ValueError(
             f"prompt {pack.prompt_id}: the rollout engine expanded its {len(images.grids)} image(s) to {found} tokens, "
@@ -135,5 +135,5 @@ def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tenso
 
 def _answer_values(packs: Sequence[Pack], values: Sequence[NDArray[np.floating]]) -> Tensor:
     """Return the values on answer tokens, concatenated to (M,) float32; `values` holds one array (L,) per pack."""
-    kept = [own[pack.segments > 0] for pack, own in zip(packs, values, strict=True)]
+    kept = [each[pack.segments > 0] for pack, each in zip(packs, values, strict=True)]
     return torch.from_numpy(np.concatenate(kept)).float()

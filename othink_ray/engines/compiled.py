@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from othink_ray.engines.products import empty_product, multiply
+from othink_ray.cpu.kernels import empty_matmul, matmul
 from othink_ray.families.base import Family
 
 
@@ -49,7 +49,7 @@ def _matmul_node(graph: Graph, node: Node) -> Node:
 
     A bias vector is added inside the product; a whole matrix, such as a residual, by an add that the compiler can fuse.
     """
-    ours = torch.ops.othink_ray.product.default
+    ours = torch.ops.othink_ray.matmul.default
     factors: tuple[Any, ...] = node.args
     *added, left, right = factors
     if not added:
@@ -65,12 +65,12 @@ def _matmul_node(graph: Graph, node: Node) -> Node:
 
 
 _LIBRARY = torch.library.Library("othink_ray", "FRAGMENT")
-_LIBRARY.define("product(Tensor left, Tensor right, Tensor? added) -> Tensor")
-_LIBRARY.impl("product", multiply, "CPU")
+_LIBRARY.define("matmul(Tensor left, Tensor right, Tensor? added) -> Tensor")
+_LIBRARY.impl("matmul", matmul, "CPU")
 
 
-def _fake_product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
-    return empty_product(left, right) if added is None else left.new_empty(left.shape[0], right.shape[1])
+def _fake_matmul(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    return empty_matmul(left, right) if added is None else left.new_empty(left.shape[0], right.shape[1])
 
 
-torch.library.register_fake("othink_ray::product", _fake_product, lib=_LIBRARY)
+torch.library.register_fake("othink_ray::matmul", _fake_matmul, lib=_LIBRARY)

@@ -23,21 +23,23 @@ from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import attention_for
 from othink_ray.core.losses import LOSSES, LossInputs, importance_weights
 from othink_ray.core.packing import pack
+from othink_ray.cpu.kernels import onednn_available, onednn_matmul
 from othink_ray.engines.base import RendezvousInfo, on_one_thread, release_cache, share_of_cores
 from othink_ray.engines.collate import HostBatch, MicroBatch, collate_on_host, to_device
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.engines.learner_checkpoint import CheckpointWriter, StoredState, ZeroState, replace_export
-from othink_ray.engines.lora import (
-    WithoutAdapters,
-    adapter_weights,
+from othink_ray.engines.lora import WithoutAdapters, adapter_weights, write_adapter
+from othink_ray.engines.policy import (
+    DTYPES,
+    Policy,
+    checkpoint_layers,
     choose_trained,
     features_frozen,
     parameter_groups,
     plain_weights,
+    train_without_dropout,
     trained_weights,
-    write_adapter,
 )
-from othink_ray.engines.policy import DTYPES, Policy, checkpoint_layers, train_without_dropout
 from othink_ray.engines.prefetch import (
     Precomputed,
     Prefetched,
@@ -47,7 +49,6 @@ from othink_ray.engines.prefetch import (
     pixel_digest,
     pixels_as,
 )
-from othink_ray.engines.products import onednn_available, onednn_matmul
 from othink_ray.engines.update_stats import UpdateTotals
 from othink_ray.engines.zero_settings import flattened_linear, zero_settings
 from othink_ray.families.base import Family

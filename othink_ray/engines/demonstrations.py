@@ -22,13 +22,13 @@ class Demonstrations:
         return [self._group(prompt) for prompt in prompts]
 
     def _group(self, prompt: Prompt) -> Group:
-        solution = worked_answer(prompt, reasoning=self.reasoning, opened=self.family.opened)
+        solution = worked_answer(prompt, reasoning=self.reasoning, answer_prefix=self.family.answer_prefix)
         answer = [*self.family.encode_text(solution), self.family.eos_token_id]
         counts = self.family.image_token_counts(prompt.images)
         completion = Completion(
             token_ids=np.array(answer, dtype=np.int64),
             sampler_logprobs=np.zeros(len(answer), dtype=np.float32),  # not sampled
-            text=self.family.opened + solution,
+            text=self.family.answer_prefix + solution,
             finish="stop",
         )
         prompt_ids = self.family.expand(self.family.prompt_token_ids(prompt), counts)

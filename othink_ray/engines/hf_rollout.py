@@ -12,12 +12,12 @@ from transformers import DynamicCache
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Receiver, Sampling, ServedAdapters, require_room, share_of_cores
-from othink_ray.engines.lora import add_adapters, trained_weights
-from othink_ray.engines.policy import DTYPES, logit_bias
+from othink_ray.engines.lora import add_adapters
+from othink_ray.engines.policy import DTYPES, logit_bias, trained_weights
 from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.digest import Held, HeldPart, TensorDigest, digests
+from othink_ray.weights.transfer import ShardDigest, TensorDigest, WorkerDigests, digests
 
 HFInput = tuple[list[int], ImageTensors, Tensor]
 
@@ -57,14 +57,16 @@ class HFRollout(Receiver):
     def _forget(self) -> None:
         """Do nothing: no cache outlives a prompt."""
 
-    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         held = self.pushed
         found = digests((name, held[name].to(weight.dtype)) for name, weight in expected.items() if name in held)
-        parts = {name: HeldPart(value=digest.value, elements=held[name].numel()) for name, digest in found.items()}
+        shards = {name: ShardDigest(value=digest.value, elements=held[name].numel()) for name, digest in found.items()}
         # A tied matrix has several names, and the learner sends it under the first.
         first = {id(weight): name for name, weight in reversed(held.items())}
         unreached = [name for name in first.values() if name not in expected] if complete else []
-        return [Held(parts=parts, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))]
+        return [
+            WorkerDigests(shards=shards, faults=dict.fromkeys(unreached, "is not reached by any weight of the learner"))
+        ]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
         self._require_whole()

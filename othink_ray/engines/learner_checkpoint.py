@@ -97,11 +97,11 @@ class ZeroState:
         # DeepSpeed's setter for full tensors fails on the last rank where the size does not divide evenly.
         size = parameter.ds_tensor.numel()
         padded = pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
-        own = padded[self.rank * size : (self.rank + 1) * size]
+        shard = padded[self.rank * size : (self.rank + 1) * size]
         if kind == _WEIGHT:
-            self.fragments.safe_set_local_fp32_param(parameter, own)
+            self.fragments.safe_set_local_fp32_param(parameter, shard)
         else:
-            self.fragments.safe_set_local_optimizer_state(parameter, own, kind)
+            self.fragments.safe_set_local_optimizer_state(parameter, shard, kind)
 
     def _flat_partitions(self) -> list[Tensor]:
         """Return the flat tensors on which Adam steps."""

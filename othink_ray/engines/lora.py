@@ -1,8 +1,7 @@
-"""Trained and frozen parameters, and LoRA by peft in place: weights keep the names of the plain network."""
+"""LoRA by peft, in place: weights keep the names of the plain network. The only module to import peft."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -92,71 +91,21 @@ class WithoutAdapters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """A trained tensor, and the factor by which a push scales it."""
+class Adapter:
+    """Factors of one adapted layer, to whose weight they add scale * up @ down."""
 
-    name: str
-    parameter: Tensor
-    scale: float = 1.0
-
-    def pushed(self) -> Tensor:
-        """Return the scaled tensor in the learner's compute dtype."""
-        weight = self.parameter.detach()
-        return weight if self.scale == 1.0 else weight * self.scale
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    scale: float  # alpha / rank
 
 
-def trained_weights(network: nn.Module) -> Iterator[Trained]:
-    """Yield the trained tensors in a fixed order.
-
-    Of an adapter these are A and B, with the scale alpha / rank applied to B, so that engines add B A unscaled.
-    """
-    adapted = _adapted(network)
-    for path, layer in adapted:
+def adapters(network: nn.Module) -> dict[str, Adapter]:
+    """Return the adapter of each adapted layer, by the layer's path."""
+    found = {}
+    for path, layer in _adapted(network):
         up, down = _factors(layer)
-        yield Trained(name=f"{path}.lora_A.weight", parameter=down)
-        yield Trained(name=f"{path}.lora_B.weight", parameter=up, scale=layer.scaling[_NAME])
-    if not adapted:
-        for name, parameter in network.named_parameters():
-            if parameter.requires_grad:
-                yield Trained(name=name, parameter=parameter)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """A weight of the plain network; an adapter adds scale * up @ down to it."""
-
-    name: str
-    base: Tensor
-    factors: tuple[Tensor, ...]  # up (out, rank), down (rank, in); empty without an adapter
-    scale: float
-
-    @property
-    def parts(self) -> list[Tensor]:
-        return [self.base, *self.factors]
-
-    def merged(self) -> Tensor:
-        """Return the weight with its adapter merged, in float32 then: in bfloat16 small updates would round away."""
-        if not self.factors:
-            return self.base.detach()
-        up, down = (factor.detach().float() for factor in self.factors)
-        return self.base.detach().float() + self.scale * (up @ down)
-
-
-def plain_weights(network: nn.Module) -> Iterator[Weight]:
-    """Yield all weights in a fixed order, under the names that they have without adapters."""
-    adapted = {f"{path}.base_layer": layer for path, layer in _adapted(network)}
-    factors = {id(factor) for layer in adapted.values() for factor in _factors(layer)}
-    for name, parameter in network.named_parameters():
-        if id(parameter) in factors:
-            continue
-        owner, _, kind = name.rpartition(".")
-        layer = adapted.get(owner)
-        yield Weight(
-            name=name if layer is None else f"{owner.removesuffix('.base_layer')}.{kind}",
-            base=parameter,
-            factors=() if layer is None or kind != "weight" else _factors(layer),
-            scale=1.0 if layer is None else layer.scaling[_NAME],
-        )
+        found[path] = Adapter(up=up, down=down, scale=layer.scaling[_NAME])
+    return found
 
 
 def _adapted(network: nn.Module) -> list[tuple[str, Any]]:
@@ -184,48 +133,11 @@ def write_adapter(folder: Path, network: nn.Module, weights: Mapping[str, Tensor
     save_file(dict(weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -> None:
-    """Add adapters or freeze parts: afterwards exactly the trained parameters require gradients."""
-    frozen, lora = FROZEN[learner.freeze], learner.lora
-    if lora.rank:
-        add_adapters(network, lora.rank, lora.alpha, adapted_layers(family, network, lora, frozen))
-    else:
-        for part, _, module in modules_by_part(family, network):
-            if part in frozen:
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(False)
-
-
-def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups, one per learning rate: learner.lr times the group's `lr_scale`."""
-    scales = {"vision": learner.vision_lr_scale, "projector": learner.projector_lr_scale}
-    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
-    grouped: set[int] = set()  # a tied weight belongs to several modules
-    for part, _, module in modules_by_part(family, network):
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in grouped:
-                grouped.add(id(parameter))
-                groups[scales.get(part, 1.0)].append(parameter)
-    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
-
-
-def trains_all(learner: LearnerConfig) -> bool:
-    """Return whether every push brings every weight: there are no adapters, and no part is frozen."""
-    return not learner.lora.rank and not FROZEN[learner.freeze]
-
-
-def count_trained(family: Family, learner: LearnerConfig) -> int:
-    """Return the number of trained elements without loading weights; AdapterError where there is nothing to adapt."""
-    network = family.skeleton()
-    choose_trained(family, network, learner)
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-
-
 def served_adapters(family: Family, learner: LearnerConfig) -> ServedAdapters | None:
     """Return the adapters that engines must serve, or None without LoRA."""
     if not learner.lora.rank:
         return None
-    layers = adapted_layers(family, family.skeleton(), learner.lora, FROZEN[learner.freeze])
+    layers = adapted_layers(family, family.meta_network(), learner.lora, FROZEN[learner.freeze])
     return ServedAdapters(rank=learner.lora.rank, layers=layers)
 
 
@@ -234,20 +146,10 @@ def require_servable(family: Family, learner: LearnerConfig, engine: str) -> Non
     served = served_adapters(family, learner)
     if served is None or engine != "vllm" or family.vllm_adapts_tower:
         return
-    parts = {path: part for part, path, _ in modules_by_part(family, family.skeleton())}
+    parts = {path: part for part, path, _ in modules_by_part(family, family.meta_network())}
     outside = [layer for layer in served.layers if parts[layer] != "text"]
     if outside:
         rule = f"has {len(outside)} layers outside of the text network ({outside[0]}), where vLLM serves no adapters"
         remedy = "Set learner.lora.targets=[text] and learner.freeze=projector, or use rollout=hf."
         subject = f"learner.lora.targets = [{', '.join(learner.lora.targets)}]"
         raise AdapterError(Problem(subject=subject, rule=rule, remedy=remedy))
-
-
-def features_frozen(family: Family, network: nn.Module) -> bool:
-    """Return whether image features are constant during training: vision tower and projector are frozen."""
-    return not any(
-        parameter.requires_grad
-        for part, _, module in modules_by_part(family, network)
-        for parameter in module.parameters(recurse=False)
-        if part != "text"
-    )

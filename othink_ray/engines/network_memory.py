@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import KernelShape
-from othink_ray.engines.lora import choose_trained, features_frozen
+from othink_ray.engines.policy import choose_trained, features_frozen
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.families.hugging_face import prune_last_layer
 
@@ -42,12 +42,12 @@ class Activations:
 
     kept: int  # between forward and backward: tensors saved for backward, and the hidden states
     peak: int  # during forward and backward; parameter gradients are not counted
-    asked: int  # tokens, not bytes: answer tokens, for which there are logits
+    logit_tokens: int  # tokens, not bytes: those for which there are logits, the answers'
 
 
-def learner_skeleton(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
+def meta_learner_network(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
     """Return the network as a learner rank trains it, on the meta device."""
-    network: Any = family.skeleton().to(dtype)
+    network: Any = family.meta_network().to(dtype)
     if learner.prune_last_layer:
         prune_last_layer(family.layers(network)[-1])
     choose_trained(family, network, learner)
@@ -73,11 +73,13 @@ def network_shape(family: Family, network: Any) -> NetworkShape:
     )
 
 
-def activations(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], asked: int) -> Activations:
-    """Measure one packed sequence of `tokens`, image tokens included, of which `asked` predict an answer token."""
+def activations(
+    family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], logit_tokens: int
+) -> Activations:
+    """Measure one packed sequence of `tokens`, image tokens included, of which `logit_tokens` have logits."""
     encoded = family.encode_images(images)
     with _LiveBytes() as live, _OnMeta():
-        hidden = _hidden(family, network, tokens, encoded, asked)
+        hidden = _hidden(family, network, tokens, encoded, logit_tokens)
         kept = live.now
         hooks = [
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -88,21 +90,21 @@ def activations(family: Family, network: nn.Module, tokens: int, images: Sequenc
     for hook in hooks:
         hook.remove()
     pixels = encoded.pixels.nbytes
-    return Activations(kept=kept + pixels, peak=live.peak + pixels, asked=asked)
+    return Activations(kept=kept + pixels, peak=live.peak + pixels, logit_tokens=logit_tokens)
 
 
 def forward_peak(family: Family, network: nn.Module, tokens: int, images: Sequence[bytes]) -> int:
     """Return the peak bytes of a no-grad pass over `tokens`, image tokens included."""
     encoded = family.encode_images(images)
     with _LiveBytes() as live, _OnMeta(), torch.no_grad():
-        _hidden(family, network, tokens, encoded, asked=tokens)
+        _hidden(family, network, tokens, encoded, logit_tokens=tokens)
     peak: int = live.peak + encoded.pixels.nbytes
     return peak
 
 
-def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensors, asked: int) -> Tensor:
-    """Return hidden states (asked, H), computed by the same calls as in `Policy`."""
-    image_tokens = family.tokens_of(images)
+def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensors, logit_tokens: int) -> Tensor:
+    """Return hidden states (logit_tokens, H), computed by the same calls as in `Policy`."""
+    image_tokens = family.encoded_token_count(images)
     token_ids = torch.tensor([family.image_token_id] * image_tokens + [family.eos_token_id] * (tokens - image_tokens))
     axes = len(family.prompt_positions(token_ids[image_tokens : image_tokens + 1], images))
     with torch.set_grad_enabled(torch.is_grad_enabled() and not features_frozen(family, network)):
@@ -114,7 +116,7 @@ def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensor
         position_ids=torch.zeros(axes, tokens, dtype=torch.long, device="meta"),
         features=features,
         attention=KernelShape(),
-        asked=torch.arange(asked, device="meta"),
+        logit_indices=torch.arange(logit_tokens, device="meta"),
     )
 
 

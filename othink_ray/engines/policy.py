@@ -1,19 +1,30 @@
-"""The policy network with the sampler's temperature and token bans, and its training mode without dropout."""
+"""The policy network: its logprobs with the sampler's temperature and token bans, and which of its weights train."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from othink_ray.config.bounds import FROZEN
+from othink_ray.config.schema import LearnerConfig
 from othink_ray.core.attention import packs_images
 from othink_ray.core.logprobs import candidate_logprobs, token_logprobs
 from othink_ray.engines.collate import MicroBatch
-from othink_ray.families.base import Family
+from othink_ray.families.base import Family, modules_by_part
+
+# vLLM's lowest logit_bias. A token at -100 nats is never sampled, and engine and learner compute the same softmax.
+BANNED_BIAS = -100.0
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Wanted = Literal["logprobs", "features"]
 
 
 def train_without_dropout(network: nn.Module) -> None:
@@ -51,14 +62,6 @@ def checkpoint_layers(network: nn.Module) -> None:
     """
     model: Any = network
     model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-# vLLM's lowest logit_bias. A token at -100 nats is never sampled, and engine and learner compute the same softmax.
-BANNED_BIAS = -100.0
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Wanted = Literal["logprobs", "features"]
 
 
 class Policy(nn.Module):
@@ -107,7 +110,7 @@ class Policy(nn.Module):
             position_ids=batch.position_ids,
             features=features,
             attention=batch.attention,
-            asked=batch.asked,
+            logit_indices=batch.logit_indices,
         )
         return hidden[batch.predictors]
 
@@ -141,3 +144,128 @@ def logit_bias(family: Family, weight: Tensor) -> Tensor:
     bias = torch.zeros(weight.shape[0], device=weight.device)
     bias[list(family.banned_token_ids)] = BANNED_BIAS
     return bias
+
+
+def choose_trained(family: Family, network: nn.Module, learner: LearnerConfig) -> None:
+    """Add adapters or freeze parts: afterwards exactly the trained parameters require gradients."""
+    frozen, lora = FROZEN[learner.freeze], learner.lora
+    if lora.rank:
+        from othink_ray.engines.lora import adapted_layers, add_adapters
+
+        add_adapters(network, lora.rank, lora.alpha, adapted_layers(family, network, lora, frozen))
+    else:
+        for part, _, module in modules_by_part(family, network):
+            if part in frozen:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+
+
+def parameter_groups(family: Family, network: nn.Module, learner: LearnerConfig) -> list[dict[str, Any]]:
+    """Return optimizer parameter groups, one per learning rate: learner.lr times the group's `lr_scale`."""
+    scales = {"vision": learner.vision_lr_scale, "projector": learner.projector_lr_scale}
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    grouped: set[int] = set()  # a tied weight belongs to several modules
+    for part, _, module in modules_by_part(family, network):
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in grouped:
+                grouped.add(id(parameter))
+                groups[scales.get(part, 1.0)].append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
+
+
+def trains_all(learner: LearnerConfig) -> bool:
+    """Return whether every push brings every weight: there are no adapters, and no part is frozen."""
+    return not learner.lora.rank and not FROZEN[learner.freeze]
+
+
+def count_trained(family: Family, learner: LearnerConfig) -> int:
+    """Return the number of trained elements without loading weights; AdapterError where there is nothing to adapt."""
+    network = family.meta_network()
+    choose_trained(family, network, learner)
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def features_frozen(family: Family, network: nn.Module) -> bool:
+    """Return whether image features are constant during training: vision tower and projector are frozen."""
+    return not any(
+        parameter.requires_grad
+        for part, _, module in modules_by_part(family, network)
+        for parameter in module.parameters(recurse=False)
+        if part != "text"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedWeight:
+    """A trained tensor, and the factor by which a push scales it."""
+
+    name: str
+    parameter: Tensor
+    scale: float = 1.0
+
+    def pushed(self) -> Tensor:
+        """Return the scaled tensor in the learner's compute dtype."""
+        weight = self.parameter.detach()
+        return weight if self.scale == 1.0 else weight * self.scale
+
+
+def trained_weights(network: nn.Module) -> Iterator[TrainedWeight]:
+    """Yield the trained tensors in a fixed order.
+
+    Of an adapter these are A and B, with the scale alpha / rank applied to B, so that engines add B A unscaled.
+    """
+    adapted = _adapters(network)
+    for path, adapter in adapted.items():
+        yield TrainedWeight(name=f"{path}.lora_A.weight", parameter=adapter.down)
+        yield TrainedWeight(name=f"{path}.lora_B.weight", parameter=adapter.up, scale=adapter.scale)
+    if not adapted:
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad:
+                yield TrainedWeight(name=name, parameter=parameter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainWeight:
+    """A weight of the plain network; an adapter adds scale * up @ down to it."""
+
+    name: str
+    base: Tensor
+    factors: tuple[Tensor, ...]  # up (out, rank), down (rank, in); empty without an adapter
+    scale: float
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.base, *self.factors]
+
+    def merged(self) -> Tensor:
+        """Return the weight with its adapter merged, in float32 then: in bfloat16 small updates would round away."""
+        if not self.factors:
+            return self.base.detach()
+        up, down = (factor.detach().float() for factor in self.factors)
+        return self.base.detach().float() + self.scale * (up @ down)
+
+
+def plain_weights(network: nn.Module) -> Iterator[PlainWeight]:
+    """Yield all weights in a fixed order, under the names that they have without adapters."""
+    adapted = {f"{path}.base_layer": adapter for path, adapter in _adapters(network).items()}
+    factors = {id(factor) for adapter in adapted.values() for factor in (adapter.up, adapter.down)}
+    for name, parameter in network.named_parameters():
+        if id(parameter) in factors:
+            continue
+        owner, _, kind = name.rpartition(".")
+        adapter = adapted.get(owner)
+        yield PlainWeight(
+            name=name if adapter is None else f"{owner.removesuffix('.base_layer')}.{kind}",
+            base=parameter,
+            factors=() if adapter is None or kind != "weight" else (adapter.up, adapter.down),
+            scale=1.0 if adapter is None else adapter.scale,
+        )
+
+
+def _adapters(network: nn.Module) -> Mapping[str, Any]:
+    """Return the network's adapters by layer path; empty without LoRA."""
+    if not hasattr(network, "peft_config"):  # which peft sets
+        return {}
+    from othink_ray.engines.lora import adapters
+
+    return adapters(network)

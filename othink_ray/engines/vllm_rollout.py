@@ -26,7 +26,7 @@ from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
-from othink_ray.weights.digest import Held, TensorDigest
+from othink_ray.weights.transfer import TensorDigest, WorkerDigests
 
 _ADAPTER = 1  # vLLM's id of the only adapter
 
@@ -196,8 +196,10 @@ class VLLMRollout(Receiver):
         verb = "write_weights" if self.adapters is None else "write_factors"
         self.engine.collective_rpc(verb, args=(list(weights),))
 
-    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
-        held: list[Held] = self.engine.collective_rpc("held_weights", args=(dict(expected), self.version, complete))
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
+        held: list[WorkerDigests] = self.engine.collective_rpc(
+            "held_weights", args=(dict(expected), self.version, complete)
+        )
         return held
 
     def _images_encoded(self) -> int:

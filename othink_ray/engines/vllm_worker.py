@@ -24,14 +24,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 import othink_ray.engines.vllm_patches  # noqa: F401  # patches vLLM in this process
-from othink_ray.weights.digest import Held, HeldPart, TensorDigest, as_matrix, piece_digest, read_back
+from othink_ray.weights.transfer import ShardDigest, TensorDigest, WorkerDigests, as_matrix, read_back, shard_digest
 
 _READ_BACK = 8192  # elements checked per packed matrix: an update at lr 1e-6 in bfloat16 changes about 1 % of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A view of a parameter that holds a piece of a weight, the weight seen as a matrix (first dimension, rest)."""
+    """A view of a parameter that holds a shard of a weight, the weight seen as a matrix (first dimension, rest)."""
 
     parameter: str
     offset: int  # in elements, from the start of the parameter
@@ -201,14 +201,14 @@ class WorkerExtension:
     def pack(self, module: Any) -> None:
         _pack(module, remove_weight=False)
 
-    def held_weights(self, expected: Mapping[str, TensorDigest], version: int, complete: bool) -> Held:
+    def held_weights(self, expected: Mapping[str, TensorDigest], version: int, complete: bool) -> WorkerDigests:
         """Return digests of this worker's parts of `expected`, read from the weights in use, and the faults found.
 
         Faults are stale packed matrices and, if `complete` (`expected` names all weights of the model), parameters that
         hold none of them. With an adapter only its factors are digested: vLLM's loader does not know adapted layers.
         """
         if self.factors:
-            return Held(parts=self._digests(expected), faults=dict(self._stale_copies(version)))
+            return WorkerDigests(shards=self._digests(expected), faults=dict(self._stale_copies(version)))
         new = {name: weight for name, weight in expected.items() if name not in self.regions}
         if new:
             self.regions |= find_regions(self.network, new)
@@ -216,26 +216,26 @@ class WorkerExtension:
         if complete:
             regions = (region for name in expected for region in self.regions[name])
             faults |= dict.fromkeys(unreached(self.network, regions), "is not reached by any weight of the learner")
-        return Held(parts=self._digests(expected), faults=faults)
+        return WorkerDigests(shards=self._digests(expected), faults=faults)
 
-    def _digests(self, expected: Mapping[str, TensorDigest]) -> dict[str, HeldPart]:
+    def _digests(self, expected: Mapping[str, TensorDigest]) -> dict[str, ShardDigest]:
         """Digest this worker's part of each weight in the dtype in which it was sent: CPU kernels hold wider biases."""
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         names, values, elements = [], [], []
         for name, weight in expected.items():
-            pieces = list(self._used(name, parameters))
-            if pieces:
-                partial = [piece_digest(piece.to(weight.dtype), row, column) for piece, row, column in pieces]
+            shards = list(self._used(name, parameters))
+            if shards:
+                partial = [shard_digest(shard.to(weight.dtype), row, column) for shard, row, column in shards]
                 names.append(name)
                 values.append(torch.stack(partial).sum())
-                elements.append(sum(piece.numel() for piece, _, _ in pieces))
+                elements.append(sum(shard.numel() for shard, _, _ in shards))
         return {
-            name: HeldPart(value=value, elements=count)
+            name: ShardDigest(value=value, elements=count)
             for name, value, count in zip(names, read_back(values), elements, strict=True)
         }
 
     def _used(self, name: str, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, int, int]]:
-        """Yield this worker's pieces (rows, columns) of a weight, and their first row and column in the whole."""
+        """Yield this worker's shards (rows, columns) of a weight, and their first row and column in the whole."""
         if name in self.factors:
             yield self._served(name, self.factors[name])
             return

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from othink_ray.config.schema import RolloutConfig
 from othink_ray.core.attention import Attention
-from othink_ray.data.prompts import BadRow
 from othink_ray.types import Message, Prompt
 
 
@@ -44,8 +43,8 @@ class Family(Protocol):
     eos_token_id: int
     pad_token_id: int
 
-    opened: str
-    """Answer prefix written by the chat template at the end of the prompt, such as `<think>`; usually empty."""
+    answer_prefix: str
+    """Text that the chat template writes at the end of the prompt, such as `<think>`; usually empty."""
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         """Return the chat prompt's token ids with ONE placeholder per image, the engine's input."""
@@ -61,7 +60,7 @@ class Family(Protocol):
         """Return the number of tokens of each image, computed from its size alone."""
         ...
 
-    def tokens_of(self, images: ImageTensors) -> int:
+    def encoded_token_count(self, images: ImageTensors) -> int:
         """Return the total number of tokens of the encoded images."""
         ...
 
@@ -77,17 +76,25 @@ class Family(Protocol):
         """Return an image with the fewest tokens, for micro-batches without images: all ranks run the vision tower."""
         ...
 
+    def prompt_lengths(self, prompt: Prompt) -> tuple[int, int]:
+        """Return the numbers of text and image tokens; raise BadRow if the text contains placeholder tokens."""
+        ...
+
+    def check_fits(self, rollout: RolloutConfig, prompt: Prompt) -> None:
+        """Raise BadRow if the prompt with its images and a full-length answer exceeds the engines' limits."""
+        ...
+
     def encode_text(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[Sequence[int]]) -> list[str]: ...
 
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return answer texts as graded and logged: `opened` followed by the decoded tokens."""
+        """Return answer texts as graded and logged: `answer_prefix` followed by the decoded tokens."""
         ...
 
     def load_network(self, dtype: torch.dtype) -> nn.Module: ...
 
-    def skeleton(self) -> nn.Module:
+    def meta_network(self) -> nn.Module:
         """Return the network on the meta device: modules and shapes without weights."""
         ...
 
@@ -123,9 +130,9 @@ class Family(Protocol):
         position_ids: Tensor,
         features: Tensor,
         attention: Attention,
-        asked: Tensor,
+        logit_indices: Tensor,
     ) -> Tensor:
-        """Return the last hidden states (K, H) at indices `asked` (K,) of one packed sequence.
+        """Return the last hidden states (K, H) at `logit_indices` (K,) of one packed sequence.
 
         `token_ids` is (N,), `position_ids` (axes, N).
         """
@@ -148,7 +155,7 @@ _QUESTION = Message(role="user", text="?")
 _PAST_ANSWER = Message(role="assistant", text="§past answer§")
 
 
-def answer_prefix(render: Callable[[Sequence[Message], bool], str]) -> str:
+def find_answer_prefix(render: Callable[[Sequence[Message], bool], str]) -> str:
     """Return the text that the chat template's generation prompt adds after the answer header; usually empty.
 
     `render(messages, add_generation_prompt)` applies the template. The header is the text before a past answer,
@@ -174,29 +181,3 @@ def modules_by_part(family: Family, network: nn.Module) -> Iterator[tuple[str, s
     for path, module in network.named_modules():
         part = "projector" if id(module) in projector else "vision" if id(module) in tower else "text"
         yield part, path, module
-
-
-def check_fits(family: Family, rollout: RolloutConfig, prompt: Prompt) -> None:
-    """Raise BadRow if the prompt with its images and a full-length answer exceeds the engines' limits."""
-    if len(prompt.images) > rollout.max_images:
-        reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
-        raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
-    text_tokens, image_tokens = lengths(family, prompt)
-    needed = text_tokens + image_tokens + rollout.max_tokens
-    if needed > rollout.max_model_len:
-        reason = (
-            f"{text_tokens} text tokens, {image_tokens} image tokens and rollout.max_tokens = {rollout.max_tokens} "
-            f"add up to {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
-        )
-        raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
-
-
-def lengths(family: Family, prompt: Prompt) -> tuple[int, int]:
-    """Return the network's numbers of text and image tokens; raise BadRow if the text contains placeholder tokens."""
-    token_ids = family.prompt_token_ids(prompt)
-    placeholders = token_ids.count(family.image_token_id)
-    if placeholders != len(prompt.images):
-        reason = f"its text contains {placeholders - len(prompt.images)} image placeholder token(s) of the model"
-        raise BadRow(prompt.id, reason, "remove them from the question")
-    counts = family.image_token_counts(prompt.images)
-    return len(family.expand(token_ids, counts)) - sum(counts), sum(counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -27,15 +28,17 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from othink_ray.core import fused
+from othink_ray.config.schema import RolloutConfig
 from othink_ray.core.attention import Attention, kernel_shape
-from othink_ray.core.blocks import attend_in_blocks, blocks_of_image, worth_it
+from othink_ray.core.blocks import attend_in_blocks, blocks_are_faster, blocks_of_image
 from othink_ray.core.flex import PackedImages
-from othink_ray.families.base import ImageTensors, answer_prefix
+from othink_ray.cpu import kernels
+from othink_ray.data.prompts import BadRow
+from othink_ray.families.base import ImageTensors, find_answer_prefix
 from othink_ray.types import Message, Prompt
 
 PACKED_ATTENTION, IMAGE_ATTENTION = "packed_sequence", "image"
-PART_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
+SHARD_BYTES = 2**30  # a saved file is closed by the first weight that brings it to this size
 _ATTENTION = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": IMAGE_ATTENTION}
 _WEIGHTS = "model.safetensors"
 
@@ -74,15 +77,15 @@ def _attend_image(
         return kernel_shape(query, key, value), None
     if images is not None:
         return images(query, key, value, scaling), None
-    by_kernel = fused.is_chosen() and fused.suits(query)
+    by_kernel = kernels.enabled_for_images() and kernels.supports_head_dim(query)
     # In half precision use torch's kernel, as vLLM does: it rounds the softmax probabilities, other kernels do not.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32
-    if by_torch or not (by_kernel or worth_it(query.shape[2])):
+    if by_torch or not (by_kernel or blocks_are_faster(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return attended, None
     queries, keys, values = (heads.flatten(0, 1) for heads in (query, key, value))
     if by_kernel:
-        attended = fused.attend_fused(queries, keys, values, fused.blocks_of_image(query.shape[2]), scaling)
+        attended = kernels.fused_attention(queries, keys, values, kernels.image_block(query.shape[2]), scaling)
         return attended.unflatten(1, query.shape[:2]).transpose(0, 1), None
     attended = attend_in_blocks(queries, keys, values, blocks_of_image(query.shape[2]), scaling)
     return attended.view_as(query).transpose(1, 2), None
@@ -95,7 +98,7 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 class _Pruned:
-    """Mixin before a text layer class: computes its output only at requested indices.
+    """Mixin before a text layer class: computes its output only where logits are needed.
 
     Fits all text models here, whose layers differ only in their attention.
     """
@@ -105,19 +108,19 @@ class _Pruned:
     post_attention_layernorm: nn.Module
     mlp: nn.Module
 
-    def forward(self, hidden_states: Tensor, requested: Tensor | None = None, **settings: Any) -> Tensor:
-        """Map (1, N, H) to (1, K, H) at the indices `requested` (K,), or to (1, N, H) without them, as in sampling."""
-        if requested is None:
+    def forward(self, hidden_states: Tensor, logit_indices: Tensor | None = None, **settings: Any) -> Tensor:
+        """Map (1, N, H) to (1, K, H) at `logit_indices` (K,), or to (1, N, H) without them, as in sampling."""
+        if logit_indices is None:
             full: Tensor = super().forward(hidden_states, **settings)  # type: ignore[misc]
             return full
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), in_last_layer=True, **settings)
-        residual = hidden_states.index_select(1, requested) + attended.index_select(1, requested)
+        residual = hidden_states.index_select(1, logit_indices) + attended.index_select(1, logit_indices)
         output: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
         return output
 
 
 def prune_last_layer(layer: nn.Module) -> None:
-    """Make a text layer compute its output only at the requested indices, in place."""
+    """Make a text layer compute its output only where logits are needed, in place."""
     original = type(layer)
     layer.__class__ = type(f"Pruned{original.__name__}", (_Pruned, original), {})
 
@@ -126,7 +129,7 @@ def is_pruned(layer: nn.Module) -> bool:
     return isinstance(layer, _Pruned)
 
 
-class HuggingFaceFamily:
+class HuggingFaceFamily(ABC):
     """A family implemented in transformers, bound to a Hugging Face folder or hub name."""
 
     vision_tokens: tuple[str, ...]
@@ -141,7 +144,7 @@ class HuggingFaceFamily:
         self.banned_token_ids = tuple(tokenizer.convert_tokens_to_ids(token) for token in self.vision_tokens)
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.opened = answer_prefix(self._render_chat)
+        self.answer_prefix = find_answer_prefix(self._render_chat)
 
     def prompt_token_ids(self, prompt: Prompt) -> list[int]:
         return self.encode_text(self._render_chat(prompt.messages, True))
@@ -160,8 +163,33 @@ class HuggingFaceFamily:
         )
         return text
 
+    @abstractmethod
+    def image_token_counts(self, images: Sequence[bytes]) -> list[int]: ...
+
+    def prompt_lengths(self, prompt: Prompt) -> tuple[int, int]:
+        token_ids = self.prompt_token_ids(prompt)
+        placeholders = token_ids.count(self.image_token_id)
+        if placeholders != len(prompt.images):
+            reason = f"its text contains {placeholders - len(prompt.images)} image placeholder token(s) of the model"
+            raise BadRow(prompt.id, reason, "remove them from the question")
+        counts = self.image_token_counts(prompt.images)
+        return len(self.expand(token_ids, counts)) - sum(counts), sum(counts)
+
+    def check_fits(self, rollout: RolloutConfig, prompt: Prompt) -> None:
+        if len(prompt.images) > rollout.max_images:
+            reason = f"it has {len(prompt.images)} images, more than rollout.max_images = {rollout.max_images}"
+            raise BadRow(prompt.id, reason, "raise rollout.max_images or remove the row")
+        text_tokens, image_tokens = self.prompt_lengths(prompt)
+        needed = text_tokens + image_tokens + rollout.max_tokens
+        if needed > rollout.max_model_len:
+            reason = (
+                f"{text_tokens} text tokens, {image_tokens} image tokens and rollout.max_tokens = {rollout.max_tokens} "
+                f"add up to {needed}, more than rollout.max_model_len = {rollout.max_model_len}"
+            )
+            raise BadRow(prompt.id, reason, "raise rollout.max_model_len, lower model.max_pixels or remove the row")
+
     def answer_texts(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
-        return [self.opened + text for text in self.decode(token_ids)]
+        return [self.answer_prefix + text for text in self.decode(token_ids)]
 
     def raw_pixels(self, images: ImageTensors) -> Tensor:
         """Invert the normalization exactly: pixels are integers, and float32 keeps them distinct.
@@ -200,7 +228,7 @@ class HuggingFaceFamily:
         )
         return network
 
-    def skeleton(self) -> nn.Module:
+    def meta_network(self) -> nn.Module:
         with torch.device("meta"):
             network: nn.Module = AutoModelForImageTextToText.from_config(
                 AutoConfig.from_pretrained(self.path, trust_remote_code=False), attn_implementation=_ATTENTION
@@ -215,7 +243,7 @@ class HuggingFaceFamily:
         position_ids: Tensor,
         features: Tensor,
         attention: Attention,
-        asked: Tensor,
+        logit_indices: Tensor,
     ) -> Tensor:
         body: Any = network.model
         embedded = body.get_input_embeddings()(token_ids)
@@ -223,11 +251,11 @@ class HuggingFaceFamily:
             **self._text_inputs(embedded, token_ids == self.image_token_id, features.to(embedded.dtype)),
             position_ids=position_ids[:, None].squeeze(0),  # text models with one axis expect no axis dimension
             packed_attention=attention,
-            requested=asked,
+            logit_indices=logit_indices,
             use_cache=False,
         )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden if is_pruned(body.language_model.layers[-1]) else hidden[asked]
+        return hidden if is_pruned(body.language_model.layers[-1]) else hidden[logit_indices]
 
     def _text_inputs(self, embedded: Tensor, is_image: Tensor, features: Tensor) -> dict[str, Any]:
         """Return the text model's inputs from token embeddings (N, H), the image mask (N,) and image features."""
@@ -256,14 +284,14 @@ class HuggingFaceFamily:
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Group weights into shards of at least PART_BYTES, without keeping a reference to a weight once yielded."""
+    """Group weights into shards of at least SHARD_BYTES, without keeping a reference to a weight once yielded."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, weight in weights:
         shard[name] = weight
         size += weight.nbytes
         del weight
-        if size >= PART_BYTES:
+        if size >= SHARD_BYTES:
             yield shard
             shard, size = {}, 0
     if shard:

@@ -47,7 +47,7 @@ class InternVL(HuggingFaceFamily):
         tiles = [self.processor.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
         return [count * self.tokens_per_tile for count in tiles]
 
-    def tokens_of(self, images: ImageTensors) -> int:
+    def encoded_token_count(self, images: ImageTensors) -> int:
         return int(images.grids.sum()) * self.tokens_per_tile
 
     def _image_tokens(self, count: int) -> list[int]:

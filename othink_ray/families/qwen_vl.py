@@ -101,7 +101,7 @@ class QwenVL(HuggingFaceFamily):
         ]
         return [count // self.merge**2 for count in patches]
 
-    def tokens_of(self, images: ImageTensors) -> int:
+    def encoded_token_count(self, images: ImageTensors) -> int:
         return int((images.grids.prod(dim=-1) // self.merge**2).sum())
 
     def prompt_positions(self, token_ids: Tensor, images: ImageTensors) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,13 @@ import ray
 from numpy.typing import NDArray
 from torch import Tensor
 
+from othink_ray.cpu.kernels import SlowerKernel
 from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.futures import TraceRecorder
 from othink_ray.tracing import keep, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
-from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
-from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
+from othink_ray.weights.transfer import Bucket, DigestCollector, TensorDigest, digests, from_buckets, to_buckets
 
 BACKGROUND = "background"  # concurrency group of methods that run beside the actor's main thread
 
@@ -55,8 +56,8 @@ class RolloutActor(TraceRecorder):
         self.engine.begin_push()
 
     @span("load weights")
-    def load_weights(self, bucket: Chunk) -> None:
-        self.engine.load_weights(from_chunks([bucket]))
+    def load_weights(self, bucket: Bucket) -> None:
+        self.engine.load_weights(from_buckets([bucket]))
 
     @span("finish push")
     def finish_push(self, version: int, buckets: int) -> int:
@@ -97,11 +98,17 @@ class LearnerActor(TraceRecorder):
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], rendezvous: RendezvousInfo) -> int:
+    def start(self, make_engine: Callable[[RendezvousInfo], LearnerEngine], rendezvous: RendezvousInfo) -> list[str]:
+        """Load the engine; return its warnings about slower kernels, for the driver to show."""
         # By default gloo resolves the hostname, often to 127.0.0.1, which ranks on other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_with(ray.util.get_node_ip_address()))
-        self.engine = make_engine(rendezvous)
-        return os.getpid()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SlowerKernel)
+            self.engine = make_engine(rendezvous)
+        for other in caught:
+            if other.category is not SlowerKernel:
+                warnings.showwarning(other.message, other.category, other.filename, other.lineno)
+        return [str(warning.message) for warning in caught if warning.category is SlowerKernel]
 
     @span("update")
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
@@ -118,10 +125,10 @@ class LearnerActor(TraceRecorder):
     def pixel_digests(self, probes: Sequence[Probe]) -> list[PixelDigest]:
         return self.engine.pixel_digests(probes)
 
-    def chunks(self, bucket_bytes: int) -> Iterator[Chunk | None]:
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket | None]:
         """Yield the trained weights in buckets, then None; under ZeRO-3 the other ranks must run `follow` meanwhile."""
         with span("gather weights"):
-            yield from to_chunks(self._digested_weights(), bucket_bytes)
+            yield from to_buckets(self._digested_weights(), bucket_bytes)
         self.engine.release_memory()
         yield None  # end marker, see Streams
 
@@ -150,7 +157,7 @@ class LearnerActor(TraceRecorder):
 
     @span("gather weights")
     def follow(self) -> None:
-        """Take part in the collective gather of `chunks`, as a rank that keeps nothing."""
+        """Take part in the collective gather of `buckets`, as a rank that keeps nothing."""
         for _ in self.engine.named_weights():
             pass
         self.engine.release_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class LearnerPool:
             actor.start.remote(self.make_engine, info) for actor, info in zip(self.ranks, self.rendezvous, strict=True)
         ]
 
-    def wait(self, started: Sequence[Any]) -> None:
-        self.wait_for(started, "loading", self.learner.load_timeout_s)
+    def wait(self, started: Sequence[Any]) -> list[str]:
+        """Wait until every rank has loaded; return their warnings, each once."""
+        return list(dict.fromkeys(chain(*self.wait_for(started, "loading", self.learner.load_timeout_s))))
 
     def update(self, request: UpdateRequest) -> UpdateStats:
         return self.finish_update(self.begin_update(request))
@@ -91,14 +93,14 @@ class LearnerPool:
         """Return one reference: digests of the probes' images as the learner sees them; `probes` may be a reference."""
         return [self.ranks[0].pixel_digests.remote(probes)]
 
-    def chunks(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
+    def buckets(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
         """Return an iterator over references to the buckets of trained weights, gathered at most `ahead` in advance.
 
         The gather is queued on all ranks at once: they begin as soon as they are free.
         """
         following = [actor.follow.remote() for actor in self.ranks[1:]]
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
-        stream = self.ranks[0].chunks.options(**streaming).remote(bucket_bytes)
+        stream = self.ranks[0].buckets.options(**streaming).remote(bucket_bytes)
         return self._gathered(stream, following)
 
     def _gathered(self, stream: Any, following: Sequence[Any]) -> Iterator[Any]:

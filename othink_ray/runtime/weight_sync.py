@@ -20,7 +20,7 @@ from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.tracing import span
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable, repeated, require_pixels
-from othink_ray.weights.digest import require_arrived
+from othink_ray.weights.transfer import require_arrived
 
 _THUMBNAIL = 112  # pixels of the longer side
 _BUCKETS_AHEAD = 2  # gathered before they are consumed, and as many again on their way into an engine
@@ -72,7 +72,7 @@ class SharedMemoryPush:
         self.gathering = self._gather()
 
     def _gather(self) -> Iterator[Any]:
-        return self.learner.chunks(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
+        return self.learner.buckets(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
 
     def send(self, version: int) -> Sent:
         buckets, self.gathering, self.kept = self.gathering or self._gather(), None, []

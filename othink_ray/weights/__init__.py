@@ -1,1 +1,1 @@
-"""Weight transfer from the learner to the engines: buckets, digests of received weights, and the logprob audit."""
+"""Weights from the learner to the engines: transfer in buckets with digests, and the logprob audit after it."""

@@ -1,6 +1,6 @@
 """Audit after a push: engine and learner must give the same tokens the same logprobs, up to rounding.
 
-`digest` compares weights bit for bit; the audit covers everything else that determines the policy: pixels, tokens,
+`transfer` compares weights bit for bit; the audit covers everything else that determines the policy: pixels, tokens,
 positions, temperature, caches kept across the push, and the arithmetic itself.
 """
 

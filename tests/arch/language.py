@@ -21,6 +21,7 @@ LONGEST_TEST_NAME = 60  # characters
 FIRST_WORDS = ("Of", "Who", "Whoever", "What", "Those", "Whose")
 # Retired name -> what the field calls it. A name is a whole word of an identifier: `open_exam`, `ExamPage`.
 RETIRED = {
+    "asked": "requested",
     "classroom": "SFT workers",
     "coming": "upcoming",
     "dealt": "assigned",
@@ -30,12 +31,16 @@ RETIRED = {
     "examiners": "eval workers",
     "foresee": "preflight",
     "journal": "callbacks",
+    "products": "matmul",
     "seat": "bundle",
     "seats": "bundles",
     "seating": "placement",
+    "skeleton": "meta network",
     "students": "SFT workers",
+    "suits": "supports",
     "teacher": "demonstrations",
     "watches": "callbacks",
+    "worth": "faster",
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling, ServedAdapters
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
+from othink_ray.weights.transfer import Bucket, from_buckets, to_buckets
 
 SAMPLING = Sampling(answers=2, max_tokens=16, temperature=1.0, seed=3)
 CANDIDATES = 20
@@ -24,7 +24,7 @@ class Adapted:
     opened: Sequence[Group]
     pushed: Sequence[Sequence[Group]]
     probes: Sequence[Sequence[Probe]]
-    used: Sequence[Chunk]  # factors in use after the last push
+    used: Sequence[Bucket]  # factors in use after the last push
     unpacked: Sequence[str]  # layers that hold their matrix beside its packed copy
     refused: str  # error message for a factor of a missing layer
 
@@ -35,7 +35,7 @@ def run(
     path: str,
     adapters: ServedAdapters,
     prompts: Sequence[Prompt],
-    pushes: Sequence[Sequence[Chunk]],
+    pushes: Sequence[Sequence[Bucket]],
 ) -> Adapted:
     """Open an engine on `path` and sample answers, then again after each of `pushes`."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
@@ -48,18 +48,18 @@ def run(
         adapters=adapters,
     )
     opened, pushed, probes = list(engine.generate(prompts, SAMPLING)), [], []
-    for version, chunks in enumerate(pushes):
+    for version, buckets in enumerate(pushes):
         engine.begin_push()
-        for chunk in chunks:
-            engine.load_weights(from_chunks([chunk]))
-        engine.finish_push(version, buckets=len(chunks))
+        for bucket in buckets:
+            engine.load_weights(from_buckets([bucket]))
+        engine.finish_push(version, buckets=len(buckets))
         pushed.append(list(engine.generate(prompts, SAMPLING)))
         probes.append(engine.probe(prompts, replace(SAMPLING, answers=1), CANDIDATES))
     [used] = engine.engine.collective_rpc("used_factors")
-    chunks = list(to_chunks(used.items(), bucket_bytes=2**20))
+    buckets = list(to_buckets(used.items(), bucket_bytes=2**20))
     [unpacked] = engine.engine.collective_rpc(_unpacked)
     return Adapted(
-        opened=opened, pushed=pushed, probes=probes, used=chunks, unpacked=unpacked, refused=_refused(engine, used)
+        opened=opened, pushed=pushed, probes=probes, used=buckets, unpacked=unpacked, refused=_refused(engine, used)
     )
 
 

@@ -10,8 +10,7 @@ import torch
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.buckets import Chunk, from_chunks
-from othink_ray.weights.digest import digests
+from othink_ray.weights.transfer import Bucket, digests, from_buckets
 
 SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
 
@@ -30,9 +29,9 @@ class Lived:
 
 
 def live(
-    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
+    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Bucket]
 ) -> Lived:
-    """Open `path`, generate, push `weights` (one chunk per weight), and generate again."""
+    """Open `path`, generate, push `weights` (one bucket per weight), and generate again."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
     from othink_ray.families import open_family
     from tests.engines.samples import worker_of
@@ -44,13 +43,13 @@ def live(
     start = {name: weight.clone() for name, weight in parameters.items()}
     moved: dict[str, int] = {}
     engine.begin_push()
-    for chunk in weights:
+    for bucket in weights:
         before = {name: weight.clone() for name, weight in parameters.items()}
-        engine.load_weights(from_chunks([chunk]))
-        [piece] = chunk.pieces
-        moved[piece.name] = sum(int((weight != before[name]).sum()) for name, weight in parameters.items())
+        engine.load_weights(from_buckets([bucket]))
+        [spec] = bucket.specs
+        moved[spec.name] = sum(int((weight != before[name]).sum()) for name, weight in parameters.items())
     engine.finish_push(1, buckets=len(weights))
-    whole = dict(from_chunks(weights))
+    whole = dict(from_buckets(weights))
     pushed = list(engine.generate(prompts, SAMPLING))
     wrong = engine.check_weights(digests(whole.items()), complete=True)
     for weight in whole.values():
@@ -67,7 +66,7 @@ def live(
 
 
 def probe_before_and_after(
-    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Chunk]
+    model: ModelConfig, rollout: RolloutConfig, path: str, prompts: Sequence[Prompt], weights: Sequence[Bucket]
 ) -> tuple[list[Probe], list[Probe]]:
     """Return probes of `path` before and after a push of `weights`."""
     from othink_ray.engines.vllm_rollout import VLLMRollout
@@ -77,7 +76,7 @@ def probe_before_and_after(
     sampling = Sampling(answers=1, max_tokens=6, temperature=1.0, seed=0)
     before = engine.probe(prompts, sampling, 8)
     engine.begin_push()
-    for chunk in weights:
-        engine.load_weights(from_chunks([chunk]))
+    for bucket in weights:
+        engine.load_weights(from_buckets([bucket]))
     engine.finish_push(1, buckets=len(weights))
     return before, engine.probe(prompts, sampling, 8)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
 from othink_ray.engines.hf_rollout import HFRollout
-from othink_ray.engines.lora import AdapterError, choose_trained, require_servable, served_adapters, trained_weights
-from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.lora import AdapterError, require_servable, served_adapters
+from othink_ray.engines.policy import DTYPES, Policy, choose_trained, trained_weights
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
-from othink_ray.weights.buckets import from_chunks, to_chunks
+from othink_ray.weights.transfer import from_buckets, to_buckets
 from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, run
 from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint
@@ -119,7 +119,7 @@ def outcomes(config: Config, cases: dict[str, Case]) -> Iterator[dict[str, Futur
         futures = {}
         for name, case in cases.items():
             served = served_adapters(case.policy.family, case.learner)
-            pushes = [list(to_chunks(case.nothing, 2**20)), list(to_chunks(case.pushed, 4096))]
+            pushes = [list(to_buckets(case.nothing, 2**20)), list(to_buckets(case.pushed, 4096))]
             futures[name] = processes.submit(
                 *(run, case.model, config.rollout, str(case.model.path), served, case.prompts, pushes)
             )
@@ -130,7 +130,7 @@ def outcomes(config: Config, cases: dict[str, Case]) -> Iterator[dict[str, Futur
 def test_layers_use_exactly_the_pushed_factors(
     name: str, cases: dict[str, Case], outcomes: dict[str, Future[Adapted]]
 ) -> None:
-    used = dict(from_chunks(outcomes[name].result().used))
+    used = dict(from_buckets(outcomes[name].result().used))
     assert used.keys() == {tensor for tensor, _ in cases[name].pushed}
     assert all(torch.equal(used[tensor], weight) for tensor, weight in cases[name].pushed)
     assert all(used[tensor].dtype == weight.dtype for tensor, weight in cases[name].pushed)

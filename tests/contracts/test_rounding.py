@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from othink_ray.config.schema import Config, ModelConfig
-from othink_ray.core import fused
 from othink_ray.core.attention import attention_for
+from othink_ray.cpu import kernels
 from othink_ray.engines.collate import collate
 from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
 from othink_ray.weights.audit import compare, repeated
-from othink_ray.weights.buckets import to_chunks
+from othink_ray.weights.transfer import to_buckets
 from tests.contracts.family_engine import probe_before_and_after
 from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint
@@ -33,7 +33,7 @@ UNALIKE = {"qwen2_vl": 0.0353, "qwen2_5_vl": 0.0083, "qwen3_vl": 0.0397, "intern
 
 # The attention kernel that is bit-identical to vLLM's needs AVX-512. Without it, another order of summation flips
 # single bits, and over the layers these grow to nearly the gap of independent rounding.
-SMALLER = 5 if fused.is_quick() and fused.open_kernel().part() == 32 else 1
+SMALLER = 5 if kernels.attention_is_faster() and kernels.attention_kernel().part() == 32 else 1
 
 Probes = tuple[list[Probe], list[Probe]]
 
@@ -76,7 +76,7 @@ def probes(
         futures = {}
         for name, policy in policies.items():
             path = Path(policy.family.path)  # type: ignore[attr-defined]
-            weights = list(to_chunks(sent_weights(trained[name].network), bucket_bytes=2**20))
+            weights = list(to_buckets(sent_weights(trained[name].network), bucket_bytes=2**20))
             model = _half(config, name, path)
             futures[name] = processes.submit(probe_before_and_after, model, config.rollout, str(path), prompts, weights)
         yield futures

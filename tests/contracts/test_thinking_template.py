@@ -62,7 +62,7 @@ def trained(thinking: Family, taught: Policy, scenes: Sequence[Prompt]) -> Polic
 def test_the_prompt_ends_with_the_opening_tag(thinking: Family, scenes: Sequence[Prompt], opened: str) -> None:
     [prompt] = thinking.decode([thinking.prompt_token_ids(scenes[0])])
     assert prompt.endswith(f"assistant\n{opened}")
-    assert thinking.opened == opened
+    assert thinking.answer_prefix == opened
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

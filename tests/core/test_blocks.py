@@ -10,13 +10,13 @@ from torch.testing import assert_close
 
 from othink_ray.core import blocks
 from othink_ray.core.blocks import (
-    ENOUGH,
+    MIN_KEYS,
     Block,
     attend_in_blocks,
+    blocks_are_faster,
     blocks_of_image,
     blocks_of_sequence,
     matmul_gain,
-    worth_it,
 )
 from othink_ray.core.packed_sequence import build_packed_sequence
 
@@ -76,7 +76,7 @@ def test_blocks_of_any_height_give_the_slow_result(
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_real_sizes_are_cut_into_several_blocks(causal: bool) -> None:
-    tokens = 2 * ENOUGH
+    tokens = 2 * MIN_KEYS
     query, key, value = states(2, tokens, 3)
     several = blocks_of(tokens, causal)
     assert len(several) >= 2
@@ -119,7 +119,7 @@ def test_half_precision_sums_in_float32() -> None:
 
 def test_blocks_are_not_used_where_matmul_is_torchs_blas() -> None:
     assert matmul_gain() < 1.5  # matmul is not replaced in this process
-    assert not worth_it(10 * ENOUGH)
+    assert not blocks_are_faster(10 * MIN_KEYS)
 
 
 @pytest.mark.parametrize(("tokens", "gain", "expected"), [(0, 0.0, True), (-1, 9.0, False), (0, -0.01, False)])
@@ -127,7 +127,7 @@ def test_blocks_need_enough_tokens_and_enough_gain(
     monkeypatch: pytest.MonkeyPatch, tokens: int, gain: float, expected: bool
 ) -> None:
     monkeypatch.setattr(blocks, "matmul_gain", lambda: blocks._GAIN + gain)
-    assert worth_it(ENOUGH + tokens) == expected
+    assert blocks_are_faster(MIN_KEYS + tokens) == expected
 
 
 def test_the_gain_compares_the_fastest_of_both_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_random_sequence_blocks_equal_create_block_mask(seed: int) -> None:
 def test_block_masks_need_far_less_memory_than_all_pairs() -> None:
     sequence = sequence_of([(1024, [1920] * 8)])
     assert len(sequence) == 16_384
-    with Allocations(sequence.rows, sequence.segments) as counted:
+    with Allocations(sequence.sample_ids, sequence.segment_ids) as counted:
         made = FlexAttention(sequence, CPU)
     pairs_of_blocks = (len(sequence) // 128) ** 2
     assert counted.peak < 100 * len(sequence) + 100 * pairs_of_blocks < len(sequence) ** 2 / 50

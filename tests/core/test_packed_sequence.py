@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from othink_ray.core import blocks, fused
+from othink_ray.core import blocks
 from othink_ray.core.attention import (
     ATTENTIONS,
     Attention,
@@ -23,7 +23,7 @@ from othink_ray.core.attention import (
     GroupedAttention,
     attention_for,
 )
-from othink_ray.core.blocks import ENOUGH
+from othink_ray.core.blocks import MIN_KEYS
 from othink_ray.core.packed_sequence import (
     PackedSequence,
     answer_index,
@@ -35,6 +35,7 @@ from othink_ray.core.packed_sequence import (
     visibility,
     visible_spans,
 )
+from othink_ray.cpu import kernels
 from tests.reference import grpo_d
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -76,7 +77,7 @@ def test_a_sample_without_a_leading_prompt_is_rejected(segments: list[list[int]]
 
 def test_a_packed_sequence_has_int64_indices() -> None:
     sequence = sequence_of([(2, [2])])
-    assert sequence.rows.dtype == sequence.segments.dtype == torch.int64
+    assert sequence.sample_ids.dtype == sequence.segment_ids.dtype == torch.int64
 
 
 def test_segment_spans_are_python_ints() -> None:
@@ -93,8 +94,8 @@ def test_the_last_token_of_an_answer_predicts_nothing() -> None:
     needed_tokens = predicting(sequence)
     assert needed_tokens.tolist() == [True, True, True, False, False, True, False, True, True, False, True, True]
     kept = sequence[needed_tokens]
-    assert kept.rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert kept.segments.tolist() == [0, 0, 1, 0, 2, 2, 0, 0]
+    assert kept.sample_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert kept.segment_ids.tolist() == [0, 0, 1, 0, 2, 2, 0, 0]
 
 
 @REPEATABLE
@@ -186,10 +187,10 @@ def test_every_attention_has_the_same_gradients(samples: list[tuple[int, list[in
 
 def needed(sequence: PackedSequence) -> Tensor:
     """Return a mask (N,) of the tokens that last-layer pruning must keep: answers and each prompt's last token."""
-    segments = sequence.segments.tolist()
+    segments = sequence.segment_ids.tolist()
     return torch.tensor(
         [
-            bool(segment) or segments[i + 1 : i + 2] != [0] or sequence.rows[i] != sequence.rows[i + 1]
+            bool(segment) or segments[i + 1 : i + 2] != [0] or sequence.sample_ids[i] != sequence.sample_ids[i + 1]
             for i, segment in enumerate(segments)
         ]
     )
@@ -227,7 +228,7 @@ def test_the_default_scale_is_one_over_sqrt_of_head_dim(name: str) -> None:
 
 
 def test_segments_of_several_blocks_equal_dense_attention() -> None:
-    sequence = sequence_of([(ENOUGH + 90, [3, 305]), (7, [2]), (ENOUGH - 30, [4])])
+    sequence = sequence_of([(MIN_KEYS + 90, [3, 305]), (7, [2]), (MIN_KEYS - 30, [4])])
     (found, gradients), (expected, exact) = (
         attended(ATTENTIONS[n](sequence, CPU), len(sequence)) for n in ("blocks", "dense")
     )
@@ -238,12 +239,12 @@ def test_segments_of_several_blocks_equal_dense_attention() -> None:
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
     """Return the query for whether the CPU kernel is chosen for images; the process-wide flag is reset per test."""
-    monkeypatch.setattr(fused, "_CHOSEN", Event())
-    return fused.is_chosen
+    monkeypatch.setattr(kernels, "_IMAGES", Event())
+    return kernels.enabled_for_images
 
 
 def test_auto_takes_the_cpu_kernel_where_it_is_fast(chosen: Callable[[], bool]) -> None:
-    assert fused.is_quick()
+    assert kernels.attention_is_faster()
     assert isinstance(attention_for("auto", CPU)(sequence_of([(7, [2])]), CPU), FusedAttention)
     assert chosen()
 
@@ -264,12 +265,12 @@ def test_auto_takes_flex_attention_on_gpus(chosen: Callable[[], bool]) -> None:
 def test_auto_takes_blocks_for_long_prompts_if_faster(
     monkeypatch: pytest.MonkeyPatch, chosen: Callable[[], bool], faster: bool
 ) -> None:
-    monkeypatch.setattr(fused, "is_quick", lambda: False)
+    monkeypatch.setattr(kernels, "attention_is_faster", lambda: False)
     monkeypatch.setattr(blocks, "matmul_gain", lambda: 9.0 if faster else 1.0)
     attend, for_long = attention_for("auto", CPU), BlockAttention if faster else GroupedAttention
-    assert isinstance(attend(sequence_of([(ENOUGH, [2]), (7, [4])]), CPU), for_long)
-    assert isinstance(attend(sequence_of([(7, [2]), (ENOUGH, [4])]), CPU), for_long)
-    assert isinstance(attend(sequence_of([(7, [ENOUGH]), (ENOUGH - 1, [4])]), CPU), GroupedAttention)
+    assert isinstance(attend(sequence_of([(MIN_KEYS, [2]), (7, [4])]), CPU), for_long)
+    assert isinstance(attend(sequence_of([(7, [2]), (MIN_KEYS, [4])]), CPU), for_long)
+    assert isinstance(attend(sequence_of([(7, [MIN_KEYS]), (MIN_KEYS - 1, [4])]), CPU), GroupedAttention)
     assert not chosen()
 
 

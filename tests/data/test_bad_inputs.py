@@ -22,7 +22,7 @@ from othink_ray.data import BadRow, PromptStream, SourceError, open_source
 from othink_ray.data.sources import RowReader
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.vllm_rollout import VLLMRollout
-from othink_ray.families.base import Family, check_fits
+from othink_ray.families.base import Family
 from tests.data.files import own_data, picture, write_jsonl, write_parquet
 from tests.engines.samples import ask
 
@@ -173,11 +173,11 @@ def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
     rollout = load(["rollout.max_model_len=192", "rollout.max_tokens=24", "rollout.max_images=2"]).rollout
     try:
         prompt = RowReader(own_data(".", source="hub", image_root=str(folder)), "train").prompt("own/7", row)
-        check_fits(family, rollout, prompt)
+        family.check_fits(rollout, prompt)
     except BadRow as bad:
         return f"dropped: {bad.reason}"
     counts, images = family.image_token_counts(prompt.images), family.encode_images(prompt.images)
-    assert sum(counts) == family.tokens_of(images)
+    assert sum(counts) == family.encoded_token_count(images)
     return f"accepted, with {sum(counts)} image tokens"
 
 

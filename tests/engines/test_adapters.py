@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 from othink_ray.config.schema import Config, LearnerConfig, LoraConfig
 from othink_ray.engines.learner_checkpoint import read_exported
-from othink_ray.engines.lora import AdapterError, choose_trained
+from othink_ray.engines.lora import AdapterError
+from othink_ray.engines.policy import choose_trained
 from othink_ray.families.base import Family
 from othink_ray.types import Group, Probe
 from tests.engines.learner_process import Outcome, Scenario, run_ranks
@@ -311,7 +312,7 @@ def test_a_checkpoint_resumes_on_other_ranks_and_stages(outcomes: Outcomes, name
 
 def adapted_paths(family: Family, learner: LearnerConfig, *targets: str, freeze: str = "none") -> set[str]:
     """Return the paths of the adapted layers, from a network without weights."""
-    network = family.skeleton()
+    network = family.meta_network()
     choose_trained(family, network, replace(learner, freeze=freeze, lora=replace(TEXT, targets=targets)))
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert all(".lora_" in name for name in trained)

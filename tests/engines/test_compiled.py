@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from othink_ray.engines import products
+from othink_ray.cpu import kernels
 from othink_ray.engines.compiled import compile_layers
 from othink_ray.families.base import Family
 
@@ -35,13 +35,13 @@ class LayersOnly:
 def multiplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Record the shapes (rows, inner, columns) of oneDNN's products."""
     shapes: list[tuple[int, ...]] = []
-    product = products._product
+    product = kernels._onednn_linear
 
     def recording(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
         shapes.append((*left.shape, right.shape[1]))
         return product(left, right, added)
 
-    monkeypatch.setattr(products, "_product", recording)
+    monkeypatch.setattr(kernels, "_onednn_linear", recording)
     yield shapes
     torch.compiler.reset()
 

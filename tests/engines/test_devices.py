@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from othink_ray.config.schema import Config
+from othink_ray.cpu.kernels import SlowerKernel
 from othink_ray.engines import deepspeed_learner
 from othink_ray.engines.deepspeed_learner import DeepSpeedLearner
 from othink_ray.engines.hf_rollout import HFRollout
@@ -44,19 +46,25 @@ def test_the_hf_engine_runs_where_its_gpu_share_is(config: Config, gpus: float, 
 
 
 @pytest.mark.parametrize(
-    ("gpus", "onednn", "device", "threads", "products"),
-    [(0, True, "cpu", [3], "oneDNN"), (0, False, "cpu", [3], None), (0.5, True, "cuda", [], "none")],
+    ("gpus", "onednn", "built", "device", "threads", "override"),
+    [
+        (0, True, True, "cpu", [3], "oneDNN"),
+        (0, False, True, "cpu", [3], None),
+        (0, True, False, "cpu", [3], None),
+        (0.5, True, True, "cuda", [], "none"),
+    ],
 )
 def test_the_learner_runs_where_its_gpu_share_is(
     config: Config,
     monkeypatch: pytest.MonkeyPatch,
     gpus: float,
     onednn: bool,
+    built: bool,
     device: str,
     threads: list[int],
-    products: str | None,
+    override: str | None,
 ) -> None:
-    """On a GPU, neither threads nor matrix products are changed."""
+    """On a GPU, neither threads nor matmul are changed; a torch that was built without oneDNN is no failure."""
     set_threads: list[int] = []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")
@@ -64,17 +72,18 @@ def test_the_learner_runs_where_its_gpu_share_is(
     monkeypatch.setattr(torch, "set_num_threads", set_threads.append)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setattr(deepspeed_learner, "onednn_matmul", lambda: "oneDNN")
-    monkeypatch.setattr(deepspeed_learner, "onednn_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
     learner = DeepSpeedLearner.__new__(DeepSpeedLearner)
     place: Any = Stop()
     how: dict[str, Any] = dict.fromkeys(("family", "temperature", "clip_eps", "kl_estimator", "tis_bounds"))
     settings = replace(config.learner, gpus_per_rank=gpus, onednn=onednn, threads=None, world_size=2)
-    with pytest.raises(_DeviceChosenError):
+    warned = nullcontext() if built else pytest.warns(SlowerKernel, match="built without oneDNN")
+    with warned, pytest.raises(_DeviceChosenError):
         learner.__init__(  # type: ignore[misc]
             settings, **how, dtype="float32", with_reference=False, seed=0, rendezvous=place, shares_gpu=False
         )
     assert (learner.device.type, os.environ["DS_ACCELERATOR"], set_threads) == (device, device, threads)
-    assert getattr(learner, "matmul_override", "none") == products
+    assert getattr(learner, "matmul_override", "none") == override
 
 
 @pytest.mark.parametrize("requested", [True, False])

@@ -35,11 +35,11 @@ def gathered() -> list[list[Tensor]]:
 
 @pytest.fixture
 def export(small_family: Family, gathered: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that runs one rank's part of an export with weight files of `part_bytes`."""
+    """Return a function that runs one rank's part of an export with weight files of `shard_bytes`."""
     monkeypatch.setattr(deepspeed_learner.dist, "barrier", lambda: None)
 
-    def exported(network: nn.Module, folder: Path, part_bytes: int = UNSPLIT_BYTES, rank: int = 0) -> None:
-        monkeypatch.setattr(hugging_face, "PART_BYTES", part_bytes)
+    def exported(network: nn.Module, folder: Path, shard_bytes: int = UNSPLIT_BYTES, rank: int = 0) -> None:
+        monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
         learner: Any = DeepSpeedLearner.__new__(DeepSpeedLearner)
         learner.engine = SimpleNamespace(module=SimpleNamespace(network=network))
         learner.family, learner.place = small_family, SimpleNamespace(rank=rank)
@@ -131,9 +131,9 @@ def test_a_folder_during_replacement_is_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("part_bytes", [UNSPLIT_BYTES, SPLIT_BYTES])
+@pytest.mark.parametrize("shard_bytes", [UNSPLIT_BYTES, SPLIT_BYTES])
 def test_all_ranks_gather_the_same_weights_in_order(
-    part_bytes: int, network: nn.Module, export: Any, gathered: list[list[Tensor]], tmp_path: Path
+    shard_bytes: int, network: nn.Module, export: Any, gathered: list[list[Tensor]], tmp_path: Path
 ) -> None:
     """Under ZeRO-3 each gather is a collective: one more on any rank would hang all of them."""
     layer = next(name for name, module in network.named_modules() if name.endswith("q_proj"))
@@ -141,7 +141,7 @@ def test_all_ranks_gather_the_same_weights_in_order(
     by_rank = []
     for rank in (0, 1):
         gathered.clear()
-        export(network, tmp_path / str(rank), part_bytes, rank)
+        export(network, tmp_path / str(rank), shard_bytes, rank)
         by_rank.append([[id(part) for part in parts] for parts in gathered])
     assert by_rank[0] == by_rank[1]
     assert len(by_rank[0]) > 20

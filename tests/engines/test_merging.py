@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from othink_ray.engines.lora import Weight, trained_weights
+from othink_ray.engines.policy import PlainWeight, trained_weights
 
 
 def test_without_adapters_trained_weights_keep_their_names() -> None:
@@ -21,7 +21,7 @@ def test_an_adapter_is_merged_in_float32_without_rounding() -> None:
     base, up, down = (
         torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in ((5, 7), (5, 3), (3, 7))
     )
-    merged = Weight(name="w", base=base, factors=(up, down), scale=0.3).merged()
+    merged = PlainWeight(name="w", base=base, factors=(up, down), scale=0.3).merged()
     exact = base.double() + 0.3 * (up.double() @ down.double())
     assert merged.dtype == torch.float32 and not merged.requires_grad
     torch.testing.assert_close(merged.double(), exact.detach(), rtol=1e-6, atol=1e-6)
@@ -29,5 +29,5 @@ def test_an_adapter_is_merged_in_float32_without_rounding() -> None:
 
 def test_a_weight_without_an_adapter_is_not_copied() -> None:
     base = torch.ones(2, 2, dtype=torch.bfloat16, requires_grad=True)
-    merged = Weight(name="w", base=base, factors=(), scale=1.0).merged()
+    merged = PlainWeight(name="w", base=base, factors=(), scale=1.0).merged()
     assert merged.dtype == torch.bfloat16 and merged.data_ptr() == base.data_ptr() and not merged.requires_grad

@@ -21,9 +21,8 @@ from othink_ray.core.attention import Attention
 from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.driver.memory_plan import learner_memory
 from othink_ray.engines.collate import collate
-from othink_ray.engines.lora import choose_trained
-from othink_ray.engines.network_memory import activations, learner_skeleton, network_shape
-from othink_ray.engines.policy import DTYPES, Policy
+from othink_ray.engines.network_memory import activations, meta_learner_network, network_shape
+from othink_ray.engines.policy import DTYPES, Policy, choose_trained
 from othink_ray.families import open_family
 from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import prune_last_layer
@@ -105,8 +104,8 @@ def test_planned_bytes_match_the_allocations_of_an_update(
     config = load([*keys, f"model.dtype={dtype}", "learner.zero_stage=2"])
     family = open_family(replace(config.model, max_pixels=50176), str(mid_folder))
     sample = row_of(group_of(family, ask("a", IMAGE), [200, 300], seed=0))
-    network = learner_skeleton(family, config.learner, DTYPES[dtype])
-    work = activations(family, network, len(sample.token_ids), [IMAGE], asked=500)
+    network = meta_learner_network(family, config.learner, DTYPES[dtype])
+    work = activations(family, network, len(sample.token_ids), [IMAGE], logit_tokens=500)
     updating = learner_memory(config, network_shape(family, network), work).updating
     planned = sum(updating.get(name, 0) for name in ("activations", "logits"))
     assert planned == pytest.approx(counted(config, family, sample, DTYPES[dtype]), rel=0.15)
@@ -115,12 +114,12 @@ def test_planned_bytes_match_the_allocations_of_an_update(
 def test_sizes_match_the_config_and_no_hook_is_left(mid_folder: Path) -> None:
     config = load([])
     family = open_family(replace(config.model, max_pixels=50176), str(mid_folder))
-    network = learner_skeleton(family, config.learner, torch.float32)
+    network = meta_learner_network(family, config.learner, torch.float32)
     shape = network_shape(family, network)
     assert shape.kv_per_token == 2 * 4 * MID["num_key_value_heads"] * 32  # of 4 layers, in heads of 128 / 4
     assert (shape.vocabulary, shape.width, shape.head_trained) == (VOCABULARY, 128, True)
     assert shape.largest == max(shape.largest, VOCABULARY * 128) < shape.trained <= shape.weights
-    activations(family, network, 200, [IMAGE], asked=10)
+    activations(family, network, 200, [IMAGE], logit_tokens=10)
     assert not any(parameter._post_accumulate_grad_hooks for parameter in network.parameters())
 
 
@@ -129,7 +128,7 @@ def test_sizes_match_the_config_and_no_hook_is_left(mid_folder: Path) -> None:
 def test_at_real_shapes_planned_bytes_are_what_autograd_saves(name: str, tmp_path: Path) -> None:
     config = load([f"model=qwen2_vl_{name}"])
     family = open_family(config.model, str(write_public(tmp_path / name, name)))
-    network = learner_skeleton(family, config.learner, torch.bfloat16)
+    network = meta_learner_network(family, config.learner, torch.bfloat16)
     parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     saved: list[Tensor] = []
 
@@ -140,9 +139,9 @@ def test_at_real_shapes_planned_bytes_are_what_autograd_saves(name: str, tmp_pat
 
     image = picture(616, 616, 0)
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        activations(family, network, 8800, [image], asked=8000)
+        activations(family, network, 8800, [image], logit_tokens=8000)
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in saved}
     found = sum(storage.nbytes() for storage in storages.values())
-    kept = activations(family, network, 8800, [image], asked=8000).kept
+    kept = activations(family, network, 8800, [image], logit_tokens=8000).kept
     assert kept == pytest.approx(found, rel=0.05)
     assert kept / 2**30 == pytest.approx({"2b": 27.2, "7b": 55.3}[name], rel=0.05)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, set_num_threads  # by name: vLLM replaces torch.set_num_threads by a no-op
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
-from othink_ray.weights.digest import Held, TensorDigest
+from othink_ray.weights.transfer import TensorDigest, WorkerDigests
 
 
 class Engine(Receiver):
@@ -26,9 +26,9 @@ class Engine(Receiver):
 
     def _forget(self) -> None: ...
 
-    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         self.threads.append(torch.get_num_threads())
-        return [Held(parts={}, faults={"w": "is stale"})]
+        return [WorkerDigests(shards={}, faults={"w": "is stale"})]
 
 
 def breaking() -> Iterator[Any]:

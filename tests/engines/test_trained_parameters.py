@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from othink_ray.config.load import load
-from othink_ray.engines.lora import choose_trained, count_trained, trains_all
+from othink_ray.engines.policy import choose_trained, count_trained, trains_all
 from othink_ray.families.base import Family
 
 

@@ -53,7 +53,7 @@ def test_the_answer_prefix_is_what_follows_the_answer_header(
 ) -> None:
     with_template(folder, lambda _template: TURN.replace("PAST", past).replace("BEGIN", begin))
     family = open_family(config.model, str(folder))
-    assert family.opened == opened
+    assert family.answer_prefix == opened
     assert family.answer_texts([family.encode_text("3"), []]) == [opened + "3", opened]
     prompt = Prompt(id="0", messages=(Message(role="user", text="How many?"),), images=(), answer="3", task="counting")
     [decoded] = family.decode([family.prompt_token_ids(prompt)])

@@ -13,7 +13,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 from othink_ray.config.schema import Config, ModelConfig
 from othink_ray.data import BadRow
 from othink_ray.families import ModelError, open_family
-from othink_ray.families.base import Family, check_fits
+from othink_ray.families.base import Family
 from othink_ray.families.hugging_face import IMAGE_ATTENTION
 from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
@@ -63,9 +63,9 @@ def test_image_delimiters_count_towards_the_length(model: ModelConfig, config: C
     family, prompt = open_with(model, TILE, TILE), ask("row", picture(84, 84, 0))
     length = len(family.prompt_token_ids(prompt)) + 2 + 4 - 1
     rollout = replace(config.rollout, max_tokens=20, max_model_len=length + 20)
-    check_fits(family, rollout, prompt)
+    family.check_fits(rollout, prompt)
     with pytest.raises(BadRow, match=rf"{length - 4} text tokens, 4 image tokens and .* add up to {length + 21}"):
-        check_fits(family, replace(rollout, max_tokens=21), prompt)
+        family.check_fits(replace(rollout, max_tokens=21), prompt)
 
 
 def test_block_attention_over_real_tiles_equals_sdpa() -> None:

@@ -129,7 +129,7 @@ class HostReads(TorchFunctionMode):
 
 def tower_of(family: Any, layers: int, device: str) -> Any:
     """Return the learner's vision tower with `layers` layers and uninitialized weights."""
-    network = family.skeleton()
+    network = family.meta_network()
     tower = family.vision_tower(network)
     while len(tower.blocks) < layers:
         tower.blocks.append(type(tower.blocks[0])(tower.config).to("meta"))

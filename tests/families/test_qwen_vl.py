@@ -24,7 +24,7 @@ def test_images_of_any_color_mode_are_encoded(family: Family, mode: str) -> None
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture(84, 84, 0))).convert(mode).save(buffer, format="TIFF" if mode == "CMYK" else "PNG")
     image = buffer.getvalue()
-    assert family.tokens_of(family.encode_images([image])) == family.image_token_counts([image])[0] == 9
+    assert family.encoded_token_count(family.encode_images([image])) == family.image_token_counts([image])[0] == 9
 
 
 def test_a_chat_of_several_turns_keeps_roles_and_images_in_place(family: Family) -> None:

@@ -174,7 +174,7 @@ def packed_sequence(heads: int, key_heads: int, prompt: int, answer: int) -> Cas
     segments = [0] * prompt + [1 + index // answer for index in range(ANSWERS * answer)]
     sequence = build_packed_sequence([np.array(segments, dtype=np.int32)])
     attention = ours.FlexAttention(sequence, torch.device("cpu"))
-    return Case(attention, ours._flex_kernel("cuda"), ("rows", "segments"), heads, key_heads, 128)
+    return Case(attention, ours._flex_kernel("cuda"), ("sample_ids", "segment_ids"), heads, key_heads, 128)
 
 
 def packed_images(heads: int, width: int, patches: Sequence[int]) -> Case:

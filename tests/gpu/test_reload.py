@@ -13,7 +13,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.schema import Config
-from othink_ray.engines.lora import trains_all
+from othink_ray.engines.policy import trains_all
 from tests.engines.samples import ask, picture
 from tests.families.checkpoints import build_checkpoint
 from tests.gpu.reload_comparison import Reloaded, run

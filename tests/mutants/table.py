@@ -39,20 +39,19 @@ _PURE = {
         "core/test_packed_sequence.py",
         "core/test_flex.py",
         "core/test_packed_images.py",
-        "core/test_fused.py",
+        "cpu/test_attention.py",
         "core/test_kernel_memory.py",
         "engines/test_network_memory.py",
     ),
     "core/blocks.py": (
         "core/test_blocks.py",
         "core/test_packed_sequence.py",
-        "core/test_fused.py",
+        "cpu/test_attention.py",
     ),
     "core/flex.py": (
         "core/test_flex.py",
         "core/test_packed_images.py",
     ),
-    "core/fused.py": ("core/test_fused.py",),
     "core/intervals.py": ("core/test_intervals.py",),
     "core/kl.py": (
         "core/test_kl.py",
@@ -79,6 +78,11 @@ _PURE = {
         "core/test_packing.py",
         "core/test_algorithms.py",
     ),
+    "cpu/kernels.py": (
+        "cpu/test_attention.py",
+        "cpu/test_matmul.py",
+        "cpu/test_absent.py",
+    ),
     "driver/async_loop.py": (
         "driver/test_overlap.py",
         "driver/test_small_data.py",
@@ -93,8 +97,8 @@ _PURE = {
         "weights/test_probe_comparison.py",
         "weights/test_audit.py",
     ),
-    "weights/buckets.py": ("weights/test_buckets.py",),
-    "weights/digest.py": (
+    "weights/transfer.py": (
+        "weights/test_buckets.py",
         "weights/test_mismatches.py",
         "weights/test_digest.py",
     ),
@@ -145,6 +149,8 @@ _HEAVY = {
     ),
     "engines/network_memory.py": ("engines/test_network_memory.py",),
     "engines/policy.py": (
+        "engines/test_merging.py",
+        "engines/test_trained_parameters.py",
         "engines/test_policy.py",
         "engines/test_learner.py",
         "contracts/families/test_families.py",
@@ -156,7 +162,6 @@ _HEAVY = {
         "engines/test_prefetch_inputs.py",
         "engines/test_policy.py",
     ),
-    "engines/products.py": ("engines/test_products.py",),
     "engines/update_stats.py": (
         "engines/test_update_stats.py",
         "engines/test_learner.py",

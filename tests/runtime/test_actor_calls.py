@@ -125,7 +125,7 @@ def test_learner_memory_is_released_before_the_push_ends() -> None:
     actor.open_sender(lambda _: SimpleNamespace(send_weights=lambda: events.append("sent")))
     actor.send()
     actor.follow()
-    for bucket in actor.chunks(64):
+    for bucket in actor.buckets(64):
         events.append("bucket" if bucket else "end")
     assert events == ["sent", "released", "gathered", "released", "gathered", "bucket", "released", "end"]
 

@@ -27,7 +27,7 @@ from othink_ray.runtime.weight_sync import AuditedPush, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt
 from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.buckets import from_chunks, to_chunks
+from othink_ray.weights.transfer import from_buckets, to_buckets
 from tests.engines.samples import worker_of
 from tests.runtime.conftest import incidents, train_one_step
 from tests.runtime.test_push import keep_packed_head, on_engine, pack_again
@@ -123,7 +123,7 @@ def changed_in_transit(workers: WorkerGroup, fault: Callable[[Weights], Weights]
     assert isinstance(real, SharedMemoryPush) and real.gathering is not None
     buckets = [bucket for bucket in ray.get(list(real.gathering)) if bucket is not None]
     real.gathering = None
-    push.transport.gathering = iter([ray.put(chunk) for chunk in to_chunks(fault(from_chunks(buckets)), 2**20)])
+    push.transport.gathering = iter([ray.put(bucket) for bucket in to_buckets(fault(from_buckets(buckets)), 2**20)])
     return push
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from othink_ray.config.schema import Config
+from othink_ray.cpu.kernels import SlowerKernel
 from othink_ray.driver.build import load_models
 from othink_ray.engines.base import RendezvousInfo
-from othink_ray.runtime.bundles import ProcessSpec
+from othink_ray.runtime.bundles import ProcessSpec, learner_bundles
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.rollout_pool import RolloutPool
@@ -73,3 +75,17 @@ def test_on_separate_devices_both_load_concurrently(workers_config: Config, tmp_
     seen = events(workers_config, tmp_path / "events")
     assert seen.index("learner loads") < seen.index("learner is ready")
     assert "engine sleeps" not in seen
+
+
+def warning_engine(rendezvous: RendezvousInfo) -> None:
+    warnings.warn("a line for the log", stacklevel=1)
+    warnings.warn("no compiler", SlowerKernel, stacklevel=1)
+    warnings.warn(f"rank {rendezvous.rank} is slow", SlowerKernel, stacklevel=1)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_warnings_about_slower_kernels_arrive_once(workers_config: Config) -> None:
+    settings = replace(workers_config.learner, world_size=2, cpus_per_rank=0.1)
+    with Placement(learner_bundles(settings), workers_config.cluster, print) as placement:
+        learner = LearnerPool(warning_engine, settings, placement)  # type: ignore[arg-type]
+        assert learner.wait(learner.start()) == ["no compiler", "rank 0 is slow", "rank 1 is slow"]

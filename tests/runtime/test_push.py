@@ -27,8 +27,7 @@ from othink_ray.runtime.weight_sync import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Group, Probe, Prompt
 from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
-from othink_ray.weights.digest import Held, TensorDigest
+from othink_ray.weights.transfer import Bucket, TensorDigest, WorkerDigests, from_buckets, to_buckets
 from tests.engines.samples import ask, picture, sent_weights, worker_of
 from tests.runtime.conftest import incidents, train_one_step
 
@@ -47,8 +46,8 @@ class TamperedPush:
         raise NotImplementedError
 
     def send(self, version: int) -> Sent:
-        chunks: list[Chunk] = ray.get(list(self.learner.chunks(BUCKET, ahead=2)))
-        [bucket] = to_chunks(self.fault(from_chunks(chunks)), BUCKET)
+        buckets: list[Bucket] = ray.get(list(self.learner.buckets(BUCKET, ahead=2)))
+        [bucket] = to_buckets(self.fault(from_buckets(buckets)), BUCKET)
         loading = [self.rollout.begin_push(), self.rollout.load_weights(bucket)]
         return Sent(loading=loading, versions=self.rollout.finish_push(version, buckets=1))
 
@@ -194,7 +193,7 @@ def test_engines_that_report_another_version_are_named(workers: WorkerGroup, ver
 def test_a_push_in_many_buckets_is_as_good_as_one(workers: WorkerGroup, version: Callable[[], int]) -> None:
     push = copy.copy(workers.pusher)
     push.transport = SharedMemoryPush(workers.learner, workers.rollout, bucket_mb=1)
-    assert len(list(workers.learner.chunks(2**20, ahead=2))) > 3
+    assert len(list(workers.learner.buckets(2**20, ahead=2))) > 3
     assert push(version()).gap_mean < 1e-4
 
 
@@ -250,7 +249,7 @@ class RecordingEngine(Receiver):
 
     def _forget(self) -> None: ...
 
-    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[Held]:
+    def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         raise NotImplementedError
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from othink_ray.weights.digest import DigestCollector, _keys, as_matrix, digests, piece_digest
+from othink_ray.weights.transfer import DigestCollector, _keys, as_matrix, digests, shard_digest
 
 CPU = torch.device("cpu")
 SHAPES = [(7,), (5, 3), (4, 2, 3), (1, 1), (1,), (3, 70_000)]
@@ -79,7 +79,7 @@ def test_keys_are_odd_distinct_and_fixed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_digests_of_pieces_add_up_for_any_split(dtype: torch.dtype) -> None:
+def test_digests_of_shards_add_up_for_any_split(dtype: torch.dtype) -> None:
     """Rows and columns as tensor parallelism splits them, and zero padding."""
     weight = random((30, 24), dtype)
     padded = torch.zeros(40, 24, dtype=dtype)
@@ -88,7 +88,7 @@ def test_digests_of_pieces_add_up_for_any_split(dtype: torch.dtype) -> None:
     for rows in ([0, 30], [0, 11, 30]):
         for columns in ([0, 24], [0, 5, 24]):
             parts = sum(
-                int(piece_digest(weight[top:bottom, left:right], top, left))
+                int(shard_digest(weight[top:bottom, left:right], top, left))
                 for top, bottom in pairwise(rows)
                 for left, right in pairwise(columns)
             )
@@ -140,7 +140,7 @@ def test_updates_of_a_few_ulps_always_change_the_digest() -> None:
     positions = torch.randint(64, (10_000, 4), generator=draw)
     steps = torch.randint(0, 2, (10_000, 4), generator=draw, dtype=torch.int16) * 2 - 1
     differences.view(10_000, 64).scatter_(1, positions, steps)
-    assert all(int(piece_digest(difference.view(torch.bfloat16), 0, 0)) != 0 for difference in differences)
+    assert all(int(shard_digest(difference.view(torch.bfloat16), 0, 0)) != 0 for difference in differences)
 
 
 def test_tensors_pass_unchanged_and_are_digested_in_passing() -> None:

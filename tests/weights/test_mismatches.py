@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from othink_ray.weights.audit import AuditError
-from othink_ray.weights.digest import Held, HeldPart, digests, mismatches, piece_digest, require_arrived
+from othink_ray.weights.transfer import ShardDigest, WorkerDigests, digests, mismatches, require_arrived, shard_digest
 
 WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
 SENT = digests([("w", WEIGHT)])
 TOP, BOTTOM = (
-    HeldPart(value=int(piece_digest(WEIGHT[rows], rows.start, 0)), elements=12) for rows in (slice(0, 3), slice(3, 6))
+    ShardDigest(value=int(shard_digest(WEIGHT[rows], rows.start, 0)), elements=12)
+    for rows in (slice(0, 3), slice(3, 6))
 )
-WHOLE = HeldPart(value=SENT["w"].value, elements=24)
+WHOLE = ShardDigest(value=SENT["w"].value, elements=24)
 DIFFERS, PARTIAL = {"w": "differs from what the learner sent"}, {"w": "is not in the engine, or not whole"}
 
 
-def held(*parts: HeldPart | None) -> list[Held]:
-    return [Held(parts={} if part is None else {"w": part}, faults={}) for part in parts]
+def held(*parts: ShardDigest | None) -> list[WorkerDigests]:
+    return [WorkerDigests(shards={} if part is None else {"w": part}, faults={}) for part in parts]
 
 
 @pytest.mark.parametrize(
@@ -28,23 +29,23 @@ def held(*parts: HeldPart | None) -> list[Held]:
         ((WHOLE, WHOLE), {}),
         ((TOP, BOTTOM), {}),
         ((TOP, BOTTOM, TOP, BOTTOM), {}),  # e.g. keys and values with fewer heads than workers
-        ((HeldPart(value=TOP.value + 2**64, elements=12), BOTTOM), {}),  # digests are modulo 2**64
-        ((HeldPart(value=TOP.value + 2**63, elements=12), BOTTOM), DIFFERS),
-        ((HeldPart(value=TOP.value + 3**40, elements=12), BOTTOM), DIFFERS),
+        ((ShardDigest(value=TOP.value + 2**64, elements=12), BOTTOM), {}),  # digests are modulo 2**64
+        ((ShardDigest(value=TOP.value + 2**63, elements=12), BOTTOM), DIFFERS),
+        ((ShardDigest(value=TOP.value + 3**40, elements=12), BOTTOM), DIFFERS),
         ((TOP, TOP), DIFFERS),
         ((TOP, TOP, TOP, BOTTOM), DIFFERS),
-        ((WHOLE, HeldPart(value=WHOLE.value + 1, elements=24)), DIFFERS),
+        ((WHOLE, ShardDigest(value=WHOLE.value + 1, elements=24)), DIFFERS),
         ((TOP,), PARTIAL),
         ((WHOLE, TOP), PARTIAL),
         ((None, None), PARTIAL),
     ],
 )
-def test_workers_may_shard_or_replicate_a_weight(parts: tuple[HeldPart, ...], wrong: dict[str, str]) -> None:
+def test_workers_may_shard_or_replicate_a_weight(parts: tuple[ShardDigest, ...], wrong: dict[str, str]) -> None:
     assert mismatches(SENT, held(*parts)) == wrong
 
 
 def test_faults_of_any_worker_are_reported() -> None:
-    stale = Held(parts={"w": WHOLE}, faults={"head": "is stale"})
+    stale = WorkerDigests(shards={"w": WHOLE}, faults={"head": "is stale"})
     assert mismatches(SENT, [*held(WHOLE), stale]) == {"head": "is stale"}
 
 

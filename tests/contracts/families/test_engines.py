@@ -17,7 +17,7 @@ from othink_ray.engines.prefetch import pixel_digest, pixels_as
 from othink_ray.families.base import Family
 from othink_ray.types import PixelDigest
 from othink_ray.weights.audit import Tolerance, compare, repeated
-from othink_ray.weights.buckets import to_chunks
+from othink_ray.weights.transfer import to_buckets
 from tests.contracts.family_engine import SAMPLING, Lived, live
 from tests.engines.samples import (
     MIXED,
@@ -45,7 +45,7 @@ def lives(
         for name, policy in policies.items():
             saved = tmp_path_factory.mktemp("saved")
             policy.family.save(saved, policy.network, sent_weights(policy.network))
-            weights = list(to_chunks(sent_weights(trained[name].network), bucket_bytes=1))
+            weights = list(to_buckets(sent_weights(trained[name].network), bucket_bytes=1))
             futures[name] = processes.submit(live, models[name], config.rollout, str(saved), MIXED, weights)
         yield futures
 

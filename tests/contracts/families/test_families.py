@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from othink_ray.config.bounds import FAMILIES as NAMES
 from othink_ray.config.load import conf_dir, load
 from othink_ray.config.schema import ModelConfig
-from othink_ray.core import fused
+from othink_ray.cpu import kernels
 from othink_ray.engines.policy import Policy, checkpoint_layers, train_without_dropout
 from othink_ray.families import FAMILIES, ModelError, hugging_face, open_family
 from othink_ray.families.base import Family, ImageTensors, modules_by_part
@@ -69,7 +69,7 @@ def test_a_folder_of_another_family_is_rejected(configured: str, models: dict[st
 def test_token_counts_follow_from_the_image_size(family: Family, size: tuple[int, int]) -> None:
     image = picture(*size, seed=0)
     [count] = family.image_token_counts([image])
-    assert count == family.tokens_of(family.encode_images([image])) > 0
+    assert count == family.encoded_token_count(family.encode_images([image])) > 0
 
 
 def test_images_are_encoded_like_the_processor(family: Family, processor: Any) -> None:
@@ -90,11 +90,11 @@ def test_expanded_prompts_equal_the_processors(family: Family, processor: Any) -
 
 def test_without_images_there_is_nothing_to_encode(family: Family) -> None:
     empty = family.encode_images([])
-    assert (len(empty.grids), family.tokens_of(empty), family.image_token_counts([])) == (0, 0, [])
+    assert (len(empty.grids), family.encoded_token_count(empty), family.image_token_counts([])) == (0, 0, [])
 
 
 def test_the_smallest_image_has_the_fewest_tokens(family: Family) -> None:
-    smallest = family.tokens_of(family.encode_images([family.smallest_image()]))
+    smallest = family.encoded_token_count(family.encode_images([family.smallest_image()]))
     assert smallest == min(family.image_token_counts([picture(*size, seed=0)])[0] for size in SIZES)
 
 
@@ -142,7 +142,7 @@ def test_a_pruned_last_layer_computes_only_requested_tokens(policy: Policy) -> N
     last.mlp.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
     batch = batch_of([row_of(group_of(policy.family, prompt, [1, 7, 3], 0)) for prompt in MIXED], policy.family)
     learner(batch)
-    assert widths == [len(batch.asked)] == [len(MIXED) * (1 + 6 + 2 + 1 - 1)]
+    assert widths == [len(batch.logit_indices)] == [len(MIXED) * (1 + 6 + 2 + 1 - 1)]
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
@@ -150,7 +150,7 @@ def test_features_of_large_images_equal_those_of_transformers(
     name: str, models: dict[str, ModelConfig], reference: Any, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Covers the attention kernel and block attention, and the patch projection as a matmul."""
-    monkeypatch.setattr(fused, "is_chosen", lambda: by_kernel)
+    monkeypatch.setattr(kernels, "enabled_for_images", lambda: by_kernel)
     wide = replace(models[name], max_pixels=401408)
     policy = fresh_policy(open_family(wide, str(wide.path)))
     prompts = [ask("large", picture(640, 600, 1)), ask("ragged", picture(300, 90, 2), picture(84, 56, 3))]
@@ -235,7 +235,7 @@ def test_a_folder_is_saved_shard_by_shard(
     tmp_path: Path,
 ) -> None:
     """Bounds the weights held at a time: merged in float32 they are several times the network."""
-    monkeypatch.setattr(hugging_face, "PART_BYTES", 400_000)
+    monkeypatch.setattr(hugging_face, "SHARD_BYTES", 400_000)
     policy, held = policies[name], [0]
     expected = dict(sent_weights(policy.network))
 
@@ -300,9 +300,9 @@ def _assert_equals_reference(policy: Policy, reference: Any, prompts: Sequence[P
 # ---- modules and parts
 
 
-def test_a_skeleton_is_the_network_without_weights(family: Family, policy: Policy) -> None:
-    skeleton = {name: tuple(each.shape) for name, each in family.skeleton().named_parameters() if each.is_meta}
-    assert skeleton == {name: tuple(each.shape) for name, each in policy.network.named_parameters()}
+def test_the_meta_network_has_all_shapes_and_no_weights(family: Family, policy: Policy) -> None:
+    shapes = {name: tuple(each.shape) for name, each in family.meta_network().named_parameters() if each.is_meta}
+    assert shapes == {name: tuple(each.shape) for name, each in policy.network.named_parameters()}
 
 
 def test_every_weight_belongs_to_one_part(family: Family, policy: Policy) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from othink_ray.core import fused
 from othink_ray.core.attention import DenseAttention, FusedAttention
 from othink_ray.core.packed_sequence import PackedSequence
+from othink_ray.cpu import kernels
 from tests.core.test_packed_sequence import CPU, REPEATABLE, SAMPLES, needed, sequence_of
 
 SCALE = 0.4
@@ -75,16 +75,16 @@ def test_narrower_instruction_sets_give_the_same_result(
     without: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel still works there, but is not chosen automatically where registers are narrow."""
-    kernel = fused.open_kernel(without)
-    monkeypatch.setattr(fused, "open_kernel", lambda: kernel)
+    kernel = kernels.attention_kernel(without)
+    monkeypatch.setattr(kernels, "attention_kernel", lambda: kernel)
     assert kernel.part() < 32
-    assert fused.is_quick() == fast
+    assert kernels.attention_is_faster() == fast
     assert_as_dense(sequence_of(LONG), HEADS[0])
 
 
 def test_image_attention_equals_torchs(threads: int) -> None:
     query, key, value = (tensor[0] for tensor in states(sequence_of([(613, [0])]), 3, 3, 32))
-    found = fused.attend_fused(query, key, value, fused.blocks_of_image(613), SCALE)
+    found = kernels.fused_attention(query, key, value, kernels.image_block(613), SCALE)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=SCALE).transpose(0, 1)
     assert_close(found, expected, atol=2e-6, rtol=1e-5)
     direction = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
@@ -97,14 +97,14 @@ def test_extreme_scores_give_finite_probabilities() -> None:
     query = torch.tensor([3000.0, -3000.0, 0.0]).expand(32, 3).T[None].contiguous()
     key = torch.tensor([1.0, -1.0, 0.5]).expand(32, 3).T[None].contiguous()
     value = torch.tensor([1.0, 10.0, 100.0]).expand(32, 3).T[None].contiguous()
-    found = fused.attend_fused(query, key, value, fused.blocks_of_image(3), 1.0)[:, 0, 0]
+    found = kernels.fused_attention(query, key, value, kernels.image_block(3), 1.0)[:, 0, 0]
     assert_close(found, torch.tensor([1.0, 10.0, 37.0]))
 
 
 def test_nan_inputs_give_nan_outputs() -> None:
     query = torch.ones(1, 2, 32)
     query[0, 1, 3] = float("nan")
-    found = fused.attend_fused(query, torch.ones(1, 2, 32), torch.ones(1, 2, 32), fused.blocks_of_image(2), 1.0)
+    found = kernels.fused_attention(query, torch.ones(1, 2, 32), torch.ones(1, 2, 32), kernels.image_block(2), 1.0)
     assert found.isfinite().all(dim=-1).flatten().tolist() == [True, False]
 
 
@@ -124,10 +124,10 @@ def test_only_half_precision_rounds_like_vllms_kernel(
 
     contracts/test_rounding.py checks that half-precision outputs equal vLLM's.
     """
-    given, inputs = [], fused._inputs
-    monkeypatch.setattr(fused, "_inputs", lambda *args: given.append(args[-1]) or inputs(*args))
+    given, inputs = [], kernels._inputs
+    monkeypatch.setattr(kernels, "_inputs", lambda *args: given.append(args[-1]) or inputs(*args))
     state = torch.ones(1, 2, 32, dtype=dtype)
-    fused.attend_fused(state, state, state, fused.blocks_of_image(2), 1.0)
+    kernels.fused_attention(state, state, state, kernels.image_block(2), 1.0)
     assert given == [as_vllm]
 
 
@@ -148,20 +148,20 @@ def test_half_precision_nan_inputs_give_nan_outputs() -> None:
     query = torch.ones(1, 2, 32, dtype=torch.bfloat16)
     query[0, 1, 3] = float("nan")
     seen = torch.ones_like(query)
-    found = fused.attend_fused(query, seen, seen, fused.blocks_of_image(2), 1.0)
+    found = kernels.fused_attention(query, seen, seen, kernels.image_block(2), 1.0)
     assert found.isfinite().all(dim=-1).flatten().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("width", "supported"), [(32, True), (80, False), (128, True), (256, True), (512, False)])
 def test_supported_head_dimensions_are_reported(width: int, supported: bool) -> None:
-    assert fused.suits(torch.empty(1, 1, 1, width)) == supported
+    assert kernels.supports_head_dim(torch.empty(1, 1, 1, width)) == supported
 
 
 @pytest.mark.parametrize("width", [257, 288])
 def test_too_large_head_dimensions_are_rejected(width: int) -> None:
     state = torch.zeros(1, 2, width)
     with pytest.raises(ValueError, match=rf"head dimension {width} is too large .* learner\.attention=grouped"):
-        fused.attend_fused(state, state, state, fused.blocks_of_image(2), 1.0)
+        kernels.fused_attention(state, state, state, kernels.image_block(2), 1.0)
 
 
 @pytest.mark.parametrize("width", [250, 256])
@@ -184,28 +184,28 @@ def test_any_memory_layout_of_states_and_gradients_works() -> None:
 
 
 def test_choosing_the_kernel_is_permanent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHOSEN", Event())
-    assert fused.is_chosen() is False
-    fused.choose()
-    assert fused.is_chosen() is True
+    monkeypatch.setattr(kernels, "_IMAGES", Event())
+    assert kernels.enabled_for_images() is False
+    kernels.enable_for_images()
+    assert kernels.enabled_for_images() is True
 
 
 def test_without_a_compiler_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    message = r"g\+\+ could not compile fused\.cpp: .*; install g\+\+ 9 or newer, or set learner.attention=grouped"
+    message = r"g\+\+ could not compile attention\.cpp: .*; install g\+\+ 9 or newer, or set learner.attention=grouped"
     with pytest.raises(RuntimeError, match=message):
-        fused.open_kernel("-g0")
-    monkeypatch.setattr(fused, "open_kernel", partial(fused.open_kernel, "-g0"))
+        kernels.attention_kernel("-g0")
+    monkeypatch.setattr(kernels, "attention_kernel", partial(kernels.attention_kernel, "-g0"))
     with pytest.warns(UserWarning, match=message):
-        assert not fused.is_quick()
-    monkeypatch.setattr(fused, "_CHOSEN", Event())
+        assert not kernels.attention_is_faster()
+    monkeypatch.setattr(kernels, "_IMAGES", Event())
     with pytest.raises(RuntimeError, match=message):
-        fused.choose()
-    assert not fused.is_chosen()
+        kernels.enable_for_images()
+    assert not kernels.enabled_for_images()
 
 
 def test_the_error_contains_the_compilers_message() -> None:
     with pytest.raises(
-        RuntimeError, match=r"could not compile fused\.cpp: g\+\+: .*-mno-such-processor.*; install g\+\+ 9"
+        RuntimeError, match=r"could not compile attention\.cpp: g\+\+: .*-mno-such-processor.*; install g\+\+ 9"
     ):
-        fused.open_kernel("-mno-such-processor")
+        kernels.attention_kernel("-mno-such-processor")

@@ -1,9 +1,9 @@
-"""Weight digests: an additive checksum of a tensor's bits, and the check that engines hold what the learner sent.
+"""Transfer of weights from the learner to the engines: buckets of bytes, and digests that prove their arrival.
 
-The tensor is read as a matrix X of 16-bit integers; with fixed pseudo-random keys a and b, the digest is the sum of
-a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in any order, so CPU and GPU agree bit for bit, and the
-digests of shards add up to the digest of the whole tensor. A flipped bit, a swap or a shift changes the digest; zero
-padding does not.
+A digest is an additive checksum of a tensor's bits. The tensor is read as a matrix X of 16-bit integers; with fixed
+pseudo-random keys a and b, the digest is the sum of a[row] * X[row, column] * b[column] modulo 2**64. Sums are exact in
+any order, so CPU and GPU agree bit for bit, and the digests of shards add up to the digest of the whole tensor. A
+flipped bit, a swap or a shift changes the digest; zero padding does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.weights.audit import AuditError
@@ -22,6 +24,58 @@ _KEY_BITS = 20  # 16-bit values x 20-bit keys, 2**16 columns summed at a time: e
 _COLUMNS = 2**16
 _BLOCK = {"cpu": 2**18, "cuda": 2**23}  # values converted at a time: fits a core's cache; 64 MiB on a GPU
 _NAMED = 3  # wrong weights named in an error message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor in a bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Several tensors back to back in one byte buffer."""
+
+    specs: tuple[TensorSpec, ...]
+    data: NDArray[np.uint8]
+
+
+def to_buckets(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """Yield buckets of at most `bucket_bytes`, in order; a larger tensor gets a separate bucket."""
+    specs: list[TensorSpec] = []
+    data, used = np.empty(0, dtype=np.uint8), 0
+    for name, weight in weights:
+        spec = TensorSpec(name=name, shape=tuple(weight.shape), dtype=weight.dtype)
+        if used + spec.nbytes > len(data):
+            if specs:
+                yield Bucket(specs=tuple(specs), data=data[:used])
+            specs, used = [], 0
+            data = np.empty(max(bucket_bytes, spec.nbytes), dtype=np.uint8)  # unwritten pages use no memory
+        specs.append(spec)
+        # Copy now: the learner may overwrite or release the parameter before the bucket is sent.
+        raw = weight.contiguous().view(-1).view(torch.uint8)
+        torch.from_numpy(data[used : used + spec.nbytes]).copy_(raw)
+        used += spec.nbytes
+    if specs:
+        yield Bucket(specs=tuple(specs), data=data[:used])
+
+
+def from_buckets(buckets: Iterable[Bucket]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the named tensors as copies: shared buffers are read-only, and engines may keep or modify the tensors."""
+    for bucket in buckets:
+        start = 0
+        for spec in bucket.specs:
+            weight = torch.empty(spec.shape, dtype=spec.dtype)
+            weight.view(-1).view(torch.uint8).numpy()[:] = bucket.data[start : start + spec.nbytes]
+            yield spec.name, weight
+            start += spec.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +107,7 @@ class DigestCollector:
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
-            self._passed.append((name, piece_digest(as_matrix(weight), 0, 0), tuple(weight.shape), weight.dtype))
+            self._passed.append((name, shard_digest(as_matrix(weight), 0, 0), tuple(weight.shape), weight.dtype))
             yield name, weight
 
     def digests(self) -> dict[str, TensorDigest]:
@@ -77,17 +131,17 @@ def read_back(values: list[Tensor]) -> list[int]:
     return found
 
 
-def piece_digest(piece: Tensor, first_row: int, first_column: int) -> Tensor:
-    """Return the contribution of a piece (rows, columns) to its matrix's digest, an int64 scalar on its device."""
-    bits = _bits(piece)
-    parts = piece.element_size() // bits.element_size()
+def shard_digest(shard: Tensor, first_row: int, first_column: int) -> Tensor:
+    """Return the contribution of a shard (rows, columns) to its matrix's digest, an int64 scalar on its device."""
+    bits = _bits(shard)
+    parts = shard.element_size() // bits.element_size()
     rows, columns = bits.shape
-    row_keys = _keys(first_row + rows, 64, piece.device)[first_row:]
-    column_keys = _keys((first_column * parts) + columns, _KEY_BITS, piece.device)[first_column * parts :].double()
-    total = torch.zeros((), dtype=torch.int64, device=piece.device)
+    row_keys = _keys(first_row + rows, 64, shard.device)[first_row:]
+    column_keys = _keys((first_column * parts) + columns, _KEY_BITS, shard.device)[first_column * parts :].double()
+    total = torch.zeros((), dtype=torch.int64, device=shard.device)
     for left in range(0, columns, _COLUMNS):
         width = min(_COLUMNS, columns - left)
-        height = max(1, _BLOCK.get(piece.device.type, _BLOCK["cpu"]) // width)
+        height = max(1, _BLOCK.get(shard.device.type, _BLOCK["cpu"]) // width)
         for top in range(0, rows, height):
             block = bits[top : top + height, left : left + width].double()
             sums = torch.mv(block, column_keys[left : left + width]).long()
@@ -95,10 +149,10 @@ def piece_digest(piece: Tensor, first_row: int, first_column: int) -> Tensor:
     return total
 
 
-def _bits(piece: Tensor) -> Tensor:
+def _bits(shard: Tensor) -> Tensor:
     """View as 16-bit integers (8-bit for one-byte elements); wider elements become several columns."""
-    dense = piece if piece.stride(-1) == 1 else piece.clone(memory_format=torch.contiguous_format)
-    return dense.view(torch.uint8 if piece.element_size() == 1 else torch.int16)
+    dense = shard if shard.stride(-1) == 1 else shard.clone(memory_format=torch.contiguous_format)
+    return dense.view(torch.uint8 if shard.element_size() == 1 else torch.int16)
 
 
 def _keys(count: int, bits: int, device: torch.device) -> Tensor:
@@ -122,33 +176,33 @@ def _shifted(numbers: Tensor, by: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldPart:
-    """One engine worker's part of a weight: its digest contribution and its number of elements."""
+class ShardDigest:
+    """The shard of a weight in one engine worker: its share of the digest, and its number of elements."""
 
     value: int
     elements: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """The requested weights as one engine worker computes with them."""
+class WorkerDigests:
+    """Digests of the weights that one engine worker computes with, and the faults that it found in them."""
 
-    parts: Mapping[str, HeldPart]
+    shards: Mapping[str, ShardDigest]
     faults: Mapping[str, str]  # problems that do not depend on what was sent, by weight or parameter name
 
 
-def mismatches(expected: Mapping[str, TensorDigest], workers: Sequence[Held]) -> dict[str, str]:
+def mismatches(expected: Mapping[str, TensorDigest], workers: Sequence[WorkerDigests]) -> dict[str, str]:
     """Return what is wrong with an engine's weights, by name; empty if it holds what was sent.
 
     Its workers may shard a weight, replicate it, or both, as long as each element is held equally often.
     """
     found: dict[str, str] = {}
     for name, weight in expected.items():
-        parts = [worker.parts[name] for worker in workers if name in worker.parts]
-        copies, rest = divmod(sum(part.elements for part in parts), math.prod(weight.shape))
+        shards = [worker.shards[name] for worker in workers if name in worker.shards]
+        copies, rest = divmod(sum(shard.elements for shard in shards), math.prod(weight.shape))
         if copies == 0 or rest:
             found[name] = "is not in the engine, or not whole"
-        elif (sum(part.value for part in parts) - copies * weight.value) % 2**64:
+        elif (sum(shard.value for shard in shards) - copies * weight.value) % 2**64:
             found[name] = "differs from what the learner sent"
     for worker in workers:
         found |= worker.faults

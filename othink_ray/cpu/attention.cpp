@@ -1,5 +1,5 @@
 // CPU attention over a packed sequence, forward and backward: scores of a few queries at a time, which stay in cache.
-// `fused.py` compiles it for the processor it runs on, and prepares its inputs.
+// `kernels.py` compiles it for the processor it runs on, and prepares its inputs.
 
 #include <algorithm>
 #include <cmath>

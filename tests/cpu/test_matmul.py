@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from othink_ray.engines.products import empty_product, onednn_available, onednn_matmul
+from othink_ray.cpu.kernels import empty_matmul, onednn_available, onednn_matmul
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_an_empty_product_has_the_strides_of_the_product(
     A column-major left factor is multiplied transposed where that copies less.
     """
     first, second = matrix(rows, 5, left), matrix(5, columns, right)
-    product, empty = first @ second, empty_product(first, second)
+    product, empty = first @ second, empty_matmul(first, second)
     assert (empty.shape, empty.stride()) == (product.shape, product.stride())
     assert product.t().is_contiguous() == (left == "columns" and rows > columns)
 

@@ -1,12 +1,14 @@
-"""Callbacks of a run: log, evaluate and save after each step, and stop the run after too many bad steps in a row."""
+"""Callbacks of a run: log, evaluate and save after each step, stop after too many bad ones, trace the first ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import Config, FaultsConfig
@@ -14,12 +16,12 @@ from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import EvalSet, Evaluation, graded, summarize
-from othink_ray.driver.loop import Step
+from othink_ray.driver.loop import Callbacks, Step, Workers
 from othink_ray.driver.metrics import RunRecords, jsonable, sample_record, sft_metrics, step_metrics
 from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.runtime.monitoring import Incidents
-from othink_ray.tracing import span
-from othink_ray.types import Prompt, ScoredGroup, TrainState
+from othink_ray.tracing import Spans, TraceFile, record_span, span, take_spans
+from othink_ray.types import Audit, Pack, Prompt, ScoredGroup, TrainState, UpdateStats
 
 
 class RunawayError(RuntimeError):
@@ -212,3 +214,101 @@ class RunCallbacks:
             "audit_gap_max": self.audit_gap_max,
             "dropped": self.dropped,
         }
+
+
+class TracedProcesses(Protocol):
+    """The processes of a run, whose spans the trace collects."""
+
+    def spans(self, *, keep_recording: bool) -> Mapping[str, Spans]:
+        """Return the spans of each process since the last call, by process name."""
+        ...
+
+
+class Timeline:
+    """Wraps a run's callbacks and traces its first `steps` steps; trace.json is valid JSON after every step.
+
+    After `steps` steps tracing stops, so that neither its cost nor the file grows further.
+    """
+
+    def __init__(self, path: Path, processes: TracedProcesses, callbacks: Callbacks, *, steps: int) -> None:
+        self.path, self.processes, self.callbacks, self.steps_left = path, processes, callbacks, steps
+        self.trace: TraceFile | None = None
+
+    def __enter__(self) -> Self:
+        self.path.unlink(missing_ok=True)  # left by an earlier start
+        if self.steps_left:
+            self.trace = TraceFile(self.path)
+            self._collect(keep_recording=True)
+        return self
+
+    def on_start(self, step: int) -> None:
+        self.callbacks.on_start(step)
+        self.step_start_s = time.time()
+
+    def on_step(self, record: Step) -> None:
+        record_span("step", self.step_start_s, step=record.step)
+        with span("callbacks", step=record.step):
+            self.callbacks.on_step(record)
+        self.steps_left -= 1
+        self._collect(keep_recording=self.steps_left > 0)
+        self.step_start_s = time.time()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._collect(keep_recording=False)
+        elif self.trace is not None:  # the other processes may be dead, or too busy to answer before the run ends
+            self._write(self.trace, {"driver": take_spans(keep_recording=False)})
+
+    def _collect(self, *, keep_recording: bool) -> None:
+        if self.trace is None:
+            return
+        written = self._write(self.trace, self._spans(keep_recording=keep_recording))
+        if keep_recording and not written:
+            self._spans(keep_recording=False)  # stop recording in all processes
+        if not (keep_recording and written):
+            self.trace = None
+
+    @staticmethod
+    def _write(trace: TraceFile, spans_by_process: Mapping[str, Spans]) -> bool:
+        """Return whether the spans could be written; on a full disk tracing stops and the run continues."""
+        for name, spans in spans_by_process.items():
+            trace.add(name, spans)
+        try:
+            trace.flush()
+        except OSError:
+            return False
+        return True
+
+    def _spans(self, *, keep_recording: bool) -> dict[str, Spans]:
+        return {
+            "driver": take_spans(keep_recording=keep_recording),
+            **self.processes.spans(keep_recording=keep_recording),
+        }
+
+
+class TracedWorkers:
+    """Records a span around each verb; `score` includes `generate`, because it consumes the groups as they arrive."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
+        with span("generate", step=step, sampling_round=sampling_round, prompts=len(prompts)):
+            yield from self.workers.generate(prompts, step, sampling_round)
+
+    def score(self, groups: Iterable[Any]) -> list[ScoredGroup]:
+        with span("score"):
+            return self.workers.score(groups)
+
+    def update(self, packs: Sequence[Pack], *, updates: int, beta: float, lr: float, stale: bool) -> UpdateStats:
+        with span("update", packs=len(packs)):
+            return self.workers.update(packs, updates=updates, beta=beta, lr=lr, stale=stale)
+
+    def prepare(self, packs: Sequence[Pack], *, updates: int, with_reference: bool) -> None:
+        self.workers.prepare(packs, updates=updates, with_reference=with_reference)
+
+    def push(self, version: int) -> Audit:
+        with span("push", version=version):
+            return self.workers.push(version)

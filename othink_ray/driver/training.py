@@ -22,14 +22,13 @@ from othink_ray.driver.build import (
     recipe,
     require_targets,
 )
-from othink_ray.driver.callbacks import RunCallbacks
+from othink_ray.driver.callbacks import RunCallbacks, Timeline, TracedWorkers
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, compare_settings, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import eval_sets
 from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.run_dir import environment, incident_log, set_aside_older
 from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
-from othink_ray.driver.timeline import Timeline, TracedWorkers
 from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.monitoring import Gauges, Incidents

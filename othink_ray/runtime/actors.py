@@ -19,7 +19,7 @@ from torch import Tensor
 from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.futures import TraceRecorder
-from othink_ray.tracing import keep, span
+from othink_ray.tracing import record_span, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
 from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
 from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
@@ -40,7 +40,7 @@ class RolloutActor(TraceRecorder):
         with span("generate", prompts=len(prompts), answers=sampling.answers):
             start_s = time.time()
             for group in self.engine.generate(prompts, sampling):
-                keep("group", start_s, beside=True, prompt=group.prompt.id, version=group.version)
+                record_span("group", start_s, overlaps=True, prompt=group.prompt.id, version=group.version)
                 yield group
         yield None  # end marker, see Streams
 

@@ -98,11 +98,11 @@ class WorkerGroup(EvalWorkers):
     def push(self, version: int) -> Audit:
         return self.pusher(version)
 
-    def spans(self, *, go_on: bool) -> dict[str, Spans]:
-        """Return the trace spans of each process since the last call, by its name; `go_on`: keep recording."""
+    def spans(self, *, keep_recording: bool) -> dict[str, Spans]:
+        """Return the trace spans of each process since the last call, by its name."""
         roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
         actors = {f"{role} {index}": actor for role, pool in roles.items() for index, actor in enumerate(pool)}
-        return collect_traces(actors, go_on=go_on)
+        return collect_traces(actors, keep_recording=keep_recording)
 
     def export(self, folder: Path) -> None:
         self.learner.export(folder)

@@ -103,7 +103,7 @@ class RunCallbacks:
         self.config, self.workers, self.stream, self.eval_sets = config, workers, stream, eval_sets
         self.records, self.show, self.console = records, show, console
         self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
-        self.guards = Guards(config.faults, Path(config.run.dir), incidents.tell)
+        self.guards = Guards(config.faults, Path(config.run.dir), incidents.log)
         self.step_metrics = sft_metrics if config.mode == "sft" else step_metrics
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}

@@ -26,9 +26,9 @@ from othink_ray.runtime.cluster import (
     kill_children,
     kill_local_ray,
     prepare,
+    ray_job_notice,
     ray_session,
-    short_notice,
-    watching,
+    watch_ray,
 )
 
 WriteReport = Callable[[Path], Path]
@@ -60,7 +60,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
     records_file = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
         with interruptible(), ExitReporter(run_dir, records_file, write_report, _RESUME_HINT) as reporter:
-            for notice in (short_notice(), close_token_file()):
+            for notice in (ray_job_notice(), close_token_file()):
                 if notice:
                     console.say(notice)
             _work(config, run_dir, console, write_report, imports, reporter)
@@ -98,7 +98,7 @@ def _work(
             stack.enter_context(ray_session(config.cluster))
             reporter.end_with_driver(agents())
             imports.join()
-        stack.enter_context(watching(lambda reason: _exit_without_ray(reason, console, reporter)))
+        stack.enter_context(watch_ray(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":
             from othink_ray.driver.evaluate import evaluate_models
 

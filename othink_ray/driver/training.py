@@ -118,16 +118,16 @@ def _train(
                 wandb=config.wandb,
                 config_yaml=to_yaml(config),
                 environment=environment(),
-                log=incidents.tell,
+                log=incidents.log,
                 resume_step=state.step - 1,
             )
         )
         gauges = stack.enter_context(Gauges(run_dir))
         checkpoints = Checkpoints(
-            run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.tell
+            run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.log
         )
         in_loop = loop_workers(config, path, workers)
-        request = stack.enter_context(finishing_steps(incidents.tell))
+        request = stack.enter_context(finishing_steps(incidents.log))
         callbacks = RunCallbacks(
             config,
             in_loop,

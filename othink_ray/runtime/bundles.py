@@ -82,7 +82,7 @@ def describe(bundles: Sequence[Bundle], nodes: Sequence[str], driver: str) -> st
         by_node.setdefault(node, []).append(f"[{' '.join(names)}{f' {gpus:g} GPUs' if gpus > 1 else ''}]")
     width = max(map(len, by_node))
     lines = [f"  {node:<{width}}  {' '.join(['[driver]'] * (node == driver) + row)}" for node, row in by_node.items()]
-    return "\n".join(["placement (L: learner rank, R: rollout engine)", *lines])
+    return "\n".join(["(L: learner rank, R: rollout engine)", *lines])
 
 
 def shortage(needed: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]) -> str:

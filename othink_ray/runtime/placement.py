@@ -56,14 +56,19 @@ class Placement:
     """A reserved placement group; `start` puts an actor into its bundle."""
 
     def __init__(
-        self, bundles: Sequence[Bundle], cluster: ClusterConfig, log: Callable[[str], None], *, forever: bool = False
+        self,
+        bundles: Sequence[Bundle],
+        cluster: ClusterConfig,
+        log: Callable[[str], None],
+        *,
+        wait_without_limit: bool = False,
     ) -> None:
-        """Reserve the bundles; wait `cluster.wait_s` for a cluster that is too small, or without limit (`forever`)."""
+        """Reserve the bundles; wait for a too small cluster, up to `cluster.wait_s` seconds or without limit."""
         self.bundles = list(bundles)
         reserved = [total_resources([bundle]) for bundle in bundles]
         self.group: PlacementGroup = placement_group(reserved, strategy=cluster.placement)
         try:
-            self._wait(float("inf") if forever else cluster.wait_s, log)
+            self._wait(float("inf") if wait_without_limit else cluster.wait_s, log)
             node_of = placement_group_table(self.group)["bundles_to_node_id"]
             nodes = [node_of[index] for index in range(len(bundles))]
             self.bundle_indices = assign_bundles(bundles, nodes)
@@ -85,10 +90,10 @@ class Placement:
             patience = _LOG_EVERY_S
 
     def describe(self) -> str:
-        """Return a picture of the processes by node address, see `describe`."""
+        """Return a picture of the processes by node address, headed "placement"."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         here = addresses[ray.get_runtime_context().get_node_id()]
-        return describe(self.bundles, [addresses[node] for node in self.nodes], here)
+        return "placement " + describe(self.bundles, [addresses[node] for node in self.nodes], here)
 
     def has_lost_a_node(self) -> bool:
         """Return whether bundles were lost with a node; Ray reschedules them when there is room elsewhere."""

@@ -122,7 +122,7 @@ class RolloutPool:
             if streams.lost:
                 self.replace(WorkersLost(_NAME, streams.lost), sync=True)
                 if left:
-                    self.incidents.tell(f"{len(left)} of {len(prompts)} prompts are sampled again")
+                    self.incidents.log(f"{len(left)} of {len(prompts)} prompts are sampled again")
 
     def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None:
         """Shard the next prompts and let the engines prepare them while the learner works."""
@@ -163,7 +163,7 @@ class RolloutPool:
         gather([self.actors[index].ready.remote() for index in new], f"{_NAME} (restarting)", self.load_timeout_s)
         if sync and self.sync_new_engines is not None:
             self.sync_new_engines(new)
-        self.incidents.tell(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
+        self.incidents.log(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
 
     def note(self, groups: Iterable[Group]) -> None:
         """Record answer lengths, to balance the next prompts."""

@@ -150,7 +150,7 @@ GUARDS = (
     ),
     Guard(
         "the memory of a grader is limited",
-        "runtime/reward_actor.py",
+        "runtime/reward_pool.py",
         "        _limit_memory(reward.actor_memory_mb)\n",
         "",
         "runtime/test_pools.py::test_only_answers_that_break_the_grader_are_masked",

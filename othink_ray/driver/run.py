@@ -18,6 +18,7 @@ from tempfile import gettempdir
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.exit_reporter import ExitReporter
+from othink_ray.driver.live_console import open_console
 from othink_ray.driver.run_dir import FolderError, lock_run_dir
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import (
@@ -40,7 +41,7 @@ def run(config: Config, write_report: WriteReport) -> int:
     """Run and return the exit status; an error that the user can fix is printed as one line, without a traceback."""
     run_dir = Path(config.run.dir)
     imports = threading.Thread(target=_import_in_background, daemon=True)
-    with Console() as console:
+    with open_console() as console:
         try:
             with lock_run_dir(run_dir):  # before a process starts, and before a file of another run is overwritten
                 status = _run(config, run_dir, console, write_report, imports)

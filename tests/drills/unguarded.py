@@ -206,7 +206,7 @@ GUARDS = (
     ),
     Guard(
         "both sides rotate an image by its EXIF data",
-        "data/images.py",
+        "data/prompts.py",
         "        upright = ImageOps.exif_transpose(opened)",
         "        upright = opened.copy()",
         "data/test_pixels.py",

@@ -128,9 +128,9 @@ def _prepare_study(config: Config, overrides: Sequence[str]) -> tuple[Config, li
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Run a study, one process per run, and return its exit status."""
     from othink_ray.driver.live_console import open_console
-    from othink_ray.study.conduct import Study
     from othink_ray.study.launch import StudyError
     from othink_ray.study.page import write_study_report
+    from othink_ray.study.run import Study
 
     with open_console() as console:
         try:
@@ -139,7 +139,7 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
                 ExitReporter(Path(config.run.dir), "study.json", write_study_report, _RESUME_HINT),
                 console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"),
             ):
-                return Study(config, overrides).conduct(console, write_study_report)
+                return Study(config, overrides).run(console, write_study_report)
         except StudyError as error:
             console.say(f"stopped: {error}")
             return 1

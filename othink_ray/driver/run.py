@@ -22,13 +22,13 @@ from othink_ray.driver.live_console import open_console
 from othink_ray.driver.run_dir import FolderError, lock_run_dir
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import (
-    agents,
     close_token_file,
     kill_children,
     kill_local_ray,
-    prepare,
+    ray_agents,
     ray_job_notice,
     ray_session,
+    set_ray_environment,
     watch_ray,
 )
 
@@ -92,12 +92,12 @@ def _work(
     reporter: ExitReporter,
 ) -> None:
     started = time.monotonic()
-    prepare(config.cluster)  # before the background imports, which import Ray
+    set_ray_environment(config.cluster)  # before the background imports, which import Ray
     with ExitStack() as stack:
         with console.phase("starting Ray"):
             imports.start()
             stack.enter_context(ray_session(config.cluster))
-            reporter.end_with_driver(agents())
+            reporter.end_with_driver(ray_agents())
             imports.join()
         stack.enter_context(watch_ray(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":

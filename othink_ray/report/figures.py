@@ -9,7 +9,7 @@ from typing import Any
 from othink_ray.report.charts import Chart, Point, Scale, Series, area_chart, line_chart
 from othink_ray.report.records import RunFiles, is_finite
 
-BLUE, ORANGE, GREEN, VIOLET, GREY = 1, 2, 3, 4, 5
+BLUE, ORANGE, GREEN, VIOLET, GRAY = 1, 2, 3, 4, 5
 STEP_PHASES = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("push", VIOLET))
 FRACTION = Scale(percent=True)
 PLAIN = Scale()
@@ -145,5 +145,5 @@ def time_split(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
         for row in timed
     ]
     if any(value > 0 for _, value in rest):
-        series.append(Series(label="other", color=GREY, points=rest))
+        series.append(Series(label="other", color=GRAY, points=rest))
     return series

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
-from othink_ray.runtime.futures import TraceRecorder
+from othink_ray.runtime.futures import TracedActor
 from othink_ray.tracing import record_span, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateStats
 from othink_ray.weights.buckets import Chunk, from_chunks, to_chunks
@@ -27,7 +27,7 @@ from othink_ray.weights.digest import DigestCollector, TensorDigest, digests
 BACKGROUND = "background"  # concurrency group of methods that run beside the actor's main thread
 
 
-class RolloutActor(TraceRecorder):
+class RolloutActor(TracedActor):
     """Actor around one rollout engine."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
@@ -77,7 +77,7 @@ class RolloutActor(TraceRecorder):
         return self.engine.probe(prompts, sampling, candidates)
 
 
-class LearnerActor(TraceRecorder):
+class LearnerActor(TracedActor):
     """Actor around one learner rank: calls run one at a time, except `prepare`, which runs beside them."""
 
     concurrency_groups: ClassVar = {BACKGROUND: 1}

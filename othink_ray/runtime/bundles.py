@@ -85,10 +85,10 @@ def describe(bundles: Sequence[Bundle], nodes: Sequence[str], driver: str) -> st
     return "\n".join(["(L: learner rank, R: rollout engine)", *lines])
 
 
-def shortage(needed: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]) -> str:
+def shortage(needed: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]) -> str:
     """Return what a run needs and what the cluster has of it, in words."""
     parts = [
-        f"{amount:g} {name}s (cluster has {there.get(name, 0):g}, {free.get(name, 0):g} free)"
+        f"{amount:g} {name}s (cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free)"
         for name, amount in needed.items()
     ]
     return f"needs {' and '.join(parts)}"

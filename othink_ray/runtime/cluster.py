@@ -48,7 +48,7 @@ class ClusterError(RuntimeError):
     """Ray cannot be reached or cannot hold the run; the message says what is missing."""
 
 
-def prepare(cluster: ClusterConfig) -> None:
+def set_ray_environment(cluster: ClusterConfig) -> None:
     """Set what Ray reads from the environment when it is imported.
 
     Ray listens on every interface and runs code for any client: a Ray that starts here requires a token of this run.
@@ -65,7 +65,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
 
     In a process that is already connected, do nothing: that session belongs to the code that opened it.
     """
-    prepare(cluster)
+    set_ray_environment(cluster)
     import ray
 
     if ray.is_initialized():
@@ -184,7 +184,7 @@ def kill_local_ray() -> None:
                     process.kill()
 
 
-def agents() -> list[psutil.Process]:
+def ray_agents() -> list[psutil.Process]:
     """Return Ray's agents if this process started Ray: they outlive it by a minute if it is killed all at once."""
     raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
     return [agent for raylet in raylets for agent in raylet.children()]

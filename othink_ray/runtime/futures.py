@@ -140,7 +140,7 @@ class Streams:
             self.lost |= error.lost
 
 
-class TraceRecorder:
+class TracedActor:
     """Base class of every actor of a run: hands out its recorded trace spans."""
 
     concurrency_groups: ClassVar[Mapping[str, int]] = {}
@@ -150,7 +150,7 @@ class TraceRecorder:
         return take_spans(keep_recording=keep_recording)
 
 
-def collect_traces(actors: Mapping[str, Any], *, keep_recording: bool) -> dict[str, Spans]:
+def collect_spans(actors: Mapping[str, Any], *, keep_recording: bool) -> dict[str, Spans]:
     """Return the trace spans of each actor by its name; dead or hanging actors are left out, their next call fails."""
     calls = {name: actor.spans.remote(keep_recording) for name, actor in actors.items()}
     if calls:

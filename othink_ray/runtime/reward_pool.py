@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.custom import CustomReward, load_custom_reward
 from othink_ray.rewards.grader import Grader, opened, score_group
-from othink_ray.runtime.futures import TraceRecorder, WorkerFailed, gather
+from othink_ray.runtime.futures import TracedActor, WorkerFailed, gather
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement
 from othink_ray.tracing import span
@@ -28,7 +28,7 @@ from othink_ray.types import Group, ScoredGroup
 _NAME, _START_S = "a reward actor", 120.0
 
 
-class RewardActor(TraceRecorder):
+class RewardActor(TracedActor):
     """Scores one group per call."""
 
     def __init__(self, reward: RewardConfig, custom: CustomReward | None) -> None:

@@ -20,19 +20,25 @@ FIRST_WORDS = ("Of", "Who", "Whoever", "What", "Those", "Whose")
 # Retired name -> what the field calls it. A name is a whole word of an identifier: `open_exam`, `ExamPage`.
 RETIRED = {
     "classroom": "SFT workers",
+    "about": "attributes",
     "coming": "upcoming",
+    "colour": "color",
+    "colours": "colors",
+    "conduct": "run",
     "dealt": "assigned",
     "equip": "sync new engines",
     "exam": "eval set",
     "exams": "eval sets",
     "examiners": "eval workers",
     "foresee": "preflight",
+    "grey": "gray",
     "journal": "callbacks",
     "seat": "bundle",
     "seats": "bundles",
     "seating": "placement",
     "students": "SFT workers",
     "teacher": "demonstrations",
+    "watching": "watch",
     "watches": "callbacks",
 }
 

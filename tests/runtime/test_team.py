@@ -109,7 +109,7 @@ def test_prepare_goes_to_the_learner() -> None:
 
 @pytest.mark.parametrize("keep_recording", [True, False])
 def test_spans_are_collected_from_each_process_by_name(keep_recording: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "collect_traces", lambda actors, *, keep_recording: (actors, keep_recording))
+    monkeypatch.setattr(worker_group, "collect_spans", lambda actors, *, keep_recording: (actors, keep_recording))
     pools: Any = {
         "rollout": SimpleNamespace(actors=["r0", "r1"]),
         "rewards": SimpleNamespace(actors=["w0"]),

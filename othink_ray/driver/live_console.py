@@ -152,8 +152,7 @@ class LiveConsole(Console):
         self._evaluation = evaluation
         if self._live is None:
             super()._show_evaluation(evaluation)
-        else:
-            self._refresh()
+        self._refresh()
 
     def _time_left(self, step: int) -> str:
         """Return the steps left times the mean time of the last steps, which is right after a resume, too."""
@@ -178,7 +177,8 @@ class LiveConsole(Console):
         self._live.start()
 
     def _refresh(self) -> None:
-        assert self._live is not None, "steps and samples are shown inside `training`"
+        if self._live is None:
+            return
         parts: list[RenderableType] = [self._progress, latest_values(self._history, self._evaluation)]
         if self._sample is not None:
             parts.append(sample_panel(self._sample))

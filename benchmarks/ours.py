@@ -18,7 +18,7 @@ from benchmarks.work import Workload
 from othink_ray.config.load import read
 from othink_ray.config.model_rules import base_model_folder
 from othink_ray.runtime.placement import PROCESS_ENVIRONMENT
-from othink_ray.study.launch import end
+from othink_ray.study.launch import stop_processes
 
 # Compilation takes half a minute in the first step, which is warm-up; like the peer's, it needs a C++ compiler.
 _COMPILES = shutil.which("g++") is not None
@@ -45,7 +45,7 @@ def run(
             code = process.wait()
         _expect_success(code, command, log)
     finally:
-        end([process])
+        stop_processes([process])
 
 
 def _start(command: Sequence[str], log: Path, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:

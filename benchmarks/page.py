@@ -18,6 +18,7 @@ def write_bench_page(folder: Path, results: Mapping[str, Any]) -> Path:
         folder,
         "bench.html.j2",
         styles=("style.css.j2",),
+        package="benchmarks",
         date=date(time.time()),
         machine=results["machine"],
         colors=_COLORS,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from benchmarks.times import WARM_UP
-from othink_ray.study.launch import end
+from othink_ray.study.launch import stop_processes
 
 _POLL_S = 1.0
 
@@ -98,4 +98,4 @@ def terminating(programs: Sequence[Program]) -> Iterator[None]:
     finally:
         for program in programs:
             program.signal(signal.SIGCONT)
-        end([program.process for program in programs])
+        stop_processes([program.process for program in programs])

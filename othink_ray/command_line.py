@@ -115,7 +115,7 @@ def _check(config: Config, planned: str) -> int:
     found = preflight(config)
     if found.problems:
         return _reject(list(found.problems))
-    from othink_ray.driver.views import printable
+    from othink_ray.driver.console import printable
 
     print(f"configuration is sound\n{planned}")
     for name, text in found.lines.items():
@@ -139,19 +139,19 @@ def _prepare_study(config: Config, overrides: Sequence[str]) -> tuple[Config, li
 
 def _study(config: Config, overrides: Sequence[str]) -> int:
     """Run a study, one process per run, and return its exit status."""
-    from othink_ray.driver.console import Console
-    from othink_ray.study.conduct import Study
+    from othink_ray.driver.live_console import open_console
     from othink_ray.study.launch import StudyError
     from othink_ray.study.page import write_study_report
+    from othink_ray.study.run import Study
 
-    with Console() as console:
+    with open_console() as console:
         try:
             with (
                 interruptible(),
                 ExitReporter(Path(config.run.dir), "study.json", write_study_report, _RESUME_HINT),
                 console.phase(f"study {config.study.name}, {config.study.size}, in {config.run.dir}"),
             ):
-                return Study(config, overrides).conduct(console, write_study_report)
+                return Study(config, overrides).run(console, write_study_report)
         except StudyError as error:
             console.say(f"stopped: {error}")
             return 1
@@ -162,7 +162,7 @@ def _study(config: Config, overrides: Sequence[str]) -> int:
 
 def _reject(found: Sequence[Problem]) -> int:
     """Print the problems to stderr and return exit status 2."""
-    from othink_ray.driver.views import printable
+    from othink_ray.driver.console import printable
 
     print(printable(str(ConfigError(found))), file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""Validation of prompts, the `Source` protocol, and the worked answers used as SFT targets."""
+"""Prompts of data sets: validation, decoding of their images, and the worked answers used as SFT targets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import io
 from dataclasses import replace
 from typing import Literal, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from othink_ray.data.images import decoded, size_of
 from othink_ray.types import Prompt
 
 Split = Literal["train", "test"]
@@ -17,6 +16,8 @@ MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's decompression bomb limit, far ab
 MAX_ASPECT_RATIO = 200  # image processors reject this ratio and above
 IMAGE_FORMATS = ("PNG", "JPEG")
 _GRAY = (128, 128, 128)
+_ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Reasoning text of an SFT target where the data set provides none, by task.
 WORKINGS = {"counting": "I count {answer} items.", "geometry": "The figure gives {answer}.", "vqa": "I see {answer}."}
 
@@ -83,12 +84,35 @@ def worked_answer(prompt: Prompt, *, reasoning: bool = True, answer_prefix: str 
     return target.lstrip() if answer_prefix[-1:].isspace() else target
 
 
+def decoded(image: bytes) -> Image.Image:
+    """Decode to upright RGB: 16-bit gray is scaled to 8 bits, transparency is composited on white.
+
+    Engines and learner both call it, so that they see identical pixels.
+    """
+    with Image.open(io.BytesIO(image)) as opened:
+        upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):
+        upright = upright.point(lambda value: value / 256).convert("L")
+    if upright.has_transparency_data:
+        background = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(background, upright.convert("RGBA"))
+    return upright.convert("RGB")
+
+
+def size_of(image: bytes) -> tuple[int, int]:
+    """Return (width, height) of the upright image, reading only its header."""
+    with Image.open(io.BytesIO(image)) as opened:
+        width, height = opened.size
+        transposed = opened.getexif().get(_ORIENTATION) in _TRANSPOSED
+    return (height, width) if transposed else (width, height)
+
+
 def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
     """Return the prompt with its images downscaled to at most `side` pixels on the longer side."""
     return replace(prompt, images=tuple(_thumbnail(image, side) for image in prompt.images))
 
 
-def with_grey_images(prompt: Prompt) -> Prompt:
+def with_gray_images(prompt: Prompt) -> Prompt:
     """Return the prompt with uniform gray images of the same sizes, to measure what the text alone answers."""
     return replace(prompt, images=tuple(_png(Image.new("RGB", size_of(image), _GRAY)) for image in prompt.images))
 

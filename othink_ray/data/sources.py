@@ -1,20 +1,64 @@
-"""Conversion of raw data set rows to prompts, and the file-based sources."""
+"""Conversion of raw data set rows to prompts, reading of image files, and the file-based sources."""
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from othink_ray.config.schema import DataConfig
-from othink_ray.data.images import ImageFiles, UnreadableImage
 from othink_ray.data.prompts import BadRow, Split, validate
 from othink_ray.data.tables import SourceError, find_files, image_columns, open_table
 from othink_ray.types import Message, Prompt
 
 MARKER = "<image>"  # marks an image's position in many data sets; here all images precede the text
+MAX_FILE_BYTES = 256 * 2**20  # an uncompressed image of 50 million RGB pixels is 150 MB
 _WORKED = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be read, with the reason and the remedy."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+class ImageFiles:
+    """Reads regular files below a root folder, symlinks resolved; other files only if `outside` is true."""
+
+    def __init__(self, root: Path, *, outside: bool) -> None:
+        self._root, self._real_root, self._outside = root, root.resolve(), outside
+
+    def read(self, name: str) -> bytes:
+        """Return the file's bytes, without blocking on devices or pipes."""
+        path = self._root / name
+        try:
+            if not (self._outside or path.resolve().is_relative_to(self._real_root)):
+                raise UnreadableImage(
+                    f"image file {path} is outside {self._root}",
+                    "move it there, set image_root, or data.images_outside_root=true if you trust these paths",
+                )
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise UnreadableImage(f"image file {path} is not a regular file", "give the path of an image file")
+                data = file.read(MAX_FILE_BYTES + 1)
+        except (OSError, ValueError) as error:
+            if isinstance(error, UnreadableImage):
+                raise
+            raise UnreadableImage(
+                f"image file {path} cannot be read: {error.__class__.__name__}",
+                "check that it exists, or set image_root: image paths are relative to it",
+            ) from error
+        if len(data) > MAX_FILE_BYTES:
+            raise UnreadableImage(
+                f"image file {path} is larger than {MAX_FILE_BYTES >> 20} MiB", "use a smaller image file"
+            )
+        return data
 
 
 class RowReader:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from othink_ray.config.schema import FilesConfig
-from othink_ray.data.easy_vqa import EasyVQATable
-from othink_ray.data.wheels import WheelError
+from othink_ray.data.wheels import EasyVQATable, WheelError
 
 if TYPE_CHECKING:  # imported lazily: the generated data sets do not need it
     from datasets import Dataset, IterableDataset

@@ -1,14 +1,30 @@
-"""Data files shipped in PyPI wheels: downloaded once, cached, and read in place without installing the package."""
+"""Data files shipped in PyPI wheels: downloaded once, cached, and read in place without installing the package.
+
+One of them is the easy-VQA data set: 5,000 images of one colored shape, 48,248 questions.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from othink_ray.config.schema import FilesConfig
 
 _TIMEOUT_S = 900
+_KINDS = {  # data.files.subset of easy-VQA -> kinds of questions
+    "yes_no": {"yes_no"},
+    "shape": {"shape"},
+    "colour": {"colour"},
+    "open": {"shape", "colour"},
+    None: {"yes_no", "shape", "colour"},
+}
 
 
 class WheelError(OSError):
@@ -47,3 +63,41 @@ def fetch_wheel(requirement: str) -> Path:
         [wheel] = Path(download).glob(pattern)
         # An atomic rename: concurrent downloads each leave a complete file.
         return wheel.replace(folder / wheel.name)
+
+
+class EasyVQATable:
+    """Questions of one split by row number, in the package's order; images are read from the wheel.
+
+    Subset `open` has the questions about a `shape` or a `colour`, `yes_no` the yes/no questions, null all of them. The
+    wording alone gives away most `yes_no` answers, so accuracy on `open` is what shows whether a model sees the image.
+    """
+
+    columns: Sequence[str] = ("image", "question", "answer", "id")
+
+    def __init__(self, files: FilesConfig) -> None:
+        self._wheel = ZipFile(fetch_wheel(files.path))
+        self._folder = f"easy_vqa/data/{files.split}"
+        rows = json.loads(self._wheel.read(f"{self._folder}/questions.json"))
+        kinds = _KINDS[files.subset]
+        self._rows = [(number, *row) for number, row in enumerate(rows) if _kind(row[1]) in kinds]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> dict[str, Any]:
+        number, question, answer, image = self._rows[index]
+        encoded = self._wheel.read(f"{self._folder}/images/{image}.png")
+        return {"image": encoded, "question": question, "answer": answer, "id": f"{number:05d}"}
+
+    def column(self, name: str) -> list[Any]:
+        """Return all values of a column; images are read only for `image`."""
+        if name == "image":
+            return [self.row(index)["image"] for index in range(len(self))]
+        fields = {"question": 1, "answer": 2}
+        return [row[fields[name]] if name in fields else f"{row[0]:05d}" for row in self._rows]
+
+
+def _kind(answer: str) -> str:
+    if answer in ("yes", "no"):
+        return "yes_no"
+    return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"

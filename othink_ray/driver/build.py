@@ -160,10 +160,10 @@ def open_workers(
 ) -> Iterator[WorkerGroup]:
     """Start the rollout, reward and learner processes and load their models."""
     if incidents.restarts and config.faults.lost_node == "continue":
-        config = shrink_to_cluster(config, incidents.tell)
+        config = shrink_to_cluster(config, incidents.log)
     config = cores_shared(config)
     bundles = all_bundles(config.learner, config.rollout)
-    with Placement(bundles, config.cluster, say, forever=incidents.restarts > 0) as placement:
+    with Placement(bundles, config.cluster, say, wait_without_limit=incidents.restarts > 0) as placement:
         say(placement.describe())
         needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(

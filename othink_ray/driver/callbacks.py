@@ -1,13 +1,15 @@
-"""Callbacks of a run: log, evaluate and save after each step, and stop the run after too many bad steps in a row."""
+"""Callbacks of a run: log, evaluate and save after each step, stop after too many bad ones, trace the first ones."""
 
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from othink_ray.driver.metrics import RunRecords, jsonable, sample_record, sft_m
 from othink_ray.driver.sft import SFTStep
 from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.runtime.monitoring import Incidents
-from othink_ray.tracing import span
+from othink_ray.tracing import Spans, TraceFile, record_span, span, take_spans
 from othink_ray.types import Audit, Group, Prompt, ScoredGroup, TrainState, UpdateStats
 
 
@@ -118,7 +120,7 @@ class RunCallbacks(ABC):
         self.config, self.workers, self.stream, self.eval_sets = config, workers, stream, eval_sets
         self.records, self.show, self.console = records, show, console
         self.checkpoints, self.incidents, self.request = checkpoints, incidents, request
-        self.guards = Guards(config.faults, Path(config.run.dir), incidents.tell)
+        self.guards = Guards(config.faults, Path(config.run.dir), incidents.log)
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
         self.audit_gap_max: float | None = None  # None until an audit has compared tokens
@@ -299,3 +301,90 @@ def _correct(group: Group) -> tuple[ScoredGroup, NDArray[np.float64]]:
     """Return demonstrations as the records show them: not graded, each correct with advantage 1."""
     ones = np.ones(len(group.completions))
     return ScoredGroup(group=group, rewards=ones, parts={}, valid=ones.astype(bool)), ones
+
+
+class TracedProcesses(Protocol):
+    """The processes of a run, whose spans the trace collects."""
+
+    def spans(self, *, keep_recording: bool) -> Mapping[str, Spans]:
+        """Return the spans of each process since the last call, by process name."""
+        ...
+
+
+class FinishedStep(Protocol):
+    """Record of a finished step of any training loop."""
+
+    @property
+    def step(self) -> int: ...
+
+
+class LoopCallbacks(Protocol):
+    """Callbacks of any training loop."""
+
+    def on_start(self, step: int) -> None: ...
+
+    def on_step(self, record: Any) -> None: ...
+
+
+class Timeline:
+    """Wraps a run's callbacks and traces its first `steps` steps; trace.json is valid JSON after every step.
+
+    After `steps` steps tracing stops, so that neither its cost nor the file grows further.
+    """
+
+    def __init__(self, path: Path, processes: TracedProcesses, callbacks: LoopCallbacks, *, steps: int) -> None:
+        self.path, self.processes, self.callbacks, self.steps_left = path, processes, callbacks, steps
+        self.trace: TraceFile | None = None
+
+    def __enter__(self) -> Self:
+        self.path.unlink(missing_ok=True)  # left by an earlier start
+        if self.steps_left:
+            self.trace = TraceFile(self.path)
+            self._collect(keep_recording=True)
+        return self
+
+    def on_start(self, step: int) -> None:
+        self.callbacks.on_start(step)
+        self.step_start_s = time.time()
+
+    def on_step(self, record: FinishedStep) -> None:
+        record_span("step", self.step_start_s, step=record.step)
+        with span("callbacks", step=record.step):
+            self.callbacks.on_step(record)
+        self.steps_left -= 1
+        self._collect(keep_recording=self.steps_left > 0)
+        self.step_start_s = time.time()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._collect(keep_recording=False)
+        elif self.trace is not None:  # the other processes may be dead, or too busy to answer before the run ends
+            self._write(self.trace, {"driver": take_spans(keep_recording=False)})
+
+    def _collect(self, *, keep_recording: bool) -> None:
+        if self.trace is None:
+            return
+        written = self._write(self.trace, self._spans(keep_recording=keep_recording))
+        if keep_recording and not written:
+            self._spans(keep_recording=False)  # stop recording in all processes
+        if not (keep_recording and written):
+            self.trace = None
+
+    @staticmethod
+    def _write(trace: TraceFile, spans_by_process: Mapping[str, Spans]) -> bool:
+        """Return whether the spans could be written; on a full disk tracing stops and the run continues."""
+        for name, spans in spans_by_process.items():
+            trace.add(name, spans)
+        try:
+            trace.flush()
+        except OSError:
+            return False
+        return True
+
+    def _spans(self, *, keep_recording: bool) -> dict[str, Spans]:
+        return {
+            "driver": take_spans(keep_recording=keep_recording),
+            **self.processes.spans(keep_recording=keep_recording),
+        }

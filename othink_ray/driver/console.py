@@ -1,4 +1,4 @@
-"""Console output of a run: a live view on a terminal, plain lines otherwise."""
+"""Console output of a run as plain lines, with the tables at its end; live_console.py is its form on a terminal."""
 
 from __future__ import annotations
 
@@ -7,39 +7,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, cast
+from typing import Any, ClassVar, Self, TextIO, cast
 
+from rich import box
 from rich.console import Console as Terminal
-from rich.console import Group as Stack
-from rich.console import RenderableType
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.table import Table
 from rich.text import Text
 
 from othink_ray.driver.stopping import raise_if_interrupted
-from othink_ray.driver.views import (
-    EvalAccuracy,
-    Sample,
-    closing_table,
-    duration,
-    evaluation_text,
-    latest_values,
-    matrix,
-    plain_line,
-    printable,
-    sample_panel,
-)
 from othink_ray.types import ScoredGroup
 
 PLAIN_PROGRESS_LINES = 10  # at most, for each phase
@@ -76,36 +54,36 @@ class Output:
         os.close(devnull)
 
 
-class _Count(MofNCompleteColumn):
-    """Shows "done/total" if the total is known, otherwise nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalAccuracy:
+    """Accuracy on n held-out questions with its 95 % interval, as fractions of 1."""
 
-    def render(self, task: Task) -> Text:
-        return Text() if task.total is None else super().render(task)
+    step: int
+    data: str
+    accuracy: float
+    lo: float
+    hi: float
+    n: int
 
 
 class Console:
-    """Output of a whole run: phases before training, the training view, evaluations, the closing table.
+    """Output of a whole run: phases before training, steps, evaluations, the closing table.
 
     Steps count from 1: `step(s, ...)` is called when s of the total steps are done.
     """
 
+    interactive: ClassVar[bool] = False
+
     def __init__(self, stream: TextIO | None = None) -> None:
-        output = Output(sys.stdout if stream is None else stream)
-        self.interactive = output.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._terminal = Terminal(
-            file=cast("TextIO", output),
+            file=cast("TextIO", Output(sys.stdout if stream is None else stream)),
             force_terminal=self.interactive,
             color_system="auto" if self.interactive else None,
             highlight=False,
         )
-        self._live: Live | None = None
-        self._progress: Progress
-        self._task: TaskID
         self._progress_lines = 0
         self._total_steps = 0
-        self._history: list[Mapping[str, float]] = []
-        self._evaluation: EvalAccuracy | None = None
-        self._sample: Sample | None = None
+        self._first_step = True
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +95,6 @@ class Console:
 
     def close(self) -> None:
         """Restore the terminal."""
-        self._stop_live()
 
     def say(self, text: str) -> None:
         """Print one line, above the live view if there is one."""
@@ -125,78 +102,56 @@ class Console:
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Show the name of a phase and, at its end, its duration; during training it is a progress bar."""
+        """Show the name of a phase and, at its end, its duration."""
         raise_if_interrupted()
-        if self._live is not None:
-            outer, self._task = self._task, self._progress.add_task(title, total=None, text="")
-            try:
-                yield
-            finally:
-                self._progress.remove_task(self._task)
-                self._task = outer
-            return
         started = time.monotonic()
         self._progress_lines = 0
-        if self.interactive:
-            self._start_live(title, total=None)
-        else:
-            self.say(f"{title} ...")
+        self._begin_phase(title)
         try:
             yield
         except BaseException:
-            self._stop_live()
+            self.close()
             self.say(f"{title}: stopped after {duration(time.monotonic() - started)}")
             raise
-        self._stop_live()
+        self.close()
         self.say(f"{title}: {duration(time.monotonic() - started)}")
+
+    def _begin_phase(self, title: str) -> None:
+        self.say(f"{title} ...")
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Show the progress of the current phase."""
         raise_if_interrupted()
-        if self._live is not None:
-            self._progress.update(self._task, completed=done, total=total, text=printable(text))
-            return
         lines_due = PLAIN_PROGRESS_LINES * done // max(total, 1)
-        if not self.interactive and lines_due > self._progress_lines:
+        if lines_due > self._progress_lines:
             self._progress_lines = lines_due
             self.say(f"  {done}/{total} {text}".rstrip())
 
     @contextmanager
     def training(self, total_steps: int, *, done: int = 0) -> Iterator[None]:
-        """The live view around the training loop; `done` steps of a resumed run count as done."""
-        self._total_steps = total_steps
-        self._history.clear()
-        if self.interactive:
-            self._start_live("training", total=total_steps, done=done)
-            self._refresh()
-        try:
-            yield
-        finally:
-            self._stop_live()
+        """Enclose the training loop; `done` steps of a resumed run count as done."""
+        self._total_steps, self._first_step = total_steps, True
+        yield
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of a step, under their names in metrics.jsonl."""
         raise_if_interrupted()
-        self._history.append(metrics)
-        if self._live is not None:
-            self._progress.update(self._task, completed=step, text=self._time_left(step))
-            self._refresh()
-        elif self._line_is_due(step):
+        if self._first_step or self._line_is_due(step):
             self.say(plain_line(step, self._total_steps, metrics))
+        self._first_step = False
+
+    def _line_is_due(self, step: int) -> bool:
+        return self._total_steps <= LINES_FOR_EVERY_STEP or step % LINE_SPACING == 0 or step == self._total_steps
 
     def sample(self, step: int, scored: ScoredGroup) -> None:
         """Show the latest question with one of its answers, in the live view only."""
-        self._sample = Sample.first_of(step, scored)
-        if self._live is not None:
-            self._refresh()
 
     def eval(self, step: int, data: str, accuracy: float, lo: float, hi: float, n: int) -> None:
         """Show accuracy on a data set's held-out questions with its 95 % interval, all three as fractions of 1."""
-        self._evaluation = EvalAccuracy(step=step, data=data, accuracy=accuracy, lo=lo, hi=hi, n=n)
-        if self._live is not None:
-            self._refresh()
-        else:
-            self.say(f"held-out accuracy after step {step}, {data}: {evaluation_text(self._evaluation)}")
+        self._show_evaluation(EvalAccuracy(step=step, data=data, accuracy=accuracy, lo=lo, hi=hi, n=n))
+
+    def _show_evaluation(self, evaluation: EvalAccuracy) -> None:
+        self.say(f"held-out accuracy after step {evaluation.step}, {evaluation.data}: {evaluation_text(evaluation)}")
 
     def finish(
         self,
@@ -206,7 +161,7 @@ class Console:
         seconds: float,
     ) -> None:
         """Print accuracy before and after (as in summary.json), and the paths of the results."""
-        self._stop_live()
+        self.close()
         self._terminal.print()
         self._terminal.print(closing_table(before, after, boxed=self.interactive))
         self._terminal.print()
@@ -221,42 +176,107 @@ class Console:
         self._terminal.print(matrix(results, boxed=self.interactive))
         self._terminal.print()
 
-    def _line_is_due(self, step: int) -> bool:
-        first = len(self._history) == 1
-        return (
-            first or self._total_steps <= LINES_FOR_EVERY_STEP or step % LINE_SPACING == 0 or step == self._total_steps
-        )
 
-    def _time_left(self, step: int) -> str:
-        """Return the steps left times the mean time of the last steps, which is right after a resume, too."""
-        recent = [metrics["time/step_s"] for metrics in self._history[-LINE_SPACING:] if "time/step_s" in metrics]
-        if not recent:
-            return ""
-        return f"{duration((self._total_steps - step) * sum(recent) / len(recent))} left"
+def printable(text: str) -> str:
+    """Replace control characters: a model may write sequences that move the cursor or color the terminal."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
 
-    def _start_live(self, title: str, *, total: int | None, done: int = 0) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            _Count(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=self._terminal,
-            expand=True,
-        )
-        self._task = self._progress.add_task(title, total=total, completed=done, text="")
-        self._live = Live(self._progress, console=self._terminal, refresh_per_second=4, transient=True)
-        self._live.start()
 
-    def _refresh(self) -> None:
-        assert self._live is not None
-        parts: list[RenderableType] = [self._progress, latest_values(self._history, self._evaluation)]
-        if self._sample is not None:
-            parts.append(sample_panel(self._sample))
-        self._live.update(Stack(*parts))
+def duration(seconds: float) -> str:
+    """Format seconds like "12.3 s", "4 min 05 s" or "2 h 07 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {whole_seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
-    def _stop_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+
+def evaluation_text(evaluation: EvalAccuracy) -> str:
+    """Format like "66.0 % (95 % interval 59.2 to 72.2, 200 questions)"."""
+    return (
+        f"{100 * evaluation.accuracy:.1f} % "
+        f"(95 % interval {100 * evaluation.lo:.1f} to {100 * evaluation.hi:.1f}, {evaluation.n} questions)"
+    )
+
+
+def tokens_per_second(metrics: Mapping[str, float]) -> float | None:
+    """Return answer tokens per second over the whole step; None if not measured."""
+    try:
+        return metrics["throughput/samples_per_s"] * metrics["tokens/completion_mean"]
+    except KeyError:
+        return None
+
+
+def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """Return one aligned line without colors; a value that was not measured is a dash."""
+    speed = [
+        ("tok/s", _fixed(tokens_per_second(metrics), "7.0f")),
+        ("s", _fixed(metrics.get("time/step_s"), "6.2f")),
+    ]
+    fields = [
+        ("reward", _fixed(metrics.get("reward/mean"), "6.3f")),
+        ("acc", _fixed(metrics.get("reward/accuracy"), "5.3f")),
+        ("fmt", _fixed(metrics.get("reward/format"), "5.3f")),
+        ("beta", _fixed(metrics.get("kl/beta"), "6.4f")),
+        ("kl", _fixed(metrics.get("kl/mean"), "9.2e")),
+        ("gap", _fixed(metrics.get("audit/logp_gap_max"), "8.1e")),
+    ]
+    if is_sft(metrics):
+        names = {"loss": "loss", "entropy": "entropy", "grad": "grad_norm", "lr": "lr"}
+        fields = [(label, _fixed(metrics.get(name), "8.2e")) for label, name in names.items()]
+    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(f"{name} {value}" for name, value in fields + speed)
+
+
+def is_sft(metrics: Mapping[str, float]) -> bool:
+    """Return whether the metrics are of an SFT step, which has no rewards."""
+    return "reward/mean" not in metrics
+
+
+def _fixed(value: float | None, spec: str) -> str:
+    width = int(spec.partition(".")[0])
+    return f"{'-':>{width}}" if value is None else f"{value:{spec}}"
+
+
+def matrix(results: Sequence[Mapping[str, Any]], *, boxed: bool) -> Table:
+    """Return a table of each model's greedy accuracy on each data set, with its 95 % interval."""
+    cells = {(result["model"], result["data"]): result for result in results}
+    data_sets = dict.fromkeys(result["data"] for result in results)
+    table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
+    table.add_column("greedy accuracy")
+    for data in data_sets:
+        table.add_column(data, justify="right")
+    for model in dict.fromkeys(result["model"] for result in results):
+        row = [cells.get((model, data)) for data in data_sets]
+        shares = ("" if cell is None else f"{_share(cell['accuracy'])} ({_range(cell)})" for cell in row)
+        table.add_row(model, *shares)
+    return table
+
+
+def closing_table(before: Mapping[str, float], after: Mapping[str, float], *, boxed: bool) -> Table:
+    """Return a table of results before and after training on the same held-out questions."""
+
+    def points(name: str) -> str:
+        return f"{100 * (after[name] - before[name]):+.1f} points"
+
+    table = Table(box=box.ROUNDED if boxed else None, pad_edge=boxed)
+    table.add_column("held-out")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    table.add_row("accuracy", _share(before["accuracy"]), _share(after["accuracy"]), points("accuracy"), style="bold")
+    table.add_row("95 % interval", _range(before), _range(after), "")
+    table.add_row("format", _share(before["format"]), _share(after["format"]), points("format"))
+    lengths = before["tokens_mean"], after["tokens_mean"]
+    table.add_row("answer tokens", *(f"{length:.1f}" for length in lengths), f"{lengths[1] - lengths[0]:+.1f}")
+    table.add_row("questions", f"{before['n']:.0f}", f"{after['n']:.0f}", "")
+    return table
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _range(result: Mapping[str, Any]) -> str:
+    return f"{100 * result['lo']:.1f} to {100 * result['hi']:.1f}"

@@ -21,7 +21,7 @@ from othink_ray.config.model_rules import model_folder
 from othink_ray.config.schema import Config
 from othink_ray.core.intervals import wilson
 from othink_ray.data import BadRow, LengthFilter, Source, SourceError, open_source
-from othink_ray.data.prompts import with_grey_images
+from othink_ray.data.prompts import with_gray_images
 from othink_ray.driver.build import length_filter, open_eval_workers, open_sft_session
 from othink_ray.driver.checkpoint import ResumeError
 from othink_ray.driver.console import Console
@@ -63,7 +63,7 @@ def eval_sets(config: Config, length_filter: LengthFilter) -> list[EvalSet]:
         good, bad = held_out_prompts(open_source(data, "test"), config.eval.questions, data.on_bad_row, length_filter)
         result.append(EvalSet(name=data.name, prompts=good, bad_rows=bad))
         if data.blind:
-            blind = [with_grey_images(prompt) for prompt in good]
+            blind = [with_gray_images(prompt) for prompt in good]
             result.append(EvalSet(name=f"{data.name}-blind", prompts=blind, bad_rows=[]))
     return result
 

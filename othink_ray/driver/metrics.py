@@ -26,7 +26,7 @@ from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
 from othink_ray.driver.loop import Step, has_signal
 from othink_ray.driver.sft import SFTStep
-from othink_ray.driver.trackers import Tracker, open_tracker
+from othink_ray.driver.trackers import WandbTracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 
 THUMBNAIL_PX = 256
@@ -182,7 +182,7 @@ def _mean(values: np.ndarray, valid: np.ndarray) -> float:
 
 
 class RunRecords:
-    """Writes the records of one run and mirrors them to wandb.
+    """Writes the records of one run and sends them to wandb if `wandb.mode` is not off.
 
     config.yaml and environment.json at the start, metrics.jsonl and samples.jsonl after each step, summary.json at the
     end. On resume, lines of steps after `resume_step` (all lines on a fresh start) move to `*.discarded.jsonl`.
@@ -207,7 +207,7 @@ class RunRecords:
         self._log = log
         self._metrics: StepLines
         self._samples: StepLines
-        self._tracker: Tracker
+        self._tracker: WandbTracker | None = None
 
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,8 @@ class RunRecords:
     ) -> None:
         self._metrics.close()
         self._samples.close()
-        self._tracker.close(failed=kind is not None)
+        if self._tracker is not None:
+            self._tracker.close(failed=kind is not None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Append the line of `step` and return its numbers; in the file NaN and infinity are null."""
@@ -233,14 +234,16 @@ class RunRecords:
         line = {"step": step, "time/unix_s": round(time.time(), 3), **numbers}
         self._metrics.append(_json(line))
         self._last_step = step
-        self._tracker.log(step, numbers)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
         return line
 
     def sample(self, step: int, scored: ScoredGroup, advantages: NDArray[np.float64]) -> None:
         """Append one group with its images as thumbnails; `advantages` has one value per answer, length G."""
         record = sample_record(step, scored, advantages)
         self._samples.append(_json(record))
-        self._tracker.sample(step, record)
+        if self._tracker is not None:
+            self._tracker.sample(step, record)
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Write summary.json atomically."""

@@ -18,17 +18,18 @@ from tempfile import gettempdir
 from othink_ray.config.schema import Config
 from othink_ray.driver.console import Console
 from othink_ray.driver.exit_reporter import ExitReporter
+from othink_ray.driver.live_console import open_console
 from othink_ray.driver.run_dir import FolderError, lock_run_dir
 from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
 from othink_ray.runtime.cluster import (
-    agents,
     close_token_file,
     kill_children,
     kill_local_ray,
-    prepare,
+    ray_agents,
+    ray_job_notice,
     ray_session,
-    short_notice,
-    watching,
+    set_ray_environment,
+    watch_ray,
 )
 
 WriteReport = Callable[[Path], Path]
@@ -40,7 +41,7 @@ def run(config: Config, write_report: WriteReport) -> int:
     """Run and return the exit status; an error that the user can fix is printed as one line, without a traceback."""
     run_dir = Path(config.run.dir)
     imports = threading.Thread(target=_import_in_background, daemon=True)
-    with Console() as console:
+    with open_console() as console:
         try:
             with lock_run_dir(run_dir):  # before a process starts, and before a file of another run is overwritten
                 status = _run(config, run_dir, console, write_report, imports)
@@ -60,7 +61,7 @@ def _run(config: Config, run_dir: Path, console: Console, write_report: WriteRep
     records_file = "evaluation.json" if config.mode == "eval" else "metrics.jsonl"
     try:
         with interruptible(), ExitReporter(run_dir, records_file, write_report, _RESUME_HINT) as reporter:
-            for notice in (short_notice(), close_token_file()):
+            for notice in (ray_job_notice(), close_token_file()):
                 if notice:
                     console.say(notice)
             _work(config, run_dir, console, write_report, imports, reporter)
@@ -91,14 +92,14 @@ def _work(
     reporter: ExitReporter,
 ) -> None:
     started = time.monotonic()
-    prepare(config.cluster)  # before the background imports, which import Ray
+    set_ray_environment(config.cluster)  # before the background imports, which import Ray
     with ExitStack() as stack:
         with console.phase("starting Ray"):
             imports.start()
             stack.enter_context(ray_session(config.cluster))
-            reporter.end_with_driver(agents())
+            reporter.end_with_driver(ray_agents())
             imports.join()
-        stack.enter_context(watching(lambda reason: _exit_without_ray(reason, console, reporter)))
+        stack.enter_context(watch_ray(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":
             from othink_ray.driver.evaluate import evaluate_models
 

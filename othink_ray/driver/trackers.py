@@ -1,4 +1,4 @@
-"""Weights & Biases, off by default: a mirror of the run's records whose failure does not affect the run."""
+"""Weights & Biases, off by default: a copy of the run's records whose failure does not affect the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 from PIL import Image
@@ -27,31 +27,8 @@ INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
 
 
-class Tracker(Protocol):
-    """Receives the same records as the run's folder."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def sample(self, step: int, record: Mapping[str, Any]) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
-
-
-class NoTracker:
-    """Discards all records: tracking is off, or wandb could not start."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        return None
-
-    def sample(self, step: int, record: Mapping[str, Any]) -> None:
-        return None
-
-    def close(self, *, failed: bool) -> None:
-        return None
-
-
 class WandbTracker:
-    """One wandb run; the first failure is a warning, and nothing is sent after it.
+    """One wandb run that gets the records of the run's folder; after its first failure, a warning, it sends nothing.
 
     A step is sent once, with all its values, when the next step begins or the run ends. The file `last_step` holds the
     newest step sent, because a resumed run repeats steps that wandb already has.
@@ -117,17 +94,17 @@ class WandbTracker:
 
 def open_tracker(
     run_dir: Path, wandb: WandbConfig, config_yaml: str, environment: Mapping[str, Any], *, resumed: bool
-) -> Tracker:
-    """Return the tracker for `wandb.mode`; one that does nothing if it is off or wandb does not start."""
+) -> WandbTracker | None:
+    """Return the tracker for `wandb.mode`; None if it is off or wandb does not start."""
     if wandb.mode == "off":
-        return NoTracker()
+        return None
     try:
         settings = cast("dict[str, object]", OmegaConf.to_container(OmegaConf.create(config_yaml)))
         run = _start(run_dir, wandb, settings | {"environment": dict(environment)}, resumed)
         return WandbTracker(run, wandb.samples_every, run_dir / LAST_STEP)
     except Exception as error:  # no failure of wandb may stop training
         _warn(error)
-        return NoTracker()
+        return None
 
 
 def _start(run_dir: Path, config: WandbConfig, settings: dict[str, object], resumed: bool) -> wandb.Run:

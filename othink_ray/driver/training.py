@@ -24,7 +24,7 @@ from othink_ray.driver.build import (
     recipe,
     require_targets,
 )
-from othink_ray.driver.callbacks import GRPOCallbacks, SFTCallbacks
+from othink_ray.driver.callbacks import GRPOCallbacks, SFTCallbacks, Timeline
 from othink_ray.driver.checkpoint import Checkpoints, ResumeError, compare_settings, find
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import eval_sets
@@ -33,7 +33,6 @@ from othink_ray.driver.metrics import RunRecords
 from othink_ray.driver.run_dir import environment, incident_log, set_aside_older
 from othink_ray.driver.sft import SFTHooks, fine_tune
 from othink_ray.driver.stopping import Stopped, finishing_steps, stop_requested
-from othink_ray.driver.timeline import Timeline
 from othink_ray.driver.warm_start import base_model
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.monitoring import Gauges, Incidents
@@ -124,15 +123,15 @@ def _train(
                 wandb=config.wandb,
                 config_yaml=to_yaml(config),
                 environment=environment(),
-                log=incidents.tell,
+                log=incidents.log,
                 resume_step=state.step - 1,
             )
         )
         gauges = stack.enter_context(Gauges(run_dir))
         checkpoints = Checkpoints(
-            run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.tell
+            run_dir, workers, keep_last=config.train.keep_last, keep_best=config.train.keep_best, log=incidents.log
         )
-        request = stack.enter_context(finishing_steps(incidents.tell))
+        request = stack.enter_context(finishing_steps(incidents.log))
         callbacks = (SFTCallbacks if config.mode == "sft" else GRPOCallbacks)(
             config,
             workers,

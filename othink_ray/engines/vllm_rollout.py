@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.data.images import decoded
+from othink_ray.data.prompts import decoded
 from othink_ray.engines.base import (
     Receiver,
     Sampling,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from othink_ray.data.images import decoded, size_of
+from othink_ray.data.prompts import decoded, size_of
 from othink_ray.families.base import ImageTensors, ModelError
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 

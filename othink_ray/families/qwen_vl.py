@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 )
 
 from othink_ray.core.flex import PackedImages
-from othink_ray.data.images import decoded, size_of
+from othink_ray.data.prompts import decoded, size_of
 from othink_ray.families.base import ImageTensors
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 

@@ -9,7 +9,7 @@ from typing import Any
 from othink_ray.report.charts import Chart, Point, Scale, Series, area_chart, line_chart
 from othink_ray.report.records import RunFiles, is_finite
 
-BLUE, ORANGE, GREEN, VIOLET, GREY = 1, 2, 3, 4, 5
+BLUE, ORANGE, GREEN, VIOLET, GRAY = 1, 2, 3, 4, 5
 STEP_PHASES = (("generate", BLUE), ("score", GREEN), ("update", ORANGE), ("push", VIOLET))
 FRACTION = Scale(percent=True)
 PLAIN = Scale()
@@ -21,8 +21,8 @@ def figures(run: RunFiles) -> list[Chart]:
     """Return all charts that have at least one value."""
     rows = run.rows
 
-    def curve(label: str, name: str, colour: int, **settings: Any) -> Series:
-        return Series(label=label, colour=colour, points=column(rows, name), **settings)
+    def curve(label: str, name: str, color: int, **settings: Any) -> Series:
+        return Series(label=label, color=color, points=column(rows, name), **settings)
 
     tolerances = column(rows, "audit/tolerance")
     steps = (rows[0]["step"], rows[-1]["step"]) if rows else (0, 0)
@@ -99,14 +99,14 @@ def supervised(run: RunFiles, curve: Callable[..., Series], chart: Callable[...,
 def other_tasks(run: RunFiles) -> list[Series]:
     """Return accuracy curves on the data sets of eval.also; the value before training is only in the summary."""
     series = []
-    colours = (ORANGE, GREEN, VIOLET)
+    colors = (ORANGE, GREEN, VIOLET)
     names = sorted({name.removeprefix(ALSO_PREFIX) for row in run.rows for name in row if name.startswith(ALSO_PREFIX)})
-    for name, colour in zip(names, colours, strict=False):
+    for name, color in zip(names, colors, strict=False):
         points = dict(column(run.rows, ALSO_PREFIX + name))
         before = (run.summary.get("also") or {}).get(name, {}).get("before", {}).get("accuracy")
         if is_finite(before):
             points.setdefault(0, before)
-        series.append(Series(label=name, colour=colour, points=sorted(points.items()), dots=True))
+        series.append(Series(label=name, color=color, points=sorted(points.items()), dots=True))
     return series
 
 
@@ -125,7 +125,7 @@ def held_out(run: RunFiles) -> Series:
         if result is not None:
             points[step] = result["accuracy"]
             intervals.append((step, result["lo"], result["hi"]))
-    return Series(label="accuracy, greedy", colour=BLUE, points=sorted(points.items()), dots=True, intervals=intervals)
+    return Series(label="accuracy, greedy", color=BLUE, points=sorted(points.items()), dots=True, intervals=intervals)
 
 
 def time_split(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
@@ -137,13 +137,13 @@ def time_split(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
         return float(value) if value is not None and is_finite(value) else 0.0
 
     series = [
-        Series(label=phase, colour=colour, points=[(row["step"], seconds(row, phase)) for row in timed])
-        for phase, colour in STEP_PHASES
+        Series(label=phase, color=color, points=[(row["step"], seconds(row, phase)) for row in timed])
+        for phase, color in STEP_PHASES
     ]
     rest = [
         (row["step"], max(0.0, seconds(row, "step") - sum(seconds(row, phase) for phase, _ in STEP_PHASES)))
         for row in timed
     ]
     if any(value > 0 for _, value in rest):
-        series.append(Series(label="other", colour=GREY, points=rest))
+        series.append(Series(label="other", color=GRAY, points=rest))
     return series

@@ -20,13 +20,13 @@ def beta_chart() -> Chart:
     curves = [
         Series(
             label=name,
-            colour=colour,
+            color=color,
             points=[
                 (step, schedule(name, step, STEPS, kl.beta_min, kl.beta_max, kl.explore_frac))
                 for step in range(STEPS + 1)
             ],
         )
-        for colour, name in enumerate(SCHEDULES, start=1)
+        for color, name in enumerate(SCHEDULES, start=1)
     ]
     chart = line_chart("beta(s)", curves, left=Scale())
     assert chart is not None

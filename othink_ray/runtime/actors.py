@@ -20,15 +20,15 @@ from torch import Tensor
 from othink_ray.cpu.kernels import SlowerKernel
 from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
-from othink_ray.runtime.futures import TraceRecorder
-from othink_ray.tracing import keep, span
+from othink_ray.runtime.futures import TracedActor
+from othink_ray.tracing import record_span, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
 from othink_ray.weights.transfer import Bucket, DigestCollector, TensorDigest, digests, from_buckets, to_buckets
 
 BACKGROUND = "background"  # concurrency group of methods that run beside the actor's main thread
 
 
-class RolloutActor(TraceRecorder):
+class RolloutActor(TracedActor):
     """Actor around one rollout engine."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine]) -> None:
@@ -41,7 +41,7 @@ class RolloutActor(TraceRecorder):
         with span("generate", prompts=len(prompts), answers=sampling.answers):
             start_s = time.time()
             for group in self.engine.generate(prompts, sampling):
-                keep("group", start_s, beside=True, prompt=group.prompt.id, version=group.version)
+                record_span("group", start_s, overlaps=True, prompt=group.prompt.id, version=group.version)
                 yield group
         yield None  # end marker, see Streams
 
@@ -78,7 +78,7 @@ class RolloutActor(TraceRecorder):
         return self.engine.probe(prompts, sampling, candidates)
 
 
-class LearnerActor(TraceRecorder):
+class LearnerActor(TracedActor):
     """Actor around one learner rank: calls run one at a time, except `prefetch`, which runs beside them."""
 
     concurrency_groups: ClassVar = {BACKGROUND: 1}

@@ -82,13 +82,13 @@ def describe(bundles: Sequence[Bundle], nodes: Sequence[str], driver: str) -> st
         by_node.setdefault(node, []).append(f"[{' '.join(names)}{f' {gpus:g} GPUs' if gpus > 1 else ''}]")
     width = max(map(len, by_node))
     lines = [f"  {node:<{width}}  {' '.join(['[driver]'] * (node == driver) + row)}" for node, row in by_node.items()]
-    return "\n".join(["placement (L: learner rank, R: rollout engine)", *lines])
+    return "\n".join(["(L: learner rank, R: rollout engine)", *lines])
 
 
-def shortage(needed: Mapping[str, float], free: Mapping[str, float], there: Mapping[str, float]) -> str:
+def shortage(needed: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]) -> str:
     """Return what a run needs and what the cluster has of it, in words."""
     parts = [
-        f"{amount:g} {name}s (cluster has {there.get(name, 0):g}, {free.get(name, 0):g} free)"
+        f"{amount:g} {name}s (cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free)"
         for name, amount in needed.items()
     ]
     return f"needs {' and '.join(parts)}"

@@ -48,7 +48,7 @@ class ClusterError(RuntimeError):
     """Ray cannot be reached or cannot hold the run; the message says what is missing."""
 
 
-def prepare(cluster: ClusterConfig) -> None:
+def set_ray_environment(cluster: ClusterConfig) -> None:
     """Set what Ray reads from the environment when it is imported.
 
     Ray listens on every interface and runs code for any client: a Ray that starts here requires a token of this run.
@@ -65,7 +65,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
 
     In a process that is already connected, do nothing: that session belongs to the code that opened it.
     """
-    prepare(cluster)
+    set_ray_environment(cluster)
     import ray
 
     if ray.is_initialized():
@@ -145,7 +145,7 @@ def close_token_file() -> str | None:
     return f"{file}: other users could read this token and run code as you with it; set to mode 600. Create a new token"
 
 
-def short_notice() -> str | None:
+def ray_job_notice() -> str | None:
     """Return a notice if this run is a Ray job that would be killed seconds after `ray job stop`; else None."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ or "RAY_JOB_STOP_WAIT_TIME_S" in os.environ:
         return None
@@ -156,8 +156,8 @@ def short_notice() -> str | None:
 
 
 @contextmanager
-def watching(lost: Callable[[str], None]) -> Iterator[None]:
-    """Run a thread that calls `lost` once, with the reason, when this node's raylet or the GCS is gone."""
+def watch_ray(on_death: Callable[[str], None]) -> Iterator[None]:
+    """Run a thread that calls `on_death` once, with the reason, when this node's raylet or the GCS is gone."""
     import ray
 
     context = ray.get_runtime_context()
@@ -165,7 +165,7 @@ def watching(lost: Callable[[str], None]) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as raylet:
         raylet.connect(sockets[context.get_node_id()])
         over, end = socket.socketpair()
-        watch = threading.Thread(target=_watch, args=(raylet, context.gcs_address, over, lost), daemon=True)
+        watch = threading.Thread(target=_watch, args=(raylet, context.gcs_address, over, on_death), daemon=True)
         watch.start()
         try:
             yield
@@ -184,7 +184,7 @@ def kill_local_ray() -> None:
                     process.kill()
 
 
-def agents() -> list[psutil.Process]:
+def ray_agents() -> list[psutil.Process]:
     """Return Ray's agents if this process started Ray: they outlive it by a minute if it is killed all at once."""
     raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
     return [agent for raylet in raylets for agent in raylet.children()]
@@ -248,7 +248,7 @@ def _hold_sigterm_handler() -> Iterator[None]:
         libc.sigaction(signal.SIGTERM, handler, None)
 
 
-def _watch(raylet: socket.socket, gcs: str, over: socket.socket, lost: Callable[[str], None]) -> None:
+def _watch(raylet: socket.socket, gcs: str, over: socket.socket, on_death: Callable[[str], None]) -> None:
     """Poll both until `over` is closed.
 
     A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed.
@@ -261,10 +261,10 @@ def _watch(raylet: socket.socket, gcs: str, over: socket.socket, lost: Callable[
         if over in readable:
             return
         if raylet in readable:
-            return lost("Ray's raylet on this node has ended, or was killed")
+            return on_death("Ray's raylet on this node has ended, or was killed")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
             seen = time.monotonic()
         except OSError as error:
             if time.monotonic() - seen > patience:
-                return lost(f"Ray's GCS at {gcs} has not answered for {patience:.0f} s ({error})")
+                return on_death(f"Ray's GCS at {gcs} has not answered for {patience:.0f} s ({error})")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from othink_ray.tracing import Spans, take
+from othink_ray.tracing import Spans, take_spans
 
 _DEATH_DETECTION_S = 5.0
 _TRACE_TIMEOUT_S = 5.0
@@ -140,19 +140,19 @@ class Streams:
             self.lost |= error.lost
 
 
-class TraceRecorder:
+class TracedActor:
     """Base class of every actor of a run: hands out its recorded trace spans."""
 
     concurrency_groups: ClassVar[Mapping[str, int]] = {}
     """Number of threads by concurrency group, for methods that run beside the others."""
 
-    def spans(self, go_on: bool) -> Spans:
-        return take(go_on=go_on)
+    def spans(self, keep_recording: bool) -> Spans:
+        return take_spans(keep_recording=keep_recording)
 
 
-def collect_traces(actors: Mapping[str, Any], *, go_on: bool) -> dict[str, Spans]:
+def collect_spans(actors: Mapping[str, Any], *, keep_recording: bool) -> dict[str, Spans]:
     """Return the trace spans of each actor by its name; dead or hanging actors are left out, their next call fails."""
-    calls = {name: actor.spans.remote(go_on) for name, actor in actors.items()}
+    calls = {name: actor.spans.remote(keep_recording) for name, actor in actors.items()}
     if calls:
         ray.wait(list(calls.values()), num_returns=len(calls), timeout=_TRACE_TIMEOUT_S)
     found = {}

@@ -25,8 +25,8 @@ _REPEAT_S = 5.0  # Ray's agent drops a gauge that was not set during two of its 
 class Incidents:
     """Counts the incidents of one run and keeps the first cause: later failures may be its consequences."""
 
-    def __init__(self, max_restarts: int, tell: Callable[[str], None]) -> None:
-        self.max_restarts, self.tell = max_restarts, tell
+    def __init__(self, max_restarts: int, log: Callable[[str], None]) -> None:
+        self.max_restarts, self.log = max_restarts, log
         self.first_cause = ""
         self.restarts = 0
         self.counts: Counter[str] = Counter()
@@ -45,7 +45,7 @@ class Incidents:
 
     def note(self, kind: str, text: str, count: int = 1) -> None:
         self.counts[kind] += count
-        self.tell(text)
+        self.log(text)
 
     def take(self) -> dict[str, float]:
         """Return the counts since the last call, as metrics."""

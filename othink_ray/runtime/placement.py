@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from othink_ray.config.schema import ClusterConfig
 from othink_ray.runtime.bundles import Bundle, assign_bundles, describe, shortage, total_resources
 from othink_ray.runtime.cluster import ClusterError
-from othink_ray.runtime.futures import TraceRecorder
+from othink_ray.runtime.futures import TracedActor
 
 # The allocator and OpenMP read these once, when a process starts. Freed memory is kept for the next step, also that of
 # threads, to which malloc would give arenas of their own and return them: 19,000 page faults a step. Blocks of 768 MiB
@@ -48,22 +48,27 @@ _PATIENCE_S = 3.0  # with a cluster that has room, before anything is logged
 
 def fits(bundles: Sequence[Bundle]) -> bool:
     """Return whether the cluster, as it is now, has the total resources of all bundles, in use or free."""
-    there = ray.cluster_resources()
-    return all(amount <= there.get(name, 0) for name, amount in total_resources(bundles).items())
+    total = ray.cluster_resources()
+    return all(amount <= total.get(name, 0) for name, amount in total_resources(bundles).items())
 
 
 class Placement:
     """A reserved placement group; `start` puts an actor into its bundle."""
 
     def __init__(
-        self, bundles: Sequence[Bundle], cluster: ClusterConfig, log: Callable[[str], None], *, forever: bool = False
+        self,
+        bundles: Sequence[Bundle],
+        cluster: ClusterConfig,
+        log: Callable[[str], None],
+        *,
+        wait_without_limit: bool = False,
     ) -> None:
-        """Reserve the bundles; wait `cluster.wait_s` for a cluster that is too small, or without limit (`forever`)."""
+        """Reserve the bundles; wait for a too small cluster, up to `cluster.wait_s` seconds or without limit."""
         self.bundles = list(bundles)
         reserved = [total_resources([bundle]) for bundle in bundles]
         self.group: PlacementGroup = placement_group(reserved, strategy=cluster.placement)
         try:
-            self._wait(float("inf") if forever else cluster.wait_s, log)
+            self._wait(float("inf") if wait_without_limit else cluster.wait_s, log)
             node_of = placement_group_table(self.group)["bundles_to_node_id"]
             nodes = [node_of[index] for index in range(len(bundles))]
             self.bundle_indices = assign_bundles(bundles, nodes)
@@ -85,16 +90,16 @@ class Placement:
             patience = _LOG_EVERY_S
 
     def describe(self) -> str:
-        """Return a picture of the processes by node address, see `describe`."""
+        """Return a picture of the processes by node address, headed "placement"."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         here = addresses[ray.get_runtime_context().get_node_id()]
-        return describe(self.bundles, [addresses[node] for node in self.nodes], here)
+        return "placement " + describe(self.bundles, [addresses[node] for node in self.nodes], here)
 
     def has_lost_a_node(self) -> bool:
         """Return whether bundles were lost with a node; Ray reschedules them when there is room elsewhere."""
         return bool(placement_group_table(self.group)["state"] != "CREATED")
 
-    def start(self, actor: type[TraceRecorder], role: str, index: int, *arguments: Any) -> Any:
+    def start(self, actor: type[TracedActor], role: str, index: int, *arguments: Any) -> Any:
         """Start the index-th process of a role in its bundle; return the actor handle."""
         number, process = [
             (number, process)
@@ -106,7 +111,7 @@ class Placement:
         return _start(actor, arguments, num_cpus=process.cpus, num_gpus=process.gpus, scheduling_strategy=strategy)
 
     @staticmethod
-    def start_unreserved(actor: type[TraceRecorder], *arguments: Any) -> Any:
+    def start_unreserved(actor: type[TracedActor], *arguments: Any) -> Any:
         """Start a process whose work takes milliseconds, without reserving resources; return the actor handle."""
         return _start(actor, arguments, num_cpus=0)
 
@@ -120,6 +125,6 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def _start(actor: type[TraceRecorder], arguments: tuple[Any, ...], **options: Any) -> Any:
+def _start(actor: type[TracedActor], arguments: tuple[Any, ...], **options: Any) -> Any:
     remote: Any = ray.remote(concurrency_groups=dict(actor.concurrency_groups))(actor)
     return remote.options(runtime_env={"env_vars": PROCESS_ENVIRONMENT}, **options).remote(*arguments)

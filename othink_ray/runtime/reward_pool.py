@@ -1,24 +1,54 @@
-"""Pool of reward actors: an actor that times out, dies or runs out of memory is replaced, and the answer masked."""
+"""Reward actors, which grade in processes that can be killed, and their pool.
+
+An actor that times out, dies or runs out of memory is replaced, and the answer masked. Nothing here imports torch, so
+that an actor restarts within a second.
+"""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from othink_ray.config.schema import RewardConfig
-from othink_ray.rewards.registry import read_custom_reward
-from othink_ray.runtime.futures import WorkerFailed, gather
+from othink_ray.rewards.base import score_group
+from othink_ray.rewards.grader import Grader
+from othink_ray.rewards.registry import CustomReward, read_custom_reward
+from othink_ray.runtime.futures import TracedActor, WorkerFailed, gather
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement
-from othink_ray.runtime.reward_actor import RewardActor
+from othink_ray.tracing import span
 from othink_ray.types import Group, ScoredGroup
 
 _NAME, _START_S = "a reward actor", 120.0
+
+
+class RewardActor(TracedActor):
+    """Scores one group per call."""
+
+    def __init__(self, reward: RewardConfig, custom: CustomReward | None) -> None:
+        _limit_memory(reward.actor_memory_mb)
+        self.grader = Grader(reward)
+        self.rewards = weighted_rewards(reward, self.grader, custom)
+
+    def ready(self) -> None:
+        """Return when the process is up, so that the time limit of `score` covers grading alone."""
+
+    def score(self, group: Group) -> ScoredGroup:
+        with span("score", prompt=group.prompt.id, answers=len(group.completions)):
+            return score_group(group, self.rewards, self.grader.counts)
+
+
+def _limit_memory(extra_mb: int) -> None:
+    """Let Python raise MemoryError beyond `extra_mb` more than is in use; Ray's shared memory does not count."""
+    limit = psutil.Process().memory_full_info().data + extra_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _Lost(Exception):

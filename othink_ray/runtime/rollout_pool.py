@@ -126,7 +126,7 @@ class RolloutPool:
             if streams.lost:
                 self.replace(WorkersLost(_NAME, streams.lost), sync)
                 if left:
-                    self.incidents.tell(f"{len(left)} of {len(prompts)} prompts are sampled again")
+                    self.incidents.log(f"{len(left)} of {len(prompts)} prompts are sampled again")
 
     def prefetch(self, prompts: Sequence[Prompt], answers: int) -> None:
         """Shard the next prompts and let the engines prefetch their inputs; return at once.
@@ -165,7 +165,7 @@ class RolloutPool:
         gather([self.actors[index].ready.remote() for index in new], f"{_NAME} (restarting)", self.load_timeout_s)
         if sync is not None:
             sync(new)
-        self.incidents.tell(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
+        self.incidents.log(f"{_NAME} is back after {time.monotonic() - began:.1f} s")
 
     def record_lengths(self, groups: Iterable[Group]) -> None:
         """Record answer lengths, to balance the next prompts."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from othink_ray.engines.base import Sampling
-from othink_ray.runtime.futures import collect_traces
+from othink_ray.runtime.futures import collect_spans
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.reward_pool import RewardPool
@@ -95,11 +95,11 @@ class WorkerGroup(EvalWorkers):
         with span("push", version=version):
             return self.pusher(version)
 
-    def spans(self, *, go_on: bool) -> dict[str, Spans]:
-        """Return the trace spans of each process since the last call, by its name; `go_on`: keep recording."""
+    def spans(self, *, keep_recording: bool) -> dict[str, Spans]:
+        """Return the trace spans of each process since the last call, by its name."""
         roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
         actors = {f"{role} {index}": actor for role, pool in roles.items() for index, actor in enumerate(pool)}
-        return collect_traces(actors, go_on=go_on)
+        return collect_spans(actors, keep_recording=keep_recording)
 
     def export(self, folder: Path) -> None:
         self.learner.export(folder)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from othink_ray.study.paper_numbers import FIG_7, TABLE_1
 from othink_ray.study.plan import GR, VC
 from othink_ray.study.results import SeedMean, difference
-from othink_ray.study.tables import Tables
+from othink_ray.study.tables import FIG_7, TABLE_1, Tables
 
 HELD, NOT_HELD, OPEN, NOT_RUN = "held", "did not hold", "not settled", "not run"
 SENTENCES = {

@@ -56,7 +56,7 @@ def _figure_1(study: StudyRecord) -> PaperFigure:
     series = [
         Series(
             label=method_name(method),
-            colour=method_color(method),
+            color=method_color(method),
             points=curve.points,
             intervals=curve.intervals,
             dots=len(curve.points) <= 30,
@@ -110,7 +110,7 @@ def _figure_5(study: StudyRecord) -> PaperFigure:
         series = [
             Series(
                 label=f"α {row['alpha']:g}",
-                colour=_ramp(index, len(rows)),
+                color=_ramp(index, len(rows)),
                 points=curve_of(row.get(key)).points,
                 smooth=True,
             )
@@ -176,7 +176,7 @@ def _sweep(title: str, rows: Sequence[Row], *, level: str, key: str, color: int,
     found = _level_values(rows, level, key)
     series = Series(
         label=title.lower(),
-        colour=color,
+        color=color,
         points=[(x, value.mean) for x, value in found],
         intervals=[(x, value.lo, value.hi) for x, value in found],
         dots=True,

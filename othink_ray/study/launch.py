@@ -217,10 +217,10 @@ def _stopping(running: Running, say: Callable[[str], None]) -> Iterator[None]:
         if running:
             names = ", ".join(job.name for job in running)
             say(f"stopping {names}: each run finishes and saves its step; press Ctrl-C again to stop at once")
-            end([process for process, _ in running.values()], SAVE_SECONDS)
+            stop_processes([process for process, _ in running.values()], SAVE_SECONDS)
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = STOP_SECONDS) -> None:
+def stop_processes(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = STOP_SECONDS) -> None:
     """Stop processes that lead their own sessions: SIGTERM, a second SIGTERM on an interrupt, then SIGKILL to each."""
     for _ in range(2):
         for process in processes:

@@ -51,7 +51,7 @@ class Table1Row:
     task: str
     first_of_task: bool
     method: str
-    colour: int
+    color: int
     ours: DisplayedValue | None
     paper: float | None
     paper_7b: float | None
@@ -65,7 +65,7 @@ class RelativeChange:
     """Relative change, ours as a bar (left, width) and the paper's as a mark, in percent of the strip."""
 
     label: str
-    colour: int
+    color: int
     ours: str
     paper: str
     bar: tuple[float, float] | None
@@ -115,6 +115,7 @@ def write_study_report(study_dir: Path) -> Path:
         study_dir,
         "study.html.j2",
         styles=("style.css.j2", "study.css.j2"),
+        package="othink_ray.study",
         study=study,
         written=date((study_dir / "study.json").stat().st_mtime),
         facts=_facts(study),
@@ -173,7 +174,7 @@ def table_1(study: StudyRecord) -> list[Table1Row]:
                 task=task_name(study, task),
                 first_of_task=index == 0,
                 method=method_name(text(row, "method", "?")),
-                colour=method_color(text(row, "method", "?")),
+                color=method_color(text(row, "method", "?")),
                 ours=display_value(ours[index]),
                 paper=paper[index],
                 paper_7b=paper_7b[index],
@@ -264,7 +265,7 @@ def _transfer(study: StudyRecord, train: str, test: str) -> TransferPanel | None
         changes.append(
             RelativeChange(
                 label=label,
-                colour=method_color(text(row, "method", "?")),
+                color=method_color(text(row, "method", "?")),
                 ours=_why_absent(row) if ours is None else f"{100 * ours:+,.1f} %",
                 paper="" if paper is None else f"{100 * paper:+,.2f} %",
                 bar=None if ours is None else (min(zero, end), abs(end - zero)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from othink_ray.data.images import decoded, size_of
+from othink_ray.data.prompts import decoded, size_of
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:

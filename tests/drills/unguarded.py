@@ -157,7 +157,7 @@ GUARDS = (
     ),
     Guard(
         "the memory of a grader is limited",
-        "runtime/reward_actor.py",
+        "runtime/reward_pool.py",
         "        _limit_memory(reward.actor_memory_mb)\n",
         "",
         "runtime/test_pools.py::test_only_answers_that_break_the_grader_are_masked",
@@ -213,7 +213,7 @@ GUARDS = (
     ),
     Guard(
         "both sides rotate an image by its EXIF data",
-        "data/images.py",
+        "data/prompts.py",
         "        upright = ImageOps.exif_transpose(opened)",
         "        upright = opened.copy()",
         "data/test_pixels.py",

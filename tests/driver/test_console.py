@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from rich.console import Console as Terminal
 
-from othink_ray.driver.console import Console
-from othink_ray.driver.views import EvalAccuracy, Sample, latest_values, matrix, plain_line, sample_panel, sparkline
+from othink_ray.driver.console import EvalAccuracy, matrix, plain_line
+from othink_ray.driver.live_console import Sample, latest_values, open_console, sample_panel, sparkline
 from othink_ray.types import Completion, Group, Message, Prompt, ScoredGroup
 
 BEFORE = {"accuracy": 0.46, "lo": 0.392, "hi": 0.529, "format": 0.88, "n": 200, "tokens_mean": 24.1}
@@ -73,7 +73,7 @@ def scored_group(text: str) -> ScoredGroup:
 
 def training_output(steps: int, *, stream: io.StringIO | None = None) -> str:
     stream = stream or io.StringIO()
-    with Console(stream) as console, console.training(steps):
+    with open_console(stream) as console, console.training(steps):
         for step in range(1, steps + 1):
             console.step(step, metrics(step))
     return stream.getvalue()
@@ -113,7 +113,7 @@ def test_a_value_that_was_not_measured_is_a_dash() -> None:
 def test_a_pipe_never_sees_an_escape_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
-    with Console(stream) as console:
+    with open_console(stream) as console:
         with console.phase("loading engines"):
             console.progress(5, 10, "shard \x1b[31m5")
         with console.training(1):
@@ -139,7 +139,7 @@ def test_a_terminal_gets_a_live_view_with_a_bar() -> None:
 
 def test_a_phase_prints_its_name_and_its_duration() -> None:
     stream = io.StringIO()
-    with Console(stream) as console, console.phase("starting Ray"):
+    with open_console(stream) as console, console.phase("starting Ray"):
         time.sleep(0.05)
     first, last = stream.getvalue().splitlines()
     assert first == "starting Ray ..."
@@ -148,14 +148,14 @@ def test_a_phase_prints_its_name_and_its_duration() -> None:
 
 def test_a_failing_phase_prints_that_it_stopped_and_raises() -> None:
     stream = io.StringIO()
-    with Console(stream) as console, pytest.raises(RuntimeError, match="no GPU"), console.phase("starting Ray"):
+    with open_console(stream) as console, pytest.raises(RuntimeError, match="no GPU"), console.phase("starting Ray"):
         raise RuntimeError("no GPU")
     assert "starting Ray: stopped after" in stream.getvalue()
 
 
 def test_progress_on_a_pipe_is_at_most_ten_lines() -> None:
     stream = io.StringIO()
-    with Console(stream) as console, console.phase("warming up"):
+    with open_console(stream) as console, console.phase("warming up"):
         for done in range(1, 201):
             console.progress(done, 200, "loss 0.43")
     shown = [line for line in stream.getvalue().splitlines() if "loss" in line]
@@ -166,7 +166,7 @@ def test_progress_on_a_pipe_is_at_most_ten_lines() -> None:
 
 def test_a_phase_inside_training_keeps_the_live_view() -> None:
     stream = TerminalStream()
-    with Console(stream) as console, console.training(2):
+    with open_console(stream) as console, console.training(2):
         console.step(1, metrics(1))
         with console.phase("evaluating"):
             console.progress(3, 7)
@@ -213,7 +213,7 @@ def test_a_sparkline_of_a_long_history_keeps_its_width() -> None:
 
 def test_the_closing_table_gives_before_after_change_and_paths() -> None:
     stream = io.StringIO()
-    with Console(stream) as console:
+    with open_console(stream) as console:
         console.finish(BEFORE, AFTER, {"report": Path("runs/x/report.html"), "export": Path("runs/x/export")}, 372.0)
     output = stream.getvalue()
     for fact in ("46.0 %", "66.0 %", "+20.0 points", "39.2 to 52.9", "59.2 to 72.2", "24.1", "-1.1"):
@@ -225,16 +225,16 @@ def test_the_closing_table_gives_before_after_change_and_paths() -> None:
 def test_a_long_path_stays_on_one_line() -> None:
     stream = io.StringIO()
     path = Path("runs") / ("x" * 200) / "report.html"
-    with Console(stream) as console:
+    with open_console(stream) as console:
         console.finish(BEFORE, AFTER, {"report": path}, 1.0)
     assert str(path) in stream.getvalue()
 
 
 TRAIN_FOREVER = """
 import signal, time
-from othink_ray.driver.console import Console
+from othink_ray.driver.live_console import open_console
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-with Console() as console, console.training(9):
+with open_console() as console, console.training(9):
     console.step(1, {"reward/mean": 1.0})
     time.sleep(60)
 """

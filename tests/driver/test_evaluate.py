@@ -11,7 +11,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
-from othink_ray.data.images import decoded, size_of
+from othink_ray.data.prompts import decoded, size_of
 from othink_ray.driver.evaluate import eval_sets, graded, held_out_prompts, pass_at, summarize
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 from tests.engines.samples import picture

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from othink_ray.driver.callbacks import Timeline
 from othink_ray.driver.loop import Step, train
-from othink_ray.driver.timeline import Timeline
-from othink_ray.tracing import Spans, keep, span, take
+from othink_ray.tracing import Spans, record_span, span, take_spans
 from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, recipe_of
 from tests.driver.scripted_pools import ScriptedPools, worker_group
 from tests.driver.trace_events import spans_in
@@ -18,15 +18,15 @@ from tests.driver.trace_events import spans_in
 class NoProcesses:
     """A run without other processes."""
 
-    def spans(self, *, go_on: bool) -> dict[str, Spans]:
+    def spans(self, *, keep_recording: bool) -> dict[str, Spans]:
         return {}
 
 
 class LostProcesses:
     """Processes that cannot be reached at the end."""
 
-    def spans(self, *, go_on: bool) -> dict[str, Spans]:
-        assert go_on, "lost processes must not be called at the end"
+    def spans(self, *, keep_recording: bool) -> dict[str, Spans]:
+        assert keep_recording, "lost processes must not be called at the end"
         return {}
 
 
@@ -64,7 +64,7 @@ def test_each_verb_span_lies_inside_its_step(tmp_path: Path) -> None:
     run(tmp_path / "trace.json", steps=3, traced=9)
     spans = spans_in(tmp_path / "trace.json")
     steps = [item for item in spans if item.name == "step"]
-    assert [step.about["step"] for step in steps] == [0, 1, 2]
+    assert [step.attributes["step"] for step in steps] == [0, 1, 2]
     for step in steps:
         inside = [item.name for item in spans if step.holds(item) and item is not step]
         assert sorted(inside) == ["generate", "push", "score", "update"]
@@ -76,7 +76,7 @@ def test_the_trace_is_valid_after_each_step_and_then_final(tmp_path: Path) -> No
     assert before_any < first < second < rest[0]
     assert set(rest) == {rest[0]}
     spans = spans_in(tmp_path / "trace.json")
-    assert [item.about["step"] for item in spans if item.name == "step"] == [0, 1, 2]
+    assert [item.attributes["step"] for item in spans if item.name == "step"] == [0, 1, 2]
 
 
 def test_without_traced_steps_an_old_trace_is_deleted(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_a_run_that_fails_while_traced_leaves_a_valid_trace(tmp_path: Path) -> N
 
 def test_an_unwritable_trace_stops_recording_not_the_run(tmp_path: Path) -> None:
     run(tmp_path / "no such folder" / "trace.json", steps=3, traced=3)
-    keep("late", 0.0)
-    assert take(go_on=False).spans == []
+    record_span("late", 0.0)
+    assert take_spans(keep_recording=False).spans == []
 
 
 def test_without_tracing_no_span_is_kept() -> None:
-    take(go_on=False)
+    take_spans(keep_recording=False)
     with span("unseen"):
-        keep("neither", 0.0)
-    assert take(go_on=False).spans == []
+        record_span("neither", 0.0)
+    assert take_spans(keep_recording=False).spans == []

@@ -18,7 +18,7 @@ class Done:
     name: str
     start: int
     end: int
-    about: dict[str, Any]
+    attributes: dict[str, Any]
 
     def holds(self, other: Done) -> bool:
         return self.start <= other.start and other.end <= self.end

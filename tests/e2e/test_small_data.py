@@ -31,7 +31,7 @@ def few_rows(start_run: StartRun) -> Run:
 
 def sampled_ids(run: Run, step: int) -> list[str]:
     """Return the ids of all training prompts that the engines answered in a step (weights version = step)."""
-    groups = [span.about for span in spans_in(run.folder / "trace.json") if span.name == "group"]
+    groups = [span.attributes for span in spans_in(run.folder / "trace.json") if span.name == "group"]
     ids = [str(group["prompt"]) for group in groups if group["version"] == step]
     return [name for name in ids if name.startswith("scenes/train/")]
 

@@ -17,7 +17,7 @@ def named(spans: Sequence[Done], process: str, name: str) -> list[Done]:
 def test_every_process_has_its_spans_inside_each_step(plain_run: Run) -> None:
     spans = spans_in(plain_run.folder / "trace.json")
     steps = named(spans, "driver", "step")
-    assert [step.about["step"] for step in steps] == [0, 1, 2, 3]
+    assert [step.attributes["step"] for step in steps] == [0, 1, 2, 3]
     for step in steps:
         inside = [span for span in spans if step.holds(span)]
         [generated], [updated] = named(inside, "rollout 0", "generate"), named(inside, "learner 0", "update")
@@ -34,7 +34,7 @@ def test_every_process_has_its_spans_inside_each_step(plain_run: Run) -> None:
 def test_overlap_generates_the_next_step_during_the_update(overlapped: Run) -> None:
     spans = spans_in(overlapped.folder / "trace.json")
     updated = named(spans, "learner 0", "update")
-    generated = [span for span in named(spans, "rollout 0", "generate") if span.about["answers"] == 4]
+    generated = [span for span in named(spans, "rollout 0", "generate") if span.attributes["answers"] == 4]
     assert len(updated) == len(generated) == 3
     for this, following in zip(updated, generated[1:], strict=False):
         assert this.meets(following)

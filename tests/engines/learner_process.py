@@ -157,13 +157,17 @@ def counted() -> Iterator[Cost]:
         return tensor
 
     deepspeed_learner.to_device = counting
-    tracing.take(go_on=True)
+    tracing.take_spans(keep_recording=True)
     try:
         with saved_tensors_hooks(keep, lambda kept: kept):
             yield cost
     finally:
         deepspeed_learner.to_device = to_device
-        cost.read = [span.about["tokens"] for span in tracing.take(go_on=False).spans if span.name == "forward"]
+        cost.read = [
+            span.attributes["tokens"]
+            for span in tracing.take_spans(keep_recording=False).spans
+            if span.name == "forward"
+        ]
 
 
 def count_work(learner: Any, cost: Cost) -> None:

@@ -16,7 +16,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from othink_ray.config.load import load
-from othink_ray.runtime.cluster import short_notice
+from othink_ray.runtime.cluster import ray_job_notice
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -86,10 +86,10 @@ def test_stopped_jobs_have_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None
     job_environment = yaml.safe_load((LAUNCH / "job.yaml").read_text())["env_vars"]
     assert yaml.safe_load(kuberay("")["spec"]["runtimeEnvYAML"])["env_vars"] == job_environment
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert short_notice() is not None
+    assert ray_job_notice() is not None
     for name, value in job_environment.items():
         monkeypatch.setenv(name, value)
-    assert short_notice() is None
+    assert ray_job_notice() is None
 
 
 def test_slurm_logs_are_not_uploaded_with_a_ray_job(tmp_path: Path) -> None:

@@ -216,11 +216,10 @@ _HEAVY = {
     ),
     "runtime/bundles.py": ("runtime/test_bundles.py",),
     "runtime/placement.py": ("runtime/test_malloc.py", "runtime/test_load_order.py", "runtime/test_pools.py"),
-    "runtime/reward_actor.py": (
+    "runtime/reward_pool.py": (
         "runtime/test_reward_memory.py",
         "runtime/test_pools.py",
     ),
-    "runtime/reward_pool.py": ("runtime/test_pools.py",),
     "runtime/rollout_pool.py": (
         "runtime/test_balance.py",
         *_POOLS,

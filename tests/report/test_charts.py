@@ -81,7 +81,7 @@ def test_short_numbers_have_about_four_digits(value: float, text: str) -> None:
 
 
 def series(points: list[tuple[int, float]], **settings: Any) -> Series:
-    return Series(label="x", colour=1, points=points, **settings)
+    return Series(label="x", color=1, points=points, **settings)
 
 
 def test_binning_by_max_keeps_the_largest_value() -> None:
@@ -122,10 +122,10 @@ def test_all_points_and_intervals_are_inside_the_plot() -> None:
 
 
 def test_a_second_axis_has_the_color_of_its_only_series() -> None:
-    right = Series(label="KL", colour=2, points=[(1, 0.5)], side="right")
+    right = Series(label="KL", color=2, points=[(1, 0.5)], side="right")
     chart = line_chart("t", [series([(1, 1.0)]), right], steps=(1, 1), left=Scale(), right=Scale())
     assert chart is not None
-    assert (chart.left_colour, chart.right_colour) == (1, 2)
+    assert (chart.left_color, chart.right_color) == (1, 2)
 
 
 def test_the_reference_line_is_inside_the_plot() -> None:

@@ -23,7 +23,7 @@ from othink_ray.types import Prompt, UpdateRequest, UpdateSettings
 
 
 def incidents(max_restarts: int = 3) -> Incidents:
-    return Incidents(max_restarts, tell=print)
+    return Incidents(max_restarts, log=print)
 
 
 def train_one_step(workers: WorkerGroup, prompts: list[Prompt], step: int, lr: float = 2e-4) -> None:

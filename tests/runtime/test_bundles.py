@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from othink_ray.config.load import load
 from othink_ray.runtime import placement
 from othink_ray.runtime.bundles import ProcessSpec, all_bundles, assign_bundles, describe, shortage, total_resources
-from othink_ray.runtime.futures import TraceRecorder
+from othink_ray.runtime.futures import TracedActor
 
 SHARED = load(["cluster=one_node_colocated"])
 SPLIT = load(["cluster=one_node"])
@@ -81,7 +81,7 @@ def test_each_process_starts_in_its_bundle_with_its_resources(monkeypatch: pytes
     ):
         strategy = {"placement_group": "reserved", "placement_group_bundle_index": bundle}
         expected = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
-        assert placed.start(TraceRecorder, role, number) == expected
+        assert placed.start(TracedActor, role, number) == expected
 
 
 def test_a_gpu_process_does_not_fit_a_cluster_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ def test_a_gpu_process_does_not_fit_a_cluster_without_gpus(monkeypatch: pytest.M
 
 def test_an_unreserved_process_takes_no_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "_start", lambda actor, arguments, **options: (actor, arguments, options))
-    started = placement.Placement.start_unreserved(TraceRecorder, 1, "two")
-    assert started == (TraceRecorder, (1, "two"), {"num_cpus": 0})
+    started = placement.Placement.start_unreserved(TracedActor, 1, "two")
+    assert started == (TracedActor, (1, "two"), {"num_cpus": 0})
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("abc")), min_size=1, max_size=20))

@@ -204,7 +204,7 @@ def test_a_local_ray_requires_a_token_unless_configured(
     environment, settings = dict(before), replace(load([]).cluster, address=address)
     monkeypatch.setattr(cluster, "os", SimpleNamespace(environ=environment))
     monkeypatch.setattr(cluster, "sys", SimpleNamespace(modules={"ray": ray} if loaded else {}))
-    cluster.prepare(settings)
+    cluster.set_ray_environment(settings)
     assert ("RAY_AUTH_TOKEN" in environment, environment.get("RAY_AUTH_MODE") == "token") == (secured, secured)
     assert environment.items() >= before.items()
 

@@ -9,7 +9,7 @@ import sys
 def test_the_memory_limit_counts_from_present_use() -> None:
     """Memory of Python and its modules is not charged to the reward function."""
     program = """
-from othink_ray.runtime.reward_actor import _limit_memory
+from othink_ray.runtime.reward_pool import _limit_memory
 MB = 2**20
 before = bytearray(300 * MB)
 _limit_memory(200)

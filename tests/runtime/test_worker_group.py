@@ -124,13 +124,13 @@ def test_eval_answers_are_greedy_or_sampled_like_the_run() -> None:
     assert recorder.sampling == Sampling(answers=8, max_tokens=9, temperature=0.7, seed=3)
 
 
-@pytest.mark.parametrize("go_on", [True, False])
-def test_spans_are_collected_from_each_process_by_name(go_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "collect_traces", lambda actors, *, go_on: (actors, go_on))
+@pytest.mark.parametrize("keep_recording", [True, False])
+def test_spans_are_collected_from_each_process_by_name(keep_recording: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_group, "collect_spans", lambda actors, *, keep_recording: (actors, keep_recording))
     pools: Any = {
         "rollout": SimpleNamespace(actors=["r0", "r1"]),
         "rewards": SimpleNamespace(actors=["w0"]),
         "learner": SimpleNamespace(ranks=["l0"]),
     }
-    found: Any = replace(workers_of(Recorder()), **pools).spans(go_on=go_on)
-    assert found == ({"rollout 0": "r0", "rollout 1": "r1", "reward 0": "w0", "learner 0": "l0"}, go_on)
+    found: Any = replace(workers_of(Recorder()), **pools).spans(keep_recording=keep_recording)
+    assert found == ({"rollout 0": "r0", "rollout 1": "r1", "reward 0": "w0", "learner 0": "l0"}, keep_recording)

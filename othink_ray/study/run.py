@@ -64,7 +64,7 @@ class Study:
             for run in planned(config.study, extra)
         ]
 
-    def conduct(self, console: StudyConsole, write_report: Callable[[Path], Path]) -> int:
+    def run(self, console: StudyConsole, write_report: Callable[[Path], Path]) -> int:
         """Execute the study and return its exit status: 1 if a run failed, else 0."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_write(self.folder / "config.yaml", to_yaml(self.config))

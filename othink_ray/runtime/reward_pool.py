@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.base import score_group
 from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.registry import CustomReward, read_custom_reward
+from othink_ray.rewards.registry import CustomReward, read_custom_reward, weighted_rewards
 from othink_ray.runtime.futures import TracedActor, WorkerFailed, gather
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.runtime.placement import Placement

@@ -168,5 +168,5 @@ def test_a_second_interrupt_sends_sigterm_again_then_sigkill(monkeypatch: pytest
     main = threading.get_ident()
     interrupt = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
     interrupt.start()
-    launch.end(processes, patience_s=60)
+    launch.stop_processes(processes, patience_s=60)
     assert [process.returncode for process in processes] == [0, 0, -9]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.grading import GRADERS
 
-CASES = [("2/4", "1/2"), ("3 hundredths", "3"), ("12 cm", "12"), ("\\sqrt{12}", "2\\sqrt{3}"), ("x(x+2)", "x^2+2x")]
+CASES = [("2/4", "1/2"), ("3 hundredths", "3"), ("3 red cubes", "3"), ("\\sqrt{12}", "2\\sqrt{3}"), ("x(x+2)", "x^2+2x")]
 VERDICTS = {
     "rules alone": [True, False, True, True, False],
     "rules, then math-verify": [True, False, True, True, True],

@@ -214,7 +214,7 @@ class LearnerEngine(Protocol):
         loss: str,
         correction: str,
     ) -> UpdateStats:
-        """Run one optimizer step per update over [update][micro-batch][packed sample]; return the reduced stats.
+        """Run one optimizer step per update over `[update][micro-batch][packed sample]`; return the reduced stats.
 
         An empty micro-batch keeps this rank's collectives in step with the other ranks.
         """

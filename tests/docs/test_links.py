@@ -63,8 +63,9 @@ def test_source_files_named_on_a_page_exist(page: Path) -> None:
 
 def test_names_in_the_table_of_changes_exist() -> None:
     """The table names each registry as `NAME` of `file.py`."""
-    table = prose(ROOT / "CONTRIBUTING.md").partition("## Where a change goes")[2].partition("\n## ")[0]
-    pairs = re.findall(r"`(\w+)`(?: or `(\w+)`)? (?:in|of) `([\w/]+)\.py`", table)
+    section = prose(ROOT / "CONTRIBUTING.md").partition("## Where a change goes")[2].partition("\n## ")[0]
+    rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    pairs = re.findall(r"`(\w+)`(?: or `(\w+)`)? (?:in|of) `([\w/]+)\.py`", rows)
     assert len(pairs) >= 20
     for *names, file in pairs:
         module = import_module(f"othink_ray.{file.replace('/', '.').removesuffix('.__init__')}")

@@ -43,9 +43,10 @@ lint:  ## set up, then check style, types, import contracts, shell scripts and D
 	@.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 	@.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
+# Without --quiet, which would hide broken links from --strict.
 docs:  ## set up .venv-docs, then build the documentation in site/; a broken link is an error
 	@launch/setup_docs.sh
-	@.venv-docs/bin/mkdocs build --quiet --strict
+	@.venv-docs/bin/mkdocs build --strict
 	@echo "open site/index.html"
 
 clean:  ## remove environments, tool caches and the documentation site; runs are kept

@@ -23,7 +23,8 @@ MAIN = (".venv/bin/python", "-m", "othink_ray.main")
 
 # Commands that are really run, shortened, in this order; of all others only the settings are checked.
 EXECUTED = {
-    "first_run.md": ("run.dir=runs/first", "mode=sft", "model.path=runs/sft", "mode=eval"),
+    "commands.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
+    "first_run.md": ("run.dir=runs/first", "run.resume=auto"),
     "custom_data.md": ("run.dir=runs/own",),
     "custom_reward.md": ("algo.reward.own=my_rewards.py:brevity",),
 }

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo study bench test test-all drills mutants lint clean
+.PHONY: help demo study bench test test-all drills mutants lint docs clean
 python := .venv/bin/python
 processes := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -48,5 +48,11 @@ lint:  ## set up, then check style, types, import contracts, shell scripts and D
 	@.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
 	@.venv/bin/hadolint docker/Dockerfile.cpu docker/Dockerfile.gpu
 
-clean:  ## remove the environment and tool caches; runs are kept
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info
+# Without --quiet, which would hide broken links from --strict.
+docs:  ## set up .venv-docs, then build the documentation in site/; a broken link is an error
+	@launch/setup_docs.sh
+	@.venv-docs/bin/mkdocs build --strict
+	@echo "open site/index.html"
+
+clean:  ## remove environments, tool caches and the documentation site; runs are kept
+	@rm -rf .venv .venv-docs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

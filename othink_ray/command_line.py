@@ -28,6 +28,7 @@ HELP = """\
 othink_ray trains a vision-language model with GRPO-D on Ray, vLLM and DeepSpeed.
 
   python -m othink_ray.main [group=name] [a.b=value] ...
+  othink-ray MODE [group=name] [a.b=value] ...            the same with mode=MODE
 
 Modes
   mode=train   GRPO-D from a model and a data set to an exported model (the default)

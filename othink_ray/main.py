@@ -24,7 +24,12 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
 
 
-if __name__ == "__main__":
+def exit_on_signals() -> None:
+    """Exit at once on Ctrl-C and SIGTERM, until a mode installs its handlers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_at_once)
+
+
+if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(main(sys.argv[1:]))

@@ -79,7 +79,7 @@ class RewardConfig:
 
     accuracy_weight: float = key(1.0, "weight of the accuracy reward, 1 in Eq. 1", at_least(0))
     format_weight: float = key(1.0, "alpha of Eq. 1", at_least(0), common=True)
-    custom: str | None = key(None, "FILE.py:FUNCTION, a custom reward (text, answer) -> number; see docs/own_reward.md")
+    custom: str | None = key(None, "FILE.py:FUNCTION, a custom reward (text, answer) -> number: docs/custom_reward.md")
     custom_weight: float = key(1.0, "weight of the custom reward")
     actors: int = key(1, "number of reward actors", at_least(1))
     without_tag: str = key(

@@ -206,7 +206,7 @@ class LearnerEngine(Protocol):
     """One rank of the learner. Methods are collective: every rank is called at the same time, with its own shard."""
 
     def update(self, updates: Sequence[Sequence[Sequence[Pack]]], settings: UpdateSettings) -> UpdateStats:
-        """Run one optimizer step per update over [update][micro-batch][packed sample]; return the reduced stats.
+        """Run one optimizer step per update over `[update][micro-batch][packed sample]`; return the reduced stats.
 
         An empty micro-batch keeps this rank's collectives in step with the other ranks.
         """

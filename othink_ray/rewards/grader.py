@@ -20,7 +20,7 @@ _CACHE_SIZE = 1024  # symbolic verdicts kept: the answers of a group often repea
 def accuracy(text: str, answer: str) -> float:
     """Return 1.0 if the rules prove that the completion's answer equals the true one, else 0.0.
 
-    Only the text inside <answer>…</answer> is graded. The true answer is plain (3) or tagged (<answer> 3 </answer>).
+    Only the text inside `<answer>…</answer>` is graded. The true answer is plain (3) or tagged.
     Answers that the rules cannot decide (`compare` returns None: variables, functions, sets) count as wrong here;
     `Grader` passes them to math-verify in a process that can be killed.
     """

@@ -113,7 +113,7 @@ def stated_text(text: str, without_tag: str = "strict") -> str | None:
 
 
 def format_reward(text: str) -> float:
-    """Return 1.0 if the whole text is <think>…</think> followed by <answer>…</answer>, each tag once, else 0.0.
+    """Return 1.0 if the text is `<think>…</think>` followed by `<answer>…</answer>`, each tag once, else 0.0.
 
     White space is allowed around and between the two; their contents may be empty and may span lines.
     """

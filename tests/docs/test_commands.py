@@ -23,10 +23,10 @@ MAIN = (".venv/bin/python", "-m", "othink_ray.main")
 
 # Commands that are really run, shortened, in this order; of all others only the settings are checked.
 EXECUTED = {
-    "README.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
+    "commands.md": ("mode=sft", "model.path=runs/sft", "mode=eval"),
     "first_run.md": ("run.dir=runs/first", "run.resume=auto"),
-    "own_data.md": ("run.dir=runs/own",),
-    "own_reward.md": ("algo.reward.custom=my_rewards.py:brevity",),
+    "custom_data.md": ("run.dir=runs/own",),
+    "custom_reward.md": ("algo.reward.custom=my_rewards.py:brevity",),
 }
 SHORTENED = (
     *("rollout=hf", "train.steps=1", "train.prompts_per_step=2", "algo.group_size=2", "rollout.max_tokens=8"),
@@ -131,10 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reader")
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page.name in EXECUTED else [], id=page.name) for page in PAGES],
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_code_of_a_page_work(
     page: Path, folder: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +160,3 @@ def test_all_listed_commands_are_on_the_pages() -> None:
     for name, marks in EXECUTED.items():
         for mark in marks:
             assert any(mark in settings(command) for command in shown[name]), f"{name}: {mark}"
-
-
-def test_links_between_pages_are_valid() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,9 @@ class Installed:
     python: Path
     folder: Path
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, program: Sequence[str] = ("-m", "othink_ray.main")) -> str:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
-        command = [str(self.python), "-m", "othink_ray.main", *arguments]
+        command = [str(self.python), *program, *arguments]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -91,6 +92,15 @@ def test_it_shows_its_settings_from_any_folder(installed: Installed) -> None:
     assert "grpo_d" in installed.run("--help")
     assert "beta_max: 0.1" in installed.run("--cfg", "job", "algo=grpo_d")
     assert "configuration is sound" in installed.run("mode=check")
+
+
+@pytest.mark.slow
+def test_it_installs_the_console_command(installed: Installed) -> None:
+    load = (
+        "from importlib.metadata import entry_points as all; [e] = all(name='othink-ray'); raise SystemExit(e.load()())"
+    )
+    assert installed.run("--version", program=("-c", load)).startswith("othink_ray ")
+    assert "configuration is sound" in installed.run("check", program=("-c", load))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from othink_ray.rewards.parse import WITHOUT_TAG, stated_text
 from tests.rewards.conftest import REWARD
 
 LINES = Path(__file__).with_name("verdicts.tsv").read_text(encoding="utf-8").splitlines()
-TABLE = (Path(__file__).parents[2] / "docs" / "own_reward.md").read_text(encoding="utf-8").splitlines()
+TABLE = (Path(__file__).parents[2] / "docs" / "custom_reward.md").read_text(encoding="utf-8").splitlines()
 CASES = [tuple(line.split("\t")) for line in LINES if not line.startswith("#")]
 
 

@@ -27,7 +27,7 @@ from othink_ray.data import PromptStream, open_training
 from othink_ray.driver.build import learner_engine, open_sft_session, recipe, rollout_engine
 from othink_ray.driver.console import Console
 from othink_ray.driver.warm_start import base_model
-from othink_ray.engines.base import RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
+from othink_ray.engines.base import RendezvousInfo, RolloutEngine, Sampling, rendezvous_store
 from othink_ray.families import open_family
 from othink_ray.types import Completion, Group, Pack, Prompt, ScoredGroup, UpdateSettings
 
@@ -106,7 +106,7 @@ def _sampling(engine: RolloutEngine, config: Config) -> Callable[[Sequence[Promp
 
 
 def learning(config: Config, path: str) -> Callable[[Sequence[Prompt]], float]:
-    store = rendezvous_info()
+    store = rendezvous_store()
     rendezvous = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=store.port)
     engine = learner_engine(config, path, rendezvous, with_reference=True)
     algorithm, answers = recipe(config), random_answers(config, path)

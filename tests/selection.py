@@ -127,10 +127,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=removed)
     gone = {item.nodeid for item in removed}
     run = [FAST] * selection.fast + [SLOW] * bool(selection.parts)
-    items[:] = in_order([item for item in items if item.nodeid not in gone], run, durations)
+    items[:] = in_prompt_order([item for item in items if item.nodeid not in gone], run, durations)
 
 
-def in_order(items: Sequence[pytest.Item], kinds: Sequence[str], durations: Durations) -> list[pytest.Item]:
+def in_prompt_order(items: Sequence[pytest.Item], kinds: Sequence[str], durations: Durations) -> list[pytest.Item]:
     """Return the items with the longest units of work first, so that two processes end at about the same time."""
     totals: Counter[str] = Counter()
     for file in {file_of(item.nodeid) for item in items}:

@@ -154,7 +154,7 @@ class AlgoConfig:
         "rounding. Advantages are multiplied by the ratio policy / sampler: truncated at tis_cap (token, sequence), "
         "masked outside tis_floor .. tis_cap (icepop), or masked above tis_cap (mis_token, mis_sequence). With auto it "
         "is token for stale weights and in bfloat16, else none",
-        one_of("auto", *bounds.CORRECTIONS),
+        one_of("auto", *bounds.TIS_MODES),
         common=True,
     )
     tis_cap: float = key(

@@ -169,10 +169,15 @@ REWARD_RULES = (_grading_time, _custom_reward)
 # ---- weight transport and GPU shares
 
 
-def paired(learner: LearnerConfig, rollout: RolloutConfig) -> bool:
+def colocated(learner: LearnerConfig, rollout: RolloutConfig) -> bool:
     """Return whether each learner rank shares its GPU with an engine."""
     shares = learner.gpus_per_rank, rollout.gpus_per_actor
     return min(shares) > 0 and sum(shares) <= 1
+
+
+def needs_reference(config: Config) -> bool:
+    """Return whether the learner needs the logprobs of a reference policy: in GRPO-D, if beta can be above 0."""
+    return config.mode in ("train", "check") and config.algo.kl.beta_max > 0
 
 
 def transport_of(config: Config) -> str:
@@ -187,7 +192,7 @@ def transport_of(config: Config) -> str:
         return config.weights.transport
     if rollout.engine != "vllm" or min(rollout.gpus_per_actor, learner.gpus_per_rank) <= 0:
         return "shared_memory"
-    return "ipc" if paired(learner, rollout) else "nccl"
+    return "ipc" if colocated(learner, rollout) else "nccl"
 
 
 def _transport(config: Config) -> Iterator[Problem]:
@@ -202,10 +207,10 @@ def _transport(config: Config) -> Iterator[Problem]:
         rule = "needs GPUs on both sides: rollout.gpus_per_actor and learner.gpus_per_rank are {:g} and {:g}"
         remedy = "Set weights.transport=auto, or use rollout=vllm_gpu learner=deepspeed_gpu."
         yield broken(config, "weights.transport", rule.format(*shares), remedy)
-    elif transport == "nccl" and paired(learner, rollout):
+    elif transport == "nccl" and colocated(learner, rollout):
         rule = "needs a separate GPU for each process, but rollout and learner share one"
         yield broken(config, "weights.transport", rule, "Set weights.transport=ipc.")
-    elif transport == "ipc" and not paired(learner, rollout):
+    elif transport == "ipc" and not colocated(learner, rollout):
         rule = "needs rollout and learner on the same GPU, but their shares {:g} and {:g} exceed one GPU"
         remedy = "Set weights.transport=nccl, or use cluster=one_gpu."
         yield broken(config, "weights.transport", rule.format(*shares), remedy)
@@ -218,7 +223,7 @@ def _transport(config: Config) -> Iterator[Problem]:
 def _ranks_per_gpu(config: Config) -> Iterator[Problem]:
     """Check that no two ranks share a GPU: Ray fills a GPU with all shares that fit, and NCCL needs distinct GPUs."""
     learner, rollout = config.learner, config.rollout
-    share = learner.gpus_per_rank + (rollout.gpus_per_actor if paired(learner, rollout) else 0)
+    share = learner.gpus_per_rank + (rollout.gpus_per_actor if colocated(learner, rollout) else 0)
     if learner.world_size > 1 and 0 < share <= 0.5:
         rule = "lets two ranks share a GPU, which NCCL does not support"
         remedy = "Set it to 1, or to 0.5 with rollout.gpus_per_actor=0.5 if each rank shares its GPU with an engine."
@@ -244,7 +249,7 @@ def _sleep(config: Config) -> Iterator[Problem]:
     rollout, learner = config.rollout, config.learner
     if not rollout.sleep:
         return
-    if rollout.engine != "vllm" or not paired(learner, rollout):
+    if rollout.engine != "vllm" or not colocated(learner, rollout):
         rule = "needs vLLM and the learner on the same GPU"
         yield broken(config, "rollout.sleep", rule, "Set rollout.sleep=false, or use cluster=one_gpu.")
     elif config.train.overlap:

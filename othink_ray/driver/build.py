@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from othink_ray.config.rules import paired, transport_of
+from othink_ray.config.rules import colocated, needs_reference, transport_of
 from othink_ray.config.schema import Config
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import BetaSchedule
@@ -139,7 +139,7 @@ def shrink_to_cluster(config: Config, log: Callable[[str], None]) -> Config:
             break
         if more_engines:
             fewer = replace(fewer, rollout=replace(rollout, num_actors=rollout.num_actors - 1))
-        if more_ranks and (paired(learner, rollout) or not more_engines):
+        if more_ranks and (colocated(learner, rollout) or not more_engines):
             fewer = replace(fewer, learner=replace(learner, world_size=learner.world_size - 1))
     if fewer is not config:
         log(
@@ -165,9 +165,8 @@ def open_workers(
     bundles = all_bundles(config.learner, config.rollout)
     with Placement(bundles, config.cluster, say, wait_without_limit=incidents.restarts > 0) as placement:
         say(placement.describe())
-        needs_reference = config.mode == "train" and config.algo.kl.beta_max > 0
         learner = LearnerPool(
-            partial(learner_engine, config, path, with_reference=needs_reference), config.learner, placement
+            partial(learner_engine, config, path, with_reference=needs_reference(config)), config.learner, placement
         )
         rollout = RolloutPool(partial(rollout_engine, config, path), config.rollout, placement, incidents)
         rewards = RewardPool(config.algo.reward, incidents)
@@ -199,7 +198,7 @@ def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> l
     A starting vLLM needs its share of the whole device free, and counts memory that others allocate meanwhile as its
     own. An engine that is replaced later starts beside an idle learner, in the memory that mode=check plans for.
     """
-    if paired(config.learner, config.rollout):
+    if colocated(config.learner, config.rollout):
         rollout.wait()
         rollout.sleep()
         return learner.wait(learner.start())

@@ -206,7 +206,7 @@ def sample(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, st
     for sampling_round in range(recipe.sampling_rounds):
         prompts = stream.take(missing, beside=[scored.group.prompt for scored in requested])
         groups = clock.lap_at_end("generate", workers.generate(prompts, step, sampling_round))
-        scored_groups = in_order(workers.score(groups), prompts)
+        scored_groups = in_prompt_order(workers.score(groups), prompts)
         workers.record_lengths(scored_groups)
         clock.lap("score")
         assert all(scored.group.version == version for scored in scored_groups), (
@@ -243,7 +243,7 @@ def measure(sampled: Sampled, stats: UpdateStats) -> Measured:
     )
 
 
-def in_order(scored_groups: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+def in_prompt_order(scored_groups: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
     """Sort the groups as their prompts were requested: a run must not depend on which engine finished first."""
     by_id = {scored.group.prompt.id: scored for scored in scored_groups}
     return [by_id[prompt.id] for prompt in prompts]

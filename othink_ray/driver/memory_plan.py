@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from othink_ray.config.rules import paired
+from othink_ray.config.rules import colocated
 from othink_ray.config.schema import Config
 from othink_ray.engines.network_memory import Activations, NetworkShape
 from othink_ray.engines.zero_settings import REDUCE_BUCKET
@@ -80,7 +80,7 @@ class MemoryPlan:
 
 def _holds_reference(config: Config) -> bool:
     """Return whether ranks hold a reference network; with LoRA the reference is the policy without its adapters."""
-    return config.mode in ("train", "check") and config.algo.kl.beta_max > 0 and not config.learner.lora.rank
+    return needs_reference(config) and not config.learner.lora.rank
 
 
 def learner_memory(config: Config, shape: NetworkShape, work: Activations) -> LearnerMemory:
@@ -185,7 +185,7 @@ def _devices(config: Config, learner: LearnerMemory, engine: EngineMemory) -> di
         }
     awake = {"engine": engine.budget} if engine.budget is not None else dict(engine.needs)
     graphs = {} if rollout.enforce_eager else {"CUDA graphs": GRAPHS}
-    if not paired(config.learner, rollout):
+    if not colocated(config.learner, rollout):
         context = {"context": CONTEXT}
         return {
             "a learner's GPU": (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from othink_ray.config.errors import Problem
 from othink_ray.config.model_rules import base_model_folder, model_folder
-from othink_ray.config.rules import paired
+from othink_ray.config.rules import colocated
 from othink_ray.config.schema import Config
 from othink_ray.data import BadRow, PromptStream, SourceError, Split, open_source, open_training
 from othink_ray.runtime.bundles import all_bundles, describe
@@ -74,7 +74,7 @@ def idle_gpus(config: Config) -> list[str]:
         return []
     findings = []
     engines, ranks = rollout.num_actors * rollout.gpus_per_actor, learner.world_size * learner.gpus_per_rank
-    if not paired(learner, rollout) and not train.overlap:
+    if not colocated(learner, rollout) and not train.overlap:
         findings.append(
             f"the engines' {engines:g} GPUs are idle during updates, and the learner's {ranks:g} during generation: "
             "train.overlap=true overlaps the two"

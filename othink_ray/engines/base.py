@@ -80,7 +80,7 @@ class RendezvousInfo:
         )
 
 
-def rendezvous_info(address: str = "127.0.0.1") -> TCPStore:
+def rendezvous_store(address: str = "127.0.0.1") -> TCPStore:
     """Return the store at which the ranks of a learner rendezvous; it listens on `address` while the caller holds it.
 
     It listens at once: a port that is only looked up may be taken by another process before the ranks connect.
@@ -175,7 +175,7 @@ class Receiver(ABC):
         """Drop everything that was computed with older weights, and take `version` into use."""
         if self._arrived != buckets:
             raise UnfinishedPush(f"only {self._arrived} of the {buckets} buckets of weights version {version} arrived")
-        self._forget()
+        self._drop_caches()
         self.version = version
 
     def check_weights(self, expected: Mapping[str, TensorDigest], *, complete: bool) -> dict[str, str]:
@@ -192,7 +192,7 @@ class Receiver(ABC):
         ...
 
     @abstractmethod
-    def _forget(self) -> None:
+    def _drop_caches(self) -> None:
         """Drop the caches that depend on the weights."""
         ...
 

@@ -54,7 +54,7 @@ class HFRollout(Receiver):
             for name, weight in weights:
                 self.pushed[name].copy_(weight)
 
-    def _forget(self) -> None:
+    def _drop_caches(self) -> None:
         """Do nothing: no cache outlives a prompt."""
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:

@@ -206,7 +206,7 @@ class VLLMRollout(Receiver):
         encoded: int = self.engine.collective_rpc("images_encoded")[0]
         return encoded
 
-    def _forget(self) -> None:
+    def _drop_caches(self) -> None:
         """Drop the prefix cache and image features of older weights: with any left, answers would mix two policies."""
         if self.adapters is not None and self._arrived:
             self.engine.collective_rpc("serve_adapter", args=(_ADAPTER,))

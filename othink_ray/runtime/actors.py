@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.cpu.kernels import SlowerKernel
-from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_info
+from othink_ray.engines.base import LearnerEngine, RendezvousInfo, RolloutEngine, Sampling, rendezvous_store
 from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.futures import TracedActor
 from othink_ray.tracing import record_span, span
@@ -89,7 +89,7 @@ class LearnerActor(TracedActor):
     def open_rendezvous(self) -> tuple[str, int]:
         """Reserve the rendezvous of all ranks on this node: (address, port)."""
         address = ray.util.get_node_ip_address()
-        self.store = rendezvous_info(address)  # keeps the rendezvous open
+        self.store = rendezvous_store(address)  # keeps the rendezvous open
         return address, self.store.port
 
     def free_port(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from othink_ray.config.rules import paired
+from othink_ray.config.rules import colocated
 from othink_ray.config.schema import LearnerConfig, RolloutConfig
 
 _LETTERS = {"learner": "L", "rollout": "R"}
@@ -41,7 +41,7 @@ def rollout_bundles(rollout: RolloutConfig) -> list[Bundle]:
 
 def all_bundles(learner: LearnerConfig, rollout: RolloutConfig) -> list[Bundle]:
     ranks, engines = learner_bundles(learner), rollout_bundles(rollout)
-    if paired(learner, rollout):
+    if colocated(learner, rollout):
         return [rank + engine for rank, engine in zip_longest(ranks, engines, fillvalue=())]
     return ranks + engines
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.selection import Selection, commit_number, in_order, selection_of
+from tests.selection import Selection, commit_number, in_prompt_order, selection_of
 
 FILES = [f"tests/test_{name}.py" for name in "abcdefghijk"]
 DURATIONS = {file: {"fast": 50.0, "slow": 10.0 * (number + 1)} for number, file in enumerate(FILES)}
@@ -41,7 +41,7 @@ def test_the_longest_units_of_work_come_first() -> None:
     files = ["tests/core/test_a.py", "tests/e2e/test_b.py", "tests/driver/test_c.py", "tests/e2e/test_d.py"]
     durations = dict(zip(files, ({"fast": 1, "slow": 99}, {"fast": 3}, {"fast": 5}, {"fast": 4}), strict=True))
     items = [SimpleNamespace(nodeid=f"{file}::test_{number}") for number in (1, 2) for file in files]
-    ordered = in_order(items, ["fast"], durations)  # type: ignore[arg-type]
+    ordered = in_prompt_order(items, ["fast"], durations)  # type: ignore[arg-type]
     assert [item.nodeid for item in ordered] == [
         f"{files[place]}::test_{number}" for place in (3, 1, 2, 0) for number in (1, 2)
     ]

@@ -277,7 +277,7 @@ def test_several_broken_rules_are_all_reported() -> None:
     assert len(messages(["algo.group_size=1", "train.prompts_per_step=0", "learner.lr=-1", "wandb.mode=on"])) == 4
 
 
-@pytest.mark.parametrize("name", bounds.CORRECTIONS)
+@pytest.mark.parametrize("name", bounds.TIS_MODES)
 def test_overlap_is_valid_with_any_correction_and_is_in_the_plan(name: str) -> None:
     overrides = ["train.overlap=true", f"algo.tis={name}"]
     assert messages(overrides) == []
@@ -346,7 +346,7 @@ def test_algorithm_choices_match_the_core() -> None:
     assert set(bounds.LOSSES) == set(losses.LOSSES) - {"sft"}  # sft is a mode, not an algorithm
     assert tuple(packing.LOSS_WEIGHTS) == bounds.LOSS_WEIGHTS
     assert tuple(kl.ESTIMATORS) == bounds.ESTIMATORS
-    assert tuple(losses.TIS_MODES) == bounds.CORRECTIONS
+    assert tuple(losses.TIS_MODES) == bounds.TIS_MODES
 
 
 @pytest.mark.parametrize("schedule", ["target", "accuracy"])

@@ -116,9 +116,9 @@ def test_a_push_during_generation_is_refused(engine: VLLMRollout) -> None:
     running.add_request("left", {"prompt_token_ids": [1, 2, 3]}, engine._sampling_params(max_tokens=9, min_tokens=9))
     running.step()
     with pytest.raises(RuntimeError, match="requests were still running during a push"):
-        engine._forget()
+        engine._drop_caches()
     running.abort_request(["left"])
-    engine._forget()
+    engine._drop_caches()
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (8, 8), (9, 16), (100, 128)])

@@ -185,10 +185,10 @@ def test_plans_are_complete_balanced_and_within_budget(
 ) -> None:
     updates = min(updates, len(lengths))
     planned = plan(samples_of(lengths), ranks=ranks, updates=updates, micro_tokens=micro_tokens)
-    in_order = [sorted(sample for rank in update for micro in rank for sample in micro) for update in planned]
+    in_prompt_order = [sorted(sample for rank in update for micro in rank for sample in micro) for update in planned]
     assert len(planned) == updates
-    assert list(itertools.chain(*in_order)) == list(range(len(lengths)))
-    sizes = [len(samples) for samples in in_order]
+    assert list(itertools.chain(*in_prompt_order)) == list(range(len(lengths)))
+    sizes = [len(samples) for samples in in_prompt_order]
     assert max(sizes) - min(sizes) <= 1
     for update in planned:
         assert len(update) == ranks

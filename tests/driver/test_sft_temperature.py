@@ -12,7 +12,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import RendezvousInfo, rendezvous_info
+from othink_ray.engines.base import RendezvousInfo, rendezvous_store
 from othink_ray.types import UpdateSettings
 from tests.conftest import OVERRIDES
 from tests.engines.samples import ask, batch_of, distributions, group_of, picture, scored
@@ -65,7 +65,7 @@ def learn(folder: Path, port: int, overrides_of_runs: Sequence[Sequence[str]]) -
 @pytest.fixture(scope="module")
 def learned(model_folder: Path) -> list[Learned]:
     """Train in a separate process, because DeepSpeed keeps global state."""
-    info = rendezvous_info()
+    info = rendezvous_store()
     overrides_of_runs = [
         (f"mode={mode}", f"rollout.temperature={at}") for mode, at in (("sft", 0.5), ("sft", 1.0), ("train", 0.5))
     ]

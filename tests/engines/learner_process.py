@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from othink_ray import tracing
 from othink_ray.config.schema import LearnerConfig, ModelConfig
-from othink_ray.engines.base import rendezvous_info
+from othink_ray.engines.base import rendezvous_store
 from othink_ray.engines.collate import MicroBatch
 from othink_ray.types import Pack, Probe, UpdateSettings, UpdateStats
 
@@ -110,7 +110,7 @@ def run_ranks(
 ) -> list[dict[str, Outcome]]:
     """Run the scenarios on new ranks and return the outcomes by rank; a failure shows the ranks' logs."""
     scratch.mkdir(parents=True)
-    store = rendezvous_info()
+    store = rendezvous_store()
     job = Job(model=model, folder=folder, world_size=world_size, port=store.port, scenarios=scenarios)
     (scratch / "job").write_bytes(pickle.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -24,7 +24,7 @@ class Engine(Receiver):
         for _ in weights:
             pass
 
-    def _forget(self) -> None: ...
+    def _drop_caches(self) -> None: ...
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         self.threads.append(torch.get_num_threads())

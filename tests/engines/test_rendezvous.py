@@ -12,19 +12,19 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
 from othink_ray.engines import base
-from othink_ray.engines.base import RendezvousInfo, rendezvous_info, share_of_cores
+from othink_ray.engines.base import RendezvousInfo, rendezvous_store, share_of_cores
 
 
 def test_the_store_listens_only_on_its_address() -> None:
     for address in ("127.0.0.1", "127.0.0.2"):
-        store = rendezvous_info(address)
+        store = rendezvous_store(address)
         connections = psutil.Process().net_connections()
         listening = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
         assert [found.ip for found in listening if found.port == store.port] == [address]
 
 
 def test_the_port_is_reserved_before_the_ranks_connect() -> None:
-    store = rendezvous_info()
+    store = rendezvous_store()
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", store.port))
 
@@ -41,7 +41,7 @@ def test_cores_are_divided_among_sharers(
 
 
 def test_ranks_find_each_other_through_the_store() -> None:
-    store = rendezvous_info()
+    store = rendezvous_store()
 
     def connect(rank: int) -> bytes:
         client = TCPStore("127.0.0.1", store.port)
@@ -62,7 +62,7 @@ def test_ranks_rendezvous_once_with_their_devices_backend(
     groups: list[dict[str, Any]] = []
     monkeypatch.setattr(base, "init_process_group", lambda name, **kwargs: groups.append(kwargs | {"backend": name}))
     monkeypatch.setattr(base, "is_initialized", lambda: bool(groups))
-    store = rendezvous_info()
+    store = rendezvous_store()
     info = RendezvousInfo(rank=ranks - 1, world_size=ranks, master_address="127.0.0.1", master_port=store.port)
     for _ in range(2):
         info.join(torch.device(device))

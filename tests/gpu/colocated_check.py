@@ -18,7 +18,7 @@ from benchmarks.gpu.setup import Setup
 from benchmarks.work import BETA
 from othink_ray.config.load import load
 from othink_ray.core.packing import pack
-from othink_ray.engines.base import RendezvousInfo, rendezvous_info
+from othink_ray.engines.base import RendezvousInfo, rendezvous_store
 from othink_ray.types import Pack, Probe, ScoredGroup, UpdateSettings
 from tests.gpu import fake_device
 
@@ -33,7 +33,7 @@ class RunsLearner:
         model = setup.model()
         assert model.path is not None
         self.lr = lr
-        self.store = rendezvous_info()
+        self.store = rendezvous_store()
         self.engine = DeepSpeedLearner(
             load(["learner.threads=1", f"learner.lr={lr}"]).learner,
             open_family(model, model.path),

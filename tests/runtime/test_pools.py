@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from othink_ray.config.schema import Config
-from othink_ray.driver.loop import in_order
+from othink_ray.driver.loop import in_prompt_order
 from othink_ray.engines.base import Sampling
 from othink_ray.runtime import placement
 from othink_ray.runtime.bundles import ProcessSpec
@@ -174,7 +174,7 @@ def test_answers_that_explode_in_grading_time_out_and_count(
 
 def test_scores_come_back_in_the_order_of_the_prompts(workers: WorkerGroup, prompts: list[Prompt]) -> None:
     scored = workers.score(workers.generate(prompts, 0))
-    assert [each.group.prompt.id for each in in_order(scored, prompts)] == [prompt.id for prompt in prompts]
+    assert [each.group.prompt.id for each in in_prompt_order(scored, prompts)] == [prompt.id for prompt in prompts]
 
 
 class FailingEngine:

@@ -247,7 +247,7 @@ class RecordingEngine(Receiver):
             assert (weight == int(name)).all()
             self.loaded.append((name, time.monotonic()))
 
-    def _forget(self) -> None: ...
+    def _drop_caches(self) -> None: ...
 
     def _held_weights(self, expected: Mapping[str, TensorDigest], complete: bool) -> Sequence[WorkerDigests]:
         raise NotImplementedError

@@ -126,22 +126,20 @@ def main() -> None:
     heads = "right;false 1;false 0;first;mean;median;worst;8x16 count;8x16 geo;hostile".split(";")
     print(f"{'grader':<26}" + "".join(f"{head:>11}" for head in heads))
     for name, opened in GRADERS.items():
-        _clear_caches()
         with opened() as grade:
-            verdicts, times = _graded(grade, [("7", "8"), *((stated, truth) for stated, truth, *_ in cases)])
+            verdicts, times = graded(grade, [("7", "8"), *((stated, truth) for stated, truth, *_ in cases)])
             first, *times = times
             wrong = [case for case, verdict in zip(cases, verdicts[1:], strict=True) if verdict != (case[2] == "1")]
             rewarded = sum(case[2] == "0" for case in wrong)
             counts = len(cases) - len(wrong), rewarded, len(wrong) - rewarded
             spans = first, mean(times), median(times), max(times)
-            steps = [min(sum(_graded(grade, answers)[1]) for _ in range(2)) for answers in (COUNTING, GEOMETRY)]
-            hostile = max(_graded(grade, HOSTILE)[1])
+            steps = [min(sum(graded(grade, answers)[1]) for _ in range(2)) for answers in (COUNTING, GEOMETRY)]
+            hostile = max(graded(grade, HOSTILE)[1])
         line = "".join(f"{count:>11}" for count in counts)
         print(f"{name:<26}{line}" + "".join(f"{1e3 * span:>11.3g}" for span in (*spans, *steps, hostile)), flush=True)
-    _clear_caches()
 
 
-def _graded(grade: Grade, answers: Answers) -> tuple[list[bool], list[float]]:
+def graded(grade: Grade, answers: Answers) -> tuple[list[bool], list[float]]:
     """Return the verdict and the seconds of each answer, none of them from a cache of the rules."""
     verdicts, times = [], []
     for stated, truth in answers:
@@ -149,6 +147,7 @@ def _graded(grade: Grade, answers: Answers) -> tuple[list[bool], list[float]]:
         started = time.perf_counter()
         verdicts.append(grade(stated, truth))
         times.append(time.perf_counter() - started)
+    _clear_caches()
     return verdicts, times
 
 

@@ -1,6 +1,6 @@
 """Read numbers exactly: closed forms such as 2√3 + 5π/3 and numerals in words, with a unit or the counted things.
 
-Kept: 856 of 856 verdicts, 686 without it, 474 by math-verify alone; 16 x 8 answers in 2 ms, by math-verify 1.3 s.
+Kept: 880 of 880 verdicts, 707 without it, 489 by math-verify alone; 16 x 8 answers in 2 ms, by math-verify 1.2 s.
 """
 
 from __future__ import annotations

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.grading import GRADERS
+from benchmarks.grading import GRADERS, graded
 
-CASES = [("2/4", "1/2"), ("3 hundredths", "3"), ("3 red cubes", "3"), ("\\sqrt{12}", "2\\sqrt{3}"), ("x(x+2)", "x^2+2x")]
+CASES = [
+    ("2/4", "1/2"),
+    ("3 hundredths", "3"),
+    ("3 red cubes", "3"),
+    ("\\sqrt{12}", "2\\sqrt{3}"),
+    ("x(x+2)", "x^2+2x"),
+]
 VERDICTS = {
     "rules alone": [True, False, True, True, False],
     "rules, then math-verify": [True, False, True, True, True],
@@ -19,4 +25,4 @@ VERDICTS = {
 @pytest.mark.parametrize("name", GRADERS)
 def test_each_grader_gives_its_verdicts(name: str) -> None:
     with GRADERS[name]() as grade:
-        assert [grade(stated, truth) for stated, truth in CASES] == VERDICTS[name]
+        assert graded(grade, CASES)[0] == VERDICTS[name]

@@ -17,8 +17,8 @@ from typing import TypeAlias
 from unittest.mock import patch
 
 from othink_ray.rewards import grader, numbers, parse
+from othink_ray.rewards.grader import SymbolicProcess
 from othink_ray.rewards.numbers import Form
-from othink_ray.rewards.sandbox import SymbolicProcess
 
 CASES = Path(__file__).resolve().parents[1] / "tests" / "rewards" / "verdicts.tsv"
 CPU_S, MEMORY_MB = 2.0, 1024  # as in conf/config.yaml

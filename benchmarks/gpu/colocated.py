@@ -21,7 +21,7 @@ from benchmarks.gpu.shapes import questions, scored
 from othink_ray.engines.base import RendezvousInfo, Sampling
 from othink_ray.engines.vllm_transfer import open_sender
 from othink_ray.types import Audit
-from othink_ray.weights.audit import compare, repeated
+from othink_ray.weights import compare, repeated
 
 RATE = 1e-4  # large enough that each step changes the logprobs, so that the audit detects a missing push
 BUCKET = 2**26

@@ -25,7 +25,7 @@ from othink_ray.driver.loop import (
     Callbacks,
     Recipe,
     Sampled,
-    Step,
+    StepRecord,
     Stream,
     Workers,
     compute_advantages,
@@ -106,7 +106,7 @@ def train_overlapped(
         clock.lap("push")
         schedule_state = schedule.after(schedule_state, measure(batch.sampled, stats))
         callbacks.on_step(
-            Step(
+            StepRecord(
                 step=step,
                 beta=beta,
                 schedule_state=schedule_state,

@@ -27,7 +27,7 @@ from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.weight_sync import AuditedPush, open_transport
 from othink_ray.runtime.worker_group import EvalWorkers, WorkerGroup
 from othink_ray.types import Prompt
-from othink_ray.weights.audit import Tolerance
+from othink_ray.weights import Tolerance
 
 
 def length_filter(config: Config, path: str) -> LengthFilter:

@@ -20,9 +20,9 @@ from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver.checkpoint import Checkpoints
 from othink_ray.driver.console import Console
 from othink_ray.driver.evaluate import EvalSet, Evaluation, graded, summarize
-from othink_ray.driver.loop import Step
+from othink_ray.driver.loop import StepRecord
 from othink_ray.driver.metrics import RunRecords, jsonable, sample_record, sft_metrics, step_metrics
-from othink_ray.driver.sft import SFTStep
+from othink_ray.driver.sft import SFTStepRecord
 from othink_ray.driver.stopping import Stopped, StopRequest
 from othink_ray.runtime.monitoring import Incidents
 from othink_ray.tracing import Spans, TraceFile, record_span, span, take_spans
@@ -244,7 +244,7 @@ class GRPOCallbacks(RunCallbacks):
     def algo(self) -> str:
         return self.config.algo.name
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: StepRecord) -> None:
         if record.audit.tokens:
             self.audit_gap_max = max(self.audit_gap_max or 0.0, record.audit.gap_max)
         result = StepResult(
@@ -284,7 +284,7 @@ class SFTCallbacks(RunCallbacks):
         self.workers.sleep()
         return results
 
-    def on_step(self, record: SFTStep) -> None:
+    def on_step(self, record: SFTStepRecord) -> None:
         result = StepResult(
             step=record.step,
             data_position=record.data_position,

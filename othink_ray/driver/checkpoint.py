@@ -34,11 +34,11 @@ class Saves(Protocol):
         """Begin to write the current weights and optimizer states."""
         ...
 
-    def written(self) -> bool:
+    def save_is_written(self) -> bool:
         """Return whether all files are written."""
         ...
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         """Wait for all files; return the SHA-256 of each."""
         ...
 
@@ -66,7 +66,7 @@ class Checkpoints:
             self.begun = partial
 
     def finish_if_written(self) -> None:
-        if self.begun is not None and self.learner.written():
+        if self.begun is not None and self.learner.save_is_written():
             self.finish()
 
     def finish(self) -> None:
@@ -74,7 +74,7 @@ class Checkpoints:
             return
         partial, self.begun = self.begun, None
         with span("finish a checkpoint"), self._tolerate_io_errors(partial):
-            digests = self.learner.saved() | {_STATE: _digest(partial / _STATE)}
+            digests = self.learner.finish_save() | {_STATE: _digest(partial / _STATE)}
             atomic_write(partial / _DIGESTS, json.dumps(digests, indent=2) + "\n")
             folder = partial.with_suffix("")
             shutil.rmtree(folder, ignore_errors=True)

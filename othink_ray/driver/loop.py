@@ -120,7 +120,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class StepRecord:
     """Record of one finished step, for the callbacks."""
 
     step: int
@@ -143,7 +143,7 @@ class Callbacks(Protocol):
         """Run once before the first step; all engines have the weights after `step` steps."""
         ...
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Run after each step; all engines have the weights after it."""
         ...
 
@@ -178,7 +178,7 @@ def train(
         clock.lap("push")
         schedule_state = schedule.after(schedule_state, measure(sampled, stats))
         callbacks.on_step(
-            Step(
+            StepRecord(
                 step=step,
                 beta=beta,
                 schedule_state=schedule_state,

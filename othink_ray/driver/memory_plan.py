@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from othink_ray.config.rules import colocated
+from othink_ray.config.rules import colocated, needs_reference
 from othink_ray.config.schema import Config
 from othink_ray.engines.network_memory import Activations, NetworkShape
 from othink_ray.engines.zero_settings import REDUCE_BUCKET

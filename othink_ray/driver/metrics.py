@@ -24,8 +24,8 @@ from PIL import Image
 
 from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
-from othink_ray.driver.loop import Step, has_signal
-from othink_ray.driver.sft import SFTStep
+from othink_ray.driver.loop import StepRecord, has_signal
+from othink_ray.driver.sft import SFTStepRecord
 from othink_ray.driver.trackers import WandbTracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 
@@ -103,7 +103,7 @@ def _step_of(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-def sft_metrics(step: SFTStep) -> dict[str, float]:
+def sft_metrics(step: SFTStepRecord) -> dict[str, float]:
     """Return the metrics of one SFT step."""
     lengths = [len(answer.token_ids) for group in step.demonstrations for answer in group.completions]
     seconds = sum(step.times.values())
@@ -120,7 +120,7 @@ def sft_metrics(step: SFTStep) -> dict[str, float]:
     } | {f"time/{name}_s": lap for name, lap in step.times.items()}
 
 
-def step_metrics(step: Step) -> dict[str, float]:
+def step_metrics(step: StepRecord) -> dict[str, float]:
     """Return the metrics of one step; rewards, lengths and groups cover all requested groups, trained or not.
 
     Mean rewards are over valid answers; a masked answer counts only in `groups/masked`.

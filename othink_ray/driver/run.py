@@ -126,7 +126,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from othink_ray.families.base import ModelError
     from othink_ray.runtime.cluster import ClusterError
     from othink_ray.runtime.futures import WorkerFailed
-    from othink_ray.weights.audit import AuditError
+    from othink_ray.weights import AuditError
 
     return (
         *(AuditError, BadRow, ClusterError, ModelError, OSError, ResumeError, RunawayError, SourceError),

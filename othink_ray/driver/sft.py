@@ -29,7 +29,7 @@ class SFTLearner(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFTStep:
+class SFTStepRecord:
     """Record of one finished step, for the callbacks."""
 
     step: int
@@ -44,7 +44,7 @@ class SFTHooks(Protocol):
 
     def on_start(self, step: int) -> None: ...
 
-    def on_step(self, record: SFTStep) -> None: ...
+    def on_step(self, record: SFTStepRecord) -> None: ...
 
 
 def fine_tune(
@@ -67,5 +67,11 @@ def fine_tune(
         stats = learner.update(UpdateRequest(packs=pack_demonstrations(groups), updates=1, settings=settings))
         clock.lap("update")
         callbacks.on_step(
-            SFTStep(step=step, data_position=stream.position, demonstrations=groups, stats=stats, times=clock.times)
+            SFTStepRecord(
+                step=step,
+                data_position=stream.position,
+                demonstrations=groups,
+                stats=stats,
+                times=clock.times,
+            )
         )

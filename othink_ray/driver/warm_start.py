@@ -15,7 +15,7 @@ from othink_ray.config.schema import Config, DataConfig, LearnerConfig
 from othink_ray.core.lr_schedule import learning_rate
 from othink_ray.data import PromptStream, open_training, worked_answer
 from othink_ray.driver.console import Console
-from othink_ray.driver.sft import DemonstrationSource, SFTLearner, SFTStep, fine_tune
+from othink_ray.driver.sft import DemonstrationSource, SFTLearner, SFTStepRecord, fine_tune
 
 _TOKENIZER_PROMPTS = 256
 
@@ -169,5 +169,5 @@ class _Progress:
     def on_start(self, step: int) -> None:
         self.console.progress(step, self.steps)
 
-    def on_step(self, record: SFTStep) -> None:
+    def on_step(self, record: SFTStepRecord) -> None:
         self.console.progress(record.step + 1, self.steps, f"loss {record.stats.loss:.3f}")

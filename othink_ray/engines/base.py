@@ -23,7 +23,7 @@ from torch.distributed import TCPStore, init_process_group, is_initialized  # ty
 from torch.distributed.constants import default_pg_timeout
 
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
-from othink_ray.weights.transfer import TensorDigest, WorkerDigests, mismatches
+from othink_ray.weights import TensorDigest, WorkerDigests, mismatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,11 +247,11 @@ class LearnerEngine(Protocol):
         """Start to write this rank's shard of a snapshot of weights and optimizer state, in the background."""
         ...
 
-    def written(self) -> bool:
-        """Return whether `saved` would return without waiting."""
+    def save_is_written(self) -> bool:
+        """Return whether `finish_save` would return without waiting."""
         ...
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         """Wait until this rank's shard is on disk; return file name -> SHA-256."""
         ...
 

@@ -379,10 +379,10 @@ class DeepSpeedLearner:
         tensors, steps = self.state.shard()
         self.writer = CheckpointWriter(folder, self.rendezvous.rank, tensors, steps)
 
-    def written(self) -> bool:
+    def save_is_written(self) -> bool:
         return self.writer.done
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         return self.writer.finish()
 
     def load(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from othink_ray.engines.policy import DTYPES, logit_bias, trained_weights
 from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.transfer import ShardDigest, TensorDigest, WorkerDigests, digests
+from othink_ray.weights import ShardDigest, TensorDigest, WorkerDigests, digests
 
 HFInput = tuple[list[int], ImageTensors, Tensor]
 

@@ -17,7 +17,7 @@ from othink_ray.engines.base import on_one_thread
 from othink_ray.engines.collate import HostBatch, MicroBatch
 from othink_ray.families.base import Family, ImageTensors
 from othink_ray.types import Pack, PixelDigest, Prompt
-from othink_ray.weights.transfer import digests
+from othink_ray.weights import digests
 
 DTYPES_OF_PIXELS = {"uint8": torch.uint8, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -26,7 +26,7 @@ from othink_ray.engines.policy import BANNED_BIAS
 from othink_ray.engines.prefetch import Inputs, pixel_digest
 from othink_ray.families.base import Family
 from othink_ray.types import Completion, Group, PixelDigest, Probe, Prompt
-from othink_ray.weights.transfer import TensorDigest, WorkerDigests
+from othink_ray.weights import TensorDigest, WorkerDigests
 
 _ADAPTER = 1  # vLLM's id of the only adapter
 

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 import othink_ray.engines.vllm_patches  # noqa: F401  # patches vLLM in this process
-from othink_ray.weights.transfer import ShardDigest, TensorDigest, WorkerDigests, as_matrix, read_back, shard_digest
+from othink_ray.weights import ShardDigest, TensorDigest, WorkerDigests, as_matrix, read_back, shard_digest
 
 _READ_BACK = 8192  # elements checked per packed matrix: an update at lr 1e-6 in bfloat16 changes about 1 % of them
 

@@ -9,6 +9,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from othink_ray.types import Completion, Prompt
+
 OPEN, CLOSE = "<answer>", "</answer>"
 TAGS = ("<think>", "</think>", OPEN, CLOSE)
 
@@ -110,6 +112,11 @@ def stated_text(text: str, without_tag: str = "strict") -> str | None:
     """Return the text to grade: inside the tag, or as the `without_tag` policy selects it if there is no tag."""
     inside = answer_text(text)
     return WITHOUT_TAG[without_tag](text) if inside is None else inside
+
+
+def rate_format(prompt: Prompt, completion: Completion) -> float:
+    """Return R_format of a completion, as a `Reward`."""
+    return format_reward(completion.text)
 
 
 def format_reward(text: str) -> float:

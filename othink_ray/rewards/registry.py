@@ -10,18 +10,12 @@ from typing import Any
 from othink_ray.config.schema import RewardConfig
 from othink_ray.rewards.base import Reward, WeightedReward
 from othink_ray.rewards.grader import Grader
-from othink_ray.rewards.parse import format_reward
-from othink_ray.types import Completion, Prompt
-
-
-def _format(prompt: Prompt, completion: Completion) -> float:
-    return format_reward(completion.text)
-
+from othink_ray.rewards.parse import rate_format
 
 # R_acc and R_format of Eq. 1, built with the grader of the process. The weight of each is `algo.reward.NAME_weight`.
 REWARDS: dict[str, Callable[[Grader], Reward]] = {
     "accuracy": lambda grader: grader,
-    "format": lambda grader: _format,
+    "format": lambda grader: rate_format,
 }
 
 
@@ -38,7 +32,7 @@ class CustomReward:
 
         Only the user's file is executed, never text that a model wrote.
         """
-        names: dict[str, Any] = {"__name__": "own_reward", "__file__": self.file}
+        names: dict[str, Any] = {"__name__": "custom_reward", "__file__": self.file}
         exec(compile(self.source, self.file, "exec"), names)
         function: Callable[[str, str], float] = names[self.name]
         return lambda prompt, completion: function(completion.text, prompt.answer)

@@ -23,7 +23,7 @@ from othink_ray.engines.vllm_transfer import NamedWeights, Sender
 from othink_ray.runtime.futures import TracedActor
 from othink_ray.tracing import record_span, span
 from othink_ray.types import Group, Pack, PixelDigest, Probe, Prompt, UpdateSettings, UpdateStats
-from othink_ray.weights.transfer import Bucket, DigestCollector, TensorDigest, digests, from_buckets, to_buckets
+from othink_ray.weights import Bucket, DigestCollector, TensorDigest, digests, from_buckets, to_buckets
 
 BACKGROUND = "background"  # concurrency group of methods that run beside the actor's main thread
 
@@ -170,13 +170,13 @@ class LearnerActor(TracedActor):
     def save(self, folder: Path) -> None:
         self.engine.save(folder)
 
-    def written(self) -> bool:
-        return self.engine.written()
+    def save_is_written(self) -> bool:
+        return self.engine.save_is_written()
 
-    def saved(self) -> dict[str, str] | str:
+    def finish_save(self) -> dict[str, str] | str:
         """Return SHA-256 by file, or the error text: a full disk must not count as a failure of the rank."""
         try:
-            return self.engine.saved()
+            return self.engine.finish_save()
         except OSError as error:
             return str(error)
 

@@ -136,13 +136,13 @@ class LearnerPool:
     def save(self, folder: Path) -> None:
         self.wait_for([actor.save.remote(folder.absolute()) for actor in self.ranks], "saving a checkpoint")
 
-    def written(self) -> bool:
-        return all(self.wait_for([actor.written.remote() for actor in self.ranks], "saving a checkpoint"))
+    def save_is_written(self) -> bool:
+        return all(self.wait_for([actor.save_is_written.remote() for actor in self.ranks], "saving a checkpoint"))
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         """Return SHA-256 by file of the checkpoint; raise OSError where a rank could not write its shard."""
         digests: dict[str, str] = {}
-        for result in self.wait_for([actor.saved.remote() for actor in self.ranks], "saving a checkpoint"):
+        for result in self.wait_for([actor.finish_save.remote() for actor in self.ranks], "saving a checkpoint"):
             if isinstance(result, str):
                 raise OSError(result)
             digests |= result

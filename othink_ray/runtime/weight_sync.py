@@ -19,8 +19,15 @@ from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.tracing import span
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable, repeated, require_pixels
-from othink_ray.weights.transfer import require_arrived
+from othink_ray.weights import (
+    AuditError,
+    Tolerance,
+    compare,
+    mostly_comparable,
+    repeated,
+    require_arrived,
+    require_pixels,
+)
 
 _THUMBNAIL = 112  # pixels of the longer side
 _BUCKETS_AHEAD = 2  # gathered before they are consumed, and as many again on their way into an engine

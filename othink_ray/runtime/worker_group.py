@@ -107,8 +107,8 @@ class WorkerGroup(EvalWorkers):
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
 
-    def written(self) -> bool:
-        return self.learner.written()
+    def save_is_written(self) -> bool:
+        return self.learner.save_is_written()
 
-    def saved(self) -> dict[str, str]:
-        return self.learner.saved()
+    def finish_save(self) -> dict[str, str]:
+        return self.learner.finish_save()

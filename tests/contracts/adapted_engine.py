@@ -11,7 +11,7 @@ from torch import Tensor
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling, ServedAdapters
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.transfer import Bucket, from_buckets, to_buckets
+from othink_ray.weights import Bucket, from_buckets, to_buckets
 
 SAMPLING = Sampling(answers=2, max_tokens=16, temperature=1.0, seed=3)
 CANDIDATES = 20

@@ -10,7 +10,7 @@ import torch
 from othink_ray.config.schema import ModelConfig, RolloutConfig
 from othink_ray.engines.base import Sampling
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.transfer import Bucket, digests, from_buckets
+from othink_ray.weights import Bucket, digests, from_buckets
 
 SAMPLING = Sampling(answers=2, max_tokens=6, temperature=1.0, seed=3)
 

@@ -19,7 +19,7 @@ from othink_ray.engines.lora import AdapterError, require_servable, served_adapt
 from othink_ray.engines.policy import DTYPES, Policy, choose_trained, trained_weights
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.types import Probe, Prompt
-from othink_ray.weights.transfer import from_buckets, to_buckets
+from othink_ray.weights import from_buckets, to_buckets
 from tests.contracts.adapted_engine import CANDIDATES, SAMPLING, Adapted, run
 from tests.engines.samples import MIXED, batch_of, distributions, give, learner_gap, row_of
 from tests.families.checkpoints import build_checkpoint

@@ -13,7 +13,7 @@ from othink_ray.engines.base import RolloutEngine, Sampling, UnfinishedPush
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
 from othink_ray.types import Group
-from othink_ray.weights.transfer import digests
+from othink_ray.weights import digests
 from tests.engines.samples import (
     MIXED,
     give,

@@ -20,8 +20,7 @@ from othink_ray.engines.policy import Policy
 from othink_ray.families import FAMILIES, open_family
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, Probe, Prompt
-from othink_ray.weights.audit import compare, repeated
-from othink_ray.weights.transfer import to_buckets
+from othink_ray.weights import compare, repeated, to_buckets
 from tests.contracts.family_engine import probe_before_and_after
 from tests.engines.samples import MIXED, distributions, row_of, sent_weights
 from tests.families.checkpoints import build_checkpoint

@@ -39,10 +39,10 @@ class Learner:
     def save(self, folder: Path) -> None:
         self.writing = CheckpointWriter(folder, 0, {"a/weight": torch.ones(self.megabytes * 2**18)}, steps=1)
 
-    def written(self) -> bool:
+    def save_is_written(self) -> bool:
         return self.writing.done
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         return self.writing.finish()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.kl import BetaSchedule
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
-from othink_ray.driver.loop import Recipe, Step
+from othink_ray.driver.loop import Recipe, StepRecord
 from othink_ray.types import Audit, Completion, Group, Message, Prompt, ScoredGroup, UpdateRequest, UpdateStats
 
 ANSWERS = 3
@@ -140,12 +140,12 @@ class RecordingCallbacks:
 
     def __init__(self) -> None:
         self.started: list[int] = []
-        self.steps: list[Step] = []
+        self.steps: list[StepRecord] = []
 
     def on_start(self, step: int) -> None:
         self.started.append(step)
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
 

@@ -25,15 +25,15 @@ class FileLearner:
     def save(self, folder: Path) -> None:
         (folder / "weights").write_text("whole")
 
-    def written(self) -> bool:
+    def save_is_written(self) -> bool:
         return self.done
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         return {"weights": hashlib.sha256(b"whole").hexdigest()}
 
 
 class FullDiskLearner(FileLearner):
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         raise OSError(28, "No space left on device")
 
 

@@ -16,7 +16,7 @@ from othink_ray.config.load import load
 from othink_ray.data import PromptStream
 from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
 from othink_ray.driver.build import cores_shared
-from othink_ray.driver.loop import Step, train
+from othink_ray.driver.loop import StepRecord, train
 from othink_ray.driver.metrics import step_metrics
 from othink_ray.driver.training import open_loop
 from othink_ray.types import Audit, Group, Prompt, ScoredGroup, UpdateStats
@@ -33,7 +33,7 @@ def run(
     callbacks: RecordingCallbacks | None = None,
     stream: NumberStream | None = None,
     **changes: Any,
-) -> list[Step]:
+) -> list[StepRecord]:
     callbacks, how = callbacks or RecordingCallbacks(), {"prefetch_update": True} | settings(steps, rounds) | changes
     with ThreadPoolExecutor(max_workers=OVERLAP_THREADS) as executor:
         train_overlapped(executor, workers, stream or NumberStream(), callbacks=callbacks, **how)
@@ -50,11 +50,11 @@ def settings(steps: range, rounds: int = 1) -> dict[str, Any]:
     }
 
 
-def versions(record: Step) -> set[int]:
+def versions(record: StepRecord) -> set[int]:
     return {scored.group.version for scored in record.requested}
 
 
-def requested(record: Step) -> list[str]:
+def requested(record: StepRecord) -> list[str]:
     return [scored.group.prompt.id for scored in record.requested]
 
 
@@ -199,7 +199,7 @@ def test_nothing_runs_during_the_push_and_the_callbacks() -> None:
     workers = BarrierWorkers(last=2)
 
     class IdleCheck(RecordingCallbacks):
-        def on_step(self, record: Step) -> None:
+        def on_step(self, record: StepRecord) -> None:
             assert workers.busy == []
             assert workers.version == record.step + 1
             super().on_step(record)

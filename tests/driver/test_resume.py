@@ -96,10 +96,10 @@ class FakeWorkers:
     def save(self, folder: Path) -> None:
         (folder / "drift").write_text(repr(self.drift))
 
-    def written(self) -> bool:
+    def save_is_written(self) -> bool:
         return True
 
-    def saved(self) -> dict[str, str]:
+    def finish_save(self) -> dict[str, str]:
         return {}
 
 

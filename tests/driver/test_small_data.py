@@ -18,7 +18,7 @@ from othink_ray.core.advantages import ADVANTAGES
 from othink_ray.core.packing import LOSS_WEIGHTS, pack_step
 from othink_ray.data.prompt_stream import PromptStream
 from othink_ray.driver.async_loop import OVERLAP_THREADS, train_overlapped
-from othink_ray.driver.loop import Recipe, Step, train
+from othink_ray.driver.loop import Recipe, StepRecord, train
 from othink_ray.types import Message, Prompt, ScoredGroup
 from tests.driver.fakes import PAPER, RecordingCallbacks
 from tests.driver.scripted_pools import ScriptedPools, worker_group
@@ -69,7 +69,7 @@ class Setting:
         )
 
 
-def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[Step], ScriptedPools]:
+def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[StepRecord], ScriptedPools]:
     """Run some steps with this setting from a position in the data."""
     pools = ScriptedPools(setting.signal)
     stream = PromptStream(
@@ -141,7 +141,7 @@ def test_every_group_of_a_step_is_sampled_with_its_own_seed(seed: int) -> None:
 
 
 def test_the_drawn_settings_repeat_prompts_within_a_step() -> None:
-    def repeats(record: Step) -> int:
+    def repeats(record: StepRecord) -> int:
         questions = [scored.group.prompt.messages[0].text for scored in record.requested]
         return len(questions) - len(set(questions))
 

@@ -10,7 +10,7 @@ import pytest
 
 from othink_ray.core.packing import pack_demonstrations
 from othink_ray.driver.callbacks import RunCallbacks, SFTCallbacks
-from othink_ray.driver.sft import SFTStep, fine_tune
+from othink_ray.driver.sft import SFTStepRecord, fine_tune
 from othink_ray.types import Completion, Group, Prompt, UpdateRequest, UpdateStats
 from tests.driver.fakes import NumberStream, stats_of
 
@@ -28,7 +28,7 @@ class Recorded:
     def __init__(self) -> None:
         self.requests: list[UpdateRequest] = []
         self.started: list[int] = []
-        self.steps: list[SFTStep] = []
+        self.steps: list[SFTStepRecord] = []
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Group]:
         return [demonstration(prompt, length) for length, prompt in enumerate(prompts, start=1)]
@@ -40,7 +40,7 @@ class Recorded:
     def on_start(self, step: int) -> None:
         self.started.append(step)
 
-    def on_step(self, record: SFTStep) -> None:
+    def on_step(self, record: SFTStepRecord) -> None:
         self.steps.append(record)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from othink_ray.driver.callbacks import Timeline
-from othink_ray.driver.loop import Step, train
+from othink_ray.driver.loop import StepRecord, train
 from othink_ray.tracing import Spans, record_span, span, take_spans
 from tests.driver.fakes import PAPER, NumberStream, RecordingCallbacks, recipe_of
 from tests.driver.scripted_pools import ScriptedPools, worker_group
@@ -38,7 +38,7 @@ class TraceReader(RecordingCallbacks):
         self.path = path
         self.sizes: list[int] = []
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: StepRecord) -> None:
         super().on_step(record)
         self.sizes.append(len(json.loads(self.path.read_text())) if self.path.exists() else 0)
 

@@ -230,7 +230,7 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
     if scenario.save:
         scenario.save.mkdir(exist_ok=True)
         learner.save(scenario.save)
-        learner.saved()
+        learner.finish_save()
     if scenario.export:
         learner.export(scenario.export)
     return Outcome(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, set_num_threads  # by name: vLLM replaces torch.set_num_threads by a no-op
 
 from othink_ray.engines.base import Receiver, UnfinishedPush
-from othink_ray.weights.transfer import TensorDigest, WorkerDigests
+from othink_ray.weights import TensorDigest, WorkerDigests
 
 
 class Engine(Receiver):

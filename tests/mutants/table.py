@@ -93,11 +93,9 @@ _PURE = {
         "driver/test_small_data.py",
         "driver/test_overlap.py",
     ),
-    "weights/audit.py": (
+    "weights.py": (
         "weights/test_probe_comparison.py",
         "weights/test_audit.py",
-    ),
-    "weights/transfer.py": (
         "weights/test_buckets.py",
         "weights/test_mismatches.py",
         "weights/test_digest.py",

@@ -17,7 +17,7 @@ import pytest
 
 from othink_ray.rewards import Grader, accuracy, format_reward
 from othink_ray.rewards.base import GradingFailed
-from othink_ray.rewards.sandbox import SymbolicProcess
+from othink_ray.rewards.grader import SymbolicProcess
 from tests.rewards.conftest import REWARD, live_processes
 
 CPU_S = 0.5
@@ -202,7 +202,7 @@ def test_a_process_killed_from_outside_is_restarted() -> None:
 
 def test_a_bomb_outlives_its_killed_owner_by_its_limit_at_most() -> None:
     program = (
-        "from othink_ray.rewards.sandbox import SymbolicProcess\n"
+        "from othink_ray.rewards.grader import SymbolicProcess\n"
         "process = SymbolicProcess(answer_cpu_s=1, memory_mb=1024)\n"
         "process.equal('x+1', '1+x')\n"
         "print(process.pid, flush=True)\n"

@@ -19,7 +19,7 @@ from othink_ray.runtime.actors import LearnerActor, _interface_with
 from othink_ray.runtime.futures import ProcessLost
 from othink_ray.runtime.learner_pool import LearnerPool
 from othink_ray.runtime.weight_sync import AuditCalls, AuditedPush, Sent, TransferPush
-from othink_ray.weights.audit import Tolerance
+from othink_ray.weights import Tolerance
 from tests.driver.fakes import stats_of
 
 Calls = list[tuple[Any, ...]]
@@ -51,10 +51,10 @@ def pool_of(*ranks: Actor, config: Config) -> LearnerPool:
 
 
 def test_a_checkpoint_has_the_digests_of_all_ranks(config: Config) -> None:
-    ranks = [Actor([], saved={f"learner_{rank}.safetensors": str(rank)}) for rank in range(2)]
-    assert pool_of(*ranks, config=config).saved() == {"learner_0.safetensors": "0", "learner_1.safetensors": "1"}
+    ranks = [Actor([], finish_save={f"learner_{rank}.safetensors": str(rank)}) for rank in range(2)]
+    assert pool_of(*ranks, config=config).finish_save() == {"learner_0.safetensors": "0", "learner_1.safetensors": "1"}
     with pytest.raises(OSError, match="disk is full"):
-        pool_of(ranks[0], Actor([], saved="disk is full"), config=config).saved()
+        pool_of(ranks[0], Actor([], finish_save="disk is full"), config=config).finish_save()
 
 
 def test_bad_prompts_are_joined_over_all_ranks(config: Config) -> None:

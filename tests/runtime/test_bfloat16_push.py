@@ -26,8 +26,7 @@ from othink_ray.runtime.placement import Placement
 from othink_ray.runtime.weight_sync import AuditedPush, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt
-from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.transfer import from_buckets, to_buckets
+from othink_ray.weights import AuditError, Tolerance, from_buckets, to_buckets
 from tests.engines.samples import worker_of
 from tests.runtime.conftest import incidents, train_one_step
 from tests.runtime.test_push import keep_packed_head, on_engine, pack_again

@@ -12,7 +12,7 @@ import ray
 from othink_ray.runtime.weight_sync import SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Prompt, ScoredGroup
-from othink_ray.weights.audit import AuditError
+from othink_ray.weights import AuditError
 
 LATER = 100_000  # versions that no other test pushes
 

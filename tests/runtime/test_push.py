@@ -26,8 +26,7 @@ from othink_ray.runtime.rollout_pool import RolloutPool
 from othink_ray.runtime.weight_sync import AuditedPush, Sent, SharedMemoryPush
 from othink_ray.runtime.worker_group import WorkerGroup
 from othink_ray.types import Group, Probe, Prompt
-from othink_ray.weights.audit import AuditError, Tolerance
-from othink_ray.weights.transfer import Bucket, TensorDigest, WorkerDigests, from_buckets, to_buckets
+from othink_ray.weights import AuditError, Bucket, TensorDigest, Tolerance, WorkerDigests, from_buckets, to_buckets
 from tests.engines.samples import ask, picture, sent_weights, worker_of
 from tests.runtime.conftest import incidents, train_one_step
 

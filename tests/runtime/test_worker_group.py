@@ -105,12 +105,14 @@ def test_seeds_differ_by_run_step_and_sampling_round() -> None:
 
 def test_checkpoint_calls_go_to_the_learner(tmp_path: Path) -> None:
     folders: list[Path] = []
-    learner: Any = SimpleNamespace(save=folders.append, saved=lambda: {"file": "digest"}, written=lambda: True)
+    learner: Any = SimpleNamespace(
+        save=folders.append, finish_save=lambda: {"file": "digest"}, save_is_written=lambda: True
+    )
     saving = replace(workers_of(Recorder()), learner=learner)
     saving.save(tmp_path)
     assert folders == [tmp_path]
-    assert saving.saved() == {"file": "digest"}
-    assert saving.written() is True
+    assert saving.finish_save() == {"file": "digest"}
+    assert saving.save_is_written() is True
 
 
 def test_eval_answers_are_greedy_or_sampled_like_the_run() -> None:

@@ -21,7 +21,7 @@ from othink_ray.engines.policy import Policy
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
 from othink_ray.types import Audit, PixelDigest, Probe, Prompt
-from othink_ray.weights.audit import AuditError, Tolerance, compare, repeated, require_pixels
+from othink_ray.weights import AuditError, Tolerance, compare, repeated, require_pixels
 from tests.engines.samples import ask, batch_of, distributions, give, group_of, row_of, sent_weights, worker_of
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from othink_ray.engines.policy import Policy
-from othink_ray.weights.transfer import Bucket, from_buckets, to_buckets
+from othink_ray.weights import Bucket, from_buckets, to_buckets
 from tests.engines.samples import sent_weights
 
 MIXED: dict[str, Tensor] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from othink_ray.weights.transfer import DigestCollector, _keys, as_matrix, digests, shard_digest
+from othink_ray.weights import DigestCollector, _keys, as_matrix, digests, shard_digest
 
 CPU = torch.device("cpu")
 SHAPES = [(7,), (5, 3), (4, 2, 3), (1, 1), (1,), (3, 70_000)]

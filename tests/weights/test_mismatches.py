@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from othink_ray.weights.audit import AuditError
-from othink_ray.weights.transfer import ShardDigest, WorkerDigests, digests, mismatches, require_arrived, shard_digest
+from othink_ray.weights import (
+    AuditError,
+    ShardDigest,
+    WorkerDigests,
+    digests,
+    mismatches,
+    require_arrived,
+    shard_digest,
+)
 
 WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
 SENT = digests([("w", WEIGHT)])

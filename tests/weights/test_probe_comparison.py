@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from othink_ray.types import Completion, Group, Probe, Prompt
-from othink_ray.weights.audit import AuditError, Tolerance, compare, mostly_comparable
+from othink_ray.weights import AuditError, Tolerance, compare, mostly_comparable
 
 
 def probe(tokens: list[int], candidates: list[list[int]], logprobs: list[list[float]]) -> Probe:

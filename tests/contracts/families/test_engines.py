@@ -16,8 +16,7 @@ from othink_ray.engines.policy import Policy
 from othink_ray.engines.prefetch import pixel_digest, pixels_as
 from othink_ray.families.base import Family
 from othink_ray.types import PixelDigest
-from othink_ray.weights.audit import Tolerance, compare, repeated
-from othink_ray.weights.transfer import to_buckets
+from othink_ray.weights import Tolerance, compare, repeated, to_buckets
 from tests.contracts.family_engine import SAMPLING, Lived, live
 from tests.engines.samples import (
     MIXED,

@@ -84,7 +84,7 @@ def worked_answer(prompt: Prompt, *, reasoning: bool = True, answer_prefix: str 
     return target.lstrip() if answer_prefix[-1:].isspace() else target
 
 
-def decoded(image: bytes) -> Image.Image:
+def decode_image(image: bytes) -> Image.Image:
     """Decode to upright RGB: 16-bit gray is scaled to 8 bits, transparency is composited on white.
 
     Engines and learner both call it, so that they see identical pixels.
@@ -99,7 +99,7 @@ def decoded(image: bytes) -> Image.Image:
     return upright.convert("RGB")
 
 
-def size_of(image: bytes) -> tuple[int, int]:
+def image_size(image: bytes) -> tuple[int, int]:
     """Return (width, height) of the upright image, reading only its header."""
     with Image.open(io.BytesIO(image)) as opened:
         width, height = opened.size
@@ -114,13 +114,13 @@ def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
 
 def with_gray_images(prompt: Prompt) -> Prompt:
     """Return the prompt with uniform gray images of the same sizes, to measure what the text alone answers."""
-    return replace(prompt, images=tuple(_png(Image.new("RGB", size_of(image), _GRAY)) for image in prompt.images))
+    return replace(prompt, images=tuple(_png(Image.new("RGB", image_size(image), _GRAY)) for image in prompt.images))
 
 
 def _thumbnail(image: bytes, side: int) -> bytes:
-    if max(size_of(image)) <= side:
+    if max(image_size(image)) <= side:
         return image
-    small = decoded(image)
+    small = decode_image(image)
     small.thumbnail((side, side))
     return _png(small)
 

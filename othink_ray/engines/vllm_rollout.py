@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from othink_ray.config.schema import ModelConfig, RolloutConfig
-from othink_ray.data.prompts import decoded
+from othink_ray.data.prompts import decode_image
 from othink_ray.engines.base import (
     Receiver,
     Sampling,
@@ -255,7 +255,7 @@ class VLLMRollout(Receiver):
         """Return vLLM's engine input: expanded tokens, processed pixels."""
         token_ids = self.family.prompt_token_ids(prompt)
         require_room(prompt, self.family.expand(token_ids, self.family.image_token_counts(prompt.images)), self.limit)
-        images = [decoded(image) for image in prompt.images]
+        images = [decode_image(image) for image in prompt.images]
         request = {"prompt_token_ids": token_ids} | ({"multi_modal_data": {"image": images}} if images else {})
         return self.engine.renderer.render_cmpl([request])[0]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from othink_ray.data.prompts import decoded, size_of
+from othink_ray.data.prompts import decode_image, image_size
 from othink_ray.families.base import ImageTensors, ModelError
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 
@@ -36,14 +36,14 @@ class InternVL(HuggingFaceFamily):
     def encode_images(self, images: Sequence[bytes]) -> ImageTensors:
         if not images:
             return ImageTensors(pixels=torch.empty(0, 0), grids=torch.empty(0, 1, dtype=torch.long))
-        encoded = self.processor.image_processor(images=[decoded(image) for image in images], return_tensors="pt")
+        encoded = self.processor.image_processor(images=[decode_image(image) for image in images], return_tensors="pt")
         return ImageTensors(pixels=encoded["pixel_values"], grids=encoded["num_patches"][:, None])
 
     def smallest_image(self) -> bytes:
         return black_square(self.side)
 
     def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
-        sizes = [size_of(image) for image in images]
+        sizes = [image_size(image) for image in images]
         tiles = [self.processor.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
         return [count * self.tokens_per_tile for count in tiles]
 

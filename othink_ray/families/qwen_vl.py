@@ -20,7 +20,7 @@ from transformers.vision_utils import (
 )
 
 from othink_ray.core.flex import PackedImages
-from othink_ray.data.prompts import decoded, size_of
+from othink_ray.data.prompts import decode_image, image_size
 from othink_ray.families.base import ImageTensors
 from othink_ray.families.hugging_face import HuggingFaceFamily, black_square
 
@@ -88,14 +88,14 @@ class QwenVL(HuggingFaceFamily):
     def encode_images(self, images: Sequence[bytes]) -> ImageTensors:
         if not images:
             return ImageTensors(pixels=torch.empty(0, 0), grids=torch.empty(0, 3, dtype=torch.long))
-        encoded = self.processor.image_processor(images=[decoded(image) for image in images], return_tensors="pt")
+        encoded = self.processor.image_processor(images=[decode_image(image) for image in images], return_tensors="pt")
         return ImageTensors(pixels=encoded["pixel_values"], grids=encoded["image_grid_thw"])
 
     def smallest_image(self) -> bytes:
         return black_square(self.processor.image_processor.patch_size * self.merge)
 
     def image_token_counts(self, images: Sequence[bytes]) -> list[int]:
-        sizes = [size_of(image) for image in images]
+        sizes = [image_size(image) for image in images]
         patches = [
             self.processor.image_processor.get_number_of_image_patches(height, width, {}) for width, height in sizes
         ]

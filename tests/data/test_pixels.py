@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from othink_ray.data.prompts import decoded, size_of
+from othink_ray.data.prompts import decode_image, image_size
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -29,8 +29,8 @@ def test_exif_orientation_applies_to_pixels_and_size(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = encoded(corner_red(), "JPEG", exif=exif, quality=95)
-    upright = decoded(image)
-    assert upright.size == size_of(image) == ((40, 20) if orientation < 5 else (20, 40))
+    upright = decode_image(image)
+    assert upright.size == image_size(image) == ((40, 20) if orientation < 5 else (20, 40))
     red = np.asarray(upright)[..., 0] > 128
     corners = [bool(red[y, x]) for y in (2, -3) for x in (2, -3)]
     red_corner = {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}
@@ -39,7 +39,7 @@ def test_exif_orientation_applies_to_pixels_and_size(orientation: int) -> None:
 
 def test_16_bit_gray_is_scaled_to_8_bits() -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
-    shades = np.asarray(decoded(encoded(Image.fromarray(ramp))))[0, :, 0]
+    shades = np.asarray(decode_image(encoded(Image.fromarray(ramp))))[0, :, 0]
     assert shades[0] == 0
     assert shades[-1] >= 254
     assert np.abs(shades.astype(int) - np.arange(256)).max() <= 1
@@ -54,13 +54,13 @@ def test_transparency_is_composited_on_white(mode: str) -> None:
         data = encoded(palette, transparency=1)
     else:
         data = encoded(image.convert(mode))
-    assert np.asarray(decoded(data)).min() == 255
+    assert np.asarray(decode_image(data)).min() == 255
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
 def test_every_other_mode_is_converted_to_rgb(mode: str) -> None:
     shown = Image.new("RGB", (8, 8), "white")
     data = encoded(shown.convert(mode), "JPEG" if mode in ("CMYK", "YCbCr") else "PNG")
-    result = decoded(data)
+    result = decode_image(data)
     assert result.mode == "RGB"
     assert np.asarray(result).min() >= 250

@@ -11,7 +11,7 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.data import BadRow, SourceError, open_source
-from othink_ray.data.prompts import decoded, size_of
+from othink_ray.data.prompts import decode_image, image_size
 from othink_ray.driver.evaluate import eval_sets, graded, held_out_prompts, pass_at, summarize
 from othink_ray.types import Completion, Group, Prompt, ScoredGroup
 from tests.engines.samples import picture
@@ -111,6 +111,6 @@ def test_data_blind_adds_an_eval_set_with_gray_images() -> None:
     assert [eval_set.name for eval_set in (plain, blind, other)] == ["counting", "counting-blind", "geometry"]
     for shown, hidden in zip(plain.prompts, blind.prompts, strict=True):
         assert (hidden.id, hidden.messages, hidden.answer) == (shown.id, shown.messages, shown.answer)
-        assert [size_of(image) for image in hidden.images] == [size_of(image) for image in shown.images]
+        assert [image_size(image) for image in hidden.images] == [image_size(image) for image in shown.images]
         for image in hidden.images:
-            assert len(set(np.asarray(decoded(image)).flatten())) == 1
+            assert len(set(np.asarray(decode_image(image)).flatten())) == 1

@@ -50,7 +50,7 @@ def encoded(picture: Image.Image, kind: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def decoded(data_uri: str) -> Image.Image:
+def decode_image(data_uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data_uri.partition(",")[2])))
 
 
@@ -195,8 +195,8 @@ def test_thumbnails_keep_their_shape_and_fit_256_pixels(tmp_path: Path) -> None:
         run.sample(1, scored_group(wide), np.zeros(2))
         run.sample(2, scored_group(), np.zeros(2))
     large, small = lines(tmp_path / "samples.jsonl")
-    assert decoded(large["images"][0]).size == (256, 128)
-    assert decoded(small["images"][0]).size == (84, 84)
+    assert decode_image(large["images"][0]).size == (256, 128)
+    assert decode_image(small["images"][0]).size == (84, 84)
     assert small["images"][0].startswith("data:image/png;base64,")
 
 
@@ -204,7 +204,7 @@ def test_transparent_pixels_are_shown_on_white(tmp_path: Path) -> None:
     with open_records(tmp_path) as run:
         run.sample(1, scored_group(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)))), np.zeros(2))
     (sample,) = lines(tmp_path / "samples.jsonl")
-    assert decoded(sample["images"][0]).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
+    assert decode_image(sample["images"][0]).convert("RGB").getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_the_summary_is_strict_json_and_leaves_no_part_file(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def run(
     try:
         with watch(process.pid):
             code = process.wait()
-        _expect_success(code, command, log)
+        _require_success(code, command, log)
     finally:
         stop_processes([process])
 
@@ -61,7 +61,7 @@ def _start(command: Sequence[str], log: Path, environment: dict[str, str] | None
         )
 
 
-def _expect_success(code: int | None, command: Sequence[str], log: Path) -> None:
+def _require_success(code: int | None, command: Sequence[str], log: Path) -> None:
     if code:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise BenchError(f"{' '.join(command[:4])} … exited with status {code}; full output in {log}:\n{last}")
@@ -109,7 +109,7 @@ def _program(
     command: Sequence[str], log: Path, steps: Callable[[], Sequence[TimedStep]], environment: dict[str, str] | None
 ) -> Program:
     process = _start(command, log, environment)
-    return Program(process=process, steps=steps, require_running=lambda: _expect_success(process.poll(), command, log))
+    return Program(process=process, steps=steps, require_running=lambda: _require_success(process.poll(), command, log))
 
 
 def _steps_of_run(metrics: Path) -> list[TimedStep]:

@@ -1,6 +1,6 @@
-"""The stream of training prompts: seeded epochs over a source, streamed or by row number, and a read-ahead thread.
+"""The stream of training prompts: seeded epochs over a source, streamed or by row number, and a prefetch thread.
 
-Reading ahead keeps the engines busy while images are generated, decoded and checked.
+Prefetching keeps the engines busy while images are generated, decoded and checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LengthFilter = Callable[[Prompt], None]
 """Raises BadRow for a prompt that does not fit the model's context."""
 
 
-class ReadAhead:
+class PromptPrefetcher:
     """Calls `read(position)` in a background thread that stays `rows` positions ahead.
 
     A single thread reads in order, so `read` need not be thread-safe. An exception is raised when its position is
@@ -203,9 +203,9 @@ class PromptStream:
         on_bad_row: str,
         position: int = 0,
         length_filter: LengthFilter | None = None,
-        read_ahead: int = 0,
+        prefetch: int = 0,
     ) -> None:
-        """`read_ahead`: number of rows to read in the background before `take` needs them, until `close`."""
+        """`prefetch`: number of rows to read in the background before `take` needs them, until `close`."""
         if on_bad_row not in ("drop", "stop"):
             raise ValueError(f"data.on_bad_row={on_bad_row!r} must be drop or stop")
         if position < 0:
@@ -213,7 +213,7 @@ class PromptStream:
         self._order: Order = source.order(seed) if isinstance(source, StreamingRows) else Permutations(source, seed)
         self._stop = on_bad_row == "stop"
         self._length_filter = length_filter
-        self._read_ahead = ReadAhead(self._read, read_ahead) if read_ahead else None
+        self._prefetcher = PromptPrefetcher(self._read, prefetch) if prefetch else None
         self._position = position
         self._bad_run = 0
         self._dropped: dict[str, str] = {}
@@ -237,7 +237,7 @@ class PromptStream:
         prompts: list[Prompt] = []
         while len(prompts) < n:
             try:
-                prompt = (self._read_ahead or self._read)(self._position)
+                prompt = (self._prefetcher or self._read)(self._position)
             except BadRow as bad:
                 if self._stop:
                     raise
@@ -250,11 +250,11 @@ class PromptStream:
 
     def upcoming(self) -> list[Prompt]:
         """Return the prompts that the next `take` starts with, as far as they have been read already."""
-        return with_unique_ids(self._read_ahead.read(self._position)) if self._read_ahead else []
+        return with_unique_ids(self._prefetcher.read(self._position)) if self._prefetcher else []
 
     def close(self) -> None:
-        if self._read_ahead is not None:
-            self._read_ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _read(self, position: int) -> Prompt:
         prompt = self._order.prompt(position)

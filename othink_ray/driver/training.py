@@ -94,7 +94,7 @@ def _train(
             on_bad_row=config.data.on_bad_row,
             position=state.data_position,
             length_filter=fits,
-            read_ahead=config.train.prompts_per_step if config.train.prefetch_prompts else 0,
+            prefetch=config.train.prompts_per_step if config.train.prefetch_prompts else 0,
         )
         stack.callback(stream.close)
         held_out = eval_sets(config, fits)

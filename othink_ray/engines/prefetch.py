@@ -106,8 +106,8 @@ class PrefetchQueue:
 
     def pop(self, packs: Sequence[Pack]) -> Prefetched | None:
         """Remove and return the micro-batch of exactly these packed samples, waiting for it; None if not started."""
-        for index, (own, future) in enumerate(self.started):
-            if len(own) == len(packs) and all(map(_equal, own, packs)):
+        for index, (started, future) in enumerate(self.started):
+            if len(started) == len(packs) and all(map(_equal, started, packs)):
                 del self.started[index]
                 return future.result()
         return None

@@ -72,8 +72,8 @@ class UpdateTotals:
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)
-        loss, kl, ratio, clipped, entropy, gap, tokens, references, *corrected, encodes = sums.tolist()
-        used, truncated, cut, masked, sequence_raw, sequence_truncated, sequence_cut, answers = corrected
+        loss, kl, ratio, clipped, entropy, gap, tokens, references, *importance, encodes = sums.tolist()
+        used, truncated, cut, masked, sequence_raw, sequence_truncated, sequence_cut, answers = importance
         count, sequences = max(tokens, 1.0), max(answers, 1.0)
         return UpdateStats(
             loss=loss / updates,

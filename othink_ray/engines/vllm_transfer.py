@@ -38,7 +38,7 @@ def open_sender(
     backend: str,
     named_weights: NamedWeights,
     engines: Engines,
-    place: RendezvousInfo,
+    rendezvous: RendezvousInfo,
     *,
     port: int,
     receivers: int,
@@ -72,8 +72,8 @@ def open_sender(
     source = PolicySource()
     init_info = {
         "nccl": lambda: NCCLTrainerInitInfo(
-            rank=place.rank,
-            master_address=place.master_address,
+            rank=rendezvous.rank,
+            master_address=rendezvous.master_address,
             master_port=port,
             world_size=1 + receivers,
             packed_buffer_size_bytes=bucket_bytes,
@@ -81,7 +81,7 @@ def open_sender(
         # IPC's buffer has a fixed size and refuses a larger weight, where NCCL's grows for it. Every rank knows all
         # shapes and computes the same size: the ranks must cut the weights into the same buckets.
         "ipc": lambda: IPCTrainerInitInfo(
-            rank=place.rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, source.largest())
+            rank=rendezvous.rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, source.largest())
         ),
     }
     sender: Sender = WeightTransferTrainerFactory.trainer_init(init_info[backend](), client=engines, source=source)

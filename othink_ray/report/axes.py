@@ -19,7 +19,7 @@ class Axis:
     ticks: Sequence[float]
     log: bool = False
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Return a value's relative position: 0 at `low`, 1 at `high`; a logarithmic axis clamps values below `low`."""
         if self.log:
             low, high = math.log10(self.low), math.log10(self.high)

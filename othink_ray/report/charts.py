@@ -315,8 +315,8 @@ def _y_ticks(axis: Axis | None, scale: Scale) -> list[Tick]:
 
 
 def _x(axis: Axis, step: float, right_edge: float) -> float:
-    return LEFT + axis.place(step) * (right_edge - LEFT)
+    return LEFT + axis.position(step) * (right_edge - LEFT)
 
 
 def _y(axis: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - BOTTOM - TOP)
+    return HEIGHT - BOTTOM - axis.position(value) * (HEIGHT - BOTTOM - TOP)

@@ -93,13 +93,13 @@ class LearnerPool:
         """Return one reference: digests of the probes' images as the learner sees them; `probes` may be a reference."""
         return [self.ranks[0].pixel_digests.remote(probes)]
 
-    def buckets(self, bucket_bytes: int, ahead: int) -> Iterator[Any]:
-        """Return an iterator over references to the buckets of trained weights, gathered at most `ahead` in advance.
+    def buckets(self, bucket_bytes: int, in_flight: int) -> Iterator[Any]:
+        """Return an iterator over references to the buckets of trained weights, at most `in_flight` gathered early.
 
         The gather is queued on all ranks at once: they begin as soon as they are free.
         """
         following = [actor.follow.remote() for actor in self.ranks[1:]]
-        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": in_flight}
         stream = self.ranks[0].buckets.options(**streaming).remote(bucket_bytes)
         return self._gathered(stream, following)
 

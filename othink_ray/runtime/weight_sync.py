@@ -30,7 +30,7 @@ from othink_ray.weights import (
 )
 
 _THUMBNAIL = 112  # pixels of the longer side
-_BUCKETS_AHEAD = 2  # gathered before they are consumed, and as many again on their way into an engine
+_BUCKETS_IN_FLIGHT = 2  # gathered before they are consumed, and as many again on their way into an engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class SharedMemoryPush:
         self.gathering = self._gather()
 
     def _gather(self) -> Iterator[Any]:
-        return self.learner.buckets(self.bucket_bytes, ahead=_BUCKETS_AHEAD)
+        return self.learner.buckets(self.bucket_bytes, in_flight=_BUCKETS_IN_FLIGHT)
 
     def send(self, version: int) -> Sent:
         buckets, self.gathering, self.kept = self.gathering or self._gather(), None, []
@@ -88,9 +88,9 @@ class SharedMemoryPush:
         for bucket in buckets:
             self.kept.append(bucket)
             loading.append(self.rollout.load_weights(bucket))
-            if len(loading) > _BUCKETS_AHEAD and lost is None:
+            if len(loading) > _BUCKETS_IN_FLIGHT and lost is None:
                 try:
-                    self.rollout.wait_for(loading[-1 - _BUCKETS_AHEAD], "loading weights")
+                    self.rollout.wait_for(loading[-1 - _BUCKETS_IN_FLIGHT], "loading weights")
                 except WorkersLost as error:
                     lost = error  # but drain the learner's stream: all its ranks are inside a collective gather
         if lost is not None:

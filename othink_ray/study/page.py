@@ -258,10 +258,10 @@ def _transfer(study: StudyRecord, train: str, test: str) -> TransferPanel | None
     if not values:
         return None
     axis = linear_axis(values, from_zero=True)
-    zero = 100 * axis.place(0.0)
+    zero = 100 * axis.position(0.0)
     changes = []
     for label, row, ours, paper in comparisons:
-        end = zero if ours is None else 100 * axis.place(ours)
+        end = zero if ours is None else 100 * axis.position(ours)
         changes.append(
             RelativeChange(
                 label=label,
@@ -269,11 +269,12 @@ def _transfer(study: StudyRecord, train: str, test: str) -> TransferPanel | None
                 ours=_why_absent(row) if ours is None else f"{100 * ours:+,.1f} %",
                 paper="" if paper is None else f"{100 * paper:+,.2f} %",
                 bar=None if ours is None else (min(zero, end), abs(end - zero)),
-                mark=None if paper is None else 100 * axis.place(paper),
+                mark=None if paper is None else 100 * axis.position(paper),
             )
         )
     ticks = [
-        (100 * axis.place(tick), label) for tick, label in zip(axis.ticks, tick_labels(axis, percent=True), strict=True)
+        (100 * axis.position(tick), label)
+        for tick, label in zip(axis.ticks, tick_labels(axis, percent=True), strict=True)
     ]
     return TransferPanel(
         title=f"Trained on {task_name(study, train)}, tested on {task_name(study, test)}",

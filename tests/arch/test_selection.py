@@ -43,7 +43,7 @@ def test_the_longest_units_of_work_come_first() -> None:
     items = [SimpleNamespace(nodeid=f"{file}::test_{number}") for number in (1, 2) for file in files]
     ordered = in_prompt_order(items, ["fast"], durations)  # type: ignore[arg-type]
     assert [item.nodeid for item in ordered] == [
-        f"{files[place]}::test_{number}" for place in (3, 1, 2, 0) for number in (1, 2)
+        f"{files[index]}::test_{number}" for index in (3, 1, 2, 0) for number in (1, 2)
     ]
 
 

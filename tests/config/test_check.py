@@ -63,7 +63,7 @@ def test_evaluating_an_existing_model_needs_no_training_files(tmp_path: Path) ->
     assert message.startswith("data.train.files.path")
 
 
-OWN = ["data=custom", "data.train.files.path=.", "data.test.files.path=."]
+CUSTOM = ["data=custom", "data.train.files.path=.", "data.test.files.path=."]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ OWN = ["data=custom", "data.train.files.path=.", "data.test.files.path=."]
     ],
 )
 def test_a_broken_rule_on_files_is_reported(overrides: list[str], words: str) -> None:
-    found = messages([*OWN, *overrides])
+    found = messages([*CUSTOM, *overrides])
     assert [message for message in found if words in message], found
     assert len(found) <= 2
 

@@ -15,7 +15,7 @@ from othink_ray.config.schema import DataConfig
 from othink_ray.data import SOURCES, PromptStream, Source, open_source, open_training, validate, worked_answer
 from othink_ray.data.tables import OPENERS, ArrowTable
 from othink_ray.rewards import accuracy, format_reward
-from tests.data.files import ROWS, own_data, picture, train_columns, write_jsonl, write_parquet, write_r1v_test
+from tests.data.files import ROWS, custom_data, picture, train_columns, write_jsonl, write_parquet, write_r1v_test
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -33,32 +33,32 @@ def _both(folder: Path) -> DataConfig:
 
 
 def _parquet_bytes(folder: Path) -> DataConfig:
-    return own_data(write_parquet(folder / "train.parquet", [picture(n) for n in range(ROWS)]))
+    return custom_data(write_parquet(folder / "train.parquet", [picture(n) for n in range(ROWS)]))
 
 
 def _parquet_structs(folder: Path) -> DataConfig:
     images = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(ROWS)]
-    return own_data(write_parquet(folder / "train.parquet", images))
+    return custom_data(write_parquet(folder / "train.parquet", images))
 
 
 def _parquet_paths(folder: Path) -> DataConfig:
     write_r1v_test(folder)
-    return own_data(write_parquet(folder / "train.parquet", [f"images/{n}.png" for n in range(ROWS)]))
+    return custom_data(write_parquet(folder / "train.parquet", [f"images/{n}.png" for n in range(ROWS)]))
 
 
 def _parquet_folder(folder: Path) -> DataConfig:
     for shard in range(2):
         write_parquet(folder / "data" / f"train-{shard}.parquet", [picture(3 * shard + n) for n in range(3)])
-    return own_data(folder / "data")
+    return custom_data(folder / "data")
 
 
 def _parquet_streamed(folder: Path) -> DataConfig:
-    return own_data(write_parquet(folder / "train.parquet", [picture(n) for n in range(ROWS)]), stream_buffer=3)
+    return custom_data(write_parquet(folder / "train.parquet", [picture(n) for n in range(ROWS)]), stream_buffer=3)
 
 
 def _jsonl(folder: Path) -> DataConfig:
     file = write_r1v_test(folder)
-    return own_data(file, source="jsonl", image="image_path", question="question", answer="ground_truth")
+    return custom_data(file, source="jsonl", image="image_path", question="question", answer="ground_truth")
 
 
 def _saved(folder: Path) -> datasets.Dataset:
@@ -69,18 +69,18 @@ def _saved(folder: Path) -> datasets.Dataset:
 
 def _disk(folder: Path) -> DataConfig:
     _saved(folder).save_to_disk(folder / "saved")
-    return own_data(folder / "saved", source="disk")
+    return custom_data(folder / "saved", source="disk")
 
 
 def _disk_of_splits(folder: Path) -> DataConfig:
     datasets.DatasetDict({"train": _saved(folder), "test": _saved(folder)}).save_to_disk(folder / "saved")
-    return own_data(folder / "saved", source="disk", split="train")
+    return custom_data(folder / "saved", source="disk", split="train")
 
 
 def _hub(folder: Path) -> DataConfig:
     """Return a local copy of a hub data set's layout: `datasets` loads both the same way."""
     _saved(folder).to_parquet(folder / "repository" / "data" / "train-00000-of-00001.parquet")
-    return own_data(folder / "repository", source="hub", split="train")
+    return custom_data(folder / "repository", source="hub", split="train")
 
 
 def _easy_vqa(folder: Path) -> DataConfig:
@@ -191,7 +191,7 @@ def test_length_and_columns_are_known_without_reading_rows(tmp_path: Path) -> No
 
 def test_the_test_split_may_come_from_other_files(tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train.parquet", [picture(n) for n in range(3)])
-    data = own_data(train, write_r1v_test(tmp_path / "eval"))
+    data = custom_data(train, write_r1v_test(tmp_path / "eval"))
     assert (len(open_source(data, "train")), len(open_source(data, "test"))) == (3, ROWS)
     prompt = open_source(data, "test").prompt(2)
     assert (prompt.id, prompt.answer, prompt.images) == ("custom/test/000002", "2", (picture(2),))

@@ -71,13 +71,13 @@ def test_a_demonstration_continues_the_prompt(
 ) -> None:
     for group in Demonstrations(thinking, reasoning=reasoning).answer(scenes[:4]):
         [completion] = group.completions
-        own = completion.token_ids.tolist()
-        [whole] = thinking.decode([[*group.prompt_token_ids.tolist(), *own]])
+        answer_ids = completion.token_ids.tolist()
+        [whole] = thinking.decode([[*group.prompt_token_ids.tolist(), *answer_ids]])
         seen = whole.partition("assistant\n")[2]
         assert seen.count("<think>") == seen.count("</think>") == seen.count("<answer>") == 1
         assert seen == completion.text
-        assert completion.text == opened + thinking.decode([own])[0]
-        assert own[-1] == thinking.eos_token_id
+        assert completion.text == opened + thinking.decode([answer_ids])[0]
+        assert answer_ids[-1] == thinking.eos_token_id
         assert format_reward(completion.text) == 1.0
         thought = worked_answer(group.prompt).partition("</think>")[0].removeprefix("<think>").strip()
         assert (thought in completion.text) == reasoning
@@ -99,10 +99,10 @@ def test_the_graded_text_includes_the_templates_opening_tag(
     with Grader(REWARD) as grader:
         for group in groups:
             [completion] = group.completions
-            [own] = thinking.decode([completion.token_ids.tolist()])
-            assert "<think>" not in own  # the tag is part of the prompt, so the model does not write it
-            assert format_reward(own) == 0.0
-            assert completion.text == opened + own
+            [answer_ids] = thinking.decode([completion.token_ids.tolist()])
+            assert "<think>" not in answer_ids  # the tag is part of the prompt, so the model does not write it
+            assert format_reward(answer_ids) == 0.0
+            assert completion.text == opened + answer_ids
             assert score_group(group, weighted_rewards(REWARD, grader), grader.counts).parts["format"].tolist() == [1.0]
 
 

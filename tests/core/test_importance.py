@@ -10,7 +10,7 @@ import torch
 
 from othink_ray.core.advantages import group_advantages
 from othink_ray.core.losses import LOSSES, TIS_MODES, LossInputs, RatioTerms, importance_weights
-from tests.reference import correction as slow
+from tests.reference import importance as slow
 from tests.reference.grpo_d import Answer
 from tests.reference.variants import Variant
 
@@ -20,7 +20,7 @@ VARIANTS = {
     "grpo": Variant("group_std", "grpo", "answer_mean", "k3", 0.2, 0.2),
     "gspo": Variant("group_std", "gspo", "answer_mean", "k2", 0.05, 0.08),
 }
-CORRECTED = tuple(name for name in TIS_MODES if name != "none")
+ACTIVE_MODES = tuple(name for name in TIS_MODES if name != "none")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def gradient(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("name", ACTIVE_MODES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_corrected_loss_and_gradient_equal_the_slow_reference(variant: Variant, name: str, seed: int) -> None:
     groups, samplers, tokens = ragged_step(seed)
@@ -126,7 +126,7 @@ def test_without_correction_every_token_has_factor_one() -> None:
 def test_corrections_do_not_change_the_kl() -> None:
     _, _, tokens = ragged_step(2)
     tokens.advantages = torch.zeros_like(tokens.advantages)
-    for name in CORRECTED:
+    for name in ACTIVE_MODES:
         assert torch.equal(tokens.loss(VARIANTS["grpo"], name), tokens.loss(VARIANTS["grpo"], "none"))
 
 
@@ -142,7 +142,7 @@ def test_token_and_sequence_ratios_by_hand() -> None:
         "mis_token": [0.5, 1.5, 0.0, 0.5, 1.0, 1.0],
         "mis_sequence": [0.75, 0.75, 0.0, 0.5, 0.5, 0.0],
     }
-    assert expected.keys() == set(CORRECTED)
+    assert expected.keys() == set(ACTIVE_MODES)
     for name, factors in expected.items():
         used, terms = importance_weights(name, old, sampler, weights, answers, bounds=(0.6, 1.7))
         assert used.tolist() == pytest.approx(factors)
@@ -154,7 +154,7 @@ def test_token_and_sequence_ratios_by_hand() -> None:
         assert terms.answers == 3
 
 
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("name", ACTIVE_MODES)
 def test_factors_are_in_range_and_have_no_gradient(name: str) -> None:
     for seed in range(20):
         _, _, tokens = ragged_step(seed, drift=20.0)
@@ -165,7 +165,7 @@ def test_factors_are_in_range_and_have_no_gradient(name: str) -> None:
         assert bool((used >= 0).all()) and bool((used <= CAP).all())
 
 
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("name", ACTIVE_MODES)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_micro_batches_add_up_to_the_same_loss_and_terms(variant: Variant, name: str) -> None:
     _, _, tokens = ragged_step(3)
@@ -220,7 +220,7 @@ def test_a_call_without_active_tokens_has_zero_terms(name: str) -> None:
     assert all(getattr(terms, field) == 0 for field in RatioTerms.__slots__)
 
 
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("name", ACTIVE_MODES)
 def test_huge_ratios_are_capped_or_masked(name: str) -> None:
     old, sampler = torch.tensor([-0.1, -0.1]), torch.tensor([-2000.0, -2000.0])
     answers = torch.zeros(2, dtype=torch.int64)
@@ -234,7 +234,7 @@ def test_huge_ratios_are_capped_or_masked(name: str) -> None:
 def test_ratios_at_the_bounds_and_of_one_are_trusted() -> None:
     ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     sampler, weights, answers = torch.zeros_like(ratios), torch.ones_like(ratios), torch.arange(3)
-    for name in CORRECTED:
+    for name in ACTIVE_MODES:
         used, terms = importance_weights(name, ratios.log(), sampler, weights, answers, bounds=(0.5, 2.0))
         assert used.tolist() == pytest.approx([0.5, 1.0, 2.0]) and terms.masked == 0
         used, terms = importance_weights(name, sampler, sampler, weights, answers, bounds=(1.0, 1.0))

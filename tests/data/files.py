@@ -76,7 +76,7 @@ def _template() -> DataConfig:
     return load(["data=custom"]).data
 
 
-def own_data(train: str | Path = ".", test: str | Path = ".", **train_files: Any) -> DataConfig:
+def custom_data(train: str | Path = ".", test: str | Path = ".", **train_files: Any) -> DataConfig:
     """Return the config of data=custom with these paths; further keywords change the training files."""
     data = _template()
     assert data.train.files is not None and data.test.files is not None

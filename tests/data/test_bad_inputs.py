@@ -23,7 +23,7 @@ from othink_ray.data.sources import RowReader
 from othink_ray.engines.base import Sampling
 from othink_ray.engines.vllm_rollout import VLLMRollout
 from othink_ray.families.base import Family
-from tests.data.files import own_data, picture, write_jsonl, write_parquet
+from tests.data.files import custom_data, picture, write_jsonl, write_parquet
 from tests.engines.samples import ask
 
 PAGE = Path(__file__).parents[2] / "docs" / "bad_inputs.md"
@@ -172,7 +172,7 @@ def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
     """Read, validate and length-filter a row as the stream does, and return the outcome."""
     rollout = load(["rollout.max_model_len=192", "rollout.max_tokens=24", "rollout.max_images=2"]).rollout
     try:
-        prompt = RowReader(own_data(".", source="hub", image_root=str(folder)), "train").prompt("own/7", row)
+        prompt = RowReader(custom_data(".", source="hub", image_root=str(folder)), "train").prompt("own/7", row)
         family.check_fits(rollout, prompt)
     except BadRow as bad:
         return f"dropped: {bad.reason}"
@@ -183,7 +183,7 @@ def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
 
 def outcome_of_data_set(files: dict[str, Any]) -> str:
     path = files.pop("path")
-    data = own_data(path, **{"source": "parquet"} | files)
+    data = custom_data(path, **{"source": "parquet"} | files)
     try:
         PromptStream(open_source(data, "train"), seed=0, on_bad_row="drop").take(1)
     except SourceError as error:

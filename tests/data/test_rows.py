@@ -9,11 +9,11 @@ import pytest
 
 from othink_ray.data import BadRow, worked_answer
 from othink_ray.data.sources import RowReader, solution
-from tests.data.files import own_data, picture
+from tests.data.files import custom_data, picture
 
 
 def read(row: dict[str, Any], folder: Path = Path(), *, outside: bool = False, **columns: Any) -> Any:
-    data = own_data(".", source="hub", image_root=str(folder), **columns)
+    data = custom_data(".", source="hub", image_root=str(folder), **columns)
     data = replace(data, images_outside_root=outside)
     return RowReader(data, "train").prompt("custom/train/000007", row)
 

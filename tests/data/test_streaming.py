@@ -8,7 +8,7 @@ import pytest
 from othink_ray.config.schema import DataConfig
 from othink_ray.data import PromptStream, SourceError, open_training
 from othink_ray.data.prompt_stream import StreamingRows
-from tests.data.files import own_data, picture, with_files, write_parquet
+from tests.data.files import custom_data, picture, with_files, write_parquet
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> DataConfig:
     for shard in range(SHARDS):
         keys = [f"{shard}-{n}" for n in range(EACH)]
         write_parquet(tmp_path / "set" / f"{shard}.parquet", [picture(n) for n in range(EACH)], key=keys)
-    return own_data(tmp_path / "set", stream_buffer=4, id="key")
+    return custom_data(tmp_path / "set", stream_buffer=4, id="key")
 
 
 def stream(data: DataConfig, *, seed: int = 0, position: int = 0) -> PromptStream:
@@ -69,7 +69,7 @@ def test_a_size_limit_keeps_the_first_rows(data: DataConfig) -> None:
 
 def test_rows_without_an_id_column_get_a_content_hash(data: DataConfig, tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "one.parquet", [picture(n) for n in range(4)])
-    prompts = stream(own_data(file, stream_buffer=2))
+    prompts = stream(custom_data(file, stream_buffer=2))
     epochs = [{prompt.id for prompt in prompts.take(4)} for _ in range(2)]
     assert epochs[0] == epochs[1]
     assert len(epochs[0]) == 4
@@ -78,7 +78,7 @@ def test_rows_without_an_id_column_get_a_content_hash(data: DataConfig, tmp_path
 def test_bad_rows_are_dropped_and_reported_once(tmp_path: Path) -> None:
     images = [picture(0), b"corrupt", picture(2), picture(3)]
     file = write_parquet(tmp_path / "set.parquet", images, key=list("abcd"))
-    prompts = stream(own_data(file, stream_buffer=2, id="key"))
+    prompts = stream(custom_data(file, stream_buffer=2, id="key"))
     assert sorted(keys(prompts, 6)) == ["a", "a", "c", "c", "d", "d"]
     assert [row for row, _ in prompts.dropped] == ["custom/train/b"]
 
@@ -88,7 +88,7 @@ def test_a_data_set_of_only_bad_rows_raises_and_names_one(tmp_path: Path) -> Non
     with pytest.raises(
         SourceError, match=r"all 3 rows of the data source are bad, the last one custom/train/[abc]: image 1"
     ):
-        stream(own_data(file, stream_buffer=2, id="key")).take(1)
+        stream(custom_data(file, stream_buffer=2, id="key")).take(1)
 
 
 def test_a_missing_column_is_reported_at_construction(data: DataConfig) -> None:

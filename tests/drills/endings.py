@@ -18,7 +18,7 @@ import psutil
 from tests.drills.endings_table import (
     IN_A_STEP,
     IN_A_STUDY,
-    OWN,
+    SETTINGS,
     STEPS,
     STUDY,
     Ended,
@@ -189,7 +189,7 @@ def observe(harness: Harness, number: int, ending: Ending, after_s: float) -> En
     """Run once with the fault injected, then run the same command again; return what was observed."""
     folder = harness.folder / f"ending_{number}"
     run_dir = folder / folder.name
-    keys = [*OWN, *(key.format(folder=folder) for key in ending.keys)]
+    keys = [*SETTINGS, *(key.format(folder=folder) for key in ending.keys)]
     around: AbstractContextManager[None] = small_disk(folder, 100) if ending.small_disk else nullcontext(folder.mkdir())
     with around, _faked_clock(run_dir) if ending.faked_clock else nullcontext({}) as environment:
         run = harness.start(run_dir, *keys, environment=environment)

@@ -11,7 +11,7 @@ from tests.drills.faults import steps_done
 from tests.drills.harness import Outcome
 
 STEPS = 20  # few enough that each is printed
-OWN = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every=5", "run.resume=auto")
 IN_A_STEP = f"step  9/{STEPS}"
 STUDY = (
     *("mode=study", "study=beta", "study.betas=[0.02]", "study.size=small"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.drills.endings_table import IN_A_STEP, IN_A_STUDY, OWN, STUDY, Ended, goes_on, last_line, on_disk
+from tests.drills.endings_table import IN_A_STEP, IN_A_STUDY, SETTINGS, STUDY, Ended, goes_on, last_line, on_disk
 from tests.drills.faults import steps_done
 from tests.drills.harness import SMALL, Harness
 from tests.drills.hosts import Hosts, two_hosts
@@ -67,7 +67,7 @@ def _end_slurm_job(harness: Harness, cluster: Slurm, number: int, ending: SlurmE
 
     def submit() -> str:
         options = (f"--time={MINUTES}", "--signal=B:USR1@1", "--nodes=1")
-        return cluster.submit(*options, settings=(*SMALL, *OWN, *settings), log=log)
+        return cluster.submit(*options, settings=(*SMALL, *SETTINGS, *settings), log=log)
 
     job = submit()
     cluster.until(job, lambda _: log.exists() and f"\n{ending.when}" in log.read_text(), 240)
@@ -144,7 +144,7 @@ def _submit(harness: Harness, hosts: Hosts, run_dir: Path, name: str, *, notice:
     settings = (f"run.dir={run_dir}", f"run.cache_dir={harness.folder / 'cache'}", f"cluster.address={hosts.address}")
     with harness.screen(run_dir).open("ab") as screen:
         return subprocess.Popen(
-            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *OWN, "train.steps=60", *settings],
+            [*hosts.job(f"--submission-id={name}", notice=notice), *SMALL, *SETTINGS, "train.steps=60", *settings],
             stdout=screen,
             stderr=subprocess.STDOUT,
             cwd=ROOT,

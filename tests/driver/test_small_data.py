@@ -51,7 +51,7 @@ class Setting:
     signal: float
     shared_prefix: bool
     overlap: bool
-    read_ahead: bool
+    prefetch: bool
 
     @classmethod
     def drawn(cls, seed: int) -> Setting:
@@ -65,7 +65,7 @@ class Setting:
             signal=float(rng.choice([0.0, 0.15, 0.5, 0.9])),
             shared_prefix=bool(rng.random() < 0.7),
             overlap=bool(rng.random() < 0.5),
-            read_ahead=bool(rng.random() < 0.5),
+            prefetch=bool(rng.random() < 0.5),
         )
 
 
@@ -77,7 +77,7 @@ def run(setting: Setting, steps: range, position: int = 0) -> tuple[list[StepRec
         seed=3,
         on_bad_row="stop",
         position=position,
-        read_ahead=setting.prompts if setting.read_ahead else 0,
+        prefetch=setting.prompts if setting.prefetch else 0,
     )
     workers = worker_group(pools)
     recipe = Recipe(

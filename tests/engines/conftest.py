@@ -45,8 +45,8 @@ def batches(small_family: Family) -> list[list[Group]]:
     lengths = ([5, 9, 2], [4, 4, 1], [7, 3, 3], [1, 6, 8])
     return [
         [
-            group_of(small_family, prompt, own, 10 * step + i)
-            for i, (prompt, own) in enumerate(zip(prompts, lengths, strict=True))
+            group_of(small_family, prompt, lengths_of_prompt, 10 * step + i)
+            for i, (prompt, lengths_of_prompt) in enumerate(zip(prompts, lengths, strict=True))
         ]
         for step in range(2)
     ]

@@ -215,9 +215,11 @@ def _run_scenario(job: Job, scenario: Scenario, rank: int, cost: Cost) -> Outcom
     for number, (shares, rate) in enumerate(zip(scenario.steps, rates, strict=True)):
         before = learner.prefetcher._queue
         prefetched.append(len(before.started))
-        following = [own[rank] for own in scenario.steps[number + 1 :][:1]] if scenario.prefetch else []
+        following = (
+            [shares_of_step[rank] for shares_of_step in scenario.steps[number + 1 :][:1]] if scenario.prefetch else []
+        )
         with ThreadPoolExecutor() as threads:
-            preparing = [threads.submit(_prepare, learner, before, own, scenario) for own in following]
+            preparing = [threads.submit(_prepare, learner, before, shard, scenario) for shard in following]
             stats.append(
                 learner.update(
                     shares[rank],

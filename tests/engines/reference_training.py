@@ -17,8 +17,8 @@ from othink_ray.families.base import Family
 from othink_ray.types import Group
 from tests.engines.padded_reference import plain_logprobs
 from tests.engines.samples import fresh_policy
-from tests.reference import correction as importance
 from tests.reference import grpo_d
+from tests.reference import importance as importance
 from tests.reference.variants import Variant
 
 TEMPERATURE, CLIP_EPS = 0.9, 0.2
@@ -51,7 +51,7 @@ def slow_training(
     *,
     updates: int,
     beta: float,
-    correction: str = "none",
+    tis: str = "none",
 ) -> Slow:
     """Train one step per batch; its groups are divided among `updates` in order."""
     policy, reference = fresh_policy(family, TEMPERATURE), fresh_policy(family, TEMPERATURE)
@@ -73,19 +73,21 @@ def slow_training(
         for update in range(updates):
             slow_groups = []
             for i in range(update * share, (update + 1) * share):
-                own = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
+                policy_answers = answers_of(plain_logprobs(policy, family, [groups[i]]), groups[i])
                 slow_groups.append(
                     [
                         grpo_d.Answer(reward=reward, valid=True, policy=p, old=o, ref=r)
-                        for reward, p, o, r in zip(rewards[i], own, old[i], ref[i], strict=True)
+                        for reward, p, o, r in zip(rewards[i], policy_answers, old[i], ref[i], strict=True)
                     ]
                 )
-            if correction == "none":
+            if tis == "none":
                 value = grpo_d.loss(slow_groups, beta, CLIP_EPS, EPS)
             else:
-                own_groups = groups[update * share : (update + 1) * share]
-                samplers = [[list(map(float, c.sampler_logprobs)) for c in group.completions] for group in own_groups]
-                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, correction, TIS_BOUNDS)
+                sample_groups = groups[update * share : (update + 1) * share]
+                samplers = [
+                    [list(map(float, c.sampler_logprobs)) for c in group.completions] for group in sample_groups
+                ]
+                value = importance.loss(slow_groups, samplers, GRPO, beta, 1, tis, TIS_BOUNDS)
             optimizer.zero_grad()
             value.backward()
             if not first_gradient:

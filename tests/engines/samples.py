@@ -111,8 +111,8 @@ def learner_gap(policy: Policy, family: Family, group: Group) -> NDArray[np.floa
     row = row_of(group)
     with torch.no_grad():
         logprobs, _ = policy(batch_of([row], family))
-    own = logprobs[: int((row.segments > 0).sum())].numpy()
-    gap: NDArray[np.float32] = np.abs(own - row.sampler_logprobs[row.segments > 0])
+    policy_logprobs = logprobs[: int((row.segments > 0).sum())].numpy()
+    gap: NDArray[np.float32] = np.abs(policy_logprobs - row.sampler_logprobs[row.segments > 0])
     return gap
 
 

@@ -281,8 +281,8 @@ def test_in_bfloat16_the_push_has_the_learners_values(coarse: Outcomes) -> None:
     for name in ("one_rank", "two_of_stage_3"):
         [outcome, *_] = coarse[name]
         for tensor, weight in outcome.weights.items():
-            own = torch.from_numpy(outcome.trained_factors[tensor.replace(".weight", ".default.weight")])
-            expected = (own * 3.0 if ".lora_B." in tensor else own).bfloat16().float()
+            factor = torch.from_numpy(outcome.trained_factors[tensor.replace(".weight", ".default.weight")])
+            expected = (factor * 3.0 if ".lora_B." in tensor else factor).bfloat16().float()
             assert np.array_equal(weight, expected.numpy()), tensor
 
 

@@ -75,7 +75,9 @@ def runs(
         saved = {name: scratch / name.replace(", ", "_") for name in scenarios}
         with_saves = {name: replace(one, save=saved[name]) for name, one in scenarios.items()}
         [outcomes, *_] = run_ranks(model, small_folder, ranks, with_saves, scratch / f"of_{ranks}")
-        return {name: Run(outcome=own, masters=masters_of(saved[name], own)) for name, own in outcomes.items()}
+        return {
+            name: Run(outcome=outcome, masters=masters_of(saved[name], outcome)) for name, outcome in outcomes.items()
+        }
 
     def scenario(ranks: int, stage: int, steps: Sequence[Shares], **changes: object) -> Scenario:
         learner = replace(small.learner, zero_stage=stage, world_size=ranks, **changes)  # type: ignore[arg-type]
@@ -234,10 +236,10 @@ def test_the_first_bfloat16_step_has_the_size_of_its_rate(runs: dict[str, Run], 
 
 def test_micro_batches_change_bfloat16_updates_by_rounding_only(runs: dict[str, Run]) -> None:
     start, apart, at_once = (runs[f"1, {name}"] for name in ("1, untouched", "2, whole", "2, at once"))
-    for own, other in zip(at_once.outcome.stats, apart.outcome.stats, strict=True):
-        assert own.tokens == other.tokens
-        assert own.grad_norm == pytest.approx(other.grad_norm, rel=0.03)
-        assert own.entropy == pytest.approx(other.entropy, rel=1e-3)
+    for found, other in zip(at_once.outcome.stats, apart.outcome.stats, strict=True):
+        assert found.tokens == other.tokens
+        assert found.grad_norm == pytest.approx(other.grad_norm, rel=0.03)
+        assert found.entropy == pytest.approx(other.entropy, rel=1e-3)
     found, expected = (change_of(trained.masters, start.masters) for trained in (at_once, apart))
     whole = np.sqrt(sum(float((change**2).sum()) for change in expected.values()))
     off = np.sqrt(sum(float(((found[name] - change) ** 2).sum()) for name, change in expected.items()))

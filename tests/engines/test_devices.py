@@ -74,13 +74,13 @@ def test_the_learner_runs_where_its_gpu_share_is(
     monkeypatch.setattr(deepspeed_learner, "onednn_matmul", lambda: "oneDNN")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
     learner = DeepSpeedLearner.__new__(DeepSpeedLearner)
-    place: Any = Stop()
+    rendezvous: Any = Stop()
     how: dict[str, Any] = dict.fromkeys(("family", "temperature", "clip_eps", "kl_estimator", "tis_bounds"))
     settings = replace(config.learner, gpus_per_rank=gpus, onednn=onednn, threads=None, world_size=2)
     warned = nullcontext() if built else pytest.warns(SlowerKernel, match="built without oneDNN")
     with warned, pytest.raises(_DeviceChosenError):
         learner.__init__(  # type: ignore[misc]
-            settings, **how, dtype="float32", with_reference=False, seed=0, rendezvous=place, shares_gpu=False
+            settings, **how, dtype="float32", with_reference=False, seed=0, rendezvous=rendezvous, shares_gpu=False
         )
     assert (learner.device.type, os.environ["DS_ACCELERATOR"], set_threads) == (device, device, threads)
     assert getattr(learner, "matmul_override", "none") == override

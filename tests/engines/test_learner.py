@@ -24,7 +24,7 @@ from tests.engines.samples import ask, batch_of, distributions, fresh_policy, pi
 from tests.engines.scenarios import BETA, REWARDS, packs_of, planned, training
 from tests.engines.tolerances import assert_same_stats, distance, moved
 
-CORRECTED = ("token", "sequence", "icepop", "mis_sequence")
+ACTIVE_MODES = ("token", "sequence", "icepop", "mis_sequence")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def alone(
         "frozen tower, projector learns": replace(training(small, batches, 1, freeze="vision"), observe=True),
         "frozen tower, encoded each time": training(small, batches, 1, freeze="projector", share_features=False),
         "gradient": Scenario(learner=unclipped, steps=one_update, beta=BETA, temperature=TEMPERATURE),
-        **{name: replace(plain, tis=name) for name in CORRECTED},
+        **{name: replace(plain, tis=name) for name in ACTIVE_MODES},
         "mis_sequence, a sample at a time": replace(
             training(small, batches, 1, zero_stage=2, micro_tokens=1), tis="mis_sequence"
         ),
@@ -167,11 +167,11 @@ def test_two_ranks_learn_what_one_rank_learns(
         assert distance(moved(outcomes[name], alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4
 
 
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("name", ACTIVE_MODES)
 def test_corrected_updates_match_the_slow_reference(
     small: Config, small_family: Family, batches: list[list[Group]], alone: dict[str, Outcome], name: str
 ) -> None:
-    slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA, correction=name)
+    slow = slow_training(small.learner, small_family, batches, REWARDS, updates=2, beta=BETA, tis=name)
     found, start = alone[name], alone["untouched"]
     assert [stats.loss for stats in found.stats] == pytest.approx(slow.losses, rel=1e-5, abs=1e-6)
     assert distance(found.weights, slow.weights)[0] < 2e-5
@@ -256,9 +256,9 @@ def test_prefetch_does_not_change_an_update(alone: dict[str, Outcome], prefetche
     found, expected = alone[prefetched], alone[plain]
     assert found.prefetched == [0, 1]
     assert_same_stats(found.stats, expected.stats)
-    for own, other in zip(found.stats, expected.stats, strict=True):
-        assert own.reference_passes == other.reference_passes
-        assert own.vision_encodes == other.vision_encodes
+    for ours, other in zip(found.stats, expected.stats, strict=True):
+        assert ours.reference_passes == other.reference_passes
+        assert ours.vision_encodes == other.vision_encodes
     if plain != "stage 3, checkpointing":
         assert distance(found.weights, expected.weights)[0] == 0
     assert distance(moved(found, alone["untouched"]), moved(expected, alone["untouched"]))[0] < 1e-4

@@ -54,7 +54,7 @@ def groups_of(family: Family, case: str) -> list[Group]:
     return [group_of(family, prompt, lengths, seed) for seed, (prompt, lengths) in enumerate(CASES[case])]
 
 
-def own_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attention: str = "auto") -> Tensor:
+def answer_logprobs(policy: Policy, family: Family, packs: Sequence[Pack], attention: str = "auto") -> Tensor:
     logprobs: Tensor = policy(batch_of(packs, family, attention))[0]
     return logprobs[: sum(int((pack.segments > 0).sum()) for pack in packs)]
 
@@ -65,12 +65,12 @@ def test_packed_samples_equal_plain_rows_in_logprobs_and_grads(
     learner: Policy, family: Family, case: str, attention: str
 ) -> None:
     groups = groups_of(family, case)
-    own = own_logprobs(learner, family, [row_of(group) for group in groups], attention)
+    packed = answer_logprobs(learner, family, [row_of(group) for group in groups], attention)
     plain = plain_logprobs(learner, family, groups)
-    assert own.shape == plain.shape
-    assert (own - plain).abs().max() < 1e-5
-    direction = torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
-    found = gradients(learner, (own * direction).sum())
+    assert packed.shape == plain.shape
+    assert (packed - plain).abs().max() < 1e-5
+    direction = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    found = gradients(learner, (packed * direction).sum())
     assert_same_gradients(found, gradients(learner, (plain * direction).sum()), 1e-5)
 
 
@@ -136,8 +136,8 @@ def test_packed_samples_do_not_affect_each_other(policy: Policy, family: Family)
     short, long = (row_of(group) for group in groups_of(family, "two images in one prompt"))
     longer = row_of(group_of(family, ask("z", picture(84, 84, 9), text="3 " * 60), [40, 40], 9))
     with torch.no_grad():
-        alone = own_logprobs(policy, family, [short, long])
-        together = own_logprobs(policy, family, [short, long, longer])
+        alone = answer_logprobs(policy, family, [short, long])
+        together = answer_logprobs(policy, family, [short, long, longer])
     assert len(longer) > 2 * len(short)
     assert (together[: len(alone)] - alone).abs().max() < 1e-5
 
@@ -180,7 +180,7 @@ def test_a_batch_without_images_still_runs_the_vision_tower(learner: Policy, fam
     assert not any(value.any() for value in vision)
     assert all(p.grad is not None for name, p in learner.network.named_parameters() if ".visual." in name)
     plain = plain_logprobs(learner, family, [group_of(family, ask("a"), [4, 2], 3)])
-    assert (own_logprobs(learner, family, packs[:1]) - plain).abs().max() < 1e-5
+    assert (answer_logprobs(learner, family, packs[:1]) - plain).abs().max() < 1e-5
 
 
 def test_an_empty_micro_batch_has_no_weight(learner: Policy, family: Family) -> None:

@@ -40,7 +40,7 @@ UPDATES = [[[sample("a")], [sample("b"), sample("c")]], [[sample("d")]]]
 
 
 def names(queue: PrefetchQueue) -> list[list[str]]:
-    return [[own.prompt_id for own in packs] for packs, _ in queue.started]
+    return [[sample.prompt_id for sample in packs] for packs, _ in queue.started]
 
 
 def test_each_time_one_more_micro_batch_is_prepared_in_order() -> None:

@@ -149,10 +149,10 @@ def test_rollout_sleep_sets_the_learners_shares_gpu(
     monkeypatch.setattr(
         deepspeed_learner, "DeepSpeedLearner", lambda *_, **settings: shares_gpu.append(settings["shares_gpu"])
     )
-    place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=0)
+    rendezvous = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=0)
     for sleep in (True, False):
         config = replace(small, rollout=replace(small.rollout, sleep=sleep))
-        build.learner_engine(config, str(small_folder), place, with_reference=False)
+        build.learner_engine(config, str(small_folder), rendezvous, with_reference=False)
     assert shares_gpu == [True, False]
 
 

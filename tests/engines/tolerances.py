@@ -33,10 +33,10 @@ def moved(outcome: Outcome, start: Outcome) -> dict[str, NDArray[np.float32]]:
 
 
 def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateStats]) -> None:
-    for own, other in zip(found, expected, strict=True):
-        assert own.tokens == other.tokens
+    for stats, other in zip(found, expected, strict=True):
+        assert stats.tokens == other.tokens
         for field in ("loss", "kl_mean", "ratio_raw_mean", "ratio_raw_max", "entropy", "grad_norm"):
-            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6, nan_ok=True), field
+            assert getattr(stats, field) == pytest.approx(getattr(other, field), rel=1e-4, abs=1e-6, nan_ok=True), field
         for field in (
             "used_mean",
             "truncated_mean",
@@ -44,9 +44,9 @@ def assert_same_stats(found: Sequence[UpdateStats], expected: Sequence[UpdateSta
             "masked_frac",
             *(f"sequence_{ratio}" for ratio in SEQUENCE_RATIOS),
         ):
-            assert getattr(own, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
+            assert getattr(stats, f"ratio_{field}") == pytest.approx(getattr(other, f"ratio_{field}"), rel=1e-4), field
         for field in ("ratio_clip_frac", "logp_gap_mean", "logp_gap_max", "lr"):
-            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=1e-4), field
+            assert getattr(stats, field) == pytest.approx(getattr(other, field), rel=1e-4), field
 
 
 def gradients(policy: Policy, objective: Tensor) -> dict[str, Tensor]:

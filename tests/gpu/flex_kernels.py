@@ -78,7 +78,7 @@ def pretend_hopper() -> Captured:
         "current_stream": lambda *_: mock.Mock(),
         "synchronize": lambda _device=None: None,
     }
-    own = {
+    of_cuda = {
         "get_device_capability": lambda _device=None: (9, 0),
         "get_device_name": lambda _device=None: properties.name,
         "is_initialized": lambda: True,
@@ -97,7 +97,7 @@ def pretend_hopper() -> Captured:
         "is_bf16_supported": lambda including_emulation=False: True,
         "get_raw_stream": lambda _device=0: 0,
     }
-    for name, value in (shared | own).items():
+    for name, value in (shared | of_cuda).items():
         setattr(torch.cuda, name, value)
     for name, value in (shared | interface).items():
         setattr(CudaInterface, name, staticmethod(value))
@@ -157,8 +157,8 @@ class Case:
         import torch
 
         made = [
-            torch.empty(1, self.length, own, self.width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-            for own in (self.heads, self.key_heads, self.key_heads)
+            torch.empty(1, self.length, heads, self.width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for heads in (self.heads, self.key_heads, self.key_heads)
         ]
         return made[0], made[1], made[2]
 

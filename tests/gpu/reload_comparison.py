@@ -103,8 +103,8 @@ class Comparison:
         from othink_ray.engines.vllm_transfer import open_sender
 
         self.version += 1
-        place = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
-        open_sender("ipc", named, self.engines, place, port=0, receivers=1, bucket_bytes=BUCKET).send_weights()
+        rendezvous = RendezvousInfo(rank=0, world_size=1, master_address="127.0.0.1", master_port=1)
+        open_sender("ipc", named, self.engines, rendezvous, port=0, receivers=1, bucket_bytes=BUCKET).send_weights()
         self.engine.finish_push(self.version, 0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:

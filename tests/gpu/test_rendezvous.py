@@ -36,9 +36,11 @@ class Engine:
                     model_config=None,
                 ),
                 torch.device("cpu"),
-                SimpleNamespace(load_weights=lambda weights, own=own: own.extend((n, w.clone()) for n, w in weights)),
+                SimpleNamespace(
+                    load_weights=lambda weights, loaded=loaded: loaded.extend((n, w.clone()) for n, w in weights)
+                ),
             )
-            for rank, own in enumerate(self.loaded)
+            for rank, loaded in enumerate(self.loaded)
         ]
         self.transfer = SimpleNamespace(remote=self.call)
 

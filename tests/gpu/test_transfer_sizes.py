@@ -131,7 +131,7 @@ def test_nccl_sender_and_receiver_cut_equal_buckets(network: tuple[str, nn.Modul
     name, built = network
     sent, received, loaded = RecordingGroup(), RecordingGroup(), Model()
     packed_nccl_broadcast_producer(trained(built), sent, 0, lambda item: item[1], BUCKET)
-    described_shapes = ((own, (shape, dtype)) for own, dtype, shape in described(built))
+    described_shapes = ((name, (shape, dtype)) for name, dtype, shape in described(built))
     packed_nccl_broadcast_consumer(described_shapes, received, 0, loaded.load_weights, BUCKET, device="meta")
     assert sent.sizes == received.sizes
     assert max(sent.sizes) <= BUCKET + EMBEDDINGS[name]

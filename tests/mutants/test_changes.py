@@ -70,8 +70,8 @@ def test_two_changes_with_equal_text_are_one_mutant() -> None:
 
 
 def test_a_name_is_bound_only_within_its_function() -> None:
-    own = "def f():\n    a = b\n    def g():\n        a = b\n        a = c\n    return a\n"
-    assert of_module(own) == ["a = b -> pass"] * 2 + ["a = c -> pass"]
+    nested = "def f():\n    a = b\n    def g():\n        a = b\n        a = c\n    return a\n"
+    assert of_module(nested) == ["a = b -> pass"] * 2 + ["a = c -> pass"]
     apart = "def f():\n    a = b\n    return a\n\n\ndef g():\n    a = b\n    return a\n"
     assert of_module(apart) == []
     assert of_module("def f():\n    def g(): return\n    a = b\n    return a\n") == []

@@ -45,7 +45,7 @@ class TamperedPush:
         raise NotImplementedError
 
     def send(self, version: int) -> Sent:
-        buckets: list[Bucket] = ray.get(list(self.learner.buckets(BUCKET, ahead=2)))
+        buckets: list[Bucket] = ray.get(list(self.learner.buckets(BUCKET, in_flight=2)))
         [bucket] = to_buckets(self.fault(from_buckets(buckets)), BUCKET)
         loading = [self.rollout.begin_push(), self.rollout.load_weights(bucket)]
         return Sent(loading=loading, versions=self.rollout.finish_push(version, buckets=1))
@@ -192,7 +192,7 @@ def test_engines_that_report_another_version_are_named(workers: WorkerGroup, ver
 def test_a_push_in_many_buckets_is_as_good_as_one(workers: WorkerGroup, version: Callable[[], int]) -> None:
     push = copy.copy(workers.pusher)
     push.transport = SharedMemoryPush(workers.learner, workers.rollout, bucket_mb=1)
-    assert len(list(workers.learner.buckets(2**20, ahead=2))) > 3
+    assert len(list(workers.learner.buckets(2**20, in_flight=2))) > 3
     assert push(version()).gap_mean < 1e-4
 
 
@@ -318,8 +318,8 @@ def test_a_learner_does_not_run_ahead_of_slow_engines(recording: Callable[..., R
     assert ray.get(list(sent.versions)) == [1, 1]
     gathered, by_engine = recorded(learner, rollout)
     for loaded in by_engine:
-        ahead = [number - sum(when < moment for _, when in loaded) for number, moment in enumerate(gathered)]
-        assert max(ahead) <= 6 < WEIGHTS
+        waiting = [number - sum(when < moment for _, when in loaded) for number, moment in enumerate(gathered)]
+        assert max(waiting) <= 6 < WEIGHTS
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ Make = Callable[..., PromptStream]
 def open_stream() -> Iterator[Make]:
     streams: list[PromptStream] = []
 
-    def make(rows: Rows, *, read_ahead: int = 4, on_bad_row: str = "drop", position: int = 0) -> PromptStream:
-        streams.append(PromptStream(rows, seed=5, on_bad_row=on_bad_row, position=position, read_ahead=read_ahead))
+    def make(rows: Rows, *, prefetch: int = 4, on_bad_row: str = "drop", position: int = 0) -> PromptStream:
+        streams.append(PromptStream(rows, seed=5, on_bad_row=on_bad_row, position=position, prefetch=prefetch))
         return streams[-1]
 
     yield make
@@ -58,7 +58,7 @@ def test_rows_positions_and_drops_equal_those_of_a_plain_stream(
     open_stream: Make, bad: frozenset[int], rows: int, position: int
 ) -> None:
     plain = PromptStream(Rows(7, bad), seed=5, on_bad_row="drop", position=position)
-    stream = open_stream(Rows(7, bad), read_ahead=rows, position=position)
+    stream = open_stream(Rows(7, bad), prefetch=rows, position=position)
     for count in (1, 4, 0, 9, 16):
         assert take(stream, count) == take(plain, count)
         assert (stream.position, stream.dropped) == (plain.position, plain.dropped)
@@ -66,7 +66,7 @@ def test_rows_positions_and_drops_equal_those_of_a_plain_stream(
 
 def test_rows_of_the_next_take_are_read_in_the_background(open_stream: Make) -> None:
     rows = RecordingRows(50)
-    stream = open_stream(rows, read_ahead=4)
+    stream = open_stream(rows, prefetch=4)
     stream.take(4)
     wait_until(lambda: len(rows.read) == 8)
     assert threading.current_thread().name not in rows.read
@@ -76,7 +76,7 @@ def test_rows_of_the_next_take_are_read_in_the_background(open_stream: Make) -> 
 def test_upcoming_prompts_are_the_start_of_the_next_take(open_stream: Make, bad: frozenset[int]) -> None:
     rows = RecordingRows(7)
     rows.bad = bad
-    stream = open_stream(rows, read_ahead=7)
+    stream = open_stream(rows, prefetch=7)
     assert stream.upcoming() == []
     for count in (1, 4, 9, 3):
         stream.take(count)
@@ -88,14 +88,14 @@ def test_upcoming_prompts_are_the_start_of_the_next_take(open_stream: Make, bad:
 
 def test_upcoming_does_not_wait_for_unread_rows(open_stream: Make) -> None:
     rows = RecordingRows(50, block_after=5)
-    stream = open_stream(rows, read_ahead=4)
+    stream = open_stream(rows, prefetch=4)
     stream.take(3)
     wait_until(lambda: len(rows.read) == 5)
     assert len(stream.upcoming()) == 2
     rows.resume.set()
 
 
-def test_without_read_ahead_nothing_is_upcoming() -> None:
+def test_without_prefetch_nothing_is_upcoming() -> None:
     stream = PromptStream(Rows(7), seed=5, on_bad_row="drop")
     stream.take(1)
     assert stream.upcoming() == []
@@ -103,19 +103,19 @@ def test_without_read_ahead_nothing_is_upcoming() -> None:
 
 def test_take_does_not_wait_for_rows_beyond_its_own(open_stream: Make) -> None:
     rows = RecordingRows(50, block_after=3)
-    stream = open_stream(rows, read_ahead=4)
+    stream = open_stream(rows, prefetch=4)
     assert len(stream.take(3)) == 3
     assert len(rows.read) == 3
     rows.resume.set()
     assert len(stream.take(3)) == 3
 
 
-def test_a_bad_row_read_ahead_raises_when_it_is_taken(open_stream: Make) -> None:
+def test_a_prefetched_bad_row_raises_when_it_is_taken(open_stream: Make) -> None:
     plain = PromptStream(Rows(6, frozenset({2})), seed=5, on_bad_row="stop")
     with pytest.raises(BadRow):
         plain.take(6)
     before = plain.position
-    stream = open_stream(Rows(6, frozenset({2})), read_ahead=6, on_bad_row="stop")
+    stream = open_stream(Rows(6, frozenset({2})), prefetch=6, on_bad_row="stop")
     assert len(stream.take(before)) == before
     for _ in range(2):
         with pytest.raises(BadRow, match="row rows/2: corrupt; fix it"):
@@ -125,7 +125,7 @@ def test_a_bad_row_read_ahead_raises_when_it_is_taken(open_stream: Make) -> None
 
 def test_nothing_is_read_after_close(open_stream: Make) -> None:
     rows = RecordingRows(50, block_after=2)
-    stream = open_stream(rows, read_ahead=10)
+    stream = open_stream(rows, prefetch=10)
     stream.take(2)
     stream.close()
     rows.resume.set()

@@ -18,11 +18,11 @@ RATIOS = (
 )
 
 
-@pytest.mark.parametrize("correction", ["icepop", "mis_token"])
-def test_an_overlapped_bfloat16_run_masks_and_trains_on(correction: str, start_run: StartRun) -> None:
+@pytest.mark.parametrize("mode", ["icepop", "mis_token"])
+def test_an_overlapped_bfloat16_run_masks_and_trains_on(mode: str, start_run: StartRun) -> None:
     run = start_run(
         *("model.dtype=bfloat16", "weights.audit_tolerance=0.05", "learner.lr=5e-4", "train.overlap=true"),
-        *(f"algo.tis={correction}", f"algo.tis_floor={LOW}", f"algo.tis_cap={CAP}"),
+        *(f"algo.tis={mode}", f"algo.tis_floor={LOW}", f"algo.tis_cap={CAP}"),
         *("train.steps=3", "train.checkpoint_every=0", "eval.questions=4"),
     )
     assert [line["sampler/staleness"] for line in run.steps] == [0, 1, 1]
@@ -33,7 +33,7 @@ def test_an_overlapped_bfloat16_run_masks_and_trains_on(correction: str, start_r
         assert ratio["raw_mean"] == pytest.approx(1.0, abs=0.1)
         assert ratio["raw_max"] > CAP >= ratio["truncated_mean"]
         assert 0 < ratio["masked_frac"] < 0.9
-        if correction == "mis_token":  # unmasked tokens are weighted by their ratio
+        if mode == "mis_token":  # unmasked tokens are weighted by their ratio
             assert ratio["masked_frac"] == pytest.approx(ratio["truncated_frac"])
             assert ratio["used_mean"] <= CAP * (1 - ratio["masked_frac"])
         else:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from othink_ray.config.bounds import Bound
 
@@ -36,7 +36,7 @@ class ConfigKey:
 
 def key(default: _T, comment: str, bound: Bound | None = None, *, common: bool = False) -> _T:
     """Declare a key as a dataclass field; null values of optional keys are not checked against the bound."""
-    return cast("_T", dataclasses.field(default=default, metadata={"key": _Declared(comment, bound, common)}))
+    return dataclasses.field(default=default, metadata={"key": _Declared(comment, bound, common)})
 
 
 def unwrap(kind: Any) -> tuple[Any, bool]:

@@ -164,7 +164,7 @@ def test_files_of_any_layout_give_the_same_questions(layout: str, tmp_path: Path
         assert prompt.images == (picture(number),)
         assert prompt.answer == str(number)
         assert prompt.messages[0].text == f"How many items are in picture {number}? {data.prompt_suffix}"
-        assert prompt.id == f"own/train/{number:06d}"
+        assert prompt.id == f"custom/train/{number:06d}"
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "streamed"])
@@ -194,7 +194,7 @@ def test_the_test_split_may_come_from_other_files(tmp_path: Path) -> None:
     data = own_data(train, write_r1v_test(tmp_path / "eval"))
     assert (len(open_source(data, "train")), len(open_source(data, "test"))) == (3, ROWS)
     prompt = open_source(data, "test").prompt(2)
-    assert (prompt.id, prompt.answer, prompt.images) == ("own/test/000002", "2", (picture(2),))
+    assert (prompt.id, prompt.answer, prompt.images) == ("custom/test/000002", "2", (picture(2),))
 
 
 def test_geoqa_in_r1v_layout_keeps_its_degrees(tmp_path: Path) -> None:

@@ -80,13 +80,13 @@ def test_bad_rows_are_dropped_and_reported_once(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "set.parquet", images, key=list("abcd"))
     prompts = stream(own_data(file, stream_buffer=2, id="key"))
     assert sorted(keys(prompts, 6)) == ["a", "a", "c", "c", "d", "d"]
-    assert [row for row, _ in prompts.dropped] == ["own/train/b"]
+    assert [row for row, _ in prompts.dropped] == ["custom/train/b"]
 
 
 def test_a_data_set_of_only_bad_rows_raises_and_names_one(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "set.parquet", [b"corrupt"] * 3, key=list("abc"))
     with pytest.raises(
-        SourceError, match=r"all 3 rows of the data source are bad, the last one own/train/[abc]: image 1"
+        SourceError, match=r"all 3 rows of the data source are bad, the last one custom/train/[abc]: image 1"
     ):
         stream(own_data(file, stream_buffer=2, id="key")).take(1)
 

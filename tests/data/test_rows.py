@@ -15,7 +15,7 @@ from tests.data.files import own_data, picture
 def read(row: dict[str, Any], folder: Path = Path(), *, outside: bool = False, **columns: Any) -> Any:
     data = own_data(".", source="hub", image_root=str(folder), **columns)
     data = replace(data, images_outside_root=outside)
-    return RowReader(data, "train").prompt("own/train/000007", row)
+    return RowReader(data, "train").prompt("custom/train/000007", row)
 
 
 def row(image: Any, **changes: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_questions_without_images_need_no_image_column() -> None:
     ],
 )
 def test_an_unreadable_image_names_row_and_column(image: Any, reason: str) -> None:
-    with pytest.raises(BadRow, match=f"^row own/train/000007: {reason}"):
+    with pytest.raises(BadRow, match=f"^row custom/train/000007: {reason}"):
         read(row(image))
 
 

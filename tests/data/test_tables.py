@@ -121,7 +121,7 @@ def test_a_missing_image_root_is_named(parquet: Path) -> None:
 
 def test_repeated_ids_of_the_id_column_get_the_row_number(parquet: Path) -> None:
     source = open_source(own_data(parquet, id="key"), "train")
-    assert [source.prompt(n).id for n in range(3)] == ["own/train/a", "own/train/b", "own/train/a#000002"]
+    assert [source.prompt(n).id for n in range(3)] == ["custom/train/a", "custom/train/b", "custom/train/a#000002"]
 
 
 def test_a_row_without_an_id_gets_its_number() -> None:
@@ -144,25 +144,25 @@ def test_invalid_jsonl_lines_affect_only_their_own_rows(tmp_path: Path) -> None:
     source = open_source(own_data(jsonl(tmp_path, *rows), source="jsonl"), "train")
     assert len(source) == 6, "a blank line is not a row"
     stream = PromptStream(source, seed=0, on_bad_row="drop")
-    assert {prompt.id for prompt in stream.take(6)} >= {f"own/train/{n:06d}" for n in (0, 2, 5)}
-    assert sorted(row for row, _ in stream.dropped) == [f"own/train/{n:06d}" for n in (1, 3, 4)]
-    assert dict(stream.dropped)["own/train/000003"] == "it cannot be read: it is a JSON list, not an object"
-    with pytest.raises(BadRow, match=r"row own/train/000001: it cannot be read: .*; fix it or remove it"):
+    assert {prompt.id for prompt in stream.take(6)} >= {f"custom/train/{n:06d}" for n in (0, 2, 5)}
+    assert sorted(row for row, _ in stream.dropped) == [f"custom/train/{n:06d}" for n in (1, 3, 4)]
+    assert dict(stream.dropped)["custom/train/000003"] == "it cannot be read: it is a JSON list, not an object"
+    with pytest.raises(BadRow, match=r"row custom/train/000001: it cannot be read: .*; fix it or remove it"):
         source.prompt(1)
 
 
 def test_invalid_lines_have_no_id(tmp_path: Path) -> None:
     rows = [line(0, key="x"), "{invalid", line(2, key="x")]
     source = open_source(own_data(jsonl(tmp_path, *rows), source="jsonl", id="key"), "train")
-    assert source.prompt(0).id == "own/train/x"
-    assert source.prompt(2).id == "own/train/x#000002"
-    with pytest.raises(BadRow, match="row own/train/#000001: it cannot be read"):
+    assert source.prompt(0).id == "custom/train/x"
+    assert source.prompt(2).id == "custom/train/x#000002"
+    with pytest.raises(BadRow, match="row custom/train/#000001: it cannot be read"):
         source.prompt(1)
 
 
 def test_excessively_nested_json_is_an_invalid_line(tmp_path: Path) -> None:
     source = open_source(own_data(jsonl(tmp_path, line(0), "[" * 100_000), source="jsonl"), "train")
-    with pytest.raises(BadRow, match="row own/train/000001: it cannot be read"):
+    with pytest.raises(BadRow, match="row custom/train/000001: it cannot be read"):
         source.prompt(1)
 
 

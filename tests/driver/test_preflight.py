@@ -114,7 +114,7 @@ def test_bad_rows_are_counted_and_all_bad_is_a_problem(tmp_path: Path) -> None:
         parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
         return preflight(load(["data=custom", f"run.cache_dir={tmp_path}", *parts]))
 
-    assert "1 of 2 checked are bad, such as own/train/000001: image file" in report_of("some").lines["data.train"]
+    assert "1 of 2 checked are bad, such as custom/train/000001: image file" in report_of("some").lines["data.train"]
     assert ["all 3 rows of the data source are bad" in str(problem) for problem in report_of("none").problems] == [
         True,
         True,

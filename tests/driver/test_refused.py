@@ -64,7 +64,7 @@ def test_check_mode_prints_no_control_character_of_a_rows_name(tmp_path: Path) -
     settings |= {f"files.columns.{use}": column for use, column in columns.items()}
     parts = [f"data.{split}.{key}={value}" for split in ("train", "test") for key, value in settings.items()]
     output = output_of("mode=check", "data=custom", f"run.cache_dir={tmp_path}", *parts, status=0)
-    assert " bad, such as own/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in output
+    assert " bad, such as custom/train/\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}red: " in output
     assert not any(character in output for character in "\x1b\x07")
 
 

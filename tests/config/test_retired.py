@@ -45,7 +45,8 @@ def test_a_removed_key_is_refused_with_the_reason(key: str) -> None:
 
 
 def test_a_renamed_option_is_refused_with_the_new_name() -> None:
-    assert "data=own (command line) was renamed to data=custom Write custom for own; to resume an older run" in report(["data=own"])
+    text = report(["data=own"])
+    assert "data=own (command line) was renamed to data=custom Write custom for own; to resume an older run" in text
     [problem] = problems(load(["eval.also=[own]"]), None)
     assert problem.rule == "was renamed to data=custom"
 

@@ -130,7 +130,8 @@ def unknown_option(subject: str, group: str, option: str, options: Sequence[str]
     """Return the problem that a group has no such option, with the option that replaced it or that was meant."""
     new = RENAMED_OPTIONS.get((group, option))
     if new is not None:
-        return Problem(subject=subject, rule=f"was renamed to {group}={new}", remedy=f"Write {new} for {option}.")
+        remedy = f"Write {new} for {option}; to resume an older run with the same samples, add {group}.name={option}."
+        return Problem(subject=subject, rule=f"was renamed to {group}={new}", remedy=remedy)
     near = get_close_matches(option, options, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     rule = f"there is no {option} in the group {group}"

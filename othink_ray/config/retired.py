@@ -30,9 +30,8 @@ def retirement(key: str, value: str) -> tuple[str, str] | None:
 
 
 def modernized(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an older run by dotted key, with today's names of keys and options."""
-    current = {RENAMED_KEYS.get(key, key): value for key, value in settings.items() if key not in REMOVED_KEYS}
-    for (group, old), new in RENAMED_OPTIONS.items():
-        if current.get(f"{group}.name") == old:
-            current[f"{group}.name"] = new
-    return current
+    """Return the settings of an older run by dotted key, with today's names of keys.
+
+    The name of an option stays: it is part of each prompt's id, from which the seeds of its answers are derived.
+    """
+    return {RENAMED_KEYS.get(key, key): value for key, value in settings.items() if key not in REMOVED_KEYS}

@@ -42,7 +42,7 @@ def export(small_family: Family, gathered: list[list[Tensor]], monkeypatch: pyte
         monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
         learner: Any = DeepSpeedLearner.__new__(DeepSpeedLearner)
         learner.engine = SimpleNamespace(module=SimpleNamespace(network=network))
-        learner.family, learner.place = small_family, SimpleNamespace(rank=rank)
+        learner.family, learner.rendezvous = small_family, SimpleNamespace(rank=rank)
         learner._whole = lambda parameters: gathered.append(parameters) or nullcontext()
         learner.export(folder)
 

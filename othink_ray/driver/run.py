@@ -20,7 +20,13 @@ from othink_ray.driver.console import Console
 from othink_ray.driver.exit_reporter import ExitReporter
 from othink_ray.driver.live_console import open_console
 from othink_ray.driver.run_dir import FolderError, lock_run_dir
-from othink_ray.driver.stopping import Stopped, interrupted, interrupted_status, interruptible
+from othink_ray.driver.stopping import (
+    Stopped,
+    interrupted,
+    interrupted_status,
+    interruptible,
+    join_unless_interrupted,
+)
 from othink_ray.runtime.cluster import (
     close_token_file,
     kill_children,
@@ -98,7 +104,7 @@ def _work(
             imports.start()
             stack.enter_context(ray_session(config.cluster))
             reporter.end_with_driver(ray_agents())
-            imports.join()
+            join_unless_interrupted(imports)  # an interrupt lost in it may have left the import lock held
         stack.enter_context(watch_ray(lambda reason: _exit_without_ray(reason, console, reporter)))
         if config.mode == "eval":
             from othink_ray.driver.evaluate import evaluate_models

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_JOIN_S = 0.1
 _REPEATED_WITHIN_S = 2.0  # one request may arrive twice: Ray signals all processes of a job, a study its runs
 
 
@@ -42,11 +44,19 @@ def interruptible() -> Iterator[None]:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, interrupt) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_lost_interrupt
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ignore_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print an exception that Python drops, such as one in a destructor, unless it is a recorded interrupt."""
+    if not (interrupted() and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -66,6 +76,13 @@ def interrupted() -> bool:
 def raise_if_interrupted() -> None:
     if interrupted():
         raise KeyboardInterrupt
+
+
+def join_unless_interrupted(thread: threading.Thread) -> None:
+    """Wait until the thread ends; raise KeyboardInterrupt after a signal, even if its own exception was lost."""
+    while thread.is_alive():
+        raise_if_interrupted()
+        thread.join(_JOIN_S)
 
 
 def stop_requested() -> bool:

@@ -115,7 +115,14 @@ def test_a_closed_pipe_or_terminal_does_not_change_the_end(terminal: bool, numbe
 
 def _started(*overrides: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "othink_ray.main", *overrides]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"CI": "true"})
+    return subprocess.Popen(
+        command,
+        stdout=stdout,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=os.environ | {"CI": "true"},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored
+    )
 
 
 def _handles_sigterm(pid: int) -> bool:

@@ -6,6 +6,7 @@ import io
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from othink_ray.config.load import load
 from othink_ray.driver import stopping, training
 from othink_ray.driver.console import Console
 from othink_ray.runtime.futures import ProcessLost
+
+TIMEOUT_S = 30
 
 
 class Dropped:
@@ -38,6 +41,45 @@ def test_a_sigterm_dropped_by_python_ends_the_run(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         console.progress(1, 2)
     assert stopping.interrupted_status() == 143
+
+
+def test_a_lost_interrupt_ends_the_wait_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may drop the exception inside the import system, with a lock held that the thread needs."""
+    held = threading.Event()
+    thread = threading.Thread(target=held.wait, args=(TIMEOUT_S,))
+    thread.start()
+    monkeypatch.setattr(stopping, "_interrupts", [signal.SIGTERM])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stopping.join_unless_interrupted(thread)
+        assert thread.is_alive()
+        held.set()
+        monkeypatch.setattr(stopping, "_interrupts", [])
+        stopping.join_unless_interrupted(thread)
+        assert not thread.is_alive()
+    finally:
+        held.set()
+
+
+@pytest.mark.parametrize(("error", "shown"), [("KeyboardInterrupt", ""), ("ValueError", "ValueError: dropped")])
+def test_a_dropped_interrupt_is_not_printed(error: str, shown: str) -> None:
+    program = f"""
+import signal
+from othink_ray.driver import stopping
+
+TIMEOUT_S = 30
+
+
+class Dropped:
+    def __del__(self):
+        stopping._interrupts.append(signal.SIGTERM)
+        raise {error}("dropped")
+
+with stopping.interruptible():
+    Dropped()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert (shown in done.stderr) if shown else (done.stderr == "")
 
 
 def test_a_request_repeated_within_two_seconds_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:

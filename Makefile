@@ -38,7 +38,7 @@ mutants:  ## set up, then run mutation tests: 2 hours; ARGS="--only core/kl.py" 
 	@launch/setup_env.sh auto dev
 	@$(python) -m tests.mutants $(ARGS)
 
-lint:  ## set up, then check style, types, import contracts, shell scripts and Dockerfiles
+lint:  ## set up, then check style, types, import contracts, vocabulary, shell scripts and Dockerfiles
 	@launch/setup_env.sh auto dev
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check

@@ -18,5 +18,6 @@ USED = (deepspeed, hydra, ray, vllm, wandb, Qwen2VLForConditionalGeneration, Qwe
 if __name__ == "__main__":
     # Without nvidia-smi the environment is built for another machine: an image, a login node.
     if sys.argv[1] == "gpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} cannot use the GPU: is the driver too old for CUDA {torch.version.cuda}?")
+        cuda = torch.version.cuda
+        sys.exit(f"torch {torch.__version__} cannot use the GPU: update the driver, perhaps too old for CUDA {cuda}")
     print(*(getattr(used, "__name__", used) for used in USED))

@@ -65,7 +65,7 @@ if ! usable; then
     needed_gb=$([[ $kind == gpu ]] && echo 16 || echo 8)
     free_gb=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
     ((free_gb >= needed_gb)) ||
-        die "$free_gb GB free on the disk of $root, the $kind environment needs $needed_gb GB" "free some space, or clone to another disk"
+        die "only $free_gb GB free on the disk of $root: the $kind environment needs $needed_gb GB" "free some space, or clone to another disk"
     say "creating a virtual environment for $kind ($("$base" --version)) in $venv"
     rm -rf "$venv"
     "$base" -m venv "$venv"
@@ -119,7 +119,7 @@ if ! install_with_uv; then
 fi
 
 # --- PyPI's torchvision, torchaudio and torchcodec are CUDA builds: make them harmless beside a CPU torch ---
-# A copy works for programs that do not import othink_ray too, and leaves the choice of checkout to the import path.
+# A copy also works for programs that do not import othink_ray, and leaves the choice of checkout to the import path.
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 rm -f "$packages"/othink_ray_torch*
 if [[ $kind == cpu ]]; then

@@ -18,7 +18,7 @@ mkdir "$folder"
 ended=no
 trap 'ended=yes; kill -TERM ${ray-} 2>/dev/null || true' TERM
 
-# Free ports, since the node may run another Ray; no drain time, since the driver has ended before.
+# Free ports, since the node may run another Ray; no drain time, since the driver has ended by then.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 settings=(--block --disable-usage-stats --temp-dir="$folder/ray" --min-worker-port=0 --max-worker-port=0)
 settings+=(--dashboard-agent-listen-port=0)

@@ -305,7 +305,8 @@ def test_without_a_gpu_the_check_exits_with_2(tmp_path: Path, capsys: pytest.Cap
         check=False,
         env={**os.environ, "PYTHON": sys.executable},
     )
-    assert (script.returncode, script.stderr) == (2, "no GPU to check: nvidia-smi lists none on this machine\n")
+    assert script.returncode == 2
+    assert script.stderr.startswith("no GPU to check: nvidia-smi lists none on this machine; use one with")
 
 
 def test_the_script_passes_on_python_and_arguments(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ HOSTILE = [
 
 
 class LibraryProcess(SymbolicProcess):
-    """math-verify as it comes, with its own extraction and a comparison of texts, in the same sandbox."""
+    """math-verify unmodified, with its own extraction and a comparison of texts, in the same sandbox."""
 
     worker = Path(__file__).with_name("grading_worker.py")
 

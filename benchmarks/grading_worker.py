@@ -1,4 +1,4 @@
-"""The grading process with math-verify as it comes; `benchmarks.grading` starts it like the package's worker."""
+"""The grading process with math-verify unmodified; `benchmarks.grading` starts it like the package's worker."""
 
 from __future__ import annotations
 

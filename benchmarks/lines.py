@@ -101,7 +101,10 @@ class Runs:
 
 
 def rows(runs: Runs) -> list[LimitCheck]:
-    """Speedup of shared-prefix packing over padded samples in transformers; details compare this learner unpacked."""
+    """Speedup of shared-prefix packing over padded samples in transformers.
+
+    `detail` also compares this learner with and without packing.
+    """
     checks = []
     for cells, limit in ((2, 1.0), (12, 3.5), (24, 6.0)):
         work = replace(USUAL, cells=cells)

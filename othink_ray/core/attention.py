@@ -247,7 +247,7 @@ def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, 
 
 
 def packs_images(attention: Attention, device: torch.device) -> bool:
-    """Return whether the images of this packed sequence share one FlexAttention call too: with flex on CUDA only."""
+    """Return whether all images of a packed sequence share one FlexAttention call: with flex on CUDA only."""
     return isinstance(attention, FlexAttention) and device.type == "cuda"
 
 

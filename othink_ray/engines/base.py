@@ -232,7 +232,7 @@ class LearnerEngine(Protocol):
         ...
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all other weights in the same form."""
+        """Yield all other weights, in the form of `named_weights`."""
         ...
 
     def release_memory(self) -> None:

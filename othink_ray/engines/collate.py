@@ -42,7 +42,7 @@ class HostBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch(HostBatch):
-    """The same tensors on the network's device, with the attention over them."""
+    """A micro-batch on the network's device, with the attention over its tokens."""
 
     attention: Attention
 

@@ -48,7 +48,7 @@ class Region:
 
 
 def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str, list[Region]]:
-    """Return the regions of each of these weights in this worker, without changing any parameter."""
+    """Return the regions that each weight of `expected` fills in this worker, without changing any parameter."""
     blank = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in expected.items()}
     names = {_storage(weight): name for name, weight in blank.items()}
     owners = {

@@ -29,7 +29,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def note(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count CPU tensors that no operator returned under this mode, such as weights loaded earlier."""
+        """Count the CPU storages of these tensors: results of an operator, or weights loaded before this mode began."""
         for tensor in tensors:
             if tensor.device.type == "cpu":
                 self._note(tensor.untyped_storage())

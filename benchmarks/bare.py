@@ -143,7 +143,7 @@ def learning_matmuls(config: Config, path: str) -> Callable[[Sequence[Prompt]], 
 
 
 class MatmulRecorder(TorchDispatchMode):
-    """Record random operands with the shape and memory layout of each matmul's; equal shapes share one tensor."""
+    """Records, for each matmul, random operands of the same shape and layout; equal factors share one tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

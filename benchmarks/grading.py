@@ -1,7 +1,7 @@
 """Compare hand-written grading with math-verify:  python -m benchmarks.grading
 
-Grades every case of tests/rewards/verdicts.tsv by five graders and prints a line for each: verdicts, milliseconds per
-answer, the milliseconds that 16 groups of 8 answers take, and the longest that a hostile answer takes.
+Grades every case of tests/rewards/verdicts.tsv with five graders and prints a line for each grader: verdicts,
+milliseconds per answer, for 16 groups of 8 answers, and for the slowest hostile answer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HOSTILE = [
 
 
 class LibraryProcess(SymbolicProcess):
-    """math-verify as it comes, with its own extraction and a comparison of texts, in the same sandbox."""
+    """math-verify unmodified, with its own extraction and a comparison of texts, in the same sandbox."""
 
     worker = Path(__file__).with_name("grading_worker.py")
 
@@ -58,7 +58,7 @@ def rules_alone() -> Iterator[Grade]:
 
 @contextmanager
 def rules_then_library() -> Iterator[Grade]:
-    """The rules, and math-verify where they cannot tell: `Grader`."""
+    """The rules, then math-verify for answers that the rules cannot decide, as `Grader` does."""
     with SymbolicProcess(answer_cpu_s=CPU_S, memory_mb=MEMORY_MB) as process:
 
         def grade(stated: str, truth: str) -> bool:
@@ -96,7 +96,7 @@ def without_numbers() -> Iterator[Grade]:
 
 @contextmanager
 def without_closed_forms() -> Iterator[Grade]:
-    """The rules with units and numerals, but of expressions only integers, decimals and a/b; math-verify for others."""
+    """The rules, which read no expressions but integers, decimals and a/b, then math-verify."""
     with ExitStack() as stack:
         for module in (grader, numbers):
             stack.enter_context(patch.object(module, "closed_form", _rational_alone))

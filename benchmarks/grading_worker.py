@@ -1,4 +1,4 @@
-"""The grading process with math-verify as it comes; `benchmarks.grading` starts it like the package's worker."""
+"""The grading process with math-verify unmodified; `benchmarks.grading` starts it like the package's worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXTRACTION = (LatexExtractionConfig(), ExprExtractionConfig(), StringExtraction
 
 
 def library_equal(truth: str, stated: str) -> bool:
-    """Return whether two texts are the same, or equal by math-verify, which reads LaTeX only between $."""
+    """Return whether two texts are the same, or equal for math-verify, which reads LaTeX only between $."""
     if stated.strip(" .").casefold() == truth.strip(" .").casefold():
         return True
     gold, found = (

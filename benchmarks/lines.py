@@ -62,7 +62,7 @@ class LimitCheck:
 
 
 class Runs:
-    """Cache of runs by kind, workload and overrides; each run is made once."""
+    """Cache of runs by kind, workload and overrides; each runs once."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
@@ -80,7 +80,7 @@ class Runs:
         return spreads(self.metrics(work, *overrides))
 
     def bare(self, parts: Sequence[str], work: Workload, *overrides: str) -> dict[str, list[float]]:
-        """Return the step seconds of each engine, a process each, running at the same time."""
+        """Return the seconds of each step of each engine; the engines run in separate processes at the same time."""
         seconds: dict[str, list[float]] = self._once(
             (" and ".join(parts), work, overrides), lambda folder: ours.bare(parts, work, self.steps, folder, overrides)
         )
@@ -101,7 +101,10 @@ class Runs:
 
 
 def rows(runs: Runs) -> list[LimitCheck]:
-    """Speedup of shared-prefix packing over a sample per answer, padded in transformers or single in this learner."""
+    """Speedup of shared-prefix packing over padded samples in transformers.
+
+    `detail` also compares this learner with and without packing.
+    """
     checks = []
     for cells, limit in ((2, 1.0), (12, 3.5), (24, 6.0)):
         work = replace(USUAL, cells=cells)
@@ -167,7 +170,7 @@ def limits(runs: Runs) -> list[LimitCheck]:
 
 
 def pretrained(runs: Runs) -> list[LimitCheck]:
-    """The same for a pretrained language model with a real vocabulary, in whose steps matmuls weigh more.
+    """The shares of `limits` for a pretrained language model with a real vocabulary: matmuls take more of its steps.
 
     Each engine is also compared with its matmuls replayed alone, at their shapes: sampling multiplies few rows at a
     time by all weights, so it is bound by reading weights and stays below the cores' best rate.
@@ -202,7 +205,7 @@ def _shares(runs: Runs, work: Workload, **limits_by_part: float) -> list[LimitCh
 
 
 def push(runs: Runs) -> list[LimitCheck]:
-    """Share of a step that push with audit, and scoring, take."""
+    """Shares of a step: push with audit, and scoring."""
     times = runs.times(replace(USUAL, cells=8))
     step = times["step_s"]["median"]
     return [

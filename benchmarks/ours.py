@@ -92,14 +92,14 @@ def bare(
 
 
 def training(work: Workload, folder: Path, overrides: Sequence[str]) -> Program:
-    """Start a run that trains until terminated; its reward timeout tolerates being suspended between turns."""
+    """Start a run that trains until terminated; its reward timeout tolerates suspension between turns."""
     endless = [f"train.steps={_UNTIL_STOPPED}", f"algo.reward.timeout_s={_REWARD_TIMEOUT_S}"]
     command = _command(work, folder, *endless, *overrides)
     return _program(command, folder.with_suffix(".txt"), lambda: _steps_of_run(folder / "metrics.jsonl"), None)
 
 
 def bare_training(part: str, work: Workload, log: Path, overrides: Sequence[str]) -> Program:
-    """Start one engine of such a run alone, without Ray or the loop."""
+    """Start one engine of a training run alone, without Ray or the loop."""
     endless = [*FAST, *overrides, f"train.steps={_UNTIL_STOPPED}"]
     command = [sys.executable, "-m", "benchmarks.bare", part, *work.overrides(), *endless]
     return _program(command, log, lambda: _steps_in_log(log), {**os.environ, **PROCESS_ENVIRONMENT})

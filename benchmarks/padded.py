@@ -21,7 +21,7 @@ from othink_ray.types import Group
 def learning_padded(config: Config, path: str) -> Callable[[Sequence[Group], Sequence[float]], float]:
     """Return a function that runs a step on groups and advantages, in one batch, and returns its seconds.
 
-    A step is the reference's forward pass, forward, backward and AdamW.
+    A step is a forward pass of the reference, forward and backward passes of the policy, and an AdamW step.
     """
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)

@@ -50,7 +50,7 @@ class Program:
 def in_turn(sides: Sequence[Mapping[str, Program]], turns: int, steps: int) -> list[dict[str, list[float]]]:
     """Return for each turn the seconds of at least `steps` steps of each program; programs of one side run together.
 
-    All are warm before the first turn. A step that is suspended on its way is not counted.
+    All are warm before the first turn. A step that is suspended midway is not counted.
     """
     programs = {name: program for side in sides for name, program in side.items()}
     with terminating(list(programs.values())):

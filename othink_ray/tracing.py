@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One interval of work on one thread. Times are time.time(): spans of different hosts align as their clocks do."""
+    """One interval of work on one thread. Times are time.time(): spans of two hosts align as well as their clocks."""
 
     name: str
     start_s: float
@@ -79,9 +79,9 @@ def take_spans(*, keep_recording: bool) -> Spans:
 
 
 class Clock:
-    """Stopwatch whose laps, in seconds, each start where the previous one ended: together they add up to the step.
+    """Stopwatch whose laps, in seconds, each start where the previous one ended.
 
-    Laps of the same name are summed.
+    So all laps add up to the time from creation to the last lap; laps of the same name are summed.
     """
 
     def __init__(self) -> None:

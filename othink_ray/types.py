@@ -35,7 +35,7 @@ class Prompt:
 class Completion:
     """One sampled answer of T tokens: the sampled ids (T,), end token included, and their sampler logprobs (T,).
 
-    `text` is what is graded: what the chat template has opened of the answer (not in the ids), then the decoded ids.
+    `text` is graded: the start of the answer that the chat template writes (not in the ids), then the decoded ids.
     """
 
     token_ids: NDArray[np.int64]
@@ -46,13 +46,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All G answers to one prompt, the prompt ids with expanded image tokens, and the sampling weights version."""
+    """All G answers to one prompt, its ids with expanded image tokens, and the version of the weights that sampled."""
 
     prompt: Prompt
     prompt_token_ids: NDArray[np.int64]
     completions: tuple[Completion, ...]
     version: int
-    image_encodes: int = 0  # by the engine's vision tower since its previous group
+    image_encodes: int = 0  # images encoded by the engine's vision tower since its previous group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +127,10 @@ class UpdateStats:
     ratio_raw_mean: float
     ratio_raw_max: float
     ratio_clip_frac: float
-    ratio_used_mean: float  # the applied importance weight: 1 without TIS, 0 where masked
+    ratio_used_mean: float  # the applied importance weight: 1 with tis=none, 0 where masked
     ratio_truncated_mean: float
-    ratio_truncated_frac: float  # tokens above the cap
-    ratio_masked_frac: float  # tokens masked by importance sampling
+    ratio_truncated_frac: float  # fraction of tokens above the cap
+    ratio_masked_frac: float  # fraction of tokens masked by importance sampling
     ratio_sequence_raw_mean: float
     ratio_sequence_truncated_mean: float
     ratio_sequence_truncated_frac: float
@@ -148,9 +148,9 @@ class UpdateStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelDigest:
-    """Checksum of a prompt's images as fed to the vision tower, which some engines normalize before and some inside."""
+    """Checksum of the pixels that an engine feeds to the vision tower; some engines normalize them only inside it."""
 
-    value: int = 0  # without images
+    value: int = 0  # 0: no images
     dtype: str = "uint8"  # uint8: not normalized yet
 
 
@@ -174,7 +174,7 @@ class Audit:
     tokens: int
     logp_mean: float = 0.0  # mean of the learner's |logprob|
     tolerance: float = 0.0  # upper limit of gap_mean
-    verified: int = 0  # weights verified bit for bit in each engine
+    verified: int = 0  # number of weights verified bit for bit in each engine
     sent_bytes: int = 0  # bytes of weights sent to each engine
 
 

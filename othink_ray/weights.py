@@ -225,7 +225,7 @@ def mismatches(expected: Mapping[str, TensorDigest], workers: Sequence[WorkerDig
 
 
 def require_arrived(engines: Sequence[Mapping[str, str]], version: int) -> None:
-    """Raise AuditError if an engine computes with other weights than the learner sent; `engines` are `mismatches`."""
+    """Raise AuditError if an engine's weights differ from those sent; `engines` holds the `mismatches` of each."""
     for number, faults in enumerate(engines):
         if faults:
             first = "; ".join(f"{name} {what}" for name, what in list(faults.items())[:_NAMED])
@@ -287,13 +287,13 @@ def repeated(probes: Sequence[Probe], logprobs: Sequence[NDArray[np.float32]]) -
 
 
 def require_pixels(probes: Sequence[Probe], known: Sequence[PixelDigest], version: int) -> None:
-    """Raise AuditError if an engine sees other pixels than the learner (`known`, in the prompt order of `compare`)."""
+    """Raise AuditError if an engine's pixels differ from the learner's (`known`, in the prompt order of `compare`)."""
     for number, probe in enumerate(probes):
         if probe.pixels != known[number % len(known)]:
             raise AuditError(
-                f"audit of weights version {version} failed: engine and learner see other pixels in the images of "
-                f"prompt {probe.group.prompt.id}. The weights are equal bit for bit. Possible causes: different "
-                "model.min_pixels or model.max_pixels, a different image processor"
+                f"audit of weights version {version} failed: engine and learner have different pixels for the images "
+                f"of prompt {probe.group.prompt.id}. The weights are equal bit for bit, but the image processors "
+                "differ; check that both load the same transformers version and the same preprocessor_config.json"
             )
 
 

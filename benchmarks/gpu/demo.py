@@ -18,7 +18,7 @@ _TIMES = ("step", "generate", "update", "push")
 
 
 def demo(setup: Setup) -> Iterator[Row]:
-    """Run the demo on both; vLLM's GPU build has no CPU engine, so transformers generates on the CPU."""
+    """Run the demo on GPU and CPU; vLLM's GPU build has no CPU engine, so transformers generates on the CPU."""
     return measure_each((name, partial(_side, setup, name, settings)) for name, settings in _SIDES.items())
 
 

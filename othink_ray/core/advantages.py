@@ -71,8 +71,8 @@ def leave_one_out_advantages(rewards: NDArray[np.float64], valid: NDArray[np.boo
 def batch_advantages(rewards: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return REINFORCE++ (with baseline) advantages: (r - group mean) / std over the whole step, (N, G) -> (N, G).
 
-    With one number per answer, the mean over the step is already 0; subtracting a mean over tokens would give groups of
-    equal rewards small nonzero advantages.
+    The mean of these deviations over all answers of the step is already 0; subtracting their mean over tokens would
+    give groups of equal rewards small nonzero advantages.
     """
     _check(rewards, valid, EPS)
     deviations = _deviations(rewards, valid)

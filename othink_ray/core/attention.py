@@ -1,6 +1,6 @@
 """Attention over a packed sequence of shared-prefix samples: five implementations with the same result.
 
-`kernel_shape` and `KernelShape` stand in for a fused kernel on the meta device, to measure the memory that it saves.
+`kernel_shape` and `KernelShape` stand in for a fused kernel on the meta device, where memory is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Attention(ABC):
         """Map query (1, heads, N, D), key and value (1, key heads, N, D) to (1, N, heads, D); GQA is allowed."""
 
     def in_last_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Return the same for answers and each prompt's last token; other tokens get unspecified finite values."""
+        """Return the result of a call for answers and each prompt's last token; other tokens get any finite values."""
         return self(query, key, value, scale)
 
 
@@ -47,7 +47,7 @@ class DenseAttention(Attention):
 class GroupedAttention(Attention):
     """Prompts attend to themselves, then each answer to its prompt and itself; no scores between answers.
 
-    Prompts and answers are right-padded to the longest; the causal mask hides the padding from the real tokens.
+    Prompts are right-padded to the longest prompt, answers to the longest answer; masks hide the padding.
     """
 
     def __init__(self, sequence: PackedSequence, device: torch.device) -> None:
@@ -87,7 +87,7 @@ class GroupedAttention(Attention):
         unpad: Tensor,
         **prompt_mask: Any,
     ) -> Tensor:
-        """Compute both attentions; `prompt_queries` (P, Q) are the indices of the prompt tokens used as queries."""
+        """Attend in prompts and answers; `prompt_queries` (P, Q) are indices of the prompt tokens used as queries."""
         queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
         prompt_key, prompt_value = (states[self.prompts].transpose(1, 2) for states in (keys, values))
         answer_key, answer_value = (states[self.answers].transpose(1, 2) for states in (keys, values))
@@ -103,7 +103,10 @@ class GroupedAttention(Attention):
 
 
 def _answer_mask(prompt_lengths: Tensor, longest_prompt: int, longest_answer: int) -> Tensor:
-    """Return (A, 1, longest answer, longest prompt + longest answer): all of its prompt, then the answer causally."""
+    """Return a mask (A, 1, longest answer, longest prompt + longest answer).
+
+    Each answer token attends to its whole prompt, and to its answer up to itself.
+    """
     prompt = torch.arange(longest_prompt) < prompt_lengths[:, None, None]
     past = torch.ones(longest_answer, longest_answer, dtype=torch.bool).tril()
     answers = len(prompt_lengths)
@@ -202,7 +205,7 @@ def _blocks(sequence: PackedSequence, device: torch.device) -> tuple[Tensor, Ten
     start = torch.arange(0, len(sequence), flex.BLOCK, device=device)
     end = start + flex.BLOCK
     some = (segment < end) | ((prompt < end) & (start < prompt_end))
-    # All in one packed sample; the keys lie in its prompt, or nothing lies between the prompt and the queries' segment.
+    # All tokens are in one packed sample, and all keys behind its prompt are in the segment of the last query.
     full = (last_prompt <= start) & ((end <= prompt_end) | (last_segment <= start.maximum(prompt_end)))
     full = full.tril(-1)
     return some.tril() & ~full, full
@@ -244,7 +247,7 @@ def attention_for(name: str, device: torch.device) -> Callable[[PackedSequence, 
 
 
 def packs_images(attention: Attention, device: torch.device) -> bool:
-    """Return whether the images of this packed sequence share one FlexAttention call too: with flex on CUDA only."""
+    """Return whether all images of a packed sequence share one FlexAttention call: with flex on CUDA only."""
     return isinstance(attention, FlexAttention) and device.type == "cuda"
 
 
@@ -254,7 +257,7 @@ def _by_length(sequence: PackedSequence, device: torch.device) -> Attention:
 
 
 class _Kernel(torch.autograd.Function):
-    """Saves for backward what fused attention kernels save: inputs, output and log-sum-exp in float32."""
+    """Saves for backward what fused kernels save (inputs, output, log-sum-exp in float32); computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -270,13 +273,13 @@ class _Kernel(torch.autograd.Function):
 
 
 def kernel_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Map query (B, heads, N, D), key and value (B, key heads, N, D) to an uninitialized (B, N, heads, D)."""
+    """Map query (B, heads, N, D), key and value (B, key heads, N, D) to an uninitialized tensor (B, N, heads, D)."""
     out: Tensor = _Kernel.apply(query, key, value)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 
 
 class KernelShape(Attention):
-    """`kernel_shape` as the attention of a packed sequence of any length."""
+    """Stand-in for attention on the meta device, to measure memory: its output has the right shape, but no values."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         return kernel_shape(query, key, value)

@@ -37,14 +37,14 @@ def compiled(attend: Callable[..., Any], device_type: str) -> Callable[..., Any]
     """Return a kernel compiled for any number of tokens on GPUs; on CPUs `attend` itself (eager), for comparison.
 
     Packed sequences and images each have their own `attend`: torch compiles a function for at most eight kinds of
-    input, and short, long and single-token inputs take three each, with and without gradient.
+    input, and each needs six: short, long and single-token inputs, with and without gradient.
     """
     # fullgraph raises if compilation fails; otherwise torch would fall back to eager mode and materialize all scores.
     return torch.compile(attend, dynamic=True, fullgraph=True) if device_type == "cuda" else attend
 
 
 def _counts_and_indices(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (1, 1, B) how many key blocks each query block has, and (1, 1, B, B) their indices, these first."""
+    """Return the number of marked key blocks per query block (1, 1, B), and indices (1, 1, B, B), marked ones first."""
     chosen = pairs[None, None].int()
     return chosen.sum(dim=-1, dtype=chosen.dtype), chosen.argsort(dim=-1, descending=True, stable=True).int()
 

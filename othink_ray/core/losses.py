@@ -26,7 +26,7 @@ class RatioTerms:
     used: torch.Tensor  # sum of the factors applied to the tokens' advantages
     truncated: torch.Tensor  # sum of truncated token ratios
     cut: torch.Tensor  # number of tokens above the cap
-    masked: torch.Tensor  # number of tokens whose gain is masked
+    masked: torch.Tensor  # number of masked tokens, whose factor is 0
     sequence_raw: torch.Tensor  # sum of answer ratios
     sequence_truncated: torch.Tensor  # sum of truncated answer ratios
     sequence_cut: torch.Tensor  # number of answers above the cap
@@ -36,7 +36,7 @@ class RatioTerms:
 # (log ratio of each token, 0 where inactive; answer index of each token) -> ratio of each token
 Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# (ratio of each token; lowest and highest trusted ratio) -> mask of the tokens whose gain counts
+# (ratio of each token; lowest and highest trusted ratio) -> mask, False on the tokens whose factor becomes 0
 Kept = Callable[[torch.Tensor, float, float], torch.Tensor]
 
 
@@ -51,7 +51,7 @@ def token_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_ratio(log_ratio: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Return the ratio of the token's answer, the product over its tokens; they must all be in one call."""
+    """Return for each token the ratio of its whole answer, a product over tokens; a call must hold whole answers."""
     return sums_by_answer(log_ratio, answers).exp()[answers]
 
 
@@ -93,7 +93,8 @@ def importance_weights(
 
     `bounds` are the lowest and highest trusted ratio, low <= 1 <= cap: the factor is min(ratio, cap), or 0 where the
     mode masks. A masked token keeps its share of the step's weight: the weights of other tokens do not grow. A
-    factor on the advantages affects only the gain: the KL term is unchanged, and clipped tokens stay clipped.
+    factor on the advantages scales only the surrogate, min(ratio * A, clip(ratio) * A): the KL term is unchanged, and
+    clipped tokens stay clipped.
     """
     low, cap = bounds
     active = loss_weights != 0
@@ -122,7 +123,7 @@ class LossTerms:
     """Statistics of a loss over its active tokens (weight not 0): detached 0-d tensors, additive over micro-batches."""
 
     kl_sum: torch.Tensor  # always k3, whichever estimator is trained, so that runs are comparable
-    clipped: torch.Tensor  # number of tokens whose gain is clipped
+    clipped: torch.Tensor  # number of tokens whose surrogate is clipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ LOSSES: dict[str, Loss] = {"grpo": grpo_loss, "gspo": gspo_loss, "sft": sft_loss
 
 
 def _clipped_loss(inputs: LossInputs, log_ratio: torch.Tensor) -> tuple[torch.Tensor, LossTerms]:
-    """Return the loss of clipped gain and KL for given log ratios, per token or per answer."""
+    """Return the loss of clipped surrogate and KL, with log(policy / old) per token or of each token's whole answer."""
     active = inputs.active
     advantage = blank_inactive(inputs.advantages, active)
     low, high = inputs.clip_eps

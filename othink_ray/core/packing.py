@@ -14,14 +14,17 @@ from othink_ray.types import Group, Pack, ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominators:
-    """Denominators of one optimizer step's loss, counted before its backward passes: weights add up in any split."""
+    """Denominators of one optimizer step's loss, counted over the whole step.
+
+    So the loss does not depend on how the step is split into micro-batches and ranks.
+    """
 
     groups: int
     tokens: int  # of all valid answers
     max_tokens: int  # longest possible answer
 
 
-# (lengths, valid) of one group's answers, (G,) each -> weight of each token of each answer (G,); 0 where invalid
+# (lengths, valid) of one group's answers, (G,) each -> weight (G,) that all tokens of an answer share; 0 where invalid
 LossWeights = Callable[[NDArray[np.int64], NDArray[np.bool_], Denominators], NDArray[np.float64]]
 
 
@@ -40,7 +43,7 @@ def token_mean(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Den
 
 
 def constant_length(lengths: NDArray[np.int64], valid: NDArray[np.bool_], totals: Denominators) -> NDArray[np.float64]:
-    """Weigh tokens as Dr. GRPO: each answer's token sum over the longest possible length, then the means of Eq. 4."""
+    """Weigh tokens as Dr. GRPO: an answer's token sum / longest possible length, then means over answers and groups."""
     return valid.astype(np.float64) / (totals.groups * max(int(valid.sum()), 1) * totals.max_tokens)
 
 
@@ -60,7 +63,7 @@ def pack_step(
     max_tokens: int,
     shared_prefix: bool,
 ) -> list[Pack]:
-    """Return the packed samples of a step, one per group; each of its `updates` optimizer steps has its own totals.
+    """Return a step's packed samples, one per group; each of the `updates` optimizer steps has its own denominators.
 
     Without `shared_prefix`, return one sample per answer, each with a copy of the prompt: the same loss, but slower.
     """
@@ -87,7 +90,7 @@ def pack(scored: ScoredGroup, advantages: NDArray[np.float64], groups_in_step: i
 
 
 def _token_weights(scored: ScoredGroup, loss_weights: LossWeights, totals: Denominators) -> NDArray[np.float64]:
-    """Return the weight of each token of each answer of a group (G,)."""
+    """Return one weight per answer of a group (G,), which all tokens of the answer share."""
     lengths = _lengths(scored.group)
     assert len(scored.valid) == len(lengths)
     return loss_weights(lengths, scored.valid, totals)
@@ -114,7 +117,7 @@ def _packed_sample(
     token_weights: NDArray[np.float64],
     answers: NDArray[np.int64],
 ) -> Pack:
-    """Return `[prompt | answer | ... | answer]` for a subset of the answers; advantages and weights are of all G."""
+    """Return `[prompt | answer | ... | answer]` for a subset of the answers; advantages and weights cover all G."""
     prompt_len, lengths = len(group.prompt_token_ids), _lengths(group)
     assert prompt_len > 0
     assert len(advantages) == len(token_weights) == len(lengths)

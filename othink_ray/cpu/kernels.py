@@ -25,7 +25,9 @@ from torch.nn.functional import pad
 
 _SOURCE = Path(__file__).with_name("attention.cpp")
 _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-_WIDE = 16  # 23 + 54 ms (forward + backward) for an image of 2304 patches, torch 28 + 77 (EPYC 25/17, one thread)
+# Fewest floats computed at a time with which the kernel beats torch: 23 + 54 ms (forward + backward) for an image of
+# 2304 patches, torch 28 + 77 (one thread of an EPYC, family 25, model 17).
+_WIDE = 16
 _IMAGES = Event()  # set once the kernel is selected for images too
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", _NATIVE_FLAG)
 
@@ -120,7 +122,10 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, s
     kernel, width = attention_kernel(), query.shape[-1]
     missing = -width % kernel.part()
     if width + missing > kernel.deepest():
-        raise ValueError(f"head dimension {width} is too large for {_SOURCE.name}: set learner.attention=grouped")
+        raise ValueError(
+            f"head dimension {width} must be at most {kernel.deepest()} for {_SOURCE.name}: set "
+            "learner.attention=grouped"
+        )
     as_vllm = query.dtype != torch.float32  # the output is rounded to half precision: its last bits must match vLLM's
     states = [tensor.float() for tensor in (query, key, value)]
     if missing:  # zeros change no score; the extra output columns are cut off below
@@ -177,13 +182,13 @@ def _inputs(states: Sequence[Tensor], blocks: Tensor, scale: float, as_vllm: boo
 def onednn_available() -> bool:
     """Return whether this torch was built with oneDNN; warn with `SlowerKernel` if not.
 
-    torch's default BLAS is half as fast on processors it is not tuned for.
+    torch's default BLAS is half as fast as oneDNN on processors that it is not tuned for.
     """
     available: bool = torch.backends.mkldnn.is_available()
     if not available:
         warnings.warn(
-            "float32 matmul by torch's slower BLAS: this torch was built without oneDNN; install a build that has it, "
-            "or set learner.onednn=false",
+            "float32 matmul uses torch's slower BLAS: this torch was built without oneDNN. Install a build that has "
+            "it, or silence this warning with learner.onednn=false",
             SlowerKernel,
             stacklevel=2,
         )
@@ -238,7 +243,7 @@ def _onednn_supports(matrix: Tensor) -> bool:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Copy a slice of a larger matrix: oneDNN multiplies these with reference loops, a thousand times slower."""
+    """Return `matrix`, copied if it is a slice: oneDNN multiplies slices in reference loops, 1000 times slower."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 

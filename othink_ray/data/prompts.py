@@ -13,7 +13,7 @@ from othink_ray.types import Prompt
 Split = Literal["train", "test"]
 
 MAX_IMAGE_PIXELS = 50_000_000  # below Pillow's decompression bomb limit, far above what any model here uses
-MAX_ASPECT_RATIO = 200  # image processors reject this ratio and above
+MAX_ASPECT_RATIO = 200  # Qwen's image processor rejects larger ratios
 IMAGE_FORMATS = ("PNG", "JPEG")
 _GRAY = (128, 128, 128)
 _ORIENTATION = 0x0112
@@ -113,7 +113,7 @@ def with_thumbnails(prompt: Prompt, side: int) -> Prompt:
 
 
 def with_gray_images(prompt: Prompt) -> Prompt:
-    """Return the prompt with uniform gray images of the same sizes, to measure what the text alone answers."""
+    """Return the prompt with uniform gray images of the same sizes, to measure accuracy without their content."""
     return replace(prompt, images=tuple(_png(Image.new("RGB", image_size(image), _GRAY)) for image in prompt.images))
 
 

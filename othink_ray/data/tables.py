@@ -204,7 +204,7 @@ def _non_empty(files: FilesConfig, key: str) -> list[str]:
 
 
 def no_rows(files: FilesConfig, key: str) -> SourceError:
-    return SourceError(f"{key}.path = {files.path}: the data set has 0 rows; it must have at least 1")
+    return SourceError(f"{key}.path = {files.path}: the data set has 0 rows; check the path and the split")
 
 
 def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:

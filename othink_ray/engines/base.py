@@ -36,7 +36,7 @@ class Sampling:
     seed: int
 
     def seed_of(self, prompt: Prompt) -> int:
-        """Return the seed of one prompt's group: a hash of seed and prompt id, whatever engine runs it and when."""
+        """Return the seed of one prompt's group: a hash of seed and prompt id, the same on any engine at any time."""
         digest = hashlib.sha256(f"{self.seed}/{prompt.id}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
@@ -113,11 +113,11 @@ class RolloutEngine(Protocol):
     version: int
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Prefetch the weight-independent inputs of the prompts to be generated next, and cache them until then."""
+        """Prefetch the weight-independent inputs of the next prompts, and cache them until `generate` takes them."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Group]:
-        """Yield one group per prompt, in the order in which they finish."""
+        """Yield one group per prompt, in the order in which the groups finish."""
         ...
 
     def sleep(self) -> None:
@@ -133,11 +133,11 @@ class RolloutEngine(Protocol):
         ...
 
     def finish_push(self, version: int, buckets: int) -> None:
-        """Take the pushed weights into use as `version`; UnfinishedPush unless all `buckets` arrived."""
+        """Let `generate` use the pushed weights, as `version`; raise UnfinishedPush unless all `buckets` arrived."""
         ...
 
     def check_weights(self, expected: Mapping[str, TensorDigest], *, complete: bool) -> dict[str, str]:
-        """Return the faults of the weights in use, by weight name; `complete`: `expected` names every weight."""
+        """Return what is wrong in the weights in use, by weight name; `complete`: `expected` names every weight."""
         ...
 
     def probe(self, prompts: Sequence[Prompt], sampling: Sampling, candidates: int) -> list[Probe]:
@@ -172,7 +172,7 @@ class Receiver(ABC):
         self._arrived += 1
 
     def finish_push(self, version: int, buckets: int) -> None:
-        """Drop everything that was computed with older weights, and take `version` into use."""
+        """Drop the caches of older weights and set `version`; raise UnfinishedPush unless all `buckets` arrived."""
         if self._arrived != buckets:
             raise UnfinishedPush(f"only {self._arrived} of the {buckets} buckets of weights version {version} arrived")
         self._drop_caches()
@@ -232,7 +232,7 @@ class LearnerEngine(Protocol):
         ...
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all other weights in the same form."""
+        """Yield all other weights, in the form of `named_weights`."""
         ...
 
     def release_memory(self) -> None:

@@ -42,7 +42,7 @@ class HostBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch(HostBatch):
-    """The same tensors on the network's device, with the attention over them."""
+    """A micro-batch on the network's device, with the attention over its tokens."""
 
     attention: Attention
 
@@ -58,7 +58,7 @@ def collate(
 
 
 def collate_on_host(packs: Sequence[Pack], family: Family) -> HostBatch:
-    """Return `packs` as one batch on the CPU; ValueError where the image tokens are not the processor's.
+    """Return `packs` as one batch on the CPU; ValueError if engine and learner differ in a prompt's image tokens.
 
     Without images, append a zero-weight dummy sample so that every rank runs the vision tower (ZeRO-3 would hang).
     """
@@ -97,7 +97,7 @@ def collate_on_host(packs: Sequence[Pack], family: Family) -> HostBatch:
 def to_device(
     batch: HostBatch, attend: Callable[[PackedSequence, torch.device], Attention], device: torch.device
 ) -> MicroBatch:
-    """Return `batch` with its tensors on `device` and its attention there; tensors are shared if that is the CPU."""
+    """Return `batch` with its tensors on `device` and its attention there; tensors already there are not copied."""
     values = {field.name: getattr(batch, field.name) for field in fields(HostBatch)}
     moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     images = replace(batch.images, pixels=batch.images.pixels.to(device))
@@ -105,7 +105,7 @@ def to_device(
 
 
 def _dummy_sample(family: Family) -> Pack:
-    """Return a zero-weight sample with the smallest image: it runs every layer, so ZeRO-3 ranks' collectives match."""
+    """Return a zero-weight sample with the smallest image: it runs every layer, so that ZeRO-3 collectives match."""
     image = family.smallest_image()
     prompt = family.expand([family.image_token_id], family.image_token_counts([image]))
     length = len(prompt) + 1
@@ -121,14 +121,15 @@ def _dummy_sample(family: Family) -> Pack:
 
 
 def _prompt_positions(pack: Pack, images: ImageTensors, family: Family) -> Tensor:
-    """Return positions (axes, prompt length); ValueError unless this rank's processor makes as many image tokens."""
+    """Return positions (axes, prompt length); ValueError unless this rank's processor counts as many image tokens."""
     prompt = torch.from_numpy(pack.token_ids[: pack.prompt_len])
     found = int((prompt == family.image_token_id).sum())
     expected = family.encoded_token_count(images)
     if found != expected:
         raise ValueError(
             f"prompt {pack.prompt_id}: the rollout engine expanded its {len(images.grids)} image(s) to {found} tokens, "
-            f"the learner's processor to {expected}: give both the same model.min_pixels and model.max_pixels"
+            f"the learner's processor to {expected}: their image processors differ; check that both load the same "
+            "transformers version and the same preprocessor_config.json"
         )
     return family.prompt_positions(prompt, images)
 

@@ -250,13 +250,13 @@ class DeepSpeedLearner:
 
     @span("prepare")
     def _before_any_step(self, packs: Sequence[Pack], queue: PrefetchQueue) -> Precomputed:
-        """Compute the policy's logprobs before the first of several optimizer steps; pixels leave the device after."""
+        """Compute the policy's logprobs before the first of several optimizer steps; pixels leave the device again."""
         prepared = self._prepared(packs, queue)
         old = self._no_grad(self.engine, prepared)
         return Precomputed(old=old, features=prepared.features, reference=prepared.reference, encodes=prepared.encodes)
 
     def _prepared(self, packs: Sequence[Pack], queue: PrefetchQueue, known: Precomputed | None = None) -> Prepared:
-        """Return a micro-batch on the device; with `known` tensors of an earlier pass the queue is not read."""
+        """Return a micro-batch on the device, with `known` tensors of an earlier pass or else the prefetched ones."""
         found = queue.pop(packs) if known is None else None
         found = found or Prefetched(host_batch=self._collate_on_host(packs), precomputed=known or Precomputed())
         prepared = found.precomputed.with_batch(packs, self._to_device(found.host_batch))
@@ -288,7 +288,7 @@ class DeepSpeedLearner:
 
     @staticmethod
     def _features(policy: Any, batch: MicroBatch) -> Tensor:
-        """Encode images with a frozen tower and projector: the same for policy, old policy and reference."""
+        """Return image features of a frozen tower and projector, which policy, old policy and reference share."""
         with torch.no_grad():
             features: Tensor = policy(batch, wanted="features")
         return features

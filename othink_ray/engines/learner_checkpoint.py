@@ -51,7 +51,7 @@ class ZeroState:
         self.trained = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
 
     def shard(self) -> tuple[dict[str, Tensor], int]:
-        """Return copies of this rank's share of the tensors as `name/weight`, `name/exp_avg`, ..., and Adam's step."""
+        """Return copies of this rank's tensors as `name/weight`, `name/exp_avg`, ..., and the number of Adam steps."""
         steps = self._adam_steps()
         if steps:
             self.link_moments()
@@ -67,7 +67,7 @@ class ZeroState:
         return kept, steps
 
     def restore(self, stored: StoredState) -> None:
-        """Load a checkpoint; StateError where its parameters are not this network's."""
+        """Load a checkpoint; StateError if its parameters are not those of this network."""
         stored.require({name: getattr(weight, "ds_shape", weight.shape) for name, weight in self.trained})
         if stored.steps:
             self._open_moments(stored.steps)

@@ -30,7 +30,7 @@ class AdapterError(ValueError):
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.problem.subject} {self.problem.rule}; {self.problem.remedy}"
+        return f"{self.problem.subject} {self.problem.rule}. {self.problem.remedy}"
 
 
 def add_adapters(network: nn.Module, rank: int, alpha: float, layers: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ def _require_known(targets: Sequence[str], known: Sequence[str], frozen: Collect
             raise AdapterError(
                 Problem(
                     subject=f"learner.lora.targets = [{', '.join(targets)}]",
-                    rule=f"must be parts or names of the model's linear layers, and it has no {target}{where}",
+                    rule=f"must be parts or names of the model's linear layers, but the model has no {target}{where}",
                     remedy=f"{hint}It has: {', '.join(known)}.",
                 )
             )

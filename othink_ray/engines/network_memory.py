@@ -42,7 +42,7 @@ class Activations:
 
     kept: int  # between forward and backward: tensors saved for backward, and the hidden states
     peak: int  # during forward and backward; parameter gradients are not counted
-    logit_tokens: int  # tokens, not bytes: those for which there are logits, the answers'
+    logit_tokens: int  # number of tokens, not bytes, that have logits: those of the answers
 
 
 def meta_learner_network(family: Family, learner: LearnerConfig, dtype: torch.dtype) -> nn.Module:
@@ -76,7 +76,7 @@ def network_shape(family: Family, network: Any) -> NetworkShape:
 def activations(
     family: Family, network: nn.Module, tokens: int, images: Sequence[bytes], logit_tokens: int
 ) -> Activations:
-    """Measure one packed sequence of `tokens`, image tokens included, of which `logit_tokens` have logits."""
+    """Return the memory of a packed sequence of `tokens`, image tokens included; `logit_tokens` of them have logits."""
     encoded = family.encode_images(images)
     with _LiveBytes() as live, _OnMeta():
         hidden = _hidden(family, network, tokens, encoded, logit_tokens)
@@ -121,7 +121,7 @@ def _hidden(family: Family, network: nn.Module, tokens: int, images: ImageTensor
 
 
 def _drop_gradient(parameter: Tensor) -> None:
-    """Drop a gradient as soon as it is there: DeepSpeed moves it to a buffer, which the memory plan counts."""
+    """Drop a gradient as soon as it exists: DeepSpeed moves it to a buffer, which the memory plan counts."""
     parameter.grad = None
 
 

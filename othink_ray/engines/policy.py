@@ -1,4 +1,4 @@
-"""The policy network: its logprobs with the sampler's temperature and token bans, and which of its weights train."""
+"""The policy network: its logprobs with the sampler's temperature and token bans, and the choice of trained weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Wanted = Literal["logprobs", "features"]
 
 
 def train_without_dropout(network: nn.Module) -> None:
-    """Switch to training mode, which gradient checkpointing needs, with all dropout rates at 0; warn if any was not.
+    """Switch to training mode, which gradient checkpointing needs, with all dropout rates at 0; warn if any was higher.
 
     An update compares the policy's logprobs with the sampler's, the old policy's and the reference's. With dropout,
     equal weights would give different logprobs, and two passes over one token would disagree.
@@ -212,7 +212,7 @@ class TrainedWeight:
 def trained_weights(network: nn.Module) -> Iterator[TrainedWeight]:
     """Yield the trained tensors in a fixed order.
 
-    Of an adapter these are A and B, with the scale alpha / rank applied to B, so that engines add B A unscaled.
+    For an adapter these are A and B, with the scale alpha / rank applied to B, so that engines add B A unscaled.
     """
     adapted = _adapters(network)
     for path, adapter in adapted.items():
@@ -238,7 +238,7 @@ class PlainWeight:
         return [self.base, *self.factors]
 
     def merged(self) -> Tensor:
-        """Return the weight with its adapter merged, in float32 then: in bfloat16 small updates would round away."""
+        """Return the weight; with an adapter, merged in float32: in bfloat16 small updates would round away."""
         if not self.factors:
             return self.base.detach()
         up, down = (factor.detach().float() for factor in self.factors)

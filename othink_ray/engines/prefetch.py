@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Inputs(Generic[T]):
-    """Cache of one prepared input per prompt; an input that is not cached is made when it is needed."""
+    """Cache of one prepared input per prompt; an input that is not cached is prepared when it is needed."""
 
     def __init__(self, make: Callable[[Prompt], T]) -> None:
         self._make = make
@@ -45,15 +45,15 @@ class Inputs(Generic[T]):
 
     @on_one_thread()
     def prefetch(self, prompts: Iterable[Prompt]) -> None:
-        """Make and cache the inputs of exactly these prompts."""
+        """Prepare and cache the inputs of these prompts; drop all others from the cache."""
         self._cached = {prompt: self.get(prompt) for prompt in prompts}
 
     def get(self, prompt: Prompt) -> T:
-        """Return the prepared input and keep it in the cache."""
+        """Return the cached input, which stays cached, or else prepare one without caching it."""
         return self._cached[prompt] if prompt in self._cached else self._make(prompt)
 
     def take(self, prompt: Prompt) -> T:
-        """Return the prepared input and drop it from the cache."""
+        """Return the cached input and drop it from the cache, or else prepare one."""
         return self._cached.pop(prompt) if prompt in self._cached else self._make(prompt)
 
 
@@ -66,7 +66,7 @@ class Prepared:
     features: Tensor | None = None  # (image tokens, H), where policy and reference share them
     reference: Tensor | None = None  # (M,) the reference's logprobs
     old: Tensor | None = None  # (M,) logprobs before the first of several optimizer steps
-    encodes: int = 0  # images that a vision tower has encoded for this
+    encodes: int = 0  # images that a vision tower has encoded for this micro-batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class Precomputed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetched:
-    """A micro-batch before its turn. Its pixels stay in host memory: those of a whole step may not fit the device."""
+    """A micro-batch before its turn. Its pixels stay in host memory: the device may not hold those of a whole step."""
 
     host_batch: HostBatch
     precomputed: Precomputed

@@ -68,7 +68,7 @@ class UpdateTotals:
             self.maxima = torch.maximum(self.maxima, torch.stack([ratio.max(), gap.abs().max()]))
 
     def stats(self, *, updates: int, grad_norm: float, lr: float, vision_encodes: int, skipped: int) -> UpdateStats:
-        """Return the statistics reduced over ranks; `updates` is the number of optimizer steps, each a whole loss."""
+        """Return the statistics reduced over ranks; the loss is the mean over `updates` optimizer steps."""
         sums = torch.cat([self.sums, self.sums.new_tensor([vision_encodes])])
         dist.all_reduce(sums)
         dist.all_reduce(self.maxima, op=dist.ReduceOp.MAX)

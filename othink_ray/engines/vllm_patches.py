@@ -50,7 +50,7 @@ def rounding_arguments() -> dict[str, Any]:
             # Fused kernels keep float32 between operations, unless they emulate the rounding of single operations.
             "inductor_compile_config": {"emulate_precision_casts": True},
         },
-        # Pixels are normalized by the processor in float32: on the device, other values fall on a rounding boundary.
+        # The processor normalizes pixels in float32, as the learner's does; on the device some would round differently.
         "mm_device_do_normalize": False,
     }
 
@@ -125,7 +125,7 @@ if current_platform.is_cpu():
 def _add_rms_norm(
     x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalize the residual sum after it is rounded for storage; vLLM's implementation normalizes it before."""
+    """Normalize the residual sum after rounding it for storage; vLLM's implementation normalizes the unrounded sum."""
     total = x + x_residual
     return ir.ops.rms_norm(total, weight, epsilon, variance_size), total
 

@@ -32,7 +32,7 @@ _ADAPTER = 1  # vLLM's id of the only adapter
 
 
 class VLLMRollout(Receiver):
-    """A vLLM engine: takes compressed images and unexpanded prompts, and returns the token ids it really processed."""
+    """A vLLM engine: takes compressed images and unexpanded prompts, and returns the token ids that it processed."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class VLLMRollout(Receiver):
             "max_num_batched_tokens": max(8192, rollout.max_model_len),
             "limit_mm_per_prompt": {"image": rollout.max_images, "video": 0},
             "mm_processor_kwargs": family.processor_settings,
-            "mm_processor_cache_gb": 0,  # it would hold gigabytes of pixels of images that do not come again
+            "mm_processor_cache_gb": 0,  # it would hold gigabytes of pixels of images that are not used again
             "max_logprobs": max_logprobs,
             "logprobs_mode": "processed_logprobs",  # after the ban and the temperature: the learner's distribution
             "enable_prefix_caching": True,

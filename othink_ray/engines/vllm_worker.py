@@ -48,7 +48,7 @@ class Region:
 
 
 def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str, list[Region]]:
-    """Return the regions of each of these weights in this worker, without changing any parameter."""
+    """Return the regions that each weight of `expected` fills in this worker, without changing any parameter."""
     blank = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in expected.items()}
     names = {_storage(weight): name for name, weight in blank.items()}
     owners = {
@@ -64,7 +64,7 @@ def find_regions(network: Any, expected: Mapping[str, TensorDigest]) -> dict[str
         if name is None or not _in_order(source, target, row_length):
             raise NotImplementedError(
                 f"vLLM changes weights of {type(network).__name__} while it loads them (into a parameter of shape "
-                f"{tuple(target.shape)}): their digests cannot be compared with the learner's"
+                f"{tuple(target.shape)}): their digests cannot be compared with the learner's; use rollout=hf"
             )
         parameter_name, parameter = owners[target.untyped_storage().data_ptr()]
         first_row, first_column = divmod(source.storage_offset(), row_length)

@@ -78,7 +78,7 @@ def _attend_image(
     if images is not None:
         return images(query, key, value, scaling), None
     by_kernel = kernels.enabled_for_images() and kernels.supports_head_dim(query)
-    # In half precision use torch's kernel, as vLLM does: it rounds the softmax probabilities, other kernels do not.
+    # In half precision use torch's kernel, as vLLM does: unlike other kernels, it rounds the softmax probabilities.
     by_torch = query.device.type != "cpu" or query.dtype != torch.float32
     if by_torch or not (by_kernel or blocks_are_faster(query.shape[2])):
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)

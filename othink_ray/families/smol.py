@@ -129,7 +129,7 @@ def _config(text: Any, vision: Any, tokenizer: PreTrainedTokenizerBase) -> Qwen2
 
 
 def _load_weights(network: Any, text: Any, tower: nn.Module, seed: int) -> None:
-    """Copy the text model and the tower; zero the biases and draw the projector's last layer, which neither has."""
+    """Copy text model and tower; zero the biases, which a Llama lacks, and draw the projector's last layer."""
     language, visual = network.model.language_model, network.model.visual
     missing, unexpected = language.load_state_dict(text.model.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("_proj.bias") for name in missing), (missing, unexpected)

@@ -26,7 +26,7 @@ class Reward(Protocol):
 
 
 class GradingFailed(RuntimeError):
-    """Raised when a reward cannot run at all: the installation is broken, not one answer."""
+    """Raised when a reward cannot grade any answer, e.g. for a missing package or too little memory; stops the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The accuracy reward R_acc of Eq. 1: rules decide most answers, math-verify in a separate process the rest.
 
-The process can be killed: an expression may never finish.
+The process can be killed: some expressions take forever to evaluate.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ def _same_items(stated: list[str], truth: list[str]) -> bool:
 
 
 class Grader:
-    """Accuracy reward with all layers; `counts` holds the number of answers that each layer decided.
+    """Accuracy reward by rules, then math-verify; `counts` holds the number of answers by how they were graded.
 
-    An answer that exceeds the time or memory limit of the symbolic layer is wrong, not masked: it was not proven right,
-    and the policy must not learn that an expression too costly to evaluate avoids a reward of 0.
+    An answer that exceeds the time or memory limit of math-verify is wrong, not masked: it was not proven right, and
+    the policy must not learn that an expression too costly to evaluate avoids a reward of 0.
     """
 
     def __init__(self, reward: RewardConfig) -> None:

@@ -1,6 +1,7 @@
 """Read numbers exactly: closed forms such as 2√3 + 5π/3 and numerals in words, with a unit or the counted things.
 
-Kept: 880 of 880 verdicts, 707 without it, 489 by math-verify alone; 16 x 8 answers in 2 ms, by math-verify 1.2 s.
+Measured by `python -m benchmarks.grading`: with this module all 880 verdicts are right, without it 707, by math-verify
+alone 489. Grading 16 x 8 answers takes 2 ms, by math-verify 1.2 s.
 """
 
 from __future__ import annotations

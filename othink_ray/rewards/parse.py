@@ -1,4 +1,4 @@
-"""Extract the bare answer of a completion: the <answer> tag or a policy without it, LaTeX and markup cleaned up.
+"""Extract the bare answer of a completion, from its <answer> tag or by a policy for texts without one, as plain LaTeX.
 
 `plain` strips an answer to plain LaTeX; `is_expression` and `may_be_number` classify what remains.
 """

@@ -181,7 +181,7 @@ def spelled(text: str) -> tuple[Fraction, str] | None:
 
 
 def is_harmless(text: str) -> bool:
-    """Return whether no word negates, hedges, compares or multiplies."""
+    """Return whether no word negates, hedges, compares, multiplies or is a numeral."""
     return not any(word in _CHANGING or word.endswith("n't") for word in words_of(text))
 
 
@@ -193,7 +193,7 @@ def is_denied(text: str) -> bool:
 def names_things(text: str) -> bool:
     """Return whether the text after a number only names the counted things (cubes, large red cubes) or is empty.
 
-    False for the text in: 3 hundredths, 3 less, 3 each, 3 cubes or spheres.
+    False for the text after the 3 in: 3 hundredths, 3 less, 3 each, 3 cubes or spheres.
     """
     return not text or (_PHRASE.fullmatch(text) is not None and _NO_NOUNS.isdisjoint(words_of(text)))
 

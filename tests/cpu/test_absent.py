@@ -63,5 +63,5 @@ def test_without_a_compiler_attention_is_torchs_with_one_line(tmp_path: Path) ->
 
 def test_without_onednn_one_line_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.warns(SlowerKernel, match=r"^float32 matmul by torch's slower BLAS: .* set learner\.onednn=false$"):
+    with pytest.warns(SlowerKernel, match=r"^float32 matmul uses torch's slower BLAS: .* with learner\.onednn=false$"):
         assert not onednn_available()

@@ -160,7 +160,7 @@ def test_supported_head_dimensions_are_reported(width: int, supported: bool) -> 
 @pytest.mark.parametrize("width", [257, 288])
 def test_too_large_head_dimensions_are_rejected(width: int) -> None:
     state = torch.zeros(1, 2, width)
-    with pytest.raises(ValueError, match=rf"head dimension {width} is too large .* learner\.attention=grouped"):
+    with pytest.raises(ValueError, match=rf"head dimension {width} must be at most .* learner\.attention=grouped"):
         kernels.fused_attention(state, state, state, kernels.image_block(2), 1.0)
 
 

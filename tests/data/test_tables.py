@@ -73,7 +73,7 @@ def test_an_empty_parquet_data_set_is_rejected(buffer: int | None, tmp_path: Pat
     }
     pq.write_table(pa.table(columns), tmp_path / "train.parquet")
     with pytest.raises(
-        SourceError, match=r"data\.train\.files\.path = .*: the data set has 0 rows; it must have at least 1"
+        SourceError, match=r"data\.train\.files\.path = .*: the data set has 0 rows; check the path and the split"
     ):
         source = open_training(custom_data(tmp_path / "train.parquet", stream_buffer=buffer))
         PromptStream(source, seed=0, on_bad_row="drop").take(1)

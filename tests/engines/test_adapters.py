@@ -337,9 +337,9 @@ def test_targets_are_parts_or_layer_names(small_family: Family, small: Config) -
 @pytest.mark.parametrize(
     ("targets", "freeze", "words"),
     [
-        (("text", "q_porj"), "none", r"= \[text, q_porj\] must .* has no q_porj; Did you mean q_proj\? It has: "),
-        (("lm_head",), "none", "it has no lm_head; "),
-        (("qkv",), "vision", r"it has no qkv outside of the parts that learner\.freeze freezes \(vision\); "),
+        (("text", "q_porj"), "none", r"= \[text, q_porj\] must .* has no q_porj\. Did you mean q_proj\? It has: "),
+        (("lm_head",), "none", r"the model has no lm_head\. "),
+        (("qkv",), "vision", r"the model has no qkv outside of the parts that learner\.freeze freezes \(vision\)\. "),
     ],
 )
 def test_an_unknown_target_is_refused_with_the_known_ones(

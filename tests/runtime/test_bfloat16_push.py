@@ -198,7 +198,7 @@ def tied_head(engine: Any) -> None:
 IN_THE_ENGINE: dict[str, tuple[Callable[[Any], None], Callable[[Any], None], str]] = {
     "version 0 stays": (partial(not_loaded, lost=""), loaded_again, r"digests of \d\d weights are wrong"),
     "the head is not packed": (keep_packed_head, pack_again, r"lm_head\.weight is newer than the packed copy"),
-    "other pixels": (other_pixels, same_pixels, "see other pixels in the images of prompt"),
+    "other pixels": (other_pixels, same_pixels, "have different pixels for the images of prompt"),
 }
 
 

@@ -123,7 +123,7 @@ def test_different_pixels_are_reported_with_their_prompt(family: Family) -> None
     probes = [probe_of(family, [[-1.0]]), replace(probe_of(family, [[-1.0]]), pixels=PixelDigest(value=7))]
     require_pixels(probes + probes, [PixelDigest(), PixelDigest(value=7)], 3)
     for other in (PixelDigest(value=8), PixelDigest(value=7, dtype="bfloat16")):
-        with pytest.raises(AuditError, match=r"version 3 failed: engine and learner see other pixels .* prompt q\."):
+        with pytest.raises(AuditError, match=r"version 3 failed: engine and learner have different .* prompt q\."):
             require_pixels(probes, [PixelDigest(), other], 3)
 
 

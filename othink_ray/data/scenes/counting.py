@@ -147,7 +147,7 @@ def jittered(rng: np.random.Generator, color: RGB) -> RGB:
 def png(image: Image.Image) -> bytes:
     """Encode as PNG without metadata, so that equal pixels give equal bytes.
 
-    Low compression halves the time to write them here and to read them in the engine and the learner; they are small.
+    Low compression halves the time to write an image here and to read it in engine and learner; the files are small.
     """
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)

@@ -32,7 +32,7 @@ class Incidents:
         self.counts: Counter[str] = Counter()
 
     def restart(self, kind: str, error: WorkerFailed | str) -> None:
-        """Log and count a restart; raise WorkerFailed if faults.max_restarts were made before."""
+        """Log and count a restart; raise WorkerFailed after faults.max_restarts restarts."""
         cause = str(error).strip()
         self.first_cause = self.first_cause or cause
         if self.restarts >= self.max_restarts:

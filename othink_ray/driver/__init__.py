@@ -1,1 +1,1 @@
-"""The training algorithm and the setup of a run; only `build` depends on Ray, vLLM and DeepSpeed."""
+"""The training algorithm and the setup of a run; `loop`, `async_loop` and `sft` need no Ray, vLLM or DeepSpeed."""

@@ -1,9 +1,10 @@
 """The training loop with sampling and learning overlapped: each step trains on answers of weights one step older.
 
-Step k, on two threads; the push waits for both, because engines load weights only between answers:
+Step k: two threads run beside each other, and the push waits for both, because engines load weights only between
+answers:
 
     sampling thread (engines, reward actors)                      learning thread (learner)
-    generate and score step k+1, with the weights of step k       optimizer steps of step k
+    generate and score step k+1, with weights version k           optimizer steps of step k
     prefetch: prepare the prompts of step k+2 on the engines      gather weights (queued right behind)
     prefetch_update: prepare step k+1 on the learner (beside its optimizer steps)
     ------------------------------------------- both finished -------------------------------------------
@@ -70,9 +71,10 @@ def train_overlapped(
     callbacks: Callbacks,
     prefetch_update: bool,
 ) -> None:
-    """Run `steps` like `loop.train`, with staleness 1 after the first step, which has no earlier update to overlap.
+    """Run `steps` like `loop.train`, but sample each step during the update before it, with staleness 1.
 
-    When it raises, the other thread may still be running; it ends when the caller ends the workers' processes.
+    The first step has no update before it, and staleness 0. When this function raises, a thread may still run; that
+    thread ends when the caller ends the workers' processes.
     """
 
     def sample_next(clock: Clock, step: int, expected_beta: float) -> _Batch:
@@ -92,7 +94,7 @@ def train_overlapped(
         beta = schedule.beta(step, schedule_state)
         sampling_clock = Clock()
         if step + 1 in steps:
-            # An adaptive schedule may change beta after this step; what is prefetched depends only on beta > 0.
+            # An adaptive schedule may change beta after this step; the prefetch depends only on whether beta is 0.
             expected_beta = schedule.beta(step + 1, schedule_state)
             next_batch = executor.submit(sample_next, sampling_clock, step + 1, expected_beta)
         stale = any(scored.group.version < step for scored in batch.sampled.trained)

@@ -31,7 +31,7 @@ from othink_ray.weights import Tolerance
 
 
 def length_filter(config: Config, path: str) -> LengthFilter:
-    """Return a check that raises BadRow for a prompt longer than rollout.max_model_len allows, before sampling."""
+    """Return a check that raises BadRow for a prompt over rollout.max_model_len or rollout.max_images."""
     from othink_ray.families import open_family
 
     return partial(open_family(config.model, path).check_fits, config.rollout)
@@ -130,7 +130,10 @@ def cores_shared(config: Config) -> Config:
 
 
 def shrink_to_cluster(config: Config, log: Callable[[str], None]) -> Config:
-    """Reduce engines, then ranks, until the run fits the remaining cluster; keep at least one of each."""
+    """Return the config with fewer engines, then fewer ranks, so that the run fits the remaining cluster.
+
+    On shared GPUs each engine goes with its rank. At least one of each is kept, even if that does not fit.
+    """
     fewer = config
     while not fits(all_bundles(fewer.learner, fewer.rollout)):
         rollout, learner = fewer.rollout, fewer.learner
@@ -191,9 +194,9 @@ def open_workers(
 
 
 def load_models(config: Config, rollout: RolloutPool, learner: LearnerPool) -> list[str]:
-    """Load engines and learner in parallel; on shared GPUs load the engines first and put them to sleep in between.
+    """Load engines and learner in parallel, on shared GPUs one after the other; return the learner's warnings.
 
-    Return the learner's warnings, one line each.
+    On shared GPUs the engines load first and, with rollout.sleep, sleep before the learner loads.
 
     A starting vLLM needs its share of the whole device free, and counts memory that others allocate meanwhile as its
     own. An engine that is replaced later starts beside an idle learner, in the memory that mode=check plans for.

@@ -1,4 +1,4 @@
-"""Callbacks of a run: log, evaluate and save after each step, stop after too many bad ones, trace the first ones."""
+"""Callbacks of a run: log, evaluate and save after each step, stop after too many bad steps, trace the first steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunawayError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Report of a finished step, of whichever training loop."""
+    """Result of a finished step, the same for all training loops."""
 
     step: int
     data_position: int
@@ -47,7 +47,7 @@ class StepResult:
 
 
 class Guards:
-    """Checks each step against the limits of `faults` and dumps the samples of a bad one to `faults/step_N.json`."""
+    """Checks each step against the limits of `faults` and dumps the samples of a bad step to `faults/step_N.json`."""
 
     def __init__(self, faults: FaultsConfig, run_dir: Path, log: Callable[[str], None]) -> None:
         self.faults, self.folder, self.log = faults, run_dir / "faults", log
@@ -101,7 +101,7 @@ class GreedyWorkers(Protocol):
 
 
 class RunCallbacks(ABC):
-    """Callbacks that all training loops share; they remember the evaluations before and after for summary.json."""
+    """Callbacks that all training loops share; they keep the evaluations before and after training for summary.json."""
 
     def __init__(
         self,
@@ -163,7 +163,11 @@ class RunCallbacks(ABC):
         self._save(record, last)
 
     def _save(self, record: StepResult, last: bool) -> None:
-        """Begin a checkpoint if one is due; it is written during the next steps and finished when complete."""
+        """Begin a checkpoint if one is due; it is written during the next steps.
+
+        After the last step and on a stop request, wait for the checkpoint; on a request before the last step raise
+        Stopped.
+        """
         done, every = record.step + 1, self.config.train.checkpoint_every
         self.checkpoints.finish_if_written()
         if last or self.request.made or (every and done % every == 0):
@@ -181,7 +185,7 @@ class RunCallbacks(ABC):
         return self.after[self.eval_sets[0].name].accuracy if self._evaluation_due(done) else None
 
     def _evaluate(self, step: int) -> dict[str, Evaluation]:
-        """Evaluate every eval set; the training data set's is shown last, because the console keeps the last one."""
+        """Return the evaluations by eval set; the training data's is shown last, because the console keeps the last."""
         results = {}
         for eval_set in self.eval_sets:
             with (
@@ -265,12 +269,12 @@ class EvalEngines(GreedyWorkers, Protocol):
     def push(self, version: int) -> Audit: ...
 
     def sleep(self) -> None:
-        """On a GPU shared with the learner, free the engines' memory until the next push."""
+        """With rollout.sleep, free the engines' GPU memory until the next push; else do nothing."""
         ...
 
 
 class SFTCallbacks(RunCallbacks):
-    """Callbacks of `sft.fine_tune`: the engines get the weights only when they are evaluated."""
+    """Callbacks of `sft.fine_tune`: the engines get the weights only before an evaluation."""
 
     workers: EvalEngines
 
@@ -298,7 +302,7 @@ class SFTCallbacks(RunCallbacks):
 
 
 def _correct(group: Group) -> tuple[ScoredGroup, NDArray[np.float64]]:
-    """Return demonstrations as the records show them: not graded, each correct with advantage 1."""
+    """Return demonstrations as samples.jsonl shows them: not graded, each with reward and advantage 1."""
     ones = np.ones(len(group.completions))
     return ScoredGroup(group=group, rewards=ones, parts={}, valid=ones.astype(bool)), ones
 
@@ -374,7 +378,7 @@ class Timeline:
 
     @staticmethod
     def _write(trace: TraceFile, spans_by_process: Mapping[str, Spans]) -> bool:
-        """Return whether the spans could be written; on a full disk tracing stops and the run continues."""
+        """Write the spans; return False if that fails, on a full disk: tracing then stops, and the run continues."""
         for name, spans in spans_by_process.items():
             trace.add(name, spans)
         try:

@@ -83,7 +83,7 @@ class Checkpoints:
 
     @contextmanager
     def _tolerate_io_errors(self, partial: Path) -> Iterator[None]:
-        """Log a checkpoint that cannot be written, and keep the run and the last complete checkpoint."""
+        """On an OSError delete the partial checkpoint and log the error; complete ones stay, and the run continues."""
         try:
             yield
         except OSError as error:
@@ -102,7 +102,7 @@ class Checkpoints:
 
     @staticmethod
     def _best(complete: Sequence[Path]) -> Path | None:
-        """Return the evaluated checkpoint of highest held-out accuracy, the latest one of equals."""
+        """Return the checkpoint of highest held-out accuracy, the latest of equal ones; None if none was evaluated."""
         accuracies = {folder: _state_of(folder).accuracy for folder in complete}
         known = {folder: accuracy for folder, accuracy in accuracies.items() if accuracy is not None}
         return max(known, key=lambda folder: (known[folder], _step(folder)), default=None)

@@ -1,4 +1,4 @@
-"""Console output of a run as plain lines, with the tables at its end; live_console.py is its form on a terminal."""
+"""Console output of a run as plain lines, with the tables at its end; live_console.py has the view for terminals."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Console:
         yield
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step, under their names in metrics.jsonl."""
+        """Show a step; the keys of `metrics` are the names in metrics.jsonl."""
         raise_if_interrupted()
         if self._first_step or self._line_is_due(step):
             self.say(plain_line(step, self._total_steps, metrics))
@@ -231,7 +231,7 @@ def plain_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
 
 
 def is_sft(metrics: Mapping[str, float]) -> bool:
-    """Return whether the metrics are of an SFT step, which has no rewards."""
+    """Return whether these are the metrics of an SFT step: the only kind without `reward/mean`."""
     return "reward/mean" not in metrics
 
 

@@ -192,7 +192,10 @@ def fingerprint_of(config: Config, model: str, eval_set: EvalSet) -> str:
 def evaluate_models(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
-    """Evaluate each model on each eval set on a running Ray; skip answered questions, and update evaluation.json."""
+    """Evaluate each model on each eval set on a running Ray, except questions that an earlier start answered.
+
+    evaluation.json is rewritten after each eval set.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / "metrics.jsonl").is_file():
         raise ResumeError(f"run.dir = {run_dir}: holds a training run; set another run.dir for the evaluation")

@@ -15,22 +15,24 @@ import psutil
 # Messages of the driver: armed, one line for each process to end with it, and how it exited.
 _ARMED = "+"  # the first byte: if it is missing, a closed pipe is not reported
 _CLEAN_EXIT = "-"
-_NO_REASON = "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
+_NO_REASON = (
+    "the main process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
+)
 _EXIT_TIMEOUT_S = 120.0
 _GRACE_S = 5.0
 
 
 class ExitReporter:
-    """Runs from entry to exit of the context; if the driver dies in between, it prints a line and writes the report.
+    """Runs the helper process during the context: if the driver dies, the helper prints why and writes the report.
 
-    `write_report` is called in the helper process, so it must be importable by name.
+    The helper imports `write_report` by name.
     """
 
     def __init__(self, folder: Path, records_file: str, write_report: Callable[[Path], Path], remedy: str) -> None:
         self._arguments = [str(folder), records_file, write_report.__module__, write_report.__qualname__, remedy]
 
     def __enter__(self) -> ExitReporter:
-        # In a new session, so that Ctrl-C and a kill of the driver's process group do not reach it.
+        # In a new session, so that Ctrl-C and a kill of the driver's process group do not reach the helper.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *self._arguments], stdin=subprocess.PIPE, start_new_session=True
         )
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     """Wait until the driver closes the pipe or dies; then report unless the exit was clean."""
     folder, records_file, module, function, remedy = arguments
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it exits after the driver
+        signal.signal(number, signal.SIG_IGN)  # the helper exits after the driver
     text = sys.stdin.read()
     *processes, reason = text.removeprefix(_ARMED).split("\n")
     if reason == _CLEAN_EXIT or not text.startswith(_ARMED):

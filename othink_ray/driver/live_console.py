@@ -106,7 +106,7 @@ class LiveConsole(Console):
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Show a phase as the live view; during training it is a second progress bar."""
+        """Show a phase as the live view, during training as a second progress bar."""
         if self._live is None:
             with super().phase(title):
                 yield
@@ -155,7 +155,7 @@ class LiveConsole(Console):
         self._refresh()
 
     def _time_left(self, step: int) -> str:
-        """Return the steps left times the mean time of the last steps, which is right after a resume, too."""
+        """Return the remaining time as text, from the mean of the last steps; steps before a resume do not count."""
         recent = [metrics["time/step_s"] for metrics in self._history[-LINE_SPACING:] if "time/step_s" in metrics]
         if not recent:
             return ""
@@ -241,7 +241,7 @@ def latest_values(history: Sequence[Mapping[str, float]], evaluation: EvalAccura
 
 
 def time_split(metrics: Mapping[str, float]) -> Text:
-    """Return a bar of the last step's time, one color per verb."""
+    """Return a bar of the last step's time with one color per phase, and a legend in percent."""
     seconds = [metrics.get(f"time/{part}_s", 0.0) for part in PARTS_OF_A_STEP]
     total = sum(seconds)
     if not total > 0:

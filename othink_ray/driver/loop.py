@@ -1,6 +1,8 @@
-"""GRPO-D as the paper writes it; everything that is distributed, slow or may fail is behind a verb of `Workers`.
+"""GRPO-D as the paper writes it; everything distributed, slow or fallible is a method of `Workers`.
 
-One training step, from top to bottom; a verb waits for everything above it in its column and for the arrows into it:
+One training step, from top to bottom. The four columns run beside each other; an entry waits only for the entries above
+it in its column and for the arrows into it. So an answer is scored while others are sampled, and the engines prepare
+the next prompts while the learner updates:
 
     driver                    rollout engines                reward actors      learner
     take prompts        -->   generate (streams groups) -->  score
@@ -48,7 +50,7 @@ class Stream(Protocol):
 
 
 class Workers(Protocol):
-    """The verbs of a step, over pools of processes. Those that only start work return at once."""
+    """The operations of a step, over pools of processes; `begin_*` and `prefetch*` start work and return at once."""
 
     def generate(self, prompts: Sequence[Prompt], step: int, sampling_round: int) -> Iterator[Any]:
         """Yield groups, or references to them, as they finish; each round of a step has its own random seeds."""
@@ -63,7 +65,7 @@ class Workers(Protocol):
         ...
 
     def sleep(self) -> None:
-        """On GPUs shared with the learner, free the engines' memory until the next push; else do nothing."""
+        """With rollout.sleep, free the memory of engines that share GPUs with the learner until the next push."""
         ...
 
     def begin_update(self, request: UpdateRequest) -> Any:
@@ -93,7 +95,7 @@ class Workers(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The parts in which algorithms of this family differ, from scored answers to the update."""
+    """The parts of a step in which GRPO and its variants differ."""
 
     prompts_per_step: int
     updates_per_step: int
@@ -132,7 +134,7 @@ class StepRecord:
     advantages: Sequence[NDArray[np.float64]]  # one array of shape (G,) for each group of `scored`
     stats: UpdateStats
     audit: Audit
-    times: dict[str, float]  # seconds of each verb
+    times: dict[str, float]  # seconds of each phase: generate, score, update, push
     hidden_s: float  # seconds of sampling for the next step that overlapped with this step's update
 
 
@@ -195,9 +197,9 @@ def train(
 
 
 def sample(workers: Workers, stream: Stream, recipe: Recipe, clock: Clock, *, step: int, version: int) -> Sampled:
-    """Return the scored groups that `step` trains on, all of them sampled with the weights after `version` steps.
+    """Return the scored groups of `step`, all of them sampled with the weights after `version` steps.
 
-    DAPO's dynamic sampling: a group of equal rewards has no gradient, so it is replaced by a new prompt, in up to
+    DAPO's dynamic sampling: a group of equal rewards has no gradient, so a new prompt is sampled for it, in up to
     `sampling_rounds` rounds. If groups are still missing after the last round, the first groups of equal rewards fill
     the batch. On small data a prompt may be requested again within a step, under a new id, so that it is sampled anew.
     """
@@ -244,6 +246,6 @@ def measure(sampled: Sampled, stats: UpdateStats) -> Measured:
 
 
 def in_prompt_order(scored_groups: Sequence[ScoredGroup], prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-    """Sort the groups as their prompts were requested: a run must not depend on which engine finished first."""
+    """Return the groups in the order of their prompts: a run must not depend on which engine finished first."""
     by_id = {scored.group.prompt.id: scored for scored in scored_groups}
     return [by_id[prompt.id] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""mode=check's memory table: the peak of each device, and the settings that make a run fit."""
+"""mode=check's memory table: the peak of each device, and settings that make a run fit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Memory:
         return over[0] if over else None
 
     def tight(self) -> bool:
-        """Return whether a device is full up to the plan's error; a GPU with only vLLM keeps to its budget."""
+        """Return whether a peak exceeds 85 % of its device; GPUs with only vLLM are exempt: it keeps to its budget."""
         size = self.device_bytes
         planned = [peak for name, peak in self.peaks().items() if name != "an engine's GPU"]
         return size is not None and max(planned) > TIGHT * size
@@ -68,11 +68,14 @@ class MeasuredNetwork:
 
     shape: NetworkShape
     work: Activations  # of the largest micro-batch
-    sampling: int  # bytes of an engine's largest batch
+    sampling: int  # peak bytes of a forward pass over an engine's largest batch
 
 
 def measure(config: Config, family: Family) -> MeasuredNetwork:
-    """Measure the model with answers of full length."""
+    """Return the sizes of the model, and the bytes that its largest micro-batch and engine batch need.
+
+    Both are measured on the meta device, with answers of full length and images of model.max_pixels.
+    """
     from othink_ray.engines.policy import DTYPES
 
     network = meta_learner_network(family, config.learner, DTYPES[config.model.dtype])
@@ -130,7 +133,10 @@ def micro_batch(config: Config, family: Family) -> tuple[int, list[bytes], int]:
 
 
 def gpu_bytes(config: Config) -> float:
-    """Return the memory of this machine's smallest GPU if Ray starts on it, else cluster.gpu_memory_gb."""
+    """Return the bytes of this machine's smallest GPU if Ray starts here and nvidia-smi lists GPUs.
+
+    Else return those of cluster.gpu_memory_gb.
+    """
     if config.cluster.address is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:
@@ -144,16 +150,17 @@ def gpu_bytes(config: Config) -> float:
 
 
 def host_bytes(config: Config) -> float | None:
-    """Return this machine's memory if Ray starts here, else None."""
+    """Return the bytes of this machine's memory if Ray starts here, else None."""
     import psutil
 
     return float(psutil.virtual_memory().total) if config.cluster.address is None else None
 
 
 def table(memory: Memory) -> str:
-    """Return the table: a line for each phase of each device in GiB, with the items of its largest phase."""
+    """Return the memory plan as text: for each device the GiB of each phase, and the items of its largest phase."""
     size = memory.device_bytes
-    lines = [f"GiB at the peak{f'; of {size / GIB:.1f}' if size else ''}"]
+    owner = "a GPU" if memory.on_gpus else "this machine"
+    lines = [f"GiB at the peak{f'; {owner} has {size / GIB:.1f}' if size else ''}"]
     for name, phases in memory.plan.devices.items():
         peak = memory.plan.peak(name)
         count = memory.processes[name]
@@ -166,7 +173,7 @@ def table(memory: Memory) -> str:
     engine = memory.plan.engine
     if engine.budget is not None:
         lines.append(
-            f"    vLLM's {engine.budget / GIB:.1f} hold {max(0, int(engine.sequences))} sequences of full length"
+            f"    vLLM's {engine.budget / GIB:.1f} GiB hold {max(0, int(engine.sequences))} sequences of full length"
         )
     if memory.tight():
         lines.append("    tight: the plan is accurate to 15 %, so the run may still not fit")
@@ -174,7 +181,7 @@ def table(memory: Memory) -> str:
 
 
 def memory_problems(config: Config, family: Family, measured: MeasuredNetwork) -> Iterator[Problem]:
-    """Yield a problem if a device is too small, with the settings that make the run fit."""
+    """Yield a problem if a device or vLLM's share of one is too small, with settings that make the run fit."""
     memory = plan_memory(config, measured)
     over = memory.excess()
     if over is None and not memory.starved():
@@ -187,15 +194,15 @@ def memory_problems(config: Config, family: Family, measured: MeasuredNetwork) -
     engine = memory.plan.engine
     if over is None:
         rule = (
-            f"gives vLLM {(engine.budget or 0) / GIB:.1f} GiB, but one sequence of full length needs "
-            f"{sum(engine.needs.values()) / GIB:.1f}"
+            f"gives vLLM {(engine.budget or 0) / GIB:.1f} GiB, but the weights, a forward pass and the KV cache of "
+            f"one sequence of full length need {sum(engine.needs.values()) / GIB:.1f} GiB"
         )
         subject = f"rollout.gpu_memory_utilization = {config.rollout.gpu_memory_utilization:g}"
     else:
-        phases = [memory.plan.peak(name) for name in memory.plan.devices if over in (name, "this machine")]
-        parts = "; ".join(f"to {phase.name} {_items(phase.uses)}" for phase in phases)
+        phases = {name: memory.plan.peak(name) for name in memory.plan.devices if over in (name, "this machine")}
+        parts = "; ".join(f"{name} in phase {phase.name}: {_items(phase.uses)}" for name, phase in phases.items())
         has = (memory.device_bytes or 0) / GIB
-        rule = f"needs {memory.peaks()[over] / GIB:.1f} GiB and has {has:.1f}: {parts} (in GiB)"
+        rule = f"needs {memory.peaks()[over] / GIB:.1f} GiB and has {has:.1f}; in GiB, {parts}"
         subject = f"memory of {over}"
     yield Problem(subject=subject, rule=rule, remedy=advice)
 
@@ -210,7 +217,10 @@ def _format(value: object) -> str:
 
 
 def remedy(config: Config, family: Family, measured: MeasuredNetwork) -> Settings | None:
-    """Return the fewest settings that make the run fit, cheapest first; None if no candidate does."""
+    """Return the first settings that make the run fit, None if none do.
+
+    Candidates are tried from the cheapest on: each alone, then together with all cheaper ones.
+    """
     known = {_work_key(config): measured}
     accumulated: Settings = {}
     for settings in _candidates(config):
@@ -228,7 +238,7 @@ def remedy(config: Config, family: Family, measured: MeasuredNetwork) -> Setting
 
 
 def _work_key(config: Config) -> tuple[object, ...]:
-    """Return the settings among `_candidates` that change the measurement."""
+    """Return the values of those settings in `_candidates` that change the measurement."""
     learner = config.learner
     return learner.gradient_checkpointing, learner.micro_tokens, learner.lora.rank
 
@@ -252,7 +262,10 @@ def _candidates(config: Config) -> Iterator[Settings]:
 
 
 def _utilization(config: Config, memory: Memory) -> Settings:
-    """Return the largest GPU share of vLLM with which the device fits, if its KV cache holds enough sequences."""
+    """Return rollout.gpu_memory_utilization lowered or raised so that the run fits.
+
+    Empty if it fits already, or if the KV cache would hold fewer than `_MIN_SEQUENCES`.
+    """
     engine, size, key = memory.plan.engine, memory.device_bytes, "rollout.gpu_memory_utilization"
     if engine.budget is None or size is None or not (memory.tight() or memory.excess() or memory.starved()):
         return {}

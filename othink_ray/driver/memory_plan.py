@@ -43,7 +43,7 @@ class LearnerMemory:
 class EngineMemory:
     """Bytes of one rollout process on its device."""
 
-    needs: Uses  # weights, a forward pass and the KV cache of one sequence of full length
+    needs: Uses  # weights, forward pass, KV cache (GPU: of one sequence of full length; CPU: rollout.kv_cache_gb)
     per_sequence: float  # KV cache of rollout.max_model_len tokens
     budget: float | None  # memory that vLLM reserves on a GPU; None on a CPU or if the GPU's size is unknown
 
@@ -168,7 +168,10 @@ def engine_memory(config: Config, shape: NetworkShape, forward: float, card: flo
 def memory_plan(
     config: Config, shape: NetworkShape, work: Activations, sampling: float, card: float | None
 ) -> MemoryPlan:
-    """Return the plan; `work`: a learner's micro-batch, `sampling`: bytes of an engine's batch, `card`: of a GPU."""
+    """Return the plan; `work` is of a learner's largest micro-batch.
+
+    `sampling`: bytes of a forward pass over an engine's largest batch; `card`: bytes of a GPU, None on CPUs.
+    """
     learner = learner_memory(config, shape, work)
     engine = engine_memory(config, shape, sampling, card)
     return MemoryPlan(learner=learner, engine=engine, devices=_devices(config, learner, engine))

@@ -123,7 +123,7 @@ def sft_metrics(step: SFTStepRecord) -> dict[str, float]:
 def step_metrics(step: StepRecord) -> dict[str, float]:
     """Return the metrics of one step; rewards, lengths and groups cover all requested groups, trained or not.
 
-    Mean rewards are over valid answers; a masked answer counts only in `groups/masked`.
+    Mean rewards are over valid answers; lengths and throughput include the masked ones, which `groups/masked` counts.
     """
     requested = step.requested
     valid = np.concatenate([scored.valid for scored in requested])

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from othink_ray.config.errors import Problem
+from othink_ray.config.errors import Problem, broken
 from othink_ray.config.model_rules import base_model_folder, model_folder
 from othink_ray.config.rules import colocated
 from othink_ray.config.schema import Config
@@ -37,7 +37,7 @@ class PreflightReport:
 
 
 def preflight(config: Config) -> PreflightReport:
-    """Inspect a sample of the data, the model's files and the resources of a run; nothing is started."""
+    """Return a report on a sample of the data, the model's files and the resources of a run; nothing is started."""
     lines: dict[str, str] = {}
     problems: list[Problem] = []
     samples: list[Prompt] = []
@@ -82,13 +82,13 @@ def idle_gpus(config: Config) -> list[str]:
     batch = train.prompts_per_step * config.algo.group_size / rollout.num_actors
     if batch < _MIN_BATCH * rollout.max_num_seqs:
         findings.append(
-            f"an engine samples {batch:g} answers a step, and can batch {rollout.max_num_seqs} (rollout.max_num_seqs): "
-            "raise train.prompts_per_step, or lower rollout.num_actors"
+            f"an engine samples {batch:g} answers per step, and can batch {rollout.max_num_seqs} "
+            "(rollout.max_num_seqs): raise train.prompts_per_step, or lower rollout.num_actors"
         )
     if train.prompts_per_step < rollout.num_actors:
         findings.append(
             f"{rollout.num_actors - train.prompts_per_step} engines get no prompt: train.prompts_per_step = "
-            f"{train.prompts_per_step}, rollout.num_actors = {rollout.num_actors}"
+            f"{train.prompts_per_step}, rollout.num_actors = {rollout.num_actors}: raise the one, or lower the other"
         )
     if learner.zero_stage == 3 and learner.world_size > _GPUS_PER_NODE:
         findings.append(
@@ -125,7 +125,7 @@ def _folder(config: Config) -> Path | None:
 def _no_model_files(path: str | None) -> str:
     if path is None:
         return "created at the first start: not checked, and no memory plan"
-    return f"on the hub, not on this machine: not checked, and no memory plan; for both: hf download {path}"
+    return f"on the hub, not on this machine: not checked, and no memory plan; for both, run hf download {path}"
 
 
 def _weights_of(folder: Path) -> int | None:
@@ -204,12 +204,17 @@ def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple
             too_long.append(bad)
     text = (
         f"the longest of {len(samples)} questions has {longest} tokens with its images, an answer up to "
-        f"{config.rollout.max_tokens}; rollout.max_model_len = {config.rollout.max_model_len}; {len(too_long)} too long"
+        f"{config.rollout.max_tokens}; rollout.max_model_len = {config.rollout.max_model_len}; "
+        f"{len(too_long)} do not fit"
     )
     if not samples or len(too_long) < len(samples):
         return text, []
-    rule = f"no question fits: {too_long[0].reason}"
-    return text, [Problem(subject="rollout.max_model_len", rule=rule, remedy=too_long[0].remedy)]
+    first = too_long[0]
+    rule = f"none of the {len(samples)} questions checked fits; the first, {first.row_id}: {first.reason}"
+    if len(samples[0].images) > config.rollout.max_images:
+        return text, [broken(config, "rollout.max_images", rule, "Raise rollout.max_images.")]
+    remedy = "Raise rollout.max_model_len, or lower rollout.max_tokens or model.max_pixels."
+    return text, [broken(config, "rollout.max_model_len", rule, remedy)]
 
 
 def _amount(count: float) -> str:

@@ -141,13 +141,13 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 
 def _message(error: Exception, run_dir: Path) -> str:
-    """Return the error's text; of a full disk, which actors report with a traceback, the first line and the remedy."""
+    """Return the error's text; for a full disk, which actors report with a traceback, its first line and the remedy."""
     text = str(error)
     if not any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
         return text
     disks = (run_dir, Path(gettempdir()), Path("/dev/shm"))
     full = [str(disk) for disk in disks if disk.exists() and disk_usage(disk).free < _FULL_BYTES]
-    return f"{text.splitlines()[0]}; free space in {' and '.join(full) or 'it'}, then {_RESUME_HINT}"
+    return f"{text.splitlines()[0]}; free space in {' and '.join(full) or 'the full file system'}, then {_RESUME_HINT}"
 
 
 def _exit_without_ray(reason: str, console: Console, reporter: ExitReporter) -> None:

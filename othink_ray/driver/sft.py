@@ -1,7 +1,7 @@
 """Supervised fine-tuning: maximum likelihood of worked answers, on the same learner as GRPO-D.
 
-One step: take prompts -> worked answers -> packed samples -> update. Nothing is sampled, scored or pushed: the
-callbacks push the weights when they evaluate.
+One step: take prompts -> worked answers -> packed samples -> update, one after the other. Nothing is sampled or scored,
+and weights are pushed only by the callbacks, before an evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from othink_ray.types import Group, Prompt, UpdateRequest, UpdateSettings, Updat
 
 
 class DemonstrationSource(Protocol):
-    """Yields one group with a worked answer for each prompt."""
+    """Returns one group with a worked answer for each prompt."""
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Group]: ...
 
@@ -36,7 +36,7 @@ class SFTStepRecord:
     data_position: int  # of the next step's first prompt
     demonstrations: Sequence[Group]
     stats: UpdateStats
-    times: Mapping[str, float]  # seconds of each part
+    times: Mapping[str, float]  # seconds of each phase: generate, update
 
 
 class SFTHooks(Protocol):

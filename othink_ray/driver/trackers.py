@@ -28,7 +28,7 @@ FINISH_TIMEOUT_S = 60.0
 
 
 class WandbTracker:
-    """One wandb run that gets the records of the run's folder; after its first failure, a warning, it sends nothing.
+    """One wandb run that gets the records of the run's folder; after a first failure it warns and sends nothing more.
 
     A step is sent once, with all its values, when the next step begins or the run ends. The file `last_step` holds the
     newest step sent, because a resumed run repeats steps that wandb already has.

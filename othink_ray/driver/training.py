@@ -43,7 +43,10 @@ from othink_ray.types import TrainState
 def train_model(
     config: Config, run_dir: Path, console: Console, write_report: Callable[[Path], Path], started: float
 ) -> None:
-    """Train on a running Ray; when a process is lost that cannot be replaced alone, restart all from a checkpoint."""
+    """Train on a running Ray; when a process is lost that cannot be replaced alone, restart all processes.
+
+    Training then resumes from the newest checkpoint, or from where this run began if it has saved none.
+    """
     log = incident_log(run_dir, console.say)
     incidents = Incidents(config.faults.max_restarts, log)
     if config.run.resume == "never":
@@ -102,8 +105,8 @@ def _train(
         new = names - set(state.before or names)
         if new:
             raise ResumeError(
-                f"eval.also: {', '.join(sorted(new))} was not evaluated before the first step: no baseline; "
-                "remove it from eval.also, and evaluate the export with mode=eval after the run"
+                f"eval.also: {', '.join(sorted(new))} was not evaluated before the first step, so there is "
+                "no baseline; restore eval.also and data.blind, and evaluate the export with mode=eval after the run"
             )
         for eval_set in held_out:
             if len(eval_set.prompts) < (config.eval.questions or 0):

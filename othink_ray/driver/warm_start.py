@@ -85,7 +85,7 @@ def _make_tiny(config: Config, work_dir: Path, console: Console, open_sft: OpenS
 
 
 def _make_smol(config: Config, work_dir: Path, console: Console, open_sft: OpenSFT) -> Path:
-    """Join a pretrained language model with a vision tower that was trained cheaply, inside the tiny model."""
+    """Join a pretrained language model with the vision tower of a tiny model, in which training it is cheap."""
     from othink_ray.families.smol import build_smol
 
     smol = config.model.smol

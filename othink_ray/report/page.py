@@ -31,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerCard:
-    """One sampled answer; its advantage bar starts at the middle, `bar_left` and `bar_width` are in percent."""
+    """One sampled answer; its advantage bar extends from the middle (`bar_left` and `bar_width` are in percent)."""
 
     pieces: Sequence[tuple[bool, str]]  # (is a tag, text)
     reward: float
@@ -86,7 +86,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def cards(samples: Sequence[Mapping[str, Any]]) -> list[Card]:
-    """Return one card each for the first, middle and last sampled step, so that early and late answers compare."""
+    """Return one card each for the first, middle and last sampled step, to compare early and late answers."""
     steps = sorted({sample["step"] for sample in samples})
     if not steps:
         return []

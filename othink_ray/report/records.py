@@ -15,7 +15,7 @@ EVALUATION = ("accuracy", "lo", "hi", "format", "n", "tokens_mean")
 
 
 def is_finite(value: object) -> bool:
-    """Return whether a value can be drawn; the records hold null for NaN and infinity."""
+    """Return whether a value is a finite number; the records hold null for NaN and infinity."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -22,7 +22,7 @@ def write_page(
 ) -> Path:
     """Write the rendered template as the folder's report.html, atomically, and return its path.
 
-    Templates and styles are files of `package`, or of this one, which holds those that pages share.
+    Templates and styles are files of `package`, or of `othink_ray.report`, which holds those that pages share.
     """
     style = "\n".join(_text(name, package) for name in styles)
     html = render(template, package=package, style=style, **values)

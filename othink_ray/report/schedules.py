@@ -15,7 +15,7 @@ STEPS = 100
 
 
 def beta_chart() -> Chart:
-    """Return every fixed schedule over 100 steps, with the default values, the paper's for counting."""
+    """Return a chart of each fixed schedule over 100 steps, with the defaults, the paper's values for counting."""
     kl = load(["algo=grpo_d"]).algo.kl
     curves = [
         Series(

@@ -87,7 +87,7 @@ class LearnerActor(TracedActor):
     pushed = DigestCollector()  # digests of the last push
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """Reserve the rendezvous of all ranks on this node: (address, port)."""
+        """Open the rendezvous of all ranks on this node; return its address and port."""
         address = ray.util.get_node_ip_address()
         self.store = rendezvous_store(address)  # keeps the rendezvous open
         return address, self.store.port
@@ -185,7 +185,7 @@ class LearnerActor(TracedActor):
 
 
 def _interface_with(address: str) -> str:
-    """Return the name of the network interface that has `address`; "lo" where none has."""
+    """Return the name of the network interface with `address`, "lo" if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return name

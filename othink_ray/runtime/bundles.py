@@ -86,7 +86,7 @@ def describe(bundles: Sequence[Bundle], nodes: Sequence[str], driver: str) -> st
 
 
 def shortage(needed: Mapping[str, float], free: Mapping[str, float], total: Mapping[str, float]) -> str:
-    """Return what a run needs and what the cluster has of it, in words."""
+    """Return a text such as "needs 8 GPUs (cluster has 4, 0 free)"."""
     parts = [
         f"{amount:g} {name}s (cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free)"
         for name, amount in needed.items()

@@ -1,4 +1,4 @@
-"""Ray for the time of a run: settings and access control, the session, its nodes, and a watch for its death."""
+"""Ray during a run: settings and access control, the session, its nodes, and a watch that reports Ray's death."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from othink_ray.config.schema import ClusterConfig
 _LOCAL_RAY_SETTINGS = {
     # A Ray started here dies with the run: processes that survive it wait no longer than this for the GCS.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-    # Nothing reads them in a private cluster: no task lists, no event statistics, no log reading, no spare workers, on
-    # cores that the engines need.
+    # A private cluster has no reader for task lists, event statistics and logs, and needs no spare workers: switched
+    # off, they leave their cores to the engines.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_io_context_monitor_probe_interval_ms": "60000",
@@ -61,7 +61,7 @@ def set_ray_environment(cluster: ClusterConfig) -> None:
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray for the time of a run; without an address (`cluster.address`, RAY_ADDRESS) start it here.
+    """Connect to Ray for the duration of a run; without an address (`cluster.address`, RAY_ADDRESS) start it here.
 
     In a process that is already connected, do nothing: that session belongs to the code that opened it.
     """
@@ -176,7 +176,7 @@ def watch_ray(on_death: Callable[[str], None]) -> Iterator[None]:
 
 
 def kill_local_ray() -> None:
-    """Kill the raylet that this process started, and its children: they outlive a dead GCS by minutes."""
+    """Kill the raylet that this process started, and the raylet's children: all outlive a dead GCS by minutes."""
     for raylet in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if raylet.name() == "raylet":
@@ -185,7 +185,10 @@ def kill_local_ray() -> None:
 
 
 def ray_agents() -> list[psutil.Process]:
-    """Return Ray's agents if this process started Ray: they outlive it by a minute if it is killed all at once."""
+    """Return the agent processes of the Ray that this process started; empty if it joined a running one.
+
+    If the driver and the raylet are killed at once, their agents would run on for a minute.
+    """
     raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
     return [agent for raylet in raylets for agent in raylet.children()]
 
@@ -213,7 +216,7 @@ def _startup_failure(address: str | None, error: Exception) -> str:
 
 @contextmanager
 def _restore_sigterm_handler() -> Iterator[None]:
-    """Restore this process's SIGTERM handler after ray.init, whose handlers exit the process at any point."""
+    """Restore this process's SIGTERM handler after ray.init, whose own handler exits the process at any point."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,7 +252,7 @@ def _hold_sigterm_handler() -> Iterator[None]:
 
 
 def _watch(raylet: socket.socket, gcs: str, over: socket.socket, on_death: Callable[[str], None]) -> None:
-    """Poll both until `over` is closed.
+    """Poll the raylet's socket and the GCS until `over` is closed; call `on_death` if one of them is gone.
 
     A raylet never writes to a client that sends nothing: a readable socket means that the connection is closed.
     """

@@ -20,7 +20,7 @@ class WorkerFailed(RuntimeError):
 
 
 class ProcessLost(WorkerFailed):
-    """A process died or hangs: a restarted one could do its work."""
+    """A process died or hangs; a restart may recover from it."""
 
 
 class WorkersLost(ProcessLost):
@@ -32,7 +32,10 @@ class WorkersLost(ProcessLost):
 
 
 def gather(references: Sequence[Any], name: str, timeout_s: float) -> list[Any]:
-    """Return all results in order, or raise the first failure as soon as there is one; never wait beyond the limit."""
+    """Return all results in order, or raise the first failure as soon as there is one.
+
+    A call that takes longer than `timeout_s` is such a failure: its actor counts as lost.
+    """
     indices = {reference: index for index, reference in enumerate(references)}
     pending, until = list(indices), time.monotonic() + timeout_s
     while pending:
@@ -96,7 +99,8 @@ class Streams:
 
     Each stream ends with a None, its end marker; an error in its place means that the stream broke off. After the last
     result, `lost` maps the index of each broken stream to the reason, and `received` holds what each index yielded.
-    An actor that dies after its end marker adds an error behind the None: `sizes`, where known, tells it from a result.
+    An actor that dies after its end marker adds an error behind the None: with `sizes`, the number of results by index,
+    that error is not taken for a result.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class Streams:
 
     def __iter__(self) -> Iterator[Any]:
         indices = {stream: index for index, stream in self.streams.items()}
-        held: dict[int, Any] = {}  # the latest of each stream, which may be its end marker
+        held: dict[int, Any] = {}  # the latest reference of each stream, which may be its end marker
         while indices:
             ready, _ = ray.wait(list(indices), num_returns=1, timeout=self.timeout_s, fetch_local=False)
             if not ready:
@@ -151,7 +155,7 @@ class TracedActor:
 
 
 def collect_spans(actors: Mapping[str, Any], *, keep_recording: bool) -> dict[str, Spans]:
-    """Return the trace spans of each actor by its name; dead or hanging actors are left out, their next call fails."""
+    """Return the trace spans of each actor by its name; dead or hanging actors are left out: their next call fails."""
     calls = {name: actor.spans.remote(keep_recording) for name, actor in actors.items()}
     if calls:
         ray.wait(list(calls.values()), num_returns=len(calls), timeout=_TRACE_TIMEOUT_S)

@@ -73,7 +73,7 @@ class LearnerPool:
         ]
 
     def finish_update(self, begun: Sequence[Any]) -> UpdateStats:
-        """Wait for an update and return its statistics: equal on every rank but for bad prompts, which are joined."""
+        """Wait for an update and return its statistics: equal on all ranks except bad prompts, which are joined."""
         stats: list[UpdateStats] = self.wait_for(begun, "update")
         return replace(stats[0], bad_prompts=tuple(prompt for of_rank in stats for prompt in of_rank.bad_prompts))
 
@@ -119,7 +119,7 @@ class LearnerPool:
         return [actor.frozen_digests.remote() for actor in self.ranks]
 
     def open_senders(self, make_sender: Callable[[RendezvousInfo, int, NamedWeights], Sender]) -> None:
-        """Open the weight transfer of vLLM on every rank, at its own port; return when the engines have joined."""
+        """Open vLLM's weight transfer on every rank, at a port of its own; return when the engines have joined."""
         [port] = self.wait_for([self.ranks[0].free_port.remote()], "opening the weight transfer")
         opened = [
             actor.open_sender.remote(partial(make_sender, info, port))

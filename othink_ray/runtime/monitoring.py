@@ -32,13 +32,14 @@ class Incidents:
         self.counts: Counter[str] = Counter()
 
     def restart(self, kind: str, error: WorkerFailed | str) -> None:
-        """Log and count a restart; raise WorkerFailed when faults.max_restarts are used."""
+        """Log and count a restart; raise WorkerFailed after faults.max_restarts restarts."""
         cause = str(error).strip()
         self.first_cause = self.first_cause or cause
         if self.restarts >= self.max_restarts:
             raise WorkerFailed(
                 f"{_first_line(cause)}; not restarted: {self.restarts} restarts used, faults.max_restarts = "
-                f"{self.max_restarts}. First cause: {self.first_cause}"
+                f"{self.max_restarts}. Remove the first cause, or raise faults.max_restarts. First cause: "
+                f"{self.first_cause}"
             )
         self.restarts += 1
         self.note(kind, f"{_first_line(cause)}: restarting it ({self.restarts} of at most {self.max_restarts})")

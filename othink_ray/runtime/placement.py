@@ -22,11 +22,11 @@ from othink_ray.runtime.cluster import ClusterError
 from othink_ray.runtime.futures import TracedActor
 
 # The allocator and OpenMP read these once, when a process starts. Freed memory is kept for the next step, also that of
-# threads, to which malloc would give arenas of their own and return them: 19,000 page faults a step. Blocks of 768 MiB
+# threads; malloc would give threads their own arenas and return these: 19,000 page faults per step. Blocks of 768 MiB
 # and more are returned: small allocations in the hole of a freed block would leave no room for the next one, and the
 # float32 copies of a bfloat16 output matrix (0.9 GiB in Qwen2-VL-2B) would be kept two or three times. The flat
-# gradients of 135 million weights (514 MiB) are kept: on a virtual machine their pages cost more than a second a step,
-# and would be 134,000 if new memory did not come in pages of 2 MiB.
+# gradients of 135 million weights (514 MiB) are kept: on a virtual machine their pages cost more than a second per
+# step, and would be 134,000 if new memory did not come in pages of 2 MiB.
 MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_MMAP_THRESHOLD_": str(3 * 2**28),
@@ -34,7 +34,7 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # from glibc 2.35 on
 }
 # GOMP_SPINCOUNT: an idle thread spins for about 30 microseconds, then sleeps and frees its core. RAY_worker_niceness:
-# Ray lowers the priority of its workers below all else on the machine; engines on CPUs lose a tenth of a step by it.
+# Ray lowers the priority of its workers below all else on the machine, which costs engines on CPUs a tenth of a step.
 PROCESS_ENVIRONMENT = {
     **MALLOC,
     "GOMP_SPINCOUNT": "10000",
@@ -63,7 +63,7 @@ class Placement:
         *,
         wait_without_limit: bool = False,
     ) -> None:
-        """Reserve the bundles; wait for a too small cluster, up to `cluster.wait_s` seconds or without limit."""
+        """Reserve the bundles; if the cluster is too small, wait up to `cluster.wait_s` seconds or without limit."""
         self.bundles = list(bundles)
         reserved = [total_resources([bundle]) for bundle in bundles]
         self.group: PlacementGroup = placement_group(reserved, strategy=cluster.placement)

@@ -1,6 +1,6 @@
 """Reward actors, which grade in processes that can be killed, and their pool.
 
-An actor that times out, dies or runs out of memory is replaced, and the answer masked. Nothing here imports torch, so
+An actor that times out or dies is replaced, and the answer that caused it is masked. Nothing here imports torch, so
 that an actor restarts within a second.
 """
 
@@ -46,7 +46,7 @@ class RewardActor(TracedActor):
 
 
 def _limit_memory(extra_mb: int) -> None:
-    """Let Python raise MemoryError beyond `extra_mb` more than is in use; Ray's shared memory does not count."""
+    """Limit memory to `extra_mb` MiB more than now, without shared memory; the MemoryError beyond masks an answer."""
     limit = psutil.Process().memory_full_info().data + extra_mb * 2**20
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 

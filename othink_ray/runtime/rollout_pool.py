@@ -49,7 +49,7 @@ class AnswerLengths:
     def work(self, prompt: Prompt, answers: int) -> float:
         """Return the expected work in answer tokens: the length of the prompt's last answers, else the overall mean.
 
-        Its text and images add a little.
+        The prompt's text and images add a little.
         """
         length = self._seen.get(prompt.id, self._tokens / max(self._answers, 1))
         text = sum(len(message.text) for message in prompt.messages) / _CHARACTERS_A_TOKEN
@@ -153,7 +153,7 @@ class RolloutPool:
         return [[prompts[index] for index in indices] for indices in balance(work, len(self.actors))]
 
     def replace(self, failure: WorkersLost, sync: SyncEngines | None = None) -> None:
-        """Restart the lost actors in their bundles, then `sync` the new engines."""
+        """Restart the lost actors in their bundles, then pass their indices to `sync`."""
         self.incidents.restart("rollout_restarts", failure)
         if self.placement.has_lost_a_node():
             raise ProcessLost(f"{failure}, and the run lost a node with it")
@@ -174,7 +174,7 @@ class RolloutPool:
                 self.lengths.note(group)
 
     def sleep(self) -> None:
-        """Free the engines' device memory until the next push, where they share GPUs with the learner."""
+        """With rollout.sleep, free the memory of engines that share GPUs with the learner until the next push."""
         if self.sleeps:
             self.wait_for([actor.sleep.remote() for actor in self.actors], "going to sleep")
 

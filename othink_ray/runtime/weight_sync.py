@@ -30,7 +30,7 @@ from othink_ray.weights import (
 )
 
 _THUMBNAIL = 112  # pixels of the longer side
-_BUCKETS_IN_FLIGHT = 2  # gathered before they are consumed, and as many again on their way into an engine
+_BUCKETS_IN_FLIGHT = 2  # gathered but not yet consumed, and as many again on their way into an engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +220,7 @@ class AuditedPush:
         self.transport.begin()
 
     def __call__(self, version: int) -> Audit:
-        """Push and audit one version; an engine that is lost on the way is replaced and all get the weights again."""
+        """Push and audit one version; if an engine is lost on the way, replace it and send to all engines again."""
         self.version = version
         try:
             sent = self._send()
@@ -247,7 +247,7 @@ class AuditedPush:
 
     @span("audit")
     def _audit(self, sent: Sent, *, complete: bool) -> Audit:
-        """Compare both sides: while the engines load, the learner computes its logprobs of the last probes."""
+        """Return the comparison of both sides; the learner scores the last push's probes while the engines load."""
         requested = self._request(sent, self.prompts, complete=complete)
         last = self.audited if self.audited_with is self.prompts else []
         expected = self.learner.candidate_logprobs(last or requested.probes[0])

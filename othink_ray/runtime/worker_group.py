@@ -1,4 +1,4 @@
-"""The loop's verbs (generate, score, update, push) over the pools of Ray actors."""
+"""The operations of a training step (generate, score, update, push) over the pools of Ray actors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class WorkerGroup(EvalWorkers):
             return self.pusher(version)
 
     def spans(self, *, keep_recording: bool) -> dict[str, Spans]:
-        """Return the trace spans of each process since the last call, by its name."""
+        """Return the trace spans of each process since the last call, by process name."""
         roles = {"rollout": self.rollout.actors, "reward": self.rewards.actors, "learner": self.learner.ranks}
         actors = {f"{role} {index}": actor for role, pool in roles.items() for index, actor in enumerate(pool)}
         return collect_spans(actors, keep_recording=keep_recording)

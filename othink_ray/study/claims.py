@@ -73,7 +73,8 @@ def _cross_task(tables: Tables, train: str, method: str, other: str) -> Claim:
 def _format_reward_helps(tables: Tables) -> Claim:
     return _compared(
         "RQ1a",
-        "On geometry reasoning, the format reward (alpha = 1) gives a better accuracy than none (alpha = 0).",
+        "On geometry reasoning, the format reward (alpha = 1) gives a better accuracy than no format reward "
+        "(alpha = 0).",
         "Fig. 4; alpha = 1 is the paper's default",
         tables.of_alpha(1.0),
         tables.of_alpha(0.0),

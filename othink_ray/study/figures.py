@@ -225,7 +225,7 @@ def _seeds(value: RecordedValue) -> int:
 def _seeds_of_curves(study: StudyRecord, same_runs: Iterable[RecordedValue | None]) -> list[int]:
     """Return the seed counts of curves, which do not record them.
 
-    Taken from the final values of the same runs, or else from the study's list of seeds.
+    They are those of the runs' final values, or else the number of seeds of the study.
     """
     return [_seeds(value) for value in same_runs if value is not None] or [max(1, len(study.seeds))]
 

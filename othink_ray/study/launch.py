@@ -39,7 +39,7 @@ class Job:
     name: str
     overrides: tuple[str, ...]
     output_file: str  # written to the run's folder by a run that completes
-    base_overrides: tuple[str, ...] = ()  # overrides of the job that trains the model it starts from
+    base_overrides: tuple[str, ...] = ()  # overrides of the job that trains the model that this job starts from
 
     @property
     def identity(self) -> list[str]:
@@ -81,7 +81,10 @@ class RunLauncher:
         return shlex.join(["python", *self.command(job, start_from)[1:]])
 
     def outcome(self, job: Job) -> JobOutcome:
-        """Return the recorded outcome; `waiting` without a record, with other overrides or without its output file."""
+        """Return the recorded outcome, or `waiting` if no record counts.
+
+        A record does not count if its run had different overrides, or is done but has lost its output file.
+        """
         record = self._record_of(job)
         if record is None or record["identity"] != job.identity:
             return WAITING
@@ -121,7 +124,7 @@ class RunLauncher:
         folder = self.path(job)
         record = self._record_of(job)
         if record is not None and record["identity"] != job.identity:
-            _rename_aside(folder)  # its checkpoints belong to a run with other overrides
+            _rename_aside(folder)  # its checkpoints belong to a run with different overrides
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (folder / "screen.txt").open("wb") as output:
             process = subprocess.Popen(
@@ -221,7 +224,7 @@ def _stopping(running: Running, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def stop_processes(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = STOP_SECONDS) -> None:
-    """Stop processes that lead their own sessions: SIGTERM, a second SIGTERM on an interrupt, then SIGKILL to each."""
+    """Stop processes that lead their own sessions: SIGTERM, on an interrupt a second one, SIGKILL when time is up."""
     for _ in range(2):
         for process in processes:
             process.terminate()

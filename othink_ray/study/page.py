@@ -286,7 +286,7 @@ def _transfer(study: StudyRecord, train: str, test: str) -> TransferPanel | None
 
 def _why_absent(row: Row) -> str:
     """Return the reason for a missing relative change: no accuracy, or a baseline of 0."""
-    return NOT_RUN if row.get("accuracy") is None else "from 0 %"
+    return NOT_RUN if row.get("accuracy") is None else "baseline 0 %"
 
 
 def _changes(row: Row, key: str) -> tuple[float | None, float | None]:
@@ -296,7 +296,7 @@ def _changes(row: Row, key: str) -> tuple[float | None, float | None]:
 
 
 def _best(values: Sequence[float | None]) -> set[int]:
-    """Return the indices of the highest value; empty while a value is missing."""
+    """Return the indices of the highest value; empty if a value is missing or there is only one."""
     known = [value for value in values if value is not None]
     complete = len(known) == len(values) > 1
     return {index for index, value in enumerate(known) if value == max(known)} if complete else set()
@@ -313,7 +313,7 @@ def _facts(study: StudyRecord) -> list[tuple[str, str]]:
     return [
         ("model", study.model or "–"),
         ("seeds", f"{len(study.seeds)} ({', '.join(map(str, study.seeds))})" if study.seeds else "–"),
-        ("steps a run", _whole(study.steps)),
+        ("steps per run", _whole(study.steps)),
         ("test questions", _whole(study.questions)),
         ("runs done", f"{done} of {len(study.runs)}"),
         ("duration", "–" if study.seconds is None else duration(study.seconds)),

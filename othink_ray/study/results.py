@@ -51,7 +51,7 @@ def seed_mean(fractions: Mapping[int, float], questions: int) -> SeedMean | None
 def difference(a: SeedMean, b: SeedMean) -> tuple[float, float, float]:
     """Return (a - b, low, high) with a 95 % interval.
 
-    On each side the wider of two intervals: over paired seeds, and over the questions.
+    Each side is that of the wider of two intervals: over paired seeds, and over the questions.
     """
     gap, (a_lo, a_hi), (b_lo, b_hi) = a.mean - b.mean, a.question_interval, b.question_interval
     # Newcombe's interval for the difference of two proportions (1998, method 10).

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, computed from the finished runs as plain values for study.json, with its numbers."""
+"""The paper's tables and figures, computed from the finished runs for study.json, beside the paper's own numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Tables:
     def same_task(self, task: str, method: str) -> SeedMean | None:
         """Return the accuracy after training on the same task.
 
-        The base model's is the accuracy before any run on the task: all of them start from the same model.
+        For `base` it is the accuracy before any run on the task: all runs start from the same model.
         """
         if method == "base":
             return over_seeds(self._any_run_on(task), lambda finished: finished.trained_task("before"))

@@ -100,7 +100,7 @@ def test_zero_3_with_half_of_one_gpu_for_vllm_does_not_fit(
     family, found = measured("2b")
     [problem] = memory_problems(oversized(), family, found)
     assert problem.subject == "memory of a shared GPU"
-    assert "and has 79.0: to generate engine 39.5" in problem.rule
+    assert "and has 79.0; in GiB, a shared GPU in phase generate: engine 39.5" in problem.rule
     assert "rollout.gpu_memory_utilization=0." in problem.remedy
 
 
@@ -153,7 +153,7 @@ def test_idle_gpus_are_reported_with_the_setting_to_change() -> None:
     waiting, few, gathering = idle_gpus(config_of("2b", "many_nodes", *overrides))
     assert "the engines' 32 GPUs are idle during updates" in waiting
     assert "train.overlap=true" in waiting
-    assert "samples 16 answers a step, and can batch 256" in few
+    assert "samples 16 answers per step, and can batch 256" in few
     assert "learner.zero_stage=2" in gathering
 
 

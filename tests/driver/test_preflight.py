@@ -22,7 +22,7 @@ def test_a_valid_run_is_described_in_numbers(model_folder: Path) -> None:
     assert "million weights" in found.lines["model files"]
     assert "a learner rank" in found.lines["memory"]
     assert "a rollout actor" in found.lines["memory"]
-    assert "0 too long" in found.lines["context"]
+    assert "0 do not fit" in found.lines["context"]
 
 
 def test_a_model_that_does_not_exist_yet_is_not_checked(tmp_path: Path) -> None:
@@ -65,7 +65,8 @@ def test_a_model_that_cannot_be_opened_is_a_problem(model_folder: Path) -> None:
 
 def test_prompts_over_the_length_limit_are_a_problem(model_folder: Path) -> None:
     [problem] = preflight(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
-    assert "no question fits" in str(problem)
+    assert problem.subject == "rollout.max_model_len = 70"
+    assert "questions checked fits; the first, " in problem.rule
 
 
 def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_sigterm_before_any_step_says_so_and_leaves_no_process(
 def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGKILL, cache, tmp_path)
     assert ended.status == -9, ended.screen
-    assert "stopped: its process died without an error message" in ended.screen
+    assert "stopped: the main process died without an error message" in ended.screen
     assert "partial report" in ended.screen
 
 
@@ -149,7 +149,7 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
 
     ended = ended_by(kill, cache, tmp_path)
     assert ended.status == 1, ended.screen
-    assert re.search("stopped: (Ray's raylet on this node|its process died)", ended.screen), ended.screen
+    assert re.search("stopped: (Ray's raylet on this node|the main process died)", ended.screen), ended.screen
     assert "partial report: " in ended.screen
 
 

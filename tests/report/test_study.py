@@ -313,7 +313,7 @@ def test_our_and_the_papers_changes_share_one_scale(tmp_path: Path) -> None:
     assert panel.title == "Trained on VC (counting), tested on GR (geometry)"
     assert [(change.label, change.ours, change.paper) for change in panel.changes] == [
         ("SFT over base", "-50.0 %", "-77.77 %"),
-        ("GRPO-D over base", "from 0 %", "+4.25 %"),
+        ("GRPO-D over base", "baseline 0 %", "+4.25 %"),
         ("GRPO-D over SFT", "+100.0 %", "+368.99 %"),
     ]
     missing = transfer("VC", "GR", "sft", accuracy=None, over_base=None, paper_over_base=-77.77)

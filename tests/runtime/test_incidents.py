@@ -18,7 +18,8 @@ def test_restarts_are_logged_and_counted_up_to_the_limit() -> None:
     with pytest.raises(WorkerFailed) as raised:
         incidents.restart("learner_restarts", "out of memory\nin line 4")
     assert str(raised.value) == (
-        "out of memory; not restarted: 2 restarts used, faults.max_restarts = 2. First cause: it died\nin line 3"
+        "out of memory; not restarted: 2 restarts used, faults.max_restarts = 2. "
+        "Remove the first cause, or raise faults.max_restarts. First cause: it died\nin line 3"
     )
     assert incidents.take() == {
         "faults/rollout_restarts": 2.0,

@@ -43,7 +43,7 @@ def furthest_apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 def prefetched(run: Run) -> bool:
     """Return whether engines prepared prompts before they sampled them."""
     spans = spans_in(run.folder / "trace.json")
-    return any(each.process.startswith("rollout") and each.name == "prepare" for each in spans)
+    return any(each.process.startswith("rollout") and each.name == "prefetch" for each in spans)
 
 
 def test_each_step_is_one_line_with_every_metric(plain_run: Run) -> None:

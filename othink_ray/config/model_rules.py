@@ -48,7 +48,7 @@ def base_model_folder(config: Config) -> Path:
     """Return the cache folder of the base model; its name hashes every setting that the model depends on."""
     optimizer = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMIZER_KEYS}
     data = {name: value for name, value in asdict(config.data).items() if name not in _HELD_OUT}
-    # The spelling of the keys is part of the digest: another one would miss the models that are cached already.
+    # The spelling of the keys is part of the digest: another spelling would miss models that are already cached.
     recipe = {"recipe": _RECIPE, "model": asdict(config.model), "data": data, "optimiser": optimizer}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return Path(config.run.cache_dir).expanduser().absolute() / f"{config.model.name}-{config.data.name}-{digest}"

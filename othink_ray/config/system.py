@@ -179,7 +179,7 @@ class WeightsConfig:
     )
     bucket_mb: int = key(64, "MiB per transfer; a larger weight gets a bucket of its size", at_least(1))
     audit_prompts: int = key(
-        2, "prompts that the audit samples after each push, one answer each: the probes", at_least(1)
+        2, "prompts of the audit after each push; each is answered once, and the answer is a probe", at_least(1)
     )
     audit_tokens: int = key(2, "tokens of each probe's answer", at_least(1))
     audit_candidates: int = key(8, "likeliest tokens whose logprobs are compared at each index of a probe", at_least(1))

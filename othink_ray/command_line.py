@@ -43,7 +43,7 @@ Groups
 Common keys with their defaults (a group option may set another value)
 {keys}
 
-  All keys: docs/config.md; of a section: --help algo.kl; with the values of a run: --cfg job
+  All keys: docs/config.md. The keys of one section: --help algo.kl. The values of a run: --cfg job
 
 Examples
   python -m othink_ray.main                                               train the tiny model to count, on a CPU
@@ -67,7 +67,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _help(names: Sequence[str]) -> int:
-    """Print the general help, or what is known of these keys and sections; return the exit status."""
+    """Print the general help, or the reference of these keys and sections; return the exit status."""
     if not names:
         rows = (f"  {group:<8} {', '.join(options)}" for group, options in groups(conf_dir()).items())
         print(HELP.format(groups="\n".join(rows), keys=common_keys()), end="")
@@ -125,7 +125,10 @@ def _check(config: Config, planned: str) -> int:
 
 
 def _prepare_study(config: Config, overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
-    """Return the study with a run folder that depends only on its name and size, and the problems of all its runs."""
+    """Return the configuration and the problems of the study's runs, checked with one seed each.
+
+    Unless an override sets run.dir, the run folder is named after the study and its size.
+    """
     from othink_ray.study.plan import base_overrides, for_runs, key_of, planned
 
     if "run.dir" not in map(key_of, overrides):
@@ -207,7 +210,10 @@ def _through_hydra(arguments: Sequence[str]) -> int:
 
 
 def _problems_of_runs(runs: Iterable[Sequence[str]], more: Path | None = None, *, starts_runs: bool) -> list[Problem]:
-    """Return the problems of all runs, given by their overrides, before the first one starts; `more`: --config-dir."""
+    """Return the problems of all runs, given by their overrides, before the first one starts.
+
+    `more`: --config-dir; `starts_runs`: check the rules and the machine too, not only types and names.
+    """
     found: list[Problem] = []
     for overrides in runs:
         config, problems_of_run = read(overrides, more=more)

@@ -52,18 +52,19 @@ def translated(words: Sequence[str]) -> list[str]:
     if not re.fullmatch(r"\w+", mode):
         return list(words)  # an override or a flag of Hydra
     if mode not in MODES:
-        raise ConfigError([_unknown(mode, "mode", (*MODES, *SUBCOMMANDS))])
+        raise ConfigError([_unknown_mode(mode)])
     if second := next((word for word in words[1:] if word.startswith("mode=")), None):
         remedy = f"Remove {second} or {mode}."
         raise ConfigError([Problem(subject=f"{second} ({COMMAND_LINE})", rule="is a second mode", remedy=remedy)])
     return [f"mode={mode}", *words[1:]]
 
 
-def _unknown(name: str, kind: str, known: Sequence[str]) -> Problem:
+def _unknown_mode(name: str) -> Problem:
+    known = (*MODES, *SUBCOMMANDS)
     near = get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     remedy = f"{hint}Use one of {', '.join(known)}."
-    return Problem(subject=f"{name} ({COMMAND_LINE})", rule=f"unknown {kind}", remedy=remedy)
+    return Problem(subject=f"{name} ({COMMAND_LINE})", rule="unknown mode", remedy=remedy)
 
 
 # ---- completion
@@ -76,8 +77,10 @@ def completion(words: Sequence[str]) -> int:
             print(word)
         return 0
     if len(words) != 1 or words[0] not in SCRIPTS:
-        name = " ".join(words) or "completion"
-        print(ConfigError([_unknown(name, "shell", tuple(SCRIPTS))]), file=sys.stderr)
+        *others, last = SCRIPTS
+        shells = f"{', '.join(others)} or {last}"
+        fault = f"unknown shell {' '.join(words)}; use {shells}" if words else f"name a shell: {shells}"
+        print(f"othink-ray completion: {fault}", file=sys.stderr)
         return 2
     print(SCRIPTS[words[0]], end="")
     return 0

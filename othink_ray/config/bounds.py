@@ -57,7 +57,9 @@ def at_least(low: float, why: str = "", *, unit: str = "", use: str = "") -> Bou
 
 def positive() -> Bound:
     """Require a number greater than 0."""
-    return Bound("greater than 0", lambda value: value > 0, "Set {key} to a positive number.")
+    return Bound(
+        "greater than 0", lambda value: value > 0, "Use a positive number, or remove {key} to use the default."
+    )
 
 
 def between(low: float, high: float, why: str = "", *, unit: str = "", open_at: str = "", use: str) -> Bound:

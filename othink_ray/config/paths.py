@@ -20,7 +20,7 @@ def output_path(path: str) -> str:
 
 
 def input_path(path: str) -> str:
-    """Resolve an input path or glob pattern: in a Ray job relative to the job's files, else to the home folder.
+    """Resolve an input path or glob pattern: in a Ray job, to the job's files, or the home folder if they have none.
 
     A hub name (owner/name) is returned unchanged, unless the home folder has a folder of the owner's name.
     """

@@ -1,4 +1,4 @@
-"""Text about the keys from their declarations: the common keys, the keys of a section, and docs/config.md.
+"""Documentation of the keys from their declarations: the common keys, the keys of a section, and docs/config.md.
 
 python -m othink_ray.config.reference > docs/config.md
 """

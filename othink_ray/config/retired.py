@@ -16,7 +16,7 @@ RENAMED_KEYS = {
     "train.read_ahead": "train.prefetch_prompts",
 }
 RENAMED_OPTIONS = {("data", "own"): "custom"}  # (group, old option) -> new option
-REMOVED_KEYS = {"study.small_seeds": "a study with study.size=small makes each run with one seed"}
+REMOVED_KEYS = {"study.small_seeds": "with study.size=small, a study runs one seed per method and value"}
 RETIRED_KEYS = (*RENAMED_KEYS, *REMOVED_KEYS)
 
 

@@ -87,8 +87,8 @@ def _generated(config: Config, part: str) -> Iterator[Problem]:
 
 def _files(config: Config, part: str, source: str, files: FilesConfig | None) -> Iterator[Problem]:
     if files is None:
-        rule = f"is null, but {part}.source = {source} reads files"
-        yield broken(config, f"{part}.files", rule, "Start from data=custom, which has all keys to fill in.")
+        rule = f"must be a section: {part}.source = {source} reads files"
+        yield broken(config, f"{part}.files", rule, f"Start from data=custom, and set {part}.files.path.")
         return
     for key in SOURCE_KEYS:
         if getattr(files, key) is not None and key not in READS[source]:
@@ -102,11 +102,14 @@ def _files(config: Config, part: str, source: str, files: FilesConfig | None) ->
         yield broken(config, f"{part}.files.split", rule, f"Set {part}.files.split=train, for example.")
     if source not in FETCHED and files.path and not _exists(source, files.path):
         kind = "a folder that save_to_disk wrote" if source == "disk" else "a file, a folder or a pattern of files"
-        rule = f"must be {kind}; there is none here ({Path.cwd()})"
-        yield broken(config, f"{part}.files.path", rule, f"Put it there, or set {part}.files.path.")
+        rule = f"must be {kind}, but does not exist (relative paths start from {Path.cwd()})"
+        yield broken(config, f"{part}.files.path", rule, "Check the spelling of the path, or put the files there.")
     if files.image_root and not Path(files.image_root).is_dir():
-        rule = f"must be a folder: image paths are relative to it; there is none here ({Path.cwd()})"
-        remedy = f"Set it to null if image paths are relative to the folder of {part}.files.path."
+        rule = f"must be a folder, but does not exist (relative paths start from {Path.cwd()})"
+        remedy = (
+            f"Check the spelling of the path, or set {part}.files.image_root=null if image paths are relative to the "
+            f"folder of {part}.files.path."
+        )
         yield broken(config, f"{part}.files.image_root", rule, remedy)
 
 
@@ -138,8 +141,8 @@ def _custom_reward(config: Config) -> Iterator[Problem]:
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
-        rule = "must be FILE.py:FUNCTION, but there is no such file here"
-        yield broken(config, key, rule, "Set algo.reward.custom=my_rewards.py:brevity, for example.")
+        rule = f"must be FILE.py:FUNCTION, but the file does not exist (relative paths start from {Path.cwd()})"
+        yield broken(config, key, rule, "Check the path and the colon, as in algo.reward.custom=my_rewards.py:brevity.")
         return
     try:
         functions = {
@@ -153,7 +156,7 @@ def _custom_reward(config: Config) -> Iterator[Problem]:
     if name not in functions:
         near = get_close_matches(name, functions, n=1)
         hint = f"Did you mean {file}:{near[0]}? " if near else ""
-        remedy = f"{hint}It has: {', '.join(functions) or 'none'}."
+        remedy = f"{hint}It has: {', '.join(functions)}." if functions else f"Define {name} in {file}."
         yield broken(config, key, f"{file} defines no function {name}", remedy)
     elif name in _BUILT_IN_REWARDS:
         rule = f"{name} is the name of a built-in reward"
@@ -276,7 +279,7 @@ def study_rules(config: Config) -> Iterator[Problem]:
     for key, values in (("alpha", study.alphas), ("beta", study.betas)):
         if key in study.experiments and (not values or min(values) < 0):
             subject = f"study.{key}s = {list(values)}"
-            rule = "must be a list of at least one number of 0 or more: each gives a run"
+            rule = "must list at least one number, and none below 0: each number gives a run"
             yield Problem(subject=subject, rule=rule, remedy=f"Set 'study.{key}s=[0,0.5,1]', for example.")
     for task_name, task in (("counting", study.counting), ("geometry", study.geometry)):
         if sum(override.startswith("algo.kl.beta_min=") for override in task.grpo) != 1:

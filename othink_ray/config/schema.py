@@ -1,6 +1,7 @@
 """The whole configuration: each key is declared once, with type, default, bound and comment, in experiment and system.
 
-The defaults in `conf/`, the checks, the error texts, `--help` and `docs/config.md` come from these declarations.
+The defaults that `conf/` starts from, the checks, the error texts, `--help` and `docs/config.md` come from these
+declarations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Strict conversion of a composed tree to the dataclasses of the schema: no value is guessed, coerced or dropped.
 
 Written by hand: pydantic's strict mode refuses `1e-6` (a string in YAML) and lists, accepts NaN, and knows neither the
-file that set a key nor the key that was meant, so that each of its messages would be written again here.
+file that set a key nor the key that was meant, so each of its messages would have to be rewritten here.
 """
 
 from __future__ import annotations
@@ -135,15 +135,18 @@ def _mismatch(key: str, value: Any, kind: Any, origin: Origin) -> Iterable[Probl
     if dataclasses.is_dataclass(inner):
         names = [field.name for field in dataclasses.fields(inner)]
         rule = "is a section, not a value"
-        remedy = f"Set one of its keys, such as {key}.{names[0]}: {', '.join(names)}."
+        remedy = f"Set one of its keys instead ({', '.join(names)}), for example {key}.{names[0]}=…"
     elif value is not None and _fits(value, inner):
         return
     elif get_origin(inner) is tuple:
         rule = f"must be a list, each item {_EXPECTED[get_args(inner)[0]]}"
-        remedy = f"Write it in brackets: '{key}=[first,second]'."
+        example = "[0,0.5]" if get_args(inner)[0] is float else '[first,"2"]'
+        remedy = f"Write it in brackets, for example '{key}={example}'."
     else:
         rule = f"must be {_EXPECTED[inner]}{' or null' if optional else ''}"
-        if inner is str:
+        if value is None:
+            remedy = "Give it a value, or remove the override to use the default."
+        elif inner is str:
             remedy = f'Quote it: \'{key}="{as_yaml(value)}"\' on the command line, "{as_yaml(value)}" in a file.'
         elif inner is int and isinstance(value, float) and value.is_integer():
             remedy = f"Write {int(value)}."

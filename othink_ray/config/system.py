@@ -27,7 +27,7 @@ class RunConfig:
         common=True,
     )
     trace_steps: int = key(
-        10, "number of first steps traced to trace.json, a timeline of all processes; 0: none", at_least(0)
+        10, "the first N steps are traced to trace.json, a timeline of all processes; 0: no trace", at_least(0)
     )
 
 
@@ -50,12 +50,12 @@ class RolloutConfig:
         "OpenMP threads per engine; null: cores / engines (with train.overlap: cores / (engines + learner ranks))",
         at_least(1),
     )
-    temperature: float = key(1.0, "temperature of sampling; evaluation is greedy", positive())
-    max_tokens: int = key(32, "tokens per answer", at_least(1), common=True)
-    fixed_length: bool = key(False, "ignore end tokens: every answer has max_tokens")
-    max_model_len: int = key(256, "tokens of prompt, images and answer")
-    max_num_seqs: int = key(128, "answers generated at the same time", at_least(1))
-    max_images: int = key(1, "images per prompt", at_least(1))
+    temperature: float = key(1.0, "temperature of sampled answers; greedy answers of evaluations ignore it", positive())
+    max_tokens: int = key(32, "maximum tokens per answer", at_least(1), common=True)
+    fixed_length: bool = key(False, "ignore end tokens, so that every answer has max_tokens tokens")
+    max_model_len: int = key(256, "maximum tokens of prompt, images and answer together")
+    max_num_seqs: int = key(128, "maximum number of answers that an engine generates at the same time", at_least(1))
+    max_images: int = key(1, "maximum images per prompt", at_least(1))
     kv_cache_gb: int = key(1, "GiB of KV cache on CPU, an integer", at_least(1))
     gpu_memory_utilization: float = key(
         0.85,
@@ -112,13 +112,13 @@ class LearnerConfig:
         "OpenMP threads per rank; null: cores / ranks (with train.overlap: cores / (ranks + engines))",
         at_least(1),
     )
-    lr: float = key(1e-6, "peak learning rate; model=tiny sets a higher one", positive(), common=True)
+    lr: float = key(1e-6, "peak learning rate; model=tiny and model=smol set higher ones", positive(), common=True)
     lr_schedule: str = key(
         "constant", "constant, linear (to 0 at the last step) or cosine (to 0)", one_of(*bounds.LR_SCHEDULES)
     )
     warmup_frac: float = key(
         0.05,
-        "fraction of the steps in which the rate rises to lr: Adam's first steps are large and the noisiest",
+        "fraction of the steps in which the rate rises to lr: Adam's first steps are large and noisy",
         between(0, 1, unit="as a fraction of all steps", open_at="high", use="0.05"),
     )
     weight_decay: float = key(0.0, "decoupled weight decay (AdamW)", at_least(0))
@@ -129,7 +129,7 @@ class LearnerConfig:
         "Adam's epsilon. With 2e9 parameters and gradient norm 1 the gradient RMS is 2e-5, which 1e-6 would damp",
         positive(),
     )
-    max_grad_norm: float = key(1.0, "gradient clipping", positive())
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", positive())
     vision_lr_scale: float = key(1.0, "vision tower learning rate as a multiple of lr", positive())
     projector_lr_scale: float = key(1.0, "projector learning rate as a multiple of lr", positive())
     freeze: str = key(
@@ -140,21 +140,22 @@ class LearnerConfig:
     )
     lora: LoraConfig = field(default_factory=LoraConfig)
     share_features: bool = key(
-        True, "frozen tower and projector: encode an image once for policy, old policy and reference"
+        True, "if tower and projector are frozen, encode an image once for policy, old policy and reference"
     )
     shared_prefix: bool = key(
         True, "one packed sample per group: prompt and images are computed once; false: one sample per answer"
     )
     onednn: bool = key(True, "on CPU: float32 matmul by oneDNN instead of torch's BLAS, up to twice as fast")
     prune_last_layer: bool = key(
-        True, "on prompt tokens the last layer computes only keys and values: nothing else is needed"
+        True, "on prompt tokens the last layer computes only keys and values, because nothing else is used"
     )
     compile: bool = key(
         False, "compile the layers: about 10 % faster on CPU, half a minute at the first start; needs g++"
     )
     attention: str = key(
         "auto",
-        "fused (CPU kernel, needs g++), flex (GPU), grouped (per answer), blocks (long prompts) or dense",
+        "fused (CPU kernel, needs g++), flex (GPU), grouped (per answer), blocks (long prompts) or dense. auto: flex "
+        "on GPUs; on CPUs fused where its kernel is faster, else grouped or blocks by prompt length",
         one_of(*bounds.ATTENTIONS),
     )
     logit_rows: int = key(1024, "maximum rows of [rows, vocabulary] logits in memory at a time", at_least(1))
@@ -177,12 +178,14 @@ class WeightsConfig:
         one_of("auto", "shared_memory", "nccl", "ipc"),
     )
     bucket_mb: int = key(64, "MiB per transfer; a larger weight gets a bucket of its size", at_least(1))
-    audit_prompts: int = key(2, "prompts in the probe that compares engines and learner after each push", at_least(1))
-    audit_tokens: int = key(2, "answer tokens per probe prompt", at_least(1))
-    audit_candidates: int = key(8, "likeliest tokens compared at each index of the probe", at_least(1))
+    audit_prompts: int = key(
+        2, "prompts of the audit after each push; each is answered once, and the answer is a probe", at_least(1)
+    )
+    audit_tokens: int = key(2, "tokens of each probe's answer", at_least(1))
+    audit_candidates: int = key(8, "likeliest tokens whose logprobs are compared at each index of a probe", at_least(1))
     audit_tolerance: float | None = key(
         None,
-        "nats, mean gap above which the run stops; null: from dtype, depth and the gap of the first push",
+        "mean gap in nats above which the run stops; null: derived from dtype, depth and the gap of the first push",
         positive(),
     )
 
@@ -192,7 +195,9 @@ class FaultsConfig:
     """Fault tolerance: limits after which a run stops."""
 
     max_restarts: int = key(
-        5, "replaced processes (dead or hung) per run; above it, the run stops with the first cause", at_least(0)
+        5,
+        "maximum number of dead or hung processes replaced per run; after these, the run stops with the first cause",
+        at_least(0),
     )
     lost_node: str = key(
         "wait",
@@ -201,11 +206,13 @@ class FaultsConfig:
     )
     patience: int = key(
         3,
-        "consecutive bad steps (update skipped for NaN, KL or gap above its limit) before the run stops",
+        "the run stops after this many consecutive bad steps (update skipped for NaN, KL or gap above its limit)",
         at_least(1),
     )
-    kl_limit: float = key(10.0, "KL, nats per answer token", positive())
-    gap_limit: float = key(1.0, "mean gap between sampler and learner, nats per answer token", positive())
+    kl_limit: float = key(10.0, "KL above which a step is bad, nats per answer token", positive())
+    gap_limit: float = key(
+        1.0, "mean gap between sampler and learner above which a step is bad, nats per answer token", positive()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +241,8 @@ class ClusterConfig:
 class WandbConfig:
     """Weights & Biases logging."""
 
-    mode: str = key("off", "off, offline or online", one_of("off", "offline", "online"), common=True)
-    project: str = key("othink_ray", "the project's name", not_empty())
+    mode: str = key(
+        "off", "off, offline (into the run's folder) or online", one_of("off", "offline", "online"), common=True
+    )
+    project: str = key("othink_ray", "the project that runs are logged to", not_empty())
     samples_every: int = key(25, "steps between tables of the latest questions, images and answers", at_least(1))

@@ -51,12 +51,12 @@ def detect_machine() -> Machine:
 
 
 def machine_for(config: Config) -> Machine | None:
-    """Return the machine that must fit the run; None with an existing Ray cluster, which knows its own resources."""
+    """Return the machine that the run must fit on; None with an existing Ray cluster, which knows its own resources."""
     return detect_machine() if config.cluster.address is None else None
 
 
 def problems(config: Config, machine: Machine | None) -> list[Problem]:
-    """Return every rule that the configuration breaks, on this machine (None: an existing cluster)."""
+    """Return a problem for each rule that the configuration breaks on this machine (None: an existing cluster)."""
     found = list(_bounds(config))
     for rule in CROSS_RULES:
         found += rule(config)
@@ -85,7 +85,7 @@ def _bounds(config: Config) -> Iterator[Problem]:
 def _kl(config: Config) -> Iterator[Problem]:
     kl = config.algo.kl
     if kl.beta_max < kl.beta_min:
-        remedy = "Swap them, or use another schedule."
+        remedy = "Raise algo.kl.beta_max, or lower algo.kl.beta_min."
         yield broken(config, "algo.kl.beta_max", f"must be at least algo.kl.beta_min = {kl.beta_min}", remedy)
     elif kl.schedule == "constant" and kl.beta_max != kl.beta_min:
         rule = f"must equal algo.kl.beta_min = {kl.beta_min}: the schedule constant has one value"
@@ -122,7 +122,7 @@ def _lengths(config: Config) -> Iterator[Problem]:
         yield broken(config, "rollout.max_tokens", rule, "Raise rollout.max_model_len or lower rollout.max_tokens.")
     if config.model.min_pixels > config.model.max_pixels:
         rule = f"must be at most model.max_pixels = {config.model.max_pixels}"
-        yield broken(config, "model.min_pixels", rule, "Swap them.")
+        yield broken(config, "model.min_pixels", rule, "Lower model.min_pixels, or raise model.max_pixels.")
 
 
 def _eval_sets(config: Config) -> Iterator[Problem]:
@@ -199,7 +199,7 @@ def _capacity(config: Config, machine: Machine) -> Iterator[Problem]:
     rollout, learner, available = config.rollout, config.learner, _available(config, machine)
     trains = config.mode != "eval" or "train" in splits_needed(config)
     runs = config.study.parallel if config.mode == "study" else 1
-    lower = "Lower them, or use a larger machine"
+    lower = "Lower these numbers, or use a larger machine"
     cpu_shares = rollout.cpus_per_actor, learner.cpus_per_rank
     gpu_shares = rollout.gpus_per_actor, learner.gpus_per_rank
     for unit, (per_actor, per_rank), limit, remedy in (

@@ -154,7 +154,8 @@ def _check_image(row_id: str, number: int, data: bytes) -> None:
         raise BadRow(row_id, reason, "replace it with a valid PNG or JPEG, or remove the row") from error
     # On corrupt bytes Pillow raises almost anything: OSError, SyntaxError, struct.error, DecompressionBombError.
     except Exception as error:
-        reason = f"image {number} ({len(data)} bytes) cannot be decoded: {type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}".removesuffix(".")
+        reason = f"image {number} ({len(data)} bytes) cannot be decoded: {cause}"
         raise BadRow(row_id, reason, "replace it with a valid PNG or JPEG, or remove the row") from error
     if width * height > MAX_IMAGE_PIXELS:
         reason = f"image {number} is {width}x{height}, more than {MAX_IMAGE_PIXELS} pixels"

@@ -197,7 +197,7 @@ def _non_empty(files: FilesConfig, key: str) -> list[str]:
     try:
         non_empty = [str(file) for file in found if read_metadata(file).num_rows]
     except (OSError, ValueError) as error:
-        raise _unreadable(files, key, error, "give parquet files") from error
+        raise _unreadable(files, key, error, "copy or export the file again") from error
     if not non_empty:
         raise no_rows(files, key)
     return non_empty
@@ -209,6 +209,8 @@ def no_rows(files: FilesConfig, key: str) -> SourceError:
 
 def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:
     """Raise SourceError, suggesting the closest name, if a configured column does not exist."""
+    if not columns:
+        raise SourceError(f"{key}.path = {files.path}: no line is a readable JSON object; write one object per line")
     configured = {"question": [files.columns.question], "answer": [files.columns.answer]}
     configured |= {"image": image_columns(files), "id": [files.columns.id] if files.columns.id else []}
     for role, names in configured.items():
@@ -218,7 +220,7 @@ def check_columns(files: FilesConfig, columns: Sequence[str], key: str) -> None:
                 hint = f"did you mean {closest[0]}? " if closest else ""
                 raise SourceError(
                     f"{key}.columns.{role} = {name} is not a column of {files.path}; "
-                    f"{hint}its columns: {', '.join(columns) or 'none, because no row can be read'}"
+                    f"{hint}its columns: {', '.join(columns)}"
                 )
 
 
@@ -243,4 +245,5 @@ def _load(files: FilesConfig, key: str, builder: str, **options: Any) -> Any:
 
 def _unreadable(files: FilesConfig, key: str, error: Exception, remedy: str) -> SourceError:
     cause = error.__cause__ or error
-    return SourceError(f"{key}.path = {files.path} cannot be read: {type(cause).__name__}: {cause}; {remedy}")
+    text = f"{type(cause).__name__}: {cause}".removesuffix(".")
+    return SourceError(f"{key}.path = {files.path} cannot be read: {text}; {remedy}")

@@ -16,7 +16,7 @@ import psutil
 _ARMED = "+"  # the first byte: if it is missing, a closed pipe is not reported
 _CLEAN_EXIT = "-"
 _NO_REASON = (
-    "the main process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
+    "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
 )
 _EXIT_TIMEOUT_S = 120.0
 _GRACE_S = 5.0

@@ -6,12 +6,15 @@ the next prompts while the learner updates:
 
     driver                    rollout engines                reward actors      learner
     take prompts        -->   generate (streams groups) -->  score
-    advantages, packs   <--------------------------------------+
-    begin_update        ------------------------------------------------------> optimizer steps
-    begin_push                                                                  gather weights (queued right behind)
+    record_lengths      <--------------------------------------+                             (DAPO: until enough groups)
+    advantages, packs
+    sleep               -->   free a GPU shared with the learner
+    begin_update        ------------------------------------------------------> optimizer steps, statistics
+    begin_push          ------------------------------------------------------> gather the weights right behind them
     prefetch            -->   prepare the next prompts
-    finish_update       <------------------------------------------------------ statistics
+    finish_update       <------------------------------------------------------ (statistics; the gather goes on)
     push                -->   load weights, probe       <---------------------- weights, digests, logprobs
+                              audit: each engine holds the same bits and gives the same logprobs as the learner
     callbacks                 (idle, or answer held-out questions)              (idle, or write a checkpoint)
 
 async_loop.py is the sibling that samples the next step during the update; sft.py trains on demonstrations.

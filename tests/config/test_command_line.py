@@ -80,7 +80,11 @@ BROKEN: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["algo.group_size = 1 must be at least 2", "the other answers of its group (Eq. 2)"],
     ),
-    "swapped betas": (["algo.kl.beta_min=0.2"], 1, ["algo.kl.beta_max = 0.1", "beta_min = 0.2", "Swap them"]),
+    "swapped betas": (
+        ["algo.kl.beta_min=0.2"],
+        1,
+        ["algo.kl.beta_max = 0.1", "beta_min = 0.2", "lower algo.kl.beta_min"],
+    ),
     "unknown schedule": (["algo.kl.schedule=cosin"], 1, ["must be one of paper, linear, cosine", "schedule=cosine?"]),
     "indivisible batch": (
         ["learner.world_size=3", "learner.cpus_per_rank=0"],

@@ -73,7 +73,10 @@ def test_help_version_and_errors_of_the_command(command: Path) -> None:
     assert run(command).stdout == run(command, "--help").stdout
     assert "othink-ray MODE" in run(command).stdout
     assert re.fullmatch(r"othink_ray \d+\.\d+\.\d+\n", run(command, "--version").stdout)
-    for words, message in ((["evla"], "Did you mean eval?"), (["completion", "fsh"], "Did you mean fish?")):
+    for words, message in (
+        (["evla"], "Did you mean eval?"),
+        (["completion", "fsh"], "unknown shell fsh; use bash, zsh or fish"),
+    ):
         refused = run(command, *words)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert message in refused.stderr

@@ -122,6 +122,7 @@ def test_bad_overrides_are_dropped_and_the_rest_is_loaded() -> None:
         ("train.steps=true", "train.steps = true (command line) must be an integer"),
         ("rollout.enforce_eager=1", "must be true or false"),
         ("wandb.project=2024", "must be a string Quote it: 'wandb.project=\"2024\"'"),
+        ("run.dir=null", "must be a string Give it a value, or remove the override to use the default."),
         ("cluster.num_cpus=two", "must be an integer or null"),
         ("model.tiny=small", "model.tiny = small (command line) is a section"),
         ("learner.lr=[1, 2]", "learner.lr = [1, 2] (command line) must be a finite number"),

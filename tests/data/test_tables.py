@@ -167,7 +167,9 @@ def test_excessively_nested_json_is_an_invalid_line(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_only_invalid_rows_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"columns\.question = problem is not a column of .*; its columns: none"):
+    with pytest.raises(
+        SourceError, match=r"files\.path = .*: no line is a readable JSON object; write one object per line"
+    ):
         open_source(custom_data(jsonl(tmp_path, "{", "["), source="jsonl"), "train")
 
 

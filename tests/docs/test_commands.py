@@ -48,7 +48,7 @@ NOT_RUN = {
     "envsubst": "needs Kubernetes; tests/launch/test_launchers.py",
 }
 # Accepted problems: data files and model folders that only the reader has.
-MISSING_FILES = ("there is none here", "is none of these")
+MISSING_FILES = ("does not exist (relative paths start from", "is none of these")
 # The largest option of the group cluster with a local Ray has 8 GPUs.
 LARGE = Machine(cpus=256, gpus=8)
 

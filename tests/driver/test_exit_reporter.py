@@ -42,8 +42,8 @@ def driver(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: the main process died without an error message (killed, "),
-        ("os._exit(1)", "stopped: the main process died without an error message (killed, "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "stopped: its process died without an error message (killed, "),
+        ("os._exit(1)", "stopped: its process died without an error message (killed, "),
         ("reporter.report('Ray is gone')\nreporter.wait()\nos._exit(1)", "stopped: Ray is gone; rerun it\n"),
         ("reporter.report('Ray is gone')", "stopped: Ray is gone; rerun it\n"),
     ],

@@ -136,7 +136,7 @@ def test_sigterm_before_any_step_says_so_and_leaves_no_process(
 def test_a_driver_that_is_killed_leaves_a_line_and_a_report(plain_run: Run, cache: Path, tmp_path: Path) -> None:
     ended = ended_by(signal.SIGKILL, cache, tmp_path)
     assert ended.status == -9, ended.screen
-    assert "stopped: the main process died without an error message" in ended.screen
+    assert "stopped: its process died without an error message" in ended.screen
     assert "partial report" in ended.screen
 
 

@@ -110,7 +110,7 @@ def test_full_size_runs_lack_only_the_users_test_files(size: str) -> None:
             assert [
                 problem
                 for problem in found
-                if "there is none here" not in problem.rule and "image_root" not in problem.subject
+                if "does not exist (relative paths" not in problem.rule and "image_root" not in problem.subject
             ] == []
 
 

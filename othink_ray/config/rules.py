@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import glob
 from collections.abc import Iterator
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from othink_ray.config.bounds import EASY_VQA_SUBSETS, EXPERIMENTS, GENERATED, SOURCES
 from othink_ray.config.errors import Problem, broken, value_of
-from othink_ray.config.schema import Config, FilesConfig, LearnerConfig, RolloutConfig
+from othink_ray.config.schema import Config, FilesConfig, LearnerConfig, RewardConfig, RolloutConfig
 
 Split = Literal["train", "test"]
 # Keys of a files section that a source reads; the others must be null, so that no setting is silently ignored.
@@ -24,7 +25,6 @@ READS = {
 }
 FETCHED = ("hub", "easy_vqa")  # sources that are downloaded when they are read
 SOURCE_KEYS = ("subset", "split", "stream_buffer")
-_BUILT_IN_REWARDS = ("accuracy", "format")
 
 
 # ---- data
@@ -158,7 +158,7 @@ def _custom_reward(config: Config) -> Iterator[Problem]:
         hint = f"Did you mean {file}:{near[0]}? " if near else ""
         remedy = f"{hint}It has: {', '.join(functions)}." if functions else f"Define {name} in {file}."
         yield broken(config, key, f"{file} defines no function {name}", remedy)
-    elif name in _BUILT_IN_REWARDS:
+    elif f"{name}_weight" in {field.name for field in fields(RewardConfig)}:  # each built-in reward has a weight
         rule = f"{name} is the name of a built-in reward"
         yield broken(config, key, rule, "Rename the function.")
     elif len(functions[name].args) - len(functions[name].defaults) != 2:

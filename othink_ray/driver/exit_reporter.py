@@ -15,9 +15,7 @@ import psutil
 # Messages of the driver: armed, one line for each process to end with it, and how it exited.
 _ARMED = "+"  # the first byte: if it is missing, a closed pipe is not reported
 _CLEAN_EXIT = "-"
-_NO_REASON = (
-    "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
-)
+_NO_REASON = "its process died without an error message (killed, perhaps out of memory, or Ray has ended on its node)"
 _EXIT_TIMEOUT_S = 120.0
 _GRACE_S = 5.0
 

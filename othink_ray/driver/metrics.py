@@ -26,7 +26,7 @@ from othink_ray.atomic_write import atomic_write
 from othink_ray.config.schema import WandbConfig
 from othink_ray.driver.loop import StepRecord, has_signal
 from othink_ray.driver.sft import SFTStepRecord
-from othink_ray.driver.trackers import WandbTracker, open_tracker
+from othink_ray.driver.trackers import Tracker, open_tracker
 from othink_ray.types import Group, ScoredGroup
 
 THUMBNAIL_PX = 256
@@ -207,7 +207,7 @@ class RunRecords:
         self._log = log
         self._metrics: StepLines
         self._samples: StepLines
-        self._tracker: WandbTracker | None = None
+        self._tracker: Tracker | None = None
 
     def __enter__(self) -> Self:
         self._run_dir.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from omegaconf import OmegaConf
 from PIL import Image
@@ -25,6 +25,18 @@ QUESTIONS_PER_TABLE = 4
 LAST_STEP = "wandb_last_step"
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 60.0
+
+
+class Tracker(Protocol):
+    """Receives a copy of a run's records as they are written."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def sample(self, step: int, record: Mapping[str, Any]) -> None:
+        """Receive a line of samples.jsonl."""
+        ...
+
+    def close(self, *, failed: bool) -> None: ...
 
 
 class WandbTracker:
@@ -94,7 +106,7 @@ class WandbTracker:
 
 def open_tracker(
     run_dir: Path, wandb: WandbConfig, config_yaml: str, environment: Mapping[str, Any], *, resumed: bool
-) -> WandbTracker | None:
+) -> Tracker | None:
     """Return the tracker for `wandb.mode`; None if it is off or wandb does not start."""
     if wandb.mode == "off":
         return None

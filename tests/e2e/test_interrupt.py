@@ -149,7 +149,7 @@ def test_a_run_whose_dashboard_agent_is_killed_says_so(plain_run: Run, cache: Pa
 
     ended = ended_by(kill, cache, tmp_path)
     assert ended.status == 1, ended.screen
-    assert re.search("stopped: (Ray's raylet on this node|the main process died)", ended.screen), ended.screen
+    assert re.search("stopped: (Ray's raylet on this node|its process died)", ended.screen), ended.screen
     assert "partial report: " in ended.screen
 
 

@@ -26,6 +26,10 @@ _GPUS_PER_NODE = 8
 _ROWS_CHECKED = 32  # of each split
 _BYTES = {"float32": 4, "bfloat16": 2}
 _THIS_MACHINE = "this machine"
+_LIMITS = {  # of a question, with the remedy if all questions break it
+    "rollout.max_images": "Raise rollout.max_images.",
+    "rollout.max_model_len": "Raise rollout.max_model_len, or lower rollout.max_tokens or model.max_pixels.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,10 +215,11 @@ def _lengths(config: Config, family: Family, samples: Sequence[Prompt]) -> tuple
         return text, []
     first = too_long[0]
     rule = f"none of the {len(samples)} questions checked fits; the first, {first.row_id}: {first.reason}"
-    if len(samples[0].images) > config.rollout.max_images:
-        return text, [broken(config, "rollout.max_images", rule, "Raise rollout.max_images.")]
-    remedy = "Raise rollout.max_model_len, or lower rollout.max_tokens or model.max_pixels."
-    return text, [broken(config, "rollout.max_model_len", rule, remedy)]
+    for key, remedy in _LIMITS.items():
+        if f"{key} = " in first.reason:
+            return text, [broken(config, key, rule, remedy)]
+    remedy = f"{first.remedy[0].upper()}{first.remedy[1:]}."
+    return text, [Problem(subject=f"data = {config.data.name}", rule=rule, remedy=remedy)]
 
 
 def _amount(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
 
@@ -10,8 +11,11 @@ import pytest
 
 from othink_ray.config.load import load
 from othink_ray.config.rules import transport_of
+from othink_ray.config.schema import Config
+from othink_ray.data import Split
 from othink_ray.driver import preflight as preflight_module
 from othink_ray.driver.preflight import PreflightReport, preflight
+from othink_ray.types import Prompt
 from tests.data.files import picture, write_jsonl
 
 
@@ -67,6 +71,23 @@ def test_prompts_over_the_length_limit_are_a_problem(model_folder: Path) -> None
     [problem] = preflight(load([f"model.path={model_folder}", "rollout.max_model_len=70"])).problems
     assert problem.subject == "rollout.max_model_len = 70"
     assert "questions checked fits; the first, " in problem.rule
+
+
+@pytest.mark.parametrize(("placeholders", "subject"), [(2, "rollout.max_images = 1"), (1, "data = counting")])
+def test_the_image_limit_is_named_where_it_is_the_one_broken(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, placeholders: int, subject: str
+) -> None:
+    sample = preflight_module._sample
+
+    def doubled(config: Config, split: Split) -> tuple[str, list[Prompt]]:
+        text, prompts = sample(config, split)
+        messages = [tuple(replace(turn, images=turn.images * placeholders) for turn in one.messages) for one in prompts]
+        both = zip(prompts, messages, strict=True)
+        return text, [replace(one, images=one.images * 2, messages=turns) for one, turns in both]
+
+    monkeypatch.setattr(preflight_module, "_sample", doubled)
+    [problem] = preflight(load([f"model.path={model_folder}"])).problems
+    assert problem.subject == subject
 
 
 def test_a_disk_without_room_for_checkpoints_is_a_problem(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from othink_ray.config.schema import Config, LearnerConfig
 from othink_ray.core.losses import LOSSES, LossInputs
 from othink_ray.core.packing import pack
+from othink_ray.engines.base import on_one_thread
 from othink_ray.engines.learner_checkpoint import StoredState
 from othink_ray.engines.policy import Policy
 from othink_ray.families.base import Family
@@ -129,6 +130,7 @@ class SlowStep:
     masters: Weights
 
 
+@on_one_thread()  # as the learner: a layer norm's backward sums in another order on two threads, one bfloat16 ulp apart
 def slow_steps(learner: LearnerConfig, family: Family, steps: Sequence[Sequence[Pack]]) -> list[SlowStep]:
     """Train with torch's AdamW on float32 weights; the network's weights are their rounded copies."""
     network = family.load_network(torch.bfloat16)

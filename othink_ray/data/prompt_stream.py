@@ -225,7 +225,7 @@ class PromptStream:
 
     @property
     def dropped(self) -> list[tuple[str, str]]:
-        """(id, reason) of each row dropped since the stream was created, once per row however often it recurs."""
+        """(id, reason; remedy) of each row dropped since the stream was created, once per row however often it recurs."""
         return list(self._dropped.items())
 
     def take(self, n: int, beside: Sequence[Prompt] = ()) -> list[Prompt]:
@@ -263,7 +263,7 @@ class PromptStream:
         return prompt
 
     def _drop(self, bad: BadRow) -> None:
-        self._dropped[bad.row_id] = bad.reason
+        self._dropped[bad.row_id] = bad.text
         self._bad_run += 1
         rows = self._order.rows
         # Only at the end of an epoch: a run of bad rows across two epochs can be longer than an epoch.

@@ -32,8 +32,12 @@ class BadRow(ValueError):
         self.reason = reason
         self.remedy = remedy
 
+    @property
+    def text(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
     def __str__(self) -> str:
-        return f"row {self.row_id}: {self.reason}; {self.remedy}"
+        return f"row {self.row_id}: {self.text}"
 
 
 class Source(Protocol):

@@ -124,7 +124,7 @@ class RunCallbacks(ABC):
         self.before = {name: Evaluation(**result) for name, result in before.items()}
         self.after: dict[str, Evaluation] = {}
         self.audit_gap_max: float | None = None  # None until an audit has compared tokens
-        self.dropped = [(row.row_id, row.reason) for eval_set in eval_sets for row in eval_set.bad_rows]
+        self.dropped = [(row.row_id, row.text) for eval_set in eval_sets for row in eval_set.bad_rows]
         self._reported_drops = 0  # of the stream
         self._report_drops(self.dropped)
 

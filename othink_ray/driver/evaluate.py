@@ -234,7 +234,7 @@ def _answered(
                 workers = stack.enter_context(open_eval_workers(config, model, incidents, console.say))
         for eval_set, file in zip(found, files, strict=True):
             for row in eval_set.bad_rows:
-                console.say(f"dropped row {row.row_id}: {row.reason}")
+                console.say(f"dropped row {row.row_id}: {row.text}")
             todo = [prompt for prompt in eval_set.prompts if prompt.id not in file.rows]
             if todo:
                 with console.phase(f"evaluating {len(todo)} questions of {eval_set.name}"):

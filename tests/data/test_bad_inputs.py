@@ -175,7 +175,7 @@ def outcome_of_row(row: dict[str, Any], folder: Path, family: Family) -> str:
         prompt = RowReader(custom_data(".", source="hub", image_root=str(folder)), "train").prompt("own/7", row)
         family.check_fits(rollout, prompt)
     except BadRow as bad:
-        return f"dropped: {bad.reason}; {bad.remedy}"
+        return f"dropped: {bad.text}"
     counts, images = family.image_token_counts(prompt.images), family.encode_images(prompt.images)
     assert sum(counts) == family.encoded_token_count(images)
     return f"accepted, with {sum(counts)} image tokens"
@@ -212,9 +212,9 @@ def _escaped(outcome: str, folder: Path) -> str:
 
 HEAD = """# Bad inputs and their messages
 
-A dropped row is listed with its reason on the console and in `summary.json`. With `data.on_bad_row=stop` it ends the
-run, and the message also has the remedy, which is the text after the semicolon below. An unusable data set ends the run
-before any actor starts. `tests/data/test_bad_inputs.py` generates this page.
+A dropped row is listed with its reason and remedy on the console and in `summary.json`. With `data.on_bad_row=stop` it
+ends the run with the same text. An unusable data set ends the run before any actor starts.
+`tests/data/test_bad_inputs.py` generates this page.
 
 | input | outcome |
 |---|---|

@@ -91,7 +91,7 @@ def test_a_row_rejected_by_the_length_filter_is_dropped() -> None:
 
     stream = PromptStream(Rows(3), seed=0, on_bad_row="drop", length_filter=length_filter)
     assert sorted(take(stream, 4)) == ["rows/0", "rows/0", "rows/2", "rows/2"]
-    assert stream.dropped == [("rows/1", "too long")]
+    assert stream.dropped == [("rows/1", "too long; cut it")]
     with pytest.raises(BadRow, match="row rows/1: too long; cut it"):
         PromptStream(Rows(3), seed=0, on_bad_row="stop", length_filter=length_filter).take(3)
 

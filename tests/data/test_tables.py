@@ -146,7 +146,10 @@ def test_invalid_jsonl_lines_affect_only_their_own_rows(tmp_path: Path) -> None:
     stream = PromptStream(source, seed=0, on_bad_row="drop")
     assert {prompt.id for prompt in stream.take(6)} >= {f"custom/train/{n:06d}" for n in (0, 2, 5)}
     assert sorted(row for row, _ in stream.dropped) == [f"custom/train/{n:06d}" for n in (1, 3, 4)]
-    assert dict(stream.dropped)["custom/train/000003"] == "it cannot be read: it is a JSON list, not an object"
+    assert (
+        dict(stream.dropped)["custom/train/000003"]
+        == "it cannot be read: it is a JSON list, not an object; fix it or remove it"
+    )
     with pytest.raises(BadRow, match=r"row custom/train/000001: it cannot be read: .*; fix it or remove it"):
         source.prompt(1)
 

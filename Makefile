@@ -9,11 +9,11 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo:  ## set up, then train the embedded model with GRPO-D; ARGS="train.steps=20 algo=grpo" overrides settings
+demo:  ## set up, then train the tiny model with GRPO-D; ARGS="train.steps=20 algo=grpo" overrides settings
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main $(ARGS)
 
-study:  ## set up, then run the paper's experiments on the embedded model; ARGS="study.size=small" is the short version
+study:  ## set up, then run the paper's experiments on the tiny model; ARGS="study.size=small" is the short version
 	@launch/setup_env.sh auto
 	@$(python) -m othink_ray.main mode=study $(ARGS)
 

@@ -1,4 +1,6 @@
-"""W(P, G, T, I): the workload of one training step, as overrides of a run."""
+"""Workload of one training step, as overrides of a run.
+
+W(P, G, T, I): P prompts x G answers of T tokens, I image tokens per prompt."""
 
 from __future__ import annotations
 

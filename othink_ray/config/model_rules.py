@@ -18,7 +18,7 @@ _RECIPE = 4  # raise it when the code builds a different model from the same con
 _OPTIMIZER_KEYS = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "max_grad_norm")
 ADAPTER_FOLDER = "adapter"  # in an export, beside the merged weights
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_TINY_BYTES = 64 * 2**20  # of safetensors files: the embedded model has 5 MB, the smallest public models hundreds
+_TINY_BYTES = 64 * 2**20  # of safetensors files: the tiny model has 5 MB, the smallest public models hundreds
 _HELD_OUT = ("test", "blind")  # keys of the data section that do not affect training
 _MAX_LR = {"train": 3e-5, "sft": 5e-5}  # full fine-tuning of a pretrained model; R1-V uses 1e-6 and 2e-5
 _MAX_LORA_LR = 2e-3
@@ -55,11 +55,11 @@ def base_model_folder(config: Config) -> Path:
 
 
 def model_rules(config: Config) -> Iterator[Problem]:
-    """Yield the problems of model paths, of the learning rate for the model, and of the sizes of the embedded model."""
+    """Yield the problems of model paths, of the learning rate for the model, and of the sizes of the tiny model."""
     tiny, path = config.model.tiny, config.model.path
     if path is not None:
         found = [*_path(config, "model.path", path)]
-        yield from found or [*_embedded_settings(config, path), *_learning_rate(config)]
+        yield from found or [*_tiny_settings(config, path), *_learning_rate(config)]
         if config.mode != "eval" and merged_in_float32(model_folder(path), config.model.dtype):
             rule = (
                 f"is a LoRA run whose export is merged in float32; training it in {config.model.dtype} would round its "
@@ -71,7 +71,7 @@ def model_rules(config: Config) -> Iterator[Problem]:
             )
             yield Problem(subject=f"model.path = {path}", rule=rule, remedy=remedy)
     elif tiny is None:
-        rule = "builds the embedded model, but model.tiny is null too"
+        rule = "builds the tiny model, but model.tiny is null too"
         yield broken(config, "model.path", rule, "Use model=tiny, or give a Hugging Face folder or hub name.")
     else:
         yield from _learning_rate(config)
@@ -85,10 +85,10 @@ def model_rules(config: Config) -> Iterator[Problem]:
         yield from _sizes(config)
 
 
-def _embedded_settings(config: Config, path: str) -> Iterator[Problem]:
-    """Reject training another model with model=tiny, whose Adam settings and dtype suit only the embedded model."""
+def _tiny_settings(config: Config, path: str) -> Iterator[Problem]:
+    """Reject training another model with model=tiny, whose Adam settings and dtype suit only the tiny model."""
     if config.mode != "eval" and config.model.name == "tiny" and _is_real(path):
-        rule = f"is for the embedded model of a million parameters: its Adam settings and dtype do not suit {path}"
+        rule = f"is for the tiny model of a million parameters: its Adam settings and dtype do not suit {path}"
         remedy = (
             "Also set model to the option closest to this checkpoint, such as model=qwen2_vl_2b; for a checkpoint of a "
             "model=smol run, set model=smol."
@@ -97,7 +97,7 @@ def _embedded_settings(config: Config, path: str) -> Iterator[Problem]:
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:
-    """Reject learning rates that suit only the embedded model, for checkpoints in model.path and for model=smol."""
+    """Reject learning rates that suit only the tiny model, for checkpoints in model.path and for model=smol."""
     learner, path = config.learner, config.model.path
     mode = "train" if config.mode == "check" else config.mode
     if mode not in _MAX_LR or not (_is_real(path) if path else config.model.smol):
@@ -106,12 +106,12 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
     if learner.lr > highest_lr:
         usual = "1e-4" if learner.lora.rank else "1e-6" if mode == "train" and path else "2e-5"
         which = f"model.path = {path}" if path else f"model = {config.model.name}"
-        rule = f"must be at most {highest_lr:g} with {which}: higher rates suit only the embedded model"
+        rule = f"must be at most {highest_lr:g} with {which}: higher rates suit only the tiny model"
         yield broken(config, "learner.lr", rule, f"Set learner.lr={usual}.")
 
 
 def _is_real(path: str) -> bool:
-    """Return whether the path has another model than the embedded one: weights of 64 MiB or more, or a hub name."""
+    """Return whether the path has another model than the tiny one: weights of 64 MiB or more, or a hub name."""
     sizes = [file.stat().st_size for file in Path(model_folder(path)).glob("*.safetensors")]
     return not sizes or sum(sizes) >= _TINY_BYTES
 

@@ -67,7 +67,7 @@ def _split(config: Config, split: Split) -> Iterator[Problem]:
 
 
 def splits_needed(config: Config) -> tuple[Split, ...]:
-    """Return the splits that the mode reads: an evaluation needs train only if it has to build the embedded model."""
+    """Return the splits that the mode reads: an evaluation needs train only if it has to build the tiny model."""
     ready = config.model.path is not None or config.eval.models
     return ("test",) if config.mode == "eval" and ready else ("train", "test")
 
@@ -276,16 +276,16 @@ def study_rules(config: Config) -> Iterator[Problem]:
             near = get_close_matches(name, EXPERIMENTS, n=1)
             remedy = f"{f'Did you mean {near[0]}? ' if near else ''}Options: {', '.join(EXPERIMENTS)}."
             yield Problem(subject=f"study.experiments = {name}", rule="unknown experiment", remedy=remedy)
-    for key, values in (("alpha", study.alphas), ("beta", study.betas)):
+    for key, values, example in (("alpha", study.alphas, "[0,0.5,1]"), ("beta", study.betas, "[0,0.02,0.04]")):
         if key in study.experiments and (not values or min(values) < 0):
             subject = f"study.{key}s = {list(values)}"
             rule = "must list at least one number, and none below 0: each number gives a run"
-            yield Problem(subject=subject, rule=rule, remedy=f"Set 'study.{key}s=[0,0.5,1]', for example.")
+            yield Problem(subject=subject, rule=rule, remedy=f"Set 'study.{key}s={example}', for example.")
     for task_name, task in (("counting", study.counting), ("geometry", study.geometry)):
         if sum(override.startswith("algo.kl.beta_min=") for override in task.grpo) != 1:
             subject = f"study.{task_name}.grpo = [{', '.join(task.grpo)}]"
             rule = "must set algo.kl.beta_min once: the constant KL weight that GRPO-D is compared with"
-            remedy = f'Set \'study.{task_name}.grpo=["algo=grpo","algo.kl.beta_min=0.04"]\'.'
+            remedy = f'Set it once, such as \'study.{task_name}.grpo=["algo=grpo","algo.kl.beta_min=0.04"]\'.'
             yield Problem(subject=subject, rule=rule, remedy=remedy)
     if study.counting.data == study.geometry.data:
         rule = "must differ from study.counting.data: cross-task results need two tasks"

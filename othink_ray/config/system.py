@@ -36,7 +36,9 @@ class RolloutConfig:
     """The rollout engines; the defaults are sized for vLLM on two cores with the tiny model."""
 
     engine: str = key(
-        "vllm", "vllm, or hf: transformers' generate, a reference and a fallback without vLLM", one_of("vllm", "hf")
+        "vllm",
+        "vllm, or hf: a decoding loop on plain transformers, a reference and a fallback without vLLM",
+        one_of("vllm", "hf"),
     )
     num_actors: int = key(1, "number of engines", at_least(1), common=True)
     cpus_per_actor: float = key(
@@ -126,7 +128,7 @@ class LearnerConfig:
     adam_beta2: float = key(0.999, "decay of Adam's second moment", between(0, 1, open_at="high", use="0.9"))
     adam_eps: float = key(
         1e-8,
-        "Adam's epsilon. With 2e9 parameters and gradient norm 1 the gradient RMS is 2e-5, which 1e-6 would damp",
+        "Adam's epsilon; keep it far below the gradients' RMS, 2e-5 with 2e9 parameters and gradient norm 1",
         positive(),
     )
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", positive())
@@ -220,7 +222,7 @@ class ClusterConfig:
     """The Ray cluster and its placement group."""
 
     name: str = key("local", "the option of the group cluster")
-    address: str | None = key(None, "null: start Ray locally; auto: join the running cluster of this node")
+    address: str | None = key(None, "null: RAY_ADDRESS if set, else start Ray locally; auto: join this node's cluster")
     num_cpus: int | None = key(None, "CPUs of a local Ray; null: all of the machine")
     num_gpus: int | None = key(None, "GPUs of a local Ray; null: all of the machine")
     gpu_memory_gb: float = key(

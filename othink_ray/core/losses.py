@@ -137,7 +137,7 @@ class LossInputs:
     old_logprobs: torch.Tensor  # of the policy before the update
     ref_logprobs: torch.Tensor | None  # None: the KL is neither measured nor trained
     advantages: torch.Tensor
-    loss_weights: torch.Tensor  # shares of the whole step: all means (tokens, answers, groups) are part of them
+    loss_weights: torch.Tensor  # shares of the optimizer step: all means (tokens, answers, groups) are part of them
     answers: torch.Tensor  # answer index of each token, from 0 without gaps
     beta: float  # KL weight; 0: the KL is measured, not trained
     clip_eps: tuple[float, float]  # (low, high): the ratio is clipped to 1 - low .. 1 + high

@@ -225,7 +225,7 @@ class PromptStream:
 
     @property
     def dropped(self) -> list[tuple[str, str]]:
-        """(id, reason; remedy) of each row dropped since the stream was created, once per row however often it recurs."""
+        """(id, reason; remedy) of each row dropped since the stream was created, once per row even if it recurs."""
         return list(self._dropped.items())
 
     def take(self, n: int, beside: Sequence[Prompt] = ()) -> list[Prompt]:

@@ -193,7 +193,7 @@ def compare_settings(checkpoint: Path, config: Config, log: Callable[[str], None
 
 
 def differences(before: str, now: str) -> Iterator[tuple[str, str]]:
-    """Yield each changed key with "old -> new"; keys that exist in only one of the two configurations are ignored.
+    """Yield each changed key with "old -> new", except keys of one side only and those that cannot change results.
 
     `before` may be of an older version: renamed keys are compared under their new names.
     """

@@ -250,7 +250,7 @@ class DeepSpeedLearner:
 
     @span("prepare")
     def _before_any_step(self, packs: Sequence[Pack], queue: PrefetchQueue) -> Precomputed:
-        """Compute the policy's logprobs before the first of several optimizer steps; pixels leave the device again."""
+        """Return the logprobs before the first of several optimizer steps and what else is computed; keep no pixels."""
         prepared = self._prepared(packs, queue)
         old = self._no_grad(self.engine, prepared)
         return Precomputed(old=old, features=prepared.features, reference=prepared.reference, encodes=prepared.encodes)

@@ -165,7 +165,7 @@ class WorkerExtension:
     model_runner: Any
 
     def open_network(self) -> None:
-        """Find the parameters and packed matrices of the loaded network, and count its image embeddings."""
+        """Find the loaded network's parameters and packed matrices; count the images that it encodes from now on."""
         self.network = self.model_runner.get_model()
         self.named = dict(self.network.named_parameters(remove_duplicate=False))
         named = self.network.named_modules()

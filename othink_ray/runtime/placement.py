@@ -83,8 +83,9 @@ class Placement:
             missing = shortage(total_resources(self.bundles), ray.available_resources(), ray.cluster_resources())
             if left <= patience:
                 raise ClusterError(
-                    f"placement group not ready after {limit_s:.0f} s (cluster.wait_s): {missing}. Lower "
-                    "rollout.num_actors or learner.world_size, choose a smaller cluster= file, or add nodes."
+                    f"placement group not ready after {limit_s:.0f} s (cluster.wait_s): {missing}. If other jobs "
+                    "use the rest, stop them or raise cluster.wait_s; else lower rollout.num_actors or "
+                    "learner.world_size, select a cluster= option of fewer nodes, or add nodes."
                 )
             log(f"waiting for the cluster: {missing}")
             patience = _LOG_EVERY_S

@@ -216,7 +216,7 @@ class AuditedPush:
         self.frozen: Sequence[Any] = []
 
     def begin(self) -> None:
-        """Queue the gather behind the learner's update: its push follows."""
+        """Queue the gather of the weights behind the learner's running update; `__call__` then pushes them."""
         self.transport.begin()
 
     def __call__(self, version: int) -> Audit:

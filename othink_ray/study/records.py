@@ -50,7 +50,7 @@ class RecordedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRecord:
-    """Contents of study.json; the `Row` lists keep the file's keys, and their figure or table reads them."""
+    """Contents of study.json; rows (`Row`) are parsed where they are read: by the claims, tables and figures."""
 
     name: str
     size: str

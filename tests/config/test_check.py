@@ -205,7 +205,7 @@ def test_one_node_needs_exactly_eight_gpus() -> None:
         (["data.task=poetry"], "data.task = poetry must be one of counting, geometry"),
         (["data.on_bad_row=ignore"], "must be one of drop, stop"),
         (["model.dtype=float16"], "must be one of float32, bfloat16"),
-        (["model.tiny=null"], "model.path = null builds the embedded model, but model.tiny"),
+        (["model.tiny=null"], "model.path = null builds the tiny model, but model.tiny"),
         (["model.path=/nowhere/model"], "/nowhere/model is none of these"),
         (["model.path=tests/no-such-run"], "tests/no-such-run is none of these"),
         (["mode=eval", "eval.models=[./nothing]"], "./nothing is none of these"),
@@ -268,12 +268,12 @@ REAL = "model.path=Qwen/Qwen2-VL-2B-Instruct"
             "learner.lr = 0.0002 must be at most 3e-05 with model.path",
         ),
         (["model=smol", "learner.lr=2e-4"], "learner.lr = 0.0002 must be at most 3e-05 with model = smol"),
-        ([REAL, "learner.lr=1e-6"], "model = tiny is for the embedded model"),
-        ([REAL, "learner.lr=1e-6", "cluster=one_node"], "model = tiny is for the embedded model"),
+        ([REAL, "learner.lr=1e-6"], "model = tiny is for the tiny model"),
+        ([REAL, "learner.lr=1e-6", "cluster=one_node"], "model = tiny is for the tiny model"),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "sft", "check"])
-def test_settings_of_the_embedded_model_are_rejected_for_others(overrides: list[str], words: str, mode: str) -> None:
+def test_settings_of_the_tiny_model_are_rejected_for_others(overrides: list[str], words: str, mode: str) -> None:
     found = messages([*overrides, f"mode={mode}"])
     assert len(found) == 1, found
     assert words.replace("3e-05", "5e-05" if mode == "sft" else "3e-05") in found[0]

@@ -116,7 +116,7 @@ def test_dropped_rows_are_reported_once_with_a_reason() -> None:
     stream = PromptStream(Rows(6, frozenset({1, 2})), seed=0, on_bad_row="drop")
     assert stream.dropped == []
     take(stream, 40)
-    assert sorted(stream.dropped) == [("rows/1", "corrupt"), ("rows/2", "corrupt")]
+    assert sorted(stream.dropped) == [("rows/1", "corrupt; fix it"), ("rows/2", "corrupt; fix it")]
 
 
 def test_stop_raises_the_bad_row_and_keeps_the_position() -> None:

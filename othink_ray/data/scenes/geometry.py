@@ -49,7 +49,7 @@ ANGLES = (30, 40, 60, 80, 90)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One problem: its question, lines (pairs of points in pixels), labels by cell, worked thought and answer."""
+    """One problem: question, lines (pairs of points in pixels), labels by cell, reasoning text and answer."""
 
     question: str
     lines: Lines
@@ -96,7 +96,7 @@ class GeometryScenes:
 
 
 def split_of(labels: Labels, color: str) -> Split:
-    """Return the split that a figure belongs to, by a hash of labels and color, which the pixels determine."""
+    """Return the split of a figure, by a hash of what its pixels show: no image is in both splits."""
     text = ",".join([color, *(f"{cell}:{label}" for cell, label in labels)])
     return "train" if hashlib.sha256(text.encode()).digest()[0] % 2 == 0 else "test"
 

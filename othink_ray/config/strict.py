@@ -114,7 +114,7 @@ def _build(node: Mapping[str, Any], section: Any) -> Any:
 _EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 _REMEDY = {
     int: "Write it in digits, such as 8.",
-    float: "Write it as a decimal number, such as 0.04 or 1e-6.",
+    float: "Write a number, such as 0.04 or 1e-6.",
     bool: "Write true or false.",
 }
 

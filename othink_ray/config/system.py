@@ -37,7 +37,7 @@ class RolloutConfig:
 
     engine: str = key(
         "vllm",
-        "vllm, or hf: a decoding loop on plain transformers, a reference and a fallback without vLLM",
+        "vllm, or hf: a decoding loop on plain transformers, for machines without vLLM",
         one_of("vllm", "hf"),
     )
     num_actors: int = key(1, "number of engines", at_least(1), common=True)

@@ -40,7 +40,7 @@ class ImageFiles:
             if not (self._outside or path.resolve().is_relative_to(self._real_root)):
                 raise UnreadableImage(
                     f"image file {path} is outside {self._root}",
-                    "move it into that folder, set image_root, or set data.images_outside_root=true if you trust these paths",
+                    "move it there, set image_root, or set data.images_outside_root=true if you trust these paths",
                 )
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 status = os.fstat(file.fileno())

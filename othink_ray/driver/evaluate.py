@@ -170,7 +170,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def fingerprint_of(config: Config, model: str, eval_set: EvalSet) -> str:
-    """Return a digest of everything that shapes the answers; weight files enter it by name, size and modification time."""
+    """Return a digest of everything that shapes the answers; weight files count by name, size and date."""
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(model).glob("*.safetensors")
     )

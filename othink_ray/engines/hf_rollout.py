@@ -28,7 +28,7 @@ class HFRollout(Receiver):
     def __init__(
         self, rollout: RolloutConfig, model: ModelConfig, family: Family, adapters: ServedAdapters | None = None
     ) -> None:
-        """Load the model; with `adapters`, a push carries LoRA factors only: other weights stay as in the model folder."""
+        """Load the model; with `adapters`, a push carries only the LoRA factors, and other weights stay."""
         self.family = family
         self.max_model_len, self.fixed_length = rollout.max_model_len, rollout.fixed_length
         self.device = torch.device("cuda" if rollout.gpus_per_actor > 0 else "cpu")

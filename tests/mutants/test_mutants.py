@@ -306,7 +306,7 @@ def test_every_file_under_mutation_is_in_the_table() -> None:
         found = (path for folder in folders for path in (package / folder).rglob("*.py"))
         return {str(path.relative_to(package)) for path in found if path.name != "__init__.py"}
 
-    assert TABLE.pure.keys() == files("core") | {"weights.py", "driver/loop.py", "driver/async_loop.py"}
+    assert TABLE.pure.keys() == files("core", "cpu") | {"weights.py", "driver/loop.py", "driver/async_loop.py"}
     assert TABLE.heavy.keys() == files("engines", "runtime")
 
 

@@ -44,8 +44,8 @@ def test_a_log_axis_covers_all_values_in_whole_decades(values: list[float]) -> N
 
 def test_zero_is_at_the_bottom_of_a_log_axis() -> None:
     axis = log_axis([0.0, 1e-6, 1e-2])
-    assert axis.place(0.0) == 0.0
-    assert axis.place(axis.high) == 1.0
+    assert axis.position(0.0) == 0.0
+    assert axis.position(axis.high) == 1.0
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (0, 1), (1, 2), (1, 200), (37, 12345)])

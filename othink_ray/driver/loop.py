@@ -7,11 +7,11 @@ the next prompts while the learner updates:
     driver                    rollout engines                reward actors      learner
     take prompts        -->   generate (streams groups) -->  score
     record_lengths      <--------------------------------------+                             (DAPO: until enough groups)
-    advantages, packs
     sleep               -->   free a GPU shared with the learner
+    prefetch            -->   prepare the next prompts
+    advantages, packs
     begin_update        ------------------------------------------------------> optimizer steps, statistics
     begin_push          ------------------------------------------------------> gather the weights right behind them
-    prefetch            -->   prepare the next prompts
     finish_update       <------------------------------------------------------ (statistics; the gather goes on)
     push                -->   load weights, probe       <---------------------- weights, digests, logprobs
                               audit: each engine holds the same bits and gives the same logprobs as the learner
@@ -171,12 +171,12 @@ def train(
         clock = Clock()
         beta = schedule.beta(step, schedule_state)
         sampled = sample(workers, stream, recipe, clock, step=step, version=step)
+        workers.sleep()
+        workers.prefetch(stream.upcoming())
         advantages = compute_advantages(sampled.trained, recipe)
         packs = recipe.pack(sampled.trained, advantages)
-        workers.sleep()
         update = workers.begin_update(recipe.request(packs, beta=beta, lr=lr(step), stale=False))
         workers.begin_push()
-        workers.prefetch(stream.upcoming())
         stats = workers.finish_update(update)
         clock.lap("update")
         audit = workers.push(step + 1)

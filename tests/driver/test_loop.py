@@ -48,7 +48,7 @@ def test_a_step_is_generate_score_update_push() -> None:
 def test_the_learner_works_while_engines_prefetch() -> None:
     workers = ScriptedWorkers()
     run(workers, range(2))
-    verbs = ["record_lengths", "sleep", "begin_update", "begin_push", "prefetch", "finish_update"]
+    verbs = ["record_lengths", "sleep", "prefetch", "begin_update", "begin_push", "finish_update"]
     assert workers.beside == verbs * 2
     assert workers.prefetched == [["p4", "p5"], ["p8", "p9"]]
 
